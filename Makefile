@@ -1,0 +1,25 @@
+# Every target sets up what it needs: a virtual environment with the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+ENVIRONMENT = $(VENV)/.installed
+
+.PHONY: demo test check bench mutants counted test-integrations
+
+demo: $(ENVIRONMENT)
+	$(BIN)/fastkd demo
+
+# The interpreter decides at import, so the kernels are run and compiled in two processes.
+test: $(ENVIRONMENT)
+	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 --ignore=tests/compiled --ignore=tests/integrations
+	$(BIN)/pytest -q tests/compiled
+
+check: $(ENVIRONMENT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(ENVIRONMENT): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,bench,dev]"
+	touch $@

@@ -1,0 +1,1 @@
+"""fastkd: every knowledge-distillation loss, exact, lean and fast."""

@@ -1,0 +1,204 @@
+"""What an NVIDIA GPU would execute for a launch that the gate captured: counted, never timed.
+
+    report = analyse(launch)            registers, spills, occupancy, instruction counts
+    per_element(report.main, 16)        the same counts per element, 16 elements to a thread
+    complaints(launch)                  sentences, none if all is well
+
+Limits: every instruction of a loop counts as issued, predicated or not, and a loop may be unrolled
+(divide by what its load_bytes say); the bodies of outer loops count as outside; a wait for a
+barrier is a loop too; bytes moved by TMA are not seen.
+"""
+
+import functools
+import itertools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+
+PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+REGISTERS_PER_SCHEDULER = 16384
+SCHEDULERS, MOST_WARPS, MOST_PROGRAMS = 4, 64, 32  # of a multiprocessor: sm_80, sm_90, sm_100
+RESERVED_SHARED_BYTES = 1024  # by the driver, for each program
+
+LABEL = re.compile(r"\s*(\.L_\w+):")
+INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
+JUMP = re.compile(r"`\((\.L_\w+)\)")
+WIDTH = re.compile(r"\.(?:[US](8|16)|(64|128|256))\b")
+
+
+@dataclass
+class Instruction:
+    address: int
+    code: str  # LDG.E.128
+    target: int | None  # of a jump
+
+    @property
+    def name(self) -> str:
+        return self.code.split(".")[0]
+
+    @property
+    def width(self) -> int:
+        """Bytes one thread moves, for loads and stores."""
+        width = WIDTH.search(self.code)
+        return int(width[1] or width[2]) // 8 if width else 4
+
+
+@dataclass
+class Report:
+    registers: int
+    stack_bytes: int
+    spills: int  # instructions that store or load spilled registers
+    shared_bytes: int
+    warps: int
+    warps_per_sm: int
+    limited_by: str
+    outside: Counter  # everything outside the innermost loops
+    loops: list[Counter]  # one for each innermost loop, in the order of the code
+
+    @property
+    def main(self) -> Counter:
+        """Where most global bytes are loaded."""
+        return max([self.outside, *self.loops], key=lambda counts: counts["load_bytes"])
+
+    @property
+    def total(self) -> Counter:
+        return sum(self.loops, Counter(self.outside))
+
+
+def analyse(launch) -> Report:
+    resources, instructions = disassemble(launch.asm["cubin"])
+    ranges = innermost_loops(instructions)
+    loops = [[i for i in instructions if first <= i.address <= last] for first, last in ranges]
+    looped = {i.address for loop in loops for i in loop}
+    outside = [i for i in instructions if i.address not in looped]
+    everything = count(instructions)
+    warps_per_sm, limited_by = occupancy(launch, resources["REG"])
+    return Report(
+        registers=resources["REG"],
+        stack_bytes=resources["STACK"],
+        spills=everything["LDL"] + everything["STL"],
+        shared_bytes=launch.metadata.shared,
+        warps=launch.metadata.num_warps,
+        warps_per_sm=warps_per_sm,
+        limited_by=limited_by,
+        outside=count(outside),
+        loops=[count(loop) for loop in loops],
+    )
+
+
+def per_element(counts: Counter, elements: float) -> dict[str, float]:
+    """The counts divided by the elements a thread handles: counts["load_bytes"] / bytes of one."""
+    return {what: number / elements for what, number in counts.items()}
+
+
+def complaints(launch, least_warps: int = 16, least_bytes: int = 8) -> list[str]:
+    """What is wrong with a kernel that should be limited by memory."""
+    report, found = analyse(launch), []
+    if report.spills:
+        found.append(f"{report.spills} spill instructions, {report.stack_bytes} bytes of stack")
+    if report.total["fp64"]:
+        found.append(f"{report.total['fp64']} float64 instructions")
+    hot = report.loops or [report.outside]
+    for counts, name in itertools.product(hot, ("LDG", "LDGSTS", "STG")):
+        moved = {size: counts[f"{name}.{8 * size}"] * size for size in (1, 2, 4, 8, 16, 32)}
+        narrow = sum(moved[size] for size in moved if size < least_bytes)
+        # a few scalars of each row are narrow by nature
+        if narrow > 16 and narrow > sum(moved.values()) / 4:
+            found.append(
+                f"{narrow} of {sum(moved.values())} bytes a thread moves by {name} "
+                f"go in accesses narrower than {least_bytes} bytes"
+            )
+    if report.warps_per_sm < least_warps:
+        found.append(
+            f"{report.warps_per_sm} warps fit on a multiprocessor, fewer than {least_warps}: "
+            f"limited by {report.limited_by}"
+        )
+    return [f"{launch.name}: {sentence}" for sentence in found]
+
+
+@functools.cache
+def disassemble(cubin: bytes) -> tuple[dict[str, int], list[Instruction]]:
+    """Resource usage, and the instructions in order of address."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = run("cuobjdump", "--dump-resource-usage", file.name)
+        listing = run("nvdisasm", "-c", file.name)
+    resources = {what: int(number) for what, number in re.findall(r"([A-Z]+):(\d+)", usage)}
+    addresses, pending, rows = {}, [], []
+    for line in listing.splitlines():
+        if label := LABEL.match(line):
+            pending.append(label[1])
+        elif row := INSTRUCTION.match(line):
+            addresses.update(dict.fromkeys(pending, int(row[1], 16)))
+            pending = []
+            rows.append(row.groups())
+    instructions = []
+    for address, code, operands in rows:
+        jump = JUMP.search(operands)
+        target = addresses.get(jump[1]) if jump else None
+        instructions.append(Instruction(int(address, 16), code, target))
+    while instructions and instructions[-1].name == "NOP":  # padding
+        instructions.pop()
+    return resources, instructions
+
+
+def run(program: str, *arguments: str) -> str:
+    command = [str(PROGRAMS / program), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def innermost_loops(instructions: list[Instruction]) -> list[tuple[int, int]]:
+    """First and last address of every backward branch's range that contains no other one."""
+    last_of = {}
+    for i in instructions:
+        if i.name == "BRA" and i.target is not None and i.target < i.address:
+            last_of[i.target] = i.address
+    ranges = sorted(last_of.items())
+    return [
+        outer
+        for outer in ranges
+        if not any(r != outer and outer[0] <= r[0] and r[1] <= outer[1] for r in ranges)
+    ]
+
+
+def count(instructions: list[Instruction]) -> Counter:
+    """Names (LDG, MUFU, FFMA), widths (LDG.128), functions (MUFU.EX2), and totals in lower case."""
+    counts = Counter(instructions=len(instructions))
+    for i in instructions:
+        counts[i.name] += 1
+        if i.name in ("LDG", "LDGSTS", "STG"):
+            counts[f"{i.name}.{8 * i.width}"] += 1
+            counts["store_bytes" if i.name == "STG" else "load_bytes"] += i.width
+        elif i.name == "MUFU":
+            counts["mufu"] += 1
+            counts[i.code] += 1
+        elif i.name in ("BAR", "SYNCS"):
+            counts["barriers"] += 1
+        elif i.name == "SHFL":
+            counts["shuffles"] += 1
+        elif i.name.endswith("MMA"):
+            counts["tensor"] += 1
+        if i.name in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX", "DMMA"):
+            counts["fp64"] += 1
+    return counts
+
+
+def occupancy(launch, registers: int) -> tuple[int, str]:
+    """Warps that fit on one multiprocessor, and what limits them."""
+    warps = launch.metadata.num_warps
+    registers_per_warp = max(-(-registers // 8), 1) * 8 * 32
+    shared_per_sm = launch.device.shared_bytes + RESERVED_SHARED_BYTES
+    programs = {
+        "warps": MOST_WARPS // warps,
+        "registers": REGISTERS_PER_SCHEDULER // registers_per_warp * SCHEDULERS // warps,
+        "shared memory": shared_per_sm // (launch.metadata.shared + RESERVED_SHARED_BYTES),
+        "programs": MOST_PROGRAMS,
+    }
+    least = min(programs, key=programs.get)
+    return programs[least] * warps, least

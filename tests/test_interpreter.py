@@ -1,0 +1,160 @@
+"""The interpreter, once corrected, agrees with torch."""
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+EDGES = torch.tensor(
+    [0.0, -0.0, 1.0 + 2**-8, 1.0 + 3 * 2**-8, 3.3e38, -3.4e38, 1e-40, math.inf, -math.inf, math.nan]
+)
+LARGEST_NANS = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+
+
+@triton.jit
+def _copy(source_ptr, target_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target_ptr + i, tl.load(source_ptr + i, mask=i < n), mask=i < n)
+
+
+@triton.jit
+def _truncate(source_ptr, target_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(source_ptr + i)
+    tl.store(target_ptr + i, x.to(tl.bfloat16, fp_downcast_rounding="rtz"))
+
+
+@triton.jit
+def _arithmetic(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    y = tl.load(y_ptr + i)
+    tl.store(out_ptr + i, x + y)
+    tl.store(out_ptr + N + i, x - y)
+    tl.store(out_ptr + 2 * N + i, x * y)
+    tl.store(out_ptr + 3 * N + i, -x)
+    tl.store(out_ptr + 4 * N + i, tl.where(x < y, x, y))
+    tl.store(out_ptr + 5 * N + i, 1.5 * x)
+
+
+@triton.jit
+def _dot(x_ptr, y_ptr, out_ptr, PRECISION: tl.constexpr):
+    i = tl.arange(0, 32)
+    tile = i[:, None] * 32 + i[None, :]
+    product = tl.dot(tl.load(x_ptr + tile), tl.load(y_ptr + tile), input_precision=PRECISION)
+    tl.store(out_ptr + tile, product)
+
+
+@triton.jit
+def _fused(x_ptr, y_ptr, z_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, tl.fma(tl.load(x_ptr + i), tl.load(y_ptr + i), tl.load(z_ptr + i)))
+
+
+@triton.jit
+def _extremes(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    y = tl.load(y_ptr + i)
+    tl.store(out_ptr + i, tl.maximum(x, y))
+    tl.store(out_ptr + N + i, tl.minimum(x, y))
+    tl.store(out_ptr + 2 * N, tl.max(x, 0))
+    tl.store(out_ptr + 2 * N + 1, tl.min(x, 0))
+
+
+@triton.jit
+def _blockwise_sum(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    total = 0.0
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.sum(tl.load(x_ptr + i, mask=i < n, other=0.0), 0)
+    tl.store(out_ptr, total)
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.float64])
+def test_casts_to_bfloat16_round_to_nearest_even(source):
+    values = torch.cat([EDGES, LARGEST_NANS, torch.randn(1000)]).to(source)
+    result = torch.empty(values.numel(), dtype=torch.bfloat16)
+    _copy[(1,)](values, result, values.numel(), BLOCK=1024)
+    torch.testing.assert_close(result, values.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_cast_that_asks_for_truncation_truncates():
+    values, result = torch.randn(1024), torch.empty(1024, dtype=torch.bfloat16)
+    _truncate[(1,)](values, result, BLOCK=1024)
+    cut = values.view(torch.int32) & -0x10000
+    assert torch.equal(result.float(), cut.view(torch.float32))
+
+
+def test_casts_from_float8_stay_exact():
+    values, result = torch.randn(1024).to(torch.float8_e5m2), torch.empty(1024).bfloat16()
+    _copy[(1,)](values, result, 1024, BLOCK=1024)
+    assert torch.equal(result, values.bfloat16())
+
+
+@pytest.mark.parametrize("target", [torch.float32, torch.float16, torch.float64, torch.int32])
+def test_casts_from_bfloat16_are_those_of_torch(target):
+    values = torch.randn(1024).mul(100).bfloat16()
+    result = torch.empty(1024, dtype=target)
+    _copy[(1,)](values, result, 1024, BLOCK=1024)
+    assert torch.equal(result, values.to(target))
+
+
+def test_arithmetic_in_bfloat16_is_that_of_torch():
+    x, y = torch.randn(2, 256).bfloat16()
+    result = torch.empty(6, 256, dtype=torch.bfloat16)
+    _arithmetic[(1,)](x, y, result, N=256)
+    assert torch.equal(result, torch.stack([x + y, x - y, x * y, -x, torch.minimum(x, y), 1.5 * x]))
+
+
+@pytest.mark.parametrize(
+    "dtype, precision, least, most",
+    [
+        (torch.bfloat16, "ieee", 0, 1e-6),
+        (torch.float32, "ieee", 0, 1e-6),
+        (torch.float32, "tf32", 5e-4, 1e-3),
+    ],
+)
+def test_dots_have_the_precision_of_their_operands(dtype, precision, least, most):
+    x, y = torch.randn(2, 32, 32).to(dtype)
+    result = torch.empty(32, 32)
+    _dot[(1,)](x, y, result, PRECISION=precision)
+    truth = x.double() @ y.double()
+    error = float((result - truth).norm() / truth.norm())
+    assert least <= error <= most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fma_rounds_once(dtype):
+    x, y = torch.randn(2, 256).to(dtype)
+    z = -(x * y)  # what is left is the error of the product: all lost if the product is rounded
+    result = torch.empty_like(x)
+    _fused[(1,)](x, y, z, result, N=256)
+    truth = x.double() * y.double() + z.double()
+    assert truth.count_nonzero() > 100
+    assert torch.equal(result, truth.to(dtype))
+
+
+def test_fma_in_float64_stays_in_float64():
+    x, y, z = torch.randn(3, 256, dtype=torch.float64)
+    result = torch.empty_like(x)
+    _fused[(1,)](x, y, z, result, N=256)
+    torch.testing.assert_close(result, x * y + z, rtol=1e-14, atol=1e-15)
+
+
+def test_maximum_and_minimum_return_the_number_beside_a_nan():
+    x = torch.tensor([math.nan, 1.0, math.nan, -3.0])
+    y = torch.tensor([2.0, math.nan, math.nan, -4.0])
+    result = torch.empty(10)
+    _extremes[(1,)](x, y, result, N=4)
+    expected = [2.0, 1.0, math.nan, -3.0, 2.0, 1.0, math.nan, -4.0, 1.0, -3.0]
+    torch.testing.assert_close(result, torch.tensor(expected), equal_nan=True)
+
+
+def test_loop_bounds_may_be_arguments():
+    x = torch.ones(100)
+    result = torch.empty(1)
+    _blockwise_sum[(1,)](x, result, 100, BLOCK=32)
+    assert result.item() == 100
