@@ -125,67 +125,175 @@ _SECOND_ORDER = (
 
 
 class Engine:
-    """The differentiable op of a family, ``engine(backend, *tensors, *scalars, *options)``.
+    """The differentiable op of a family: ``engine(backend, *tensors, *scalars, *options)``.
 
     tensors   schema of the tensor arguments, for example "Tensor student, Tensor? labels"; the
               first one gets a gradient
     scalars   names of the numbers that vary at run time (floats or 0-dim tensors)
     options   schema of what selects code, for example "str divergence"
-    allocate  (*tensors, *options) -> (losses…, statistics): empty outputs of `forward`. Only the
-              statistics, which come last, get no gradient
+    rowwise   names of the tensors that start with the example dimensions
+    allocate  (*tensors, *scalars, *options) -> (losses, losses, statistics): the empty outputs of
+              `forward`; statistics are what `backward` needs and get no gradient
     """
 
     def __init__(
-        self, family: str, *, tensors: str, scalars: str, options: str, allocate: Callable
+        self,
+        family: str,
+        *,
+        tensors: str,
+        scalars: str,
+        options: str,
+        rowwise: Sequence[str],
+        allocate: Callable,
     ) -> None:
         self.family = family
-        self.allocate = allocate
-        self.n_tensors = len(tensors.split(","))
-        self.n_scalars = len(scalars.split(","))
+        self.n_scalars, self.n_options = len(scalars.split(",")), len(options.split(","))
+        names = [tensor.split()[-1] for tensor in tensors.split(",")]
+        self.rowwise = [name in rowwise for name in names]
         numbers = ", ".join(f"Tensor {name.strip()}" for name in scalars.split(","))
         arguments = f"{tensors}, {numbers}, {options}, str backend"
-        returns = "(Tensor, Tensor, Tensor)"
-        _library.define(f"{family}_forward({arguments}) -> {returns}")
-        _library.define(
-            f"{family}_backward(Tensor? upstream_0, Tensor? upstream_1, Tensor statistics, "
-            f"{arguments}) -> Tensor"
+        saved = "Tensor? upstream_0, Tensor? upstream_1, Tensor statistics"
+        _library.define(f"{family}_forward({arguments}) -> (Tensor, Tensor, Tensor)")
+        _library.define(f"{family}_backward({saved}, {arguments}) -> Tensor")
+        _library.impl(f"{family}_forward", self._forward, "CompositeExplicitAutograd")
+        _library.impl(f"{family}_backward", self._backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            f"fastkd::{family}_forward", lambda *xs: allocate(*xs[:-1]), lib=_library
         )
-        for direction, body, fake in (
-            ("forward", self._forward, self._fake_forward),
-            ("backward", self._backward, self._fake_backward),
-        ):
-            name = f"{family}_{direction}"
-            _library.impl(name, body, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"fastkd::{name}", fake, lib=_library)
+        torch.library.register_fake(
+            f"fastkd::{family}_backward",
+            lambda _0, _1, _2, trained, *xs: torch.empty_like(
+                trained, memory_format=torch.contiguous_format
+            ),
+            lib=_library,
+        )
+        ops = torch.ops.fastkd
+        self.opaque_forward = getattr(ops, f"{family}_forward").default
+        self.opaque_backward = getattr(ops, f"{family}_backward").default
         self._function = _differentiable(self)
 
     def __call__(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        """Losses and statistics; `arguments` are the tensors, the scalars and the options."""
         return self._function.apply(*arguments, backend)
 
-    def dispatch(self, direction: str, *arguments: Any) -> Any:
-        """The plain body in eager mode; under a tracer an opaque op, chunk loops and all."""
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
-        plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
-        if plain and not torch.compiler.is_compiling():
-            return self._forward(*arguments) if direction == "forward" else self._backward(*arguments)
-        op = getattr(torch.ops.fastkd, f"{self.family}_{direction}")
-        first = len(arguments) - self.n_scalars - self.n_options - 1
-        numbers = range(first, first + self.n_scalars)
-        # numbers become tensors, else every new temperature would compile anew
-        return op(
-            *(
-                torch.full((), x, dtype=torch.float64, device=tensors[0].device)
-                if i in numbers and not isinstance(x, Tensor)
-                else x
-                for i, x in enumerate(arguments)
-            )
-        )
+    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        if _traced(arguments):
+            return self.opaque_forward(*self._scalars_as_tensors(arguments))
+        return self._forward(*arguments)
 
-    def _forward(self, *arguments: Any) -> Any:
-        with without_autocast(arguments[0].device):
+    def backward(self, *arguments: Any) -> Tensor:
+        if _traced(arguments):
+            return self.opaque_backward(*self._scalars_as_tensors(arguments))
+        return self._backward(*arguments)
+
+    def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch.no_grad(), without_autocast(arguments[0].device):
             return _module(self.family, arguments[-1]).forward(*arguments[:-1])
 
-    def _backward(self, *arguments: Any) -> Any:
-        with without_autocast(arguments[2].device):
+    def _backward(self, *arguments: Any) -> Tensor:
+        with torch.no_grad(), without_autocast(arguments[2].device):
             return _module(self.family, arguments[-1]).backward(*arguments[:-1])
+
+    def _scalars_as_tensors(self, arguments: Sequence[Any]) -> list[Any]:
+        """A number would be burned into the graph: every new temperature would compile anew."""
+        last = len(arguments) - self.n_options - 1
+        device = next(x.device for x in arguments if isinstance(x, Tensor))
+        return [
+            torch.full((), x, dtype=torch.float64, device=device)
+            if last - self.n_scalars <= i < last and not isinstance(x, Tensor)
+            else x
+            for i, x in enumerate(arguments)
+        ]
+
+
+def _traced(arguments: Sequence[Any]) -> bool:
+    """Whether the op must be opaque: chunk loops are not to be inlined, fake data not computed."""
+    if torch.compiler.is_compiling():
+        return True
+    plain = (Tensor, torch.nn.Parameter)
+    return any(isinstance(x, Tensor) and type(x) not in plain for x in arguments)
+
+
+def _differentiable(engine: Engine) -> type[torch.autograd.Function]:
+    class Gradient(torch.autograd.Function):
+        """The backward as a node of its own: its derivative is an error, not a wrong number."""
+
+        @staticmethod
+        def forward(*arguments: Any) -> Tensor:
+            return engine.backward(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Any) -> Any:
+            raise RuntimeError(_SECOND_ORDER.format("Double backward"))
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise RuntimeError(_SECOND_ORDER.format("Forward-mode AD"))
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+            rowwise = [True, True, True, *engine.rowwise]
+            return _batched(Gradient, rowwise, info.batch_size, in_dims, arguments), 0
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return engine.forward(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            *losses, statistics = output
+            ctx.mark_non_differentiable(statistics)
+            ctx.set_materialize_grads(False)
+            n_tensors = len(engine.rowwise)
+            ctx.save_for_backward(statistics, *inputs[:n_tensors])
+            ctx.scalars_and_options = inputs[n_tensors:]
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Any) -> Any:
+            *upstream, _ = upstream
+            nothing = [None] * (len(engine.rowwise) + len(ctx.scalars_and_options) - 1)
+            if all(x is None for x in upstream):
+                return None, *nothing
+            # grad mode is on in a backward only under create_graph=True
+            gradient = Gradient.apply if torch.is_grad_enabled() else engine.backward
+            return gradient(*upstream, *ctx.saved_tensors, *ctx.scalars_and_options), *nothing
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise RuntimeError(_SECOND_ORDER.format("Forward-mode AD"))
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+            return _batched(Loss, engine.rowwise, info.batch_size, in_dims, arguments), (0, 0, 0)
+
+    Loss.__name__ = Loss.__qualname__ = engine.family.capitalize()  # the name of the grad_fn
+    return Loss
+
+
+def _batched(
+    function: Any, rowwise: Sequence[bool], size: int, in_dims: Any, arguments: Any
+) -> Any:
+    """vmap: one call with one more example dimension, or a call each where that cannot be."""
+    rows = [i < len(rowwise) and rowwise[i] for i in range(len(arguments))]
+    one_call = all(row or dim is None for row, dim in zip(rows, in_dims, strict=True))
+    front = [
+        x if dim is None else x.movedim(dim, 0) for x, dim in zip(arguments, in_dims, strict=True)
+    ]
+    if one_call:
+        return function.apply(
+            *(
+                x.expand(size, *x.shape) if row and dim is None and isinstance(x, Tensor) else x
+                for x, row, dim in zip(front, rows, in_dims, strict=True)
+            )
+        )
+    calls = [
+        function.apply(*(x if dim is None else x[i] for x, dim in zip(front, in_dims, strict=True)))
+        for i in range(size)
+    ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls)
+    return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True))

@@ -1,0 +1,130 @@
+"""The input contracts: every error says what was got, what is needed and what to do."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def logits(student: Tensor, teacher: Tensor) -> None:
+    """Student and teacher logits of one shape (..., V), on one device."""
+    for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor of shape (..., V), got {type(tensor).__name__}"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"{name} must hold floating-point logits, got {tensor.dtype}; "
+                f"did labels come in its place?"
+            )
+        if tensor.ndim == 0 or tensor.shape[-1] == 0:
+            raise ValueError(f"{name} needs the shape (..., V) with V ≥ 1, got {_shape(tensor)}")
+    if student.shape != teacher.shape:
+        advice = "align the positions, or cut both to the vocabulary that they share"
+        raise ValueError(
+            f"student_logits and teacher_logits need one shape, "
+            f"got {_shape(student)} and {_shape(teacher)}: {advice}"
+        )
+    same_device(student_logits=student, teacher_logits=teacher)
+    constant_teacher(teacher_logits=teacher)
+
+
+def labels(labels: Tensor, student: Tensor, ignore_index: int) -> None:
+    """Class indices (...), one for each row of logits (..., V)."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be a tensor of class indices (torch.int64), got {got}")
+    if labels.shape != student.shape[:-1]:
+        raise ValueError(
+            f"labels need one class for each row: the shape {_shape(student[..., 0])} for logits "
+            f"of shape {_shape(student)}, got {_shape(labels)}"
+        )
+    same_device(student_logits=student, labels=labels)
+    # on a GPU this look at the values would wait for it; there a wrong class gives a NaN loss
+    if type(labels) is Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = ((labels < 0) | (labels >= student.shape[-1])) & (labels != ignore_index)
+        if wrong.any():
+            raise ValueError(
+                f"labels must lie in [0, {student.shape[-1]}) or be ignore_index={ignore_index}, "
+                f"got {labels[wrong][0].item()}"
+            )
+
+
+def weights(weights: Tensor, examples: torch.Size, device: torch.device) -> None:
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
+    if weights.is_complex() or weights.shape != examples:
+        raise ValueError(
+            f"weights need one real number or bool for each example: the shape {[*examples]}, "
+            f"got {_shape(weights)} of {weights.dtype}"
+        )
+    if weights.device != device:
+        raise ValueError(f"weights are on {weights.device}, the losses on {device}: move them")
+
+
+def reduction(reduction: str, normalizer: Any) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(
+            f'normalizer replaces the divisor of reduction="mean", got reduction={reduction!r}: '
+            f"drop one of the two"
+        )
+    if isinstance(normalizer, Tensor) and normalizer.ndim != 0:
+        raise ValueError(f"normalizer must be a number or a 0-dim tensor, got {_shape(normalizer)}")
+
+
+def temperature(value: Any) -> None:
+    if isinstance(value, Tensor):
+        # its values are not looked at: on a GPU that would wait for it
+        if value.ndim != 0 or value.requires_grad:
+            raise ValueError(
+                "temperature must be a number or a 0-dim tensor without gradient, got "
+                f"{_shape(value)} with requires_grad={value.requires_grad}: the losses are not "
+                "differentiable with respect to it"
+            )
+    elif not 0 < value < math.inf:
+        raise ValueError(f"temperature must be a finite number above 0, got {value}")
+
+
+def fraction(**option: float) -> None:
+    for name, value in option.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def options(given: Any, known: Any, loss: str) -> None:
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{loss} has no option {name!r}; its options are {', '.join(known)}")
+
+
+def same_device(**tensors: Tensor) -> None:
+    (first, a), (second, b) = tensors.items()
+    if a.device != b.device:
+        raise ValueError(f"{first} is on {a.device}, {second} on {b.device}: move them together")
+
+
+def constant_teacher(**teacher: Tensor) -> None:
+    """A teacher gets no gradient; where that would change a training, it is said once."""
+    for name, tensor in teacher.items():
+        if tensor.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _warn_once(
+                f"{name} requires grad, but the loss gives it none: the teacher is a constant. "
+                f"Run the teacher under torch.no_grad() or pass {name}.detach()."
+            )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=6)
+
+
+def _shape(tensor: Tensor) -> str:
+    return str([*tensor.shape])

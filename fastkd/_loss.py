@@ -1,0 +1,108 @@
+"""The decorator that turns a formula into a loss: checks, choice of engine, weights, reduction."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import _checks, _engine
+
+# the options that `loss` adds to those of the formula
+_REDUCTION = {"weights": None, "normalizer": None, "reduction": "mean"}
+
+
+def loss(check: Callable[..., None], fused: Callable[..., Tensor] | None = None) -> Callable:
+    """Decorate a formula: (student, teacher, *, options) -> one loss for each example.
+
+    check   what the two tensors must satisfy
+    fused   (loss's name, engine's name, student, teacher, keep, **options) -> the same rows by an
+            engine; without it the loss is its formula everywhere
+    """
+
+    def decorate(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        signature = inspect.signature(formula)
+        tensors = [p.name for p in signature.parameters.values() if p.kind != p.KEYWORD_ONLY]
+        own = {p.name: p.default for p in signature.parameters.values() if p.name not in tensors}
+        public = [*own, *_REDUCTION]
+
+        @functools.wraps(formula)
+        def compute(*arguments: Any, **options: Any) -> Tensor:
+            missing = tensors[len(arguments) :]
+            if missing or len(arguments) > len(tensors):
+                arguments = signature.bind(
+                    *arguments, **{name: options.pop(name) for name in missing if name in options}
+                ).args
+            weights, normalizer, reduction = (
+                options.pop(name, default) for name, default in _REDUCTION.items()
+            )
+            _checks.options(options, public, formula.__name__)
+            _checks.reduction(reduction, normalizer)
+            options = own | options
+            check(*arguments, **options)
+            student, teacher = arguments
+            if weights is not None:
+                _checks.weights(weights, student.shape[:-1], student.device)
+            losses = rows(formula, fused, student, teacher, kept(weights), options)
+            return reduce(losses, weights, normalizer, reduction)
+
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+            for name, default in _REDUCTION.items()
+        ]
+        compute.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*signature.parameters.values(), *added]
+        )
+        compute.formula, compute.fused = formula, fused  # type: ignore[attr-defined]
+        return compute
+
+    return decorate
+
+
+def rows(
+    formula: Callable[..., Tensor],
+    fused: Callable[..., Tensor] | None,
+    student: Tensor,
+    teacher: Tensor,
+    keep: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """One loss for each example, 0 for those that are not kept."""
+    engine = _engine.choose((student, teacher)) if fused else "formula"
+    if fused and engine != "formula":
+        return fused(formula.__name__, engine, student, teacher, keep, **options)
+    dtype = _engine.compute_dtype(student, teacher)
+    with _engine.without_autocast(student.device):
+        if keep is not None:  # selected before the formula: a NaN left out must not come back
+            student = torch.where(keep.unsqueeze(-1), student, 0)
+            teacher = torch.where(keep.unsqueeze(-1), teacher, 0)
+        losses = formula(student.to(dtype), teacher.detach().to(dtype), **options)
+        return losses if keep is None else torch.where(keep, losses, 0)
+
+
+def kept(weights: Tensor | None) -> Tensor | None:
+    if weights is None or weights.dtype == torch.bool:
+        return weights
+    return weights.detach() != 0
+
+
+def reduce(losses: Tensor, weights: Tensor | None, normalizer: Any, reduction: str) -> Tensor:
+    """mean: Σ w·l / Σ w, or / normalizer; sum: Σ w·l; none: w·l. Nothing left: 0, on the graph."""
+    if weights is not None:
+        weights = weights.to(losses.dtype)
+        losses = losses * weights
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    if normalizer is None:
+        if weights is None:
+            return losses.mean() if losses.numel() else losses.sum()
+        normalizer = weights.sum()
+    if isinstance(normalizer, Tensor):
+        return losses.sum() / torch.where(normalizer == 0, 1, normalizer)
+    return losses.sum() / (normalizer or 1)

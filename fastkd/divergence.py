@@ -1,0 +1,387 @@
+"""Losses between the logits of a student and of a teacher.
+
+With p = softmax(teacher_logits / T) and q = softmax(student_logits / T), logits of shape (..., V)
+give one loss for each row (...). `scale_t2` multiplies it by T², which keeps the size of the
+gradient when T changes [1]. `weights` has one number or bool for each row, `normalizer` replaces
+the divisor of the mean, `reduction` is "mean" (for [N, V] torch's "batchmean"), "sum" or "none".
+The teacher is a constant. Logits of −∞ in both are a masked vocabulary: they count for nothing.
+
+[1] Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import _checks
+from fastkd._engine import Engine, choose
+from fastkd._loss import kept, loss, reduce, rows
+
+N_STATISTICS = 8  # floats that an engine may keep for each row between forward and backward
+
+
+def _allocate(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.float64 in (student.dtype, teacher.dtype)
+    dtype = torch.float64 if wide else torch.float32
+    examples = student.shape[:-1]
+    return (
+        student.new_empty(examples, dtype=dtype),
+        student.new_empty(examples if labels is not None else (*examples, 0), dtype=dtype),
+        student.new_empty((*examples, N_STATISTICS), dtype=dtype),
+    )
+
+
+_engine = Engine(
+    "divergence",
+    tensors="Tensor student, Tensor teacher, Tensor? labels, Tensor? offset, Tensor? keep",
+    scalars="student_temperature, teacher_temperature, weight, scale",
+    options="str divergence",
+    rowwise=("student", "teacher", "labels", "keep"),
+    allocate=_allocate,
+)
+
+
+# the ends of the mixtures are losses of their own
+_ENDS = {
+    ("jensen_shannon", 0): "forward_kl",
+    ("jensen_shannon", 1): "reverse_kl",
+    ("skew_kl", 0): "forward_kl",
+    ("skew_reverse_kl", 0): "reverse_kl",
+    ("symmetric_kl", 0): "reverse_kl",
+    ("symmetric_kl", 1): "forward_kl",
+}
+
+
+def _fused(
+    divergence: str,
+    engine: str,
+    student: Tensor,
+    teacher: Tensor,
+    keep: Tensor | None,
+    *,
+    temperature: float,
+    scale_t2: bool,
+    labels: Tensor | None = None,
+    **weight: float,
+) -> Any:
+    (mixture,) = weight.values() or (0.0,)
+    divergence = _ENDS.get((divergence, mixture), divergence)
+    scale = temperature**2 if scale_t2 else 1.0
+    losses, cross_entropies, _ = _engine(
+        engine, student, teacher, labels, None, keep,
+        temperature, temperature, mixture, scale, divergence,
+    )  # fmt: skip
+    return losses if labels is None else (losses, cross_entropies)
+
+
+def _check(
+    student: Tensor, teacher: Tensor, *, temperature: float, scale_t2: bool, **fraction: float
+) -> None:
+    _checks.logits(student, teacher)
+    _checks.temperature(temperature)
+    _checks.fraction(**fraction)
+
+
+def _log_softmaxes(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+
+
+def _expectation(p: Tensor, x: Tensor) -> Tensor:
+    """Σ p·x over the classes, where p = 0 wins over an infinite x."""
+    return (p * torch.where(p == 0, 0, x)).sum(-1)
+
+
+def _log_mixture(p: Tensor, q: Tensor, weight: float) -> Tensor:
+    """log(weight·p + (1 − weight)·q), finite where both vanish."""
+    return (weight * p + (1 - weight) * q).clamp(min=torch.finfo(p.dtype).tiny).log()
+
+
+def _scaled(losses: Tensor, temperature: float, scale_t2: bool) -> Tensor:
+    return temperature**2 * losses if scale_t2 else losses
+
+
+@loss(_check, _fused)
+def forward_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale_t2: bool = True,
+) -> Tensor:
+    """T² KL(p ‖ q) = T² Σ p (log p − log q): the student covers every mode of the teacher.
+
+    Shapes: logits (..., V), weights (...). +∞ where the student excludes what the teacher allows.
+    Raises TypeError or ValueError for logits that do not fit together and options out of range.
+    Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
+    """
+    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
+    return _scaled(_expectation(log_p.exp(), log_p - log_q), temperature, scale_t2)
+
+
+@loss(_check, _fused)
+def reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale_t2: bool = True,
+) -> Tensor:
+    """T² KL(q ‖ p) = T² Σ q (log q − log p): the student may drop what it cannot model.
+
+    Shapes: logits (..., V), weights (...). +∞ where the teacher excludes what the student allows.
+    Raises TypeError or ValueError for logits that do not fit together and options out of range.
+    Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2024. arXiv:2306.08543
+    """
+    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
+    return _scaled(_expectation(log_q.exp(), log_q - log_p), temperature, scale_t2)
+
+
+@loss(_check, _fused)
+def jensen_shannon(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    scale_t2: bool = True,
+) -> Tensor:
+    """T² [β KL(p ‖ m) + (1 − β) KL(q ‖ m)] with m = β p + (1 − β) q: bounded and always finite.
+
+    β in [0, 1]; by convention exactly 0 is the forward KL and exactly 1 the reverse KL (the limits
+    of the formula are 0). Shapes: logits (..., V), weights (...).
+    Raises TypeError or ValueError for logits that do not fit together and options out of range.
+    Agarwal et al., On-Policy Distillation of Language Models, 2024. arXiv:2306.13649
+    """
+    if beta == 0 or beta == 1:
+        kl = reverse_kl if beta else forward_kl
+        return kl.formula(
+            student_logits, teacher_logits, temperature=temperature, scale_t2=scale_t2
+        )
+    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
+    q, p = log_q.exp(), log_p.exp()
+    log_m = _log_mixture(p, q, beta)
+    divergence = beta * _expectation(p, log_p - log_m) + (1 - beta) * _expectation(q, log_q - log_m)
+    return _scaled(divergence, temperature, scale_t2)
+
+
+@loss(_check, _fused)
+def skew_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    skew: float = 0.1,
+    temperature: float = 1.0,
+    scale_t2: bool = True,
+) -> Tensor:
+    """T² KL(p ‖ α p + (1 − α) q) with α = `skew`: a forward KL with bounded gradients.
+
+    α in [0, 1]; 0 is the forward KL. Shapes: logits (..., V), weights (...).
+    Raises TypeError or ValueError for logits that do not fit together and options out of range.
+    Ko et al., DistiLLM: Towards Streamlined Distillation, 2024. arXiv:2402.03898
+    """
+    if skew == 0:
+        return forward_kl.formula(
+            student_logits, teacher_logits, temperature=temperature, scale_t2=scale_t2
+        )
+    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
+    p = log_p.exp()
+    log_m = _log_mixture(p, log_q.exp(), skew)
+    return _scaled(_expectation(p, log_p - log_m), temperature, scale_t2)
+
+
+@loss(_check, _fused)
+def skew_reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    skew: float = 0.1,
+    temperature: float = 1.0,
+    scale_t2: bool = True,
+) -> Tensor:
+    """T² KL(q ‖ (1 − α) p + α q) with α = `skew`: a reverse KL that is always finite for α > 0.
+
+    α in [0, 1]; 0 is the reverse KL. Shapes: logits (..., V), weights (...).
+    Raises TypeError or ValueError for logits that do not fit together and options out of range.
+    Ko et al., DistiLLM: Towards Streamlined Distillation, 2024. arXiv:2402.03898
+    """
+    if skew == 0:
+        return reverse_kl.formula(
+            student_logits, teacher_logits, temperature=temperature, scale_t2=scale_t2
+        )
+    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
+    q = log_q.exp()
+    log_m = _log_mixture(log_p.exp(), q, 1 - skew)
+    return _scaled(_expectation(q, log_q - log_m), temperature, scale_t2)
+
+
+@loss(_check, _fused)
+def symmetric_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    weight: float = 0.5,
+    temperature: float = 1.0,
+    scale_t2: bool = True,
+) -> Tensor:
+    """T² [w KL(p ‖ q) + (1 − w) KL(q ‖ p)] with w = `weight` in [0, 1].
+
+    Shapes: logits (..., V), weights (...). w = ½ is half of Jeffreys' divergence.
+    Raises TypeError or ValueError for logits that do not fit together and options out of range.
+    Jeffreys, An Invariant Form for the Prior Probability in Estimation Problems, 1946
+    """
+    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
+    q, p = log_q.exp(), log_p.exp()
+    # one sum, so that a weight of exactly 0 or 1 leaves the other term out even where it is infinite
+    divergence = _expectation(weight * p - (1 - weight) * q, log_p - log_q)
+    return _scaled(divergence, temperature, scale_t2)
+
+
+@loss(_check, _fused)
+def total_variation(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale_t2: bool = True,
+) -> Tensor:
+    """T² ½ Σ |p − q|: the mass that must move to make the student the teacher.
+
+    Shapes: logits (..., V), weights (...). The gradient is 0 at classes where p = q.
+    Raises TypeError or ValueError for logits that do not fit together and options out of range.
+    Wen et al., f-Divergence Minimization for Knowledge Distillation, 2023. arXiv:2307.15190
+    """
+    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
+    return _scaled(0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1), temperature, scale_t2)
+
+
+@loss(_check, _fused)
+def soft_cross_entropy(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale_t2: bool = True,
+) -> Tensor:
+    """−T² Σ p log q: the forward KL plus the teacher's entropy, with the same gradient.
+
+    Shapes: logits (..., V), weights (...). What several frameworks call their "KL" loss.
+    Raises TypeError or ValueError for logits that do not fit together and options out of range.
+    Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
+    """
+    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
+    return _scaled(_expectation(log_p.exp(), -log_q), temperature, scale_t2)
+
+
+@loss(_check)
+def logit_mse(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale_t2: bool = True,
+) -> Tensor:
+    """T² (1/V) Σ ((z_s − z_t) / T)² over the V logits; with `scale_t2` the T cancels.
+
+    Shapes: logits (..., V), weights (...). Unlike a softmax, it also ties the logits' offset.
+    Raises TypeError or ValueError for logits that do not fit together and options out of range.
+    Ba and Caruana, Do Deep Nets Really Need to be Deep?, 2014. arXiv:1312.6184
+    """
+    same = student_logits == teacher_logits  # also where both are −∞
+    difference = torch.where(same, 0, student_logits - teacher_logits) / temperature
+    return _scaled(difference.square().mean(-1), temperature, scale_t2)
+
+
+_DIVERGENCES = {
+    f.__name__: f
+    for f in (
+        forward_kl, reverse_kl, jensen_shannon, skew_kl, skew_reverse_kl, symmetric_kl,
+        total_variation, soft_cross_entropy,
+    )
+}  # fmt: skip
+_OPTION = {
+    "jensen_shannon": "beta",
+    "skew_kl": "skew",
+    "skew_reverse_kl": "skew",
+    "symmetric_kl": "weight",
+}
+
+
+def kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 0.5,
+    temperature: float = 4.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    weight: float = 0.5,
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    distill_ignored: bool = False,
+    return_parts: bool = False,
+    weights: Tensor | None = None,
+    normalizer: Any = None,
+    reduction: str = "mean",
+) -> Any:
+    """α CE(q at T = 1, labels) + (1 − α) T² D(p, q): vanilla knowledge distillation.
+
+    `divergence` names D, whose own option is `beta`, `skew` or `weight`. Shapes: logits (..., V),
+    labels and weights (...). Rows labelled `ignore_index` count in neither term; `distill_ignored`
+    keeps them in D, for unlabelled examples: CE is then averaged over the labelled rows, D over
+    all. `return_parts` gives (loss, CE, D), the parts without α.
+    Raises TypeError or ValueError for inputs that do not fit together and options out of range.
+    Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
+    """
+    if divergence not in _DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(_DIVERGENCES)}, got {divergence!r}")
+    option = _OPTION.get(divergence)
+    own = {option: dict(beta=beta, skew=skew, weight=weight)[option]} if option else {}
+    options = dict(temperature=temperature, scale_t2=scale_t2, **own)
+    _checks.reduction(reduction, normalizer)
+    _checks.fraction(alpha=alpha)
+    _check(student_logits, teacher_logits, **options)
+    _checks.labels(labels, student_logits, ignore_index)
+    if weights is not None:
+        _checks.weights(weights, labels.shape, student_logits.device)
+
+    labelled = labels != ignore_index
+    labels = torch.where(labelled, labels, -1)
+    keep = kept(weights)
+    distilled = keep if distill_ignored else (labelled if keep is None else labelled & keep)
+    engine = choose((student_logits, teacher_logits))
+    if engine == "formula":
+        divergences = rows(
+            _DIVERGENCES[divergence].formula,
+            None,
+            student_logits,
+            teacher_logits,
+            distilled,
+            options,
+        )
+        cross_entropies = rows(
+            _cross_entropy, None, student_logits, student_logits, keep, dict(labels=labels)
+        )
+    else:
+        divergences, cross_entropies = _fused(
+            divergence, engine, student_logits, teacher_logits, distilled, labels=labels, **options
+        )
+    ones = divergences.new_ones(()).expand(labels.shape) if weights is None else weights
+    ce_weights = torch.where(labelled, ones, 0)
+    kd_weights = weights if distill_ignored else ce_weights
+    ce = reduce(cross_entropies, ce_weights, normalizer, reduction)
+    softened = reduce(divergences, kd_weights, normalizer, reduction)
+    total = alpha * ce + (1 - alpha) * softened
+    return (total, ce, softened) if return_parts else total
+
+
+def _cross_entropy(student: Tensor, _: Tensor, *, labels: Tensor) -> Tensor:
+    """−log softmax(student)[label]; 0 where the label is negative."""
+    chosen = student.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(labels < 0, 0, -chosen)
