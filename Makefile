@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a virtual environment with the versions of constraints.txt.
 PYTHON ?= python3
 VENV ?= .venv
+INTEGRATIONS ?= .venv-integrations
 BIN = $(VENV)/bin
 ENVIRONMENT = $(VENV)/.installed
 
@@ -14,6 +15,10 @@ test: $(ENVIRONMENT)
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 --ignore=tests/compiled --ignore=tests/integrations
 	$(BIN)/pytest -q tests/compiled
 
+# The frameworks live in an environment of their own: no other target needs them.
+test-integrations: $(INTEGRATIONS)/.installed
+	$(INTEGRATIONS)/bin/pytest -q tests/integrations
+
 check: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -22,4 +27,9 @@ check: $(ENVIRONMENT)
 $(ENVIRONMENT): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,bench,dev]"
+	touch $@
+
+$(INTEGRATIONS)/.installed: pyproject.toml constraints-integrations.txt
+	$(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-integrations.txt --editable ".[integrations]"
 	touch $@

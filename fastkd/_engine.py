@@ -13,7 +13,7 @@ import importlib.metadata
 import importlib.util
 import os
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ _backend = _known(os.environ.get("FASTKD_BACKEND", "auto"))
 
 
 class backend(contextlib.ContextDecorator):
-    """Choose what computes the losses inside a `with` block: ``with fastkd.backend("formula"): ...``
+    """Choose what computes the losses in a `with` block: ``with fastkd.backend("formula"): ...``
 
     "auto" takes the best engine that can run, "triton" and "portable" insist on one, "formula" runs
     the definition itself (any order of derivative, most memory). The environment variable
@@ -132,8 +132,9 @@ class Engine:
     scalars   names of the numbers that vary at run time (floats or 0-dim tensors)
     options   schema of what selects code, for example "str divergence"
     rowwise   names of the tensors that start with the example dimensions
-    allocate  (*tensors, *scalars, *options) -> (losses, losses, statistics): the empty outputs of
-              `forward`; statistics are what `backward` needs and get no gradient
+
+    The engine's modules have `forward`, `backward` and `allocate`, the empty outputs of `forward`:
+    two losses, and the statistics that `backward` needs, which get no gradient.
     """
 
     def __init__(
@@ -144,7 +145,6 @@ class Engine:
         scalars: str,
         options: str,
         rowwise: Sequence[str],
-        allocate: Callable,
     ) -> None:
         self.family = family
         self.n_scalars, self.n_options = len(scalars.split(",")), len(options.split(","))
@@ -158,7 +158,9 @@ class Engine:
         _library.impl(f"{family}_forward", self._forward, "CompositeExplicitAutograd")
         _library.impl(f"{family}_backward", self._backward, "CompositeExplicitAutograd")
         torch.library.register_fake(
-            f"fastkd::{family}_forward", lambda *xs: allocate(*xs[:-1]), lib=_library
+            f"fastkd::{family}_forward",
+            lambda *xs: _module(family, xs[-1]).allocate(*xs[:-1]),
+            lib=_library,
         )
         torch.library.register_fake(
             f"fastkd::{family}_backward",
@@ -245,7 +247,7 @@ def _differentiable(engine: Engine) -> type[torch.autograd.Function]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            *losses, statistics = output
+            statistics = output[-1]
             ctx.mark_non_differentiable(statistics)
             ctx.set_materialize_grads(False)
             n_tensors = len(engine.rowwise)
@@ -254,7 +256,7 @@ def _differentiable(engine: Engine) -> type[torch.autograd.Function]:
 
         @staticmethod
         def backward(ctx: Any, *upstream: Any) -> Any:
-            *upstream, _ = upstream
+            upstream = upstream[:-1]  # the last is of the statistics
             nothing = [None] * (len(engine.rowwise) + len(ctx.scalars_and_options) - 1)
             if all(x is None for x in upstream):
                 return None, *nothing

@@ -11,29 +11,47 @@ The teacher is a constant. Logits of −∞ in both are a masked vocabulary: the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd import _checks
-from fastkd._engine import Engine, choose
+from fastkd._engine import Engine, choose, compute_dtype
 from fastkd._loss import kept, loss, reduce, rows
 
-N_STATISTICS = 8  # floats that an engine may keep for each row between forward and backward
+Number = float | Tensor
 
 
-def _allocate(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.float64 in (student.dtype, teacher.dtype)
-    dtype = torch.float64 if wide else torch.float32
-    examples = student.shape[:-1]
-    return (
-        student.new_empty(examples, dtype=dtype),
-        student.new_empty(examples if labels is not None else (*examples, 0), dtype=dtype),
-        student.new_empty((*examples, N_STATISTICS), dtype=dtype),
-    )
+class Problem(NamedTuple):
+    """The arguments that every function of an engine of this family takes."""
+
+    student: Tensor  # (..., V)
+    teacher: Tensor  # (..., V)
+    labels: Tensor | None  # (...), negative: no label
+    offset: Tensor | None  # (V), subtracted from the teacher's logits
+    keep: Tensor | None  # (...), rows that count in the divergence
+    student_temperature: Number
+    teacher_temperature: Number
+    weight: Number
+    scale: Number
+    divergence: str
+
+    @property
+    def n_rows(self) -> int:
+        return self.student.shape[:-1].numel()
+
+    def allocate(self, n_statistics: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Empty rows of divergence, rows of cross-entropy (0 long without labels), statistics."""
+        dtype = compute_dtype(self.student, self.teacher)
+        examples = self.student.shape[:-1]
+        return (
+            self.student.new_empty(examples, dtype=dtype),
+            self.student.new_empty(
+                examples if self.labels is not None else (*examples, 0), dtype=dtype
+            ),
+            self.student.new_empty((*examples, n_statistics), dtype=dtype),
+        )
 
 
 _engine = Engine(
@@ -42,12 +60,11 @@ _engine = Engine(
     scalars="student_temperature, teacher_temperature, weight, scale",
     options="str divergence",
     rowwise=("student", "teacher", "labels", "keep"),
-    allocate=_allocate,
 )
 
 
 # the ends of the mixtures are losses of their own
-_ENDS = {
+_ENDS: dict[tuple[str, float], str] = {
     ("jensen_shannon", 0): "forward_kl",
     ("jensen_shannon", 1): "reverse_kl",
     ("skew_kl", 0): "forward_kl",
@@ -236,9 +253,10 @@ def symmetric_kl(
     """
     log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
     q, p = log_q.exp(), log_p.exp()
-    # one sum, so that a weight of exactly 0 or 1 leaves the other term out even where it is infinite
-    divergence = _expectation(weight * p - (1 - weight) * q, log_p - log_q)
-    return _scaled(divergence, temperature, scale_t2)
+    # weighted inside, so that a weight of exactly 0 leaves out even what is infinite
+    forward = _expectation(weight * p, log_p - log_q)
+    reverse = _expectation((1 - weight) * q, log_q - log_p)
+    return _scaled(forward + reverse, temperature, scale_t2)
 
 
 @loss(_check, _fused)
@@ -343,7 +361,7 @@ def kd(
         raise ValueError(f"divergence must be one of {', '.join(_DIVERGENCES)}, got {divergence!r}")
     option = _OPTION.get(divergence)
     own = {option: dict(beta=beta, skew=skew, weight=weight)[option]} if option else {}
-    options = dict(temperature=temperature, scale_t2=scale_t2, **own)
+    options: dict[str, Any] = dict(temperature=temperature, scale_t2=scale_t2, **own)
     _checks.reduction(reduction, normalizer)
     _checks.fraction(alpha=alpha)
     _check(student_logits, teacher_logits, **options)
@@ -352,11 +370,14 @@ def kd(
         _checks.weights(weights, labels.shape, student_logits.device)
 
     labelled = labels != ignore_index
-    labels = torch.where(labelled, labels, -1)
     keep = kept(weights)
-    distilled = keep if distill_ignored else (labelled if keep is None else labelled & keep)
+    counted = labelled if keep is None else labelled & keep
+    labels = torch.where(counted, labels, -1)
+    distilled = keep if distill_ignored else counted
     engine = choose((student_logits, teacher_logits))
     if engine == "formula":
+        # here, not in each term: the sum of their gradients is rounded once
+        student_logits = student_logits.to(compute_dtype(student_logits, teacher_logits))
         divergences = rows(
             _DIVERGENCES[divergence].formula,
             None,

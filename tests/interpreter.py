@@ -2,8 +2,8 @@
 
 As shipped (3.4 to 3.9, not every fault in each) it truncates float32 to bfloat16, adds and
 multiplies the bit patterns of bfloat16, gives tf32 dots the precision of float32, rounds tl.fma
-twice, lets NaN through tl.maximum and tl.max, and fails on constants in bfloat16 and on scalars
-with numpy >= 2.4.
+twice, lets NaN through tl.maximum and tl.max, takes a scalar comparison for a number when it is
+broadcast, and fails on constants in bfloat16 and on scalars with numpy >= 2.4.
 
 Limits: exp2, log2 and division stay numpy's, more accurate than a GPU's; tl.fma rounds through
 float64, which differs from one rounding about once in 2**29; tl.sum adds in numpy's order.
@@ -92,7 +92,10 @@ def create_fp_to_fp(self, source, target, rounding):
 
 def binary_op(self, left, right, operator):
     if not is_bfloat16(left):
-        return original["binary_op"](self, left, right, operator)
+        result = original["binary_op"](self, left, right, operator)
+        if result.data.dtype == bool:  # a comparison of scalars would be broadcast as a number
+            result.dtype = tl.int1
+        return result
     result = operator(widen(left.data), widen(right.data))
     return TensorHandle(result, tl.int1) if result.dtype == bool else narrowed(result)
 

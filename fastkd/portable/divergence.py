@@ -8,53 +8,54 @@ less than what is stored once, so nothing the size of the logits is kept but the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd._engine import compute_dtype
-from fastkd.divergence import N_STATISTICS
-
-Number = float | Tensor
+from fastkd.divergence import Number, Problem
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18}  # a few megabytes of scratch stay in a CPU's cache
 _LARGE_CHUNK = 1 << 23  # elsewhere a chunk must pay for its launches
 
 
-class _Problem(NamedTuple):
-    """The arguments that every function of an engine takes."""
-
-    student: Tensor  # (..., V)
-    teacher: Tensor  # (..., V)
-    labels: Tensor | None  # (...), negative: no label
-    offset: Tensor | None  # (V), subtracted from the teacher's logits
-    keep: Tensor | None  # (...), rows that count in the divergence
-    student_temperature: Number
-    teacher_temperature: Number
-    weight: Number
-    scale: Number
-    divergence: str
+def allocate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What `forward` returns, empty: nothing is kept for `backward`, it computes all anew."""
+    return Problem(*arguments).allocate(0)
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(*_Problem) -> rows of divergence · scale, rows of cross-entropy at T = 1, statistics.
-
-    Statistics are what `backward` wants of a row: here nothing, it computes everything anew.
-    """
-    problem = _Problem(*arguments)
-    losses, cross_entropies = _compute(problem)
-    statistics = losses.new_zeros(()).expand(*losses.shape, N_STATISTICS)
+    """(*Problem) -> rows of divergence · scale, rows of cross-entropy at T = 1, statistics."""
+    problem = Problem(*arguments)
+    labels, offset, keep, temperature, teacher_temperature, weight, scale, name = problem[2:]
+    losses, cross_entropies, statistics = problem.allocate(0)
+    flat, flat_ce = losses.view(-1), cross_entropies.view(-1)
+    for rows, (z, z_teacher), scratch in _chunks(problem.student, problem.teacher):
+        if labels is not None:
+            log_q = _log_softmax(z, 1.0, None, scratch, 0)
+            classes = labels.reshape(-1, 1)[rows].clamp(min=0)
+            torch.neg(log_q.gather(1, classes).squeeze(1), out=flat_ce[rows])
+        log_q = _log_softmax(z, temperature, None, scratch, 0)
+        log_p = _log_softmax(z_teacher, teacher_temperature, offset, scratch, 1)
+        # nansum drops 0·∞ and with it a NaN of the input, which fills its row: put it back
+        nan = log_q[:, 0].add(log_p[:, 0]).clamp_(0, 0)
+        torch.add(_value(name, log_p, log_q, weight, scratch[2:]), nan, out=flat[rows])
+    losses.mul_(scale)
+    if keep is not None:
+        losses.masked_fill_(~keep, 0)
+    if labels is not None:
+        cross_entropies.masked_fill_(labels < 0, 0)
     return losses, cross_entropies, statistics
 
 
 def backward(
-    upstream: Tensor | None, ce_upstream: Tensor | None, statistics: Tensor, *arguments: Any
+    upstream: Tensor | None, ce_upstream: Tensor | None, statistics: Tensor | None, *arguments: Any
 ) -> Tensor:
     """Σ upstream · ∂losses + Σ ce_upstream · ∂cross_entropies with respect to the student."""
-    problem = _Problem(*arguments)
+    problem = Problem(*arguments)
     gradient = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
-    _compute(problem, gradient, upstream, ce_upstream, values=False)
+    _fill(gradient, upstream, ce_upstream, problem)
     return gradient
 
 
@@ -69,59 +70,27 @@ def value_and_gradient(
     For a caller that knows the weights beforehand, on chunks of logits that are thrown away
     afterwards: `in_place` writes the gradient over the student.
     """
-    problem = _Problem(*arguments)
-    student = problem.student
-    gradient = (
-        student if in_place else torch.empty_like(student, memory_format=torch.contiguous_format)
-    )
-    return *_compute(problem, gradient, row_weights, ce_weights), gradient
+    losses, cross_entropies, _ = forward(*arguments)
+    if not in_place:
+        return losses, cross_entropies, backward(row_weights, ce_weights, None, *arguments)
+    problem = Problem(*arguments)
+    _fill(problem.student, row_weights, ce_weights, problem)
+    return losses, cross_entropies, problem.student
 
 
-def _compute(
-    problem: _Problem,
-    gradient: Tensor | None = None,
-    upstream: Tensor | None = None,
-    ce_upstream: Tensor | None = None,
-    values: bool = True,
-) -> tuple[Tensor, Tensor]:
-    (
-        student,
-        teacher,
-        labels,
-        offset,
-        keep,
-        temperature,
-        teacher_temperature,
-        weight,
-        scale,
-        name,
-    ) = problem
-    dtype = compute_dtype(student, teacher)
-    examples = student.shape[:-1]
-    n_rows = examples.numel()
-    losses = student.new_empty(n_rows, dtype=dtype)
-    cross_entropies = student.new_empty(n_rows if labels is not None else 0, dtype=dtype)
-    if labels is not None:
-        labels = labels.reshape(-1)
-        labelled = labels >= 0
-        classes = labels.clamp(min=0).unsqueeze(1)
-    factors = _factors(upstream, keep, scale / temperature, dtype)
-    ce_factors = None if labels is None else _factors(ce_upstream, labelled, 1.0, dtype)
-
-    chunks = _chunks(student, teacher, gradient, dtype)
-    for rows, z, z_teacher, g, scratch in chunks:
-        if values and labels is not None:
-            log_q = _log_softmax(z, 1.0, None, scratch, 0)
-            torch.neg(log_q.gather(1, classes[rows]).squeeze(1), out=cross_entropies[rows])
-        if values:
-            log_q = _log_softmax(z, temperature, None, scratch, 0)
-            log_p = _log_softmax(z_teacher, teacher_temperature, offset, scratch, 1)
-            # nansum drops 0·∞ and with it a NaN of the input, which fills its row: put it back
-            nan = log_q[:, 0].add(log_p[:, 0]).clamp_(0, 0)
-            torch.add(_value(name, log_p, log_q, weight, scratch[2:]), nan, out=losses[rows])
-        if gradient is None:
-            continue
-        slope = g if g.dtype == dtype and gradient is not student else scratch[5]
+def _fill(
+    gradient: Tensor, upstream: Tensor | None, ce_upstream: Tensor | None, problem: Problem
+) -> None:
+    """Write the gradient, which may be the student itself."""
+    labels, offset, keep, temperature, teacher_temperature, weight, scale, name = problem[2:]
+    dtype = compute_dtype(problem.student, problem.teacher)
+    factors = _factors(upstream, keep, dtype)
+    if factors is not None:
+        factors = factors * scale / temperature
+    ce_factors = None if labels is None else _factors(ce_upstream, labels >= 0, dtype)
+    in_scratch = gradient.dtype != dtype or gradient is problem.student
+    for rows, (z, z_teacher, out), scratch in _chunks(problem.student, problem.teacher, gradient):
+        slope = scratch[5] if in_scratch else out
         if factors is None:
             slope.zero_()
         else:
@@ -129,43 +98,38 @@ def _compute(
             log_p = _log_softmax(z_teacher, teacher_temperature, offset, scratch, 1)
             _slope(name, log_p, log_q, weight, scratch[2:], slope)
             _scale_rows(slope, factors[rows])
-        if ce_factors is not None:
+        if ce_factors is not None and labels is not None:
             factor = ce_factors[rows]
             slope.add_(_scale_rows(_log_softmax(z, 1.0, None, scratch, 0).exp_(), factor))
-            slope.scatter_add_(1, classes[rows], -factor.unsqueeze(1))
-        if slope is not g:
-            g.copy_(slope)
-
-    losses.mul_(scale)
-    if keep is not None:
-        losses.masked_fill_(~keep.reshape(-1), 0)
-    if labels is None:
-        return losses.view(examples), cross_entropies.view(*examples, 0)
-    return losses.view(examples), cross_entropies.masked_fill_(~labelled, 0).view(examples)
+            classes = labels.reshape(-1, 1)[rows].clamp(min=0)
+            slope.scatter_add_(1, classes, -factor.unsqueeze(1))
+        if in_scratch:
+            out.copy_(slope)
 
 
-def _chunks(
-    student: Tensor, teacher: Tensor, gradient: Tensor | None, dtype: torch.dtype
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None, Tensor]]:
+def _chunks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
     """Row numbers, chunks [R, V] of the tensors, and scratch [6, R, V]; never a copy of logits.
 
-    Shifted logits, [B, S, V] cut to [:, :-1], do not flatten to rows: they are taken batch by batch.
+    Shifted logits, [B, S, V] cut to [:, :-1], do not flatten to rows: they are taken one by one.
     """
+    student, teacher = tensors[:2]
+    if not student.numel():
+        return  # no rows, of which there are any number
     n_cols = student.shape[-1]
     inner = student.shape[-2] if student.ndim > 1 else 1
-    blocks = [
-        None if x is None else x.reshape(-1, inner, n_cols) for x in (student, teacher, gradient)
-    ]
-    if all(x is None or x.is_contiguous() for x in blocks):
-        blocks = [None if x is None else x.reshape(1, -1, n_cols) for x in blocks]
+    blocks = [x.reshape(-1, inner, n_cols) for x in tensors]
+    if all(x.is_contiguous() for x in blocks):
+        blocks = [x.reshape(1, -1, n_cols) for x in blocks]
     outer, inner, _ = blocks[0].shape
     size = max(1, _CHUNK_ELEMENTS.get(student.device.type, _LARGE_CHUNK) // n_cols)
-    scratch = student.new_empty((6, min(size, inner), n_cols), dtype=dtype)
+    scratch = student.new_empty(
+        (6, min(size, inner), n_cols), dtype=compute_dtype(student, teacher)
+    )
     for i in range(outer):
         for start in range(0, inner, size):
             stop = min(start + size, inner)
-            s, t, g = (None if x is None else x[i, start:stop] for x in blocks)
-            yield slice(i * inner + start, i * inner + stop), s, t, g, scratch[:, : stop - start]
+            rows = slice(i * inner + start, i * inner + stop)
+            yield rows, [x[i, start:stop] for x in blocks], scratch[:, : stop - start]
 
 
 def _log_softmax(
@@ -257,14 +221,12 @@ def _slope(
         out.mul_(share)
 
 
-def _factors(
-    upstream: Tensor | None, keep: Tensor | None, scale: Number, dtype: torch.dtype
-) -> Tensor | None:
+def _factors(upstream: Tensor | None, counts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """What multiplies the gradient of each row: 0 for a row that is left out."""
     if upstream is None:
         return None
-    factors = upstream.reshape(-1).to(dtype) * scale
-    return factors if keep is None else torch.where(keep.reshape(-1), factors, 0)
+    factors = upstream.reshape(-1).to(dtype)
+    return factors if counts is None else torch.where(counts.reshape(-1), factors, 0)
 
 
 def _scale_rows(rows: Tensor, factor: Tensor) -> Tensor:

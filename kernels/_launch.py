@@ -1,0 +1,83 @@
+"""What launchers must know of tensors and devices before a kernel starts."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.runtime import driver
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Device(NamedTuple):
+    multiprocessors: int
+    fast_log2: bool  # whether the target has the instruction
+
+
+@functools.cache
+def _describe(active: Any, index: int) -> Device:
+    properties = active.utils.get_device_properties(index)
+    nvidia = active.get_current_target().backend == "cuda"
+    return Device(properties["multiprocessor_count"], nvidia)
+
+
+def device_of(tensor: Tensor) -> Device:
+    if INTERPRETED:
+        return Device(132, False)
+    index = tensor.device.index
+    return _describe(driver.active, driver.active.get_current_device() if index is None else index)
+
+
+def on_device(tensor: Tensor) -> Any:
+    """Kernels start on the current device: make it the tensor's."""
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+class Rows(NamedTuple):
+    """A tensor (..., V): row r starts at r // inner · outer_stride + r % inner · inner_stride."""
+
+    tensor: Tensor
+    outer_stride: int
+    inner_stride: int
+
+
+def rows_of(tensor: Tensor) -> Rows:
+    """Any strides but a copy: only a last dimension with gaps, or four odd ones, need that."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        tensor = tensor.contiguous()
+    if tensor.ndim > 3:
+        tensor = tensor.reshape(-1, *tensor.shape[-2:])
+    strides = [
+        stride if size > 1 else 0
+        for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
+    ]
+    return Rows(tensor, *[0] * (2 - len(strides)), *strides)
+
+
+def alignment(tensors: list[Rows], most: int) -> int:
+    """The largest power of two that divides `most` and, in elements, the start of every row."""
+    together = most
+    for rows in tensors:
+        first = rows.tensor.data_ptr() // rows.tensor.element_size()
+        together |= first | rows.outer_stride | rows.inner_stride
+    return together & -together
+
+
+def congruent(a: Rows, b: Rows, width: int) -> bool:
+    """Whether each row of `b` starts as far from a vector's boundary as the same row of `a`."""
+    first_a = a.tensor.data_ptr() // a.tensor.element_size()
+    first_b = b.tensor.data_ptr() // b.tensor.element_size()
+    differences = (
+        first_a - first_b,
+        a.outer_stride - b.outer_stride,
+        a.inner_stride - b.inner_stride,
+    )
+    return all(difference % width == 0 for difference in differences)

@@ -1,0 +1,86 @@
+"""The Trainer of Hugging Face transformers: `compute_loss_func` is the place for a loss."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+
+import fastkd
+
+pytestmark = pytest.mark.integration
+BATCH = 8  # every step sees all the sentences, in micro-batches that differ
+
+
+# what a user writes: Trainer(student, ..., compute_loss_func=Distillation(student, teacher))
+class Distillation:
+    def __init__(self, student, teacher, **options):
+        self.teacher, self.options = teacher.eval(), options
+        student.register_forward_hook(self.teach, with_kwargs=True)
+
+    @torch.no_grad()
+    def teach(self, student, arguments, inputs, outputs):
+        outputs.teacher_logits = self.teacher.to(outputs.logits.device)(**inputs).logits
+
+    def __call__(self, outputs, labels, num_items_in_batch=None):
+        student, teacher = outputs.logits[:, :-1], outputs.teacher_logits[:, :-1]
+        labels = labels[:, 1:]  # position i predicts token i + 1
+        return fastkd.kd(student, teacher, labels, normalizer=num_items_in_batch, **self.options)
+
+
+class Expression(Distillation):
+    """The same in plain PyTorch."""
+
+    def __call__(self, outputs, labels, num_items_in_batch=None):
+        alpha, temperature = self.options["alpha"], self.options["temperature"]
+        kept = labels[:, 1:] != -100
+        student, teacher = outputs.logits[:, :-1][kept], outputs.teacher_logits[:, :-1][kept]
+        hard = F.cross_entropy(student, labels[:, 1:][kept], reduction="sum")
+        soft = F.kl_div(
+            F.log_softmax(student / temperature, -1),
+            F.log_softmax(teacher / temperature, -1),
+            log_target=True,
+            reduction="sum",
+        )
+        return (alpha * hard + (1 - alpha) * temperature**2 * soft) / num_items_in_batch
+
+
+def sentences(n, length=12):
+    """Sentences of 3 to `length` tokens, padded: a mean of means would weigh the tokens wrongly."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 32, (n, length), generator=generator)
+    lengths = torch.randint(3, length + 1, (n, 1), generator=generator)
+    mask = torch.arange(length) < lengths
+    labels = torch.where(mask, tokens, -100)
+    return [
+        {"input_ids": t, "attention_mask": m, "labels": y}
+        for t, m, y in zip(tokens, mask.long(), labels, strict=True)
+    ]
+
+
+@pytest.fixture
+def curve(tiny_llama, trainer_options, curve_of):
+    def train(loss, accumulation=1, **options):
+        student, teacher = tiny_llama(0, width=16), tiny_llama(1, width=32)
+        arguments = TrainingArguments(
+            **trainer_options,
+            per_device_train_batch_size=BATCH // accumulation,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=0.2,
+        )
+        loss = loss and loss(student, teacher, **options)
+        return curve_of(
+            Trainer(student, arguments, train_dataset=sentences(BATCH), compute_loss_func=loss)
+        )
+
+    return train
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_distillation_is_the_plain_expression_of_the_whole_batch(curve, same_curve, accumulation):
+    options = {"alpha": 0.3, "temperature": 2.0}
+    same_curve(curve(Distillation, accumulation, **options), curve(Expression, **options))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_cross_entropy_is_the_trainers_own(curve, same_curve, accumulation):
+    same_curve(curve(Distillation, accumulation, alpha=1.0), curve(None, accumulation))
