@@ -13,7 +13,7 @@ demo: $(ENVIRONMENT)
 # The interpreter decides at import, so the kernels are run and compiled in two processes.
 test: $(ENVIRONMENT)
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 --ignore=tests/compiled --ignore=tests/integrations
-	$(BIN)/pytest -q tests/compiled
+	$(BIN)/pytest -q -n 2 tests/compiled
 
 # The frameworks live in an environment of their own: no other target needs them.
 test-integrations: $(INTEGRATIONS)/.installed

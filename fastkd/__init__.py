@@ -14,8 +14,30 @@ from fastkd.divergence import (
     symmetric_kl,
     total_variation,
 )
+from fastkd.modules import (
+    ForwardKLLoss,
+    JensenShannonLoss,
+    KDLoss,
+    LogitMSELoss,
+    ReverseKLLoss,
+    SkewKLLoss,
+    SkewReverseKLLoss,
+    SoftCrossEntropyLoss,
+    SymmetricKLLoss,
+    TotalVariationLoss,
+)
 
 __all__ = [
+    "ForwardKLLoss",
+    "JensenShannonLoss",
+    "KDLoss",
+    "LogitMSELoss",
+    "ReverseKLLoss",
+    "SkewKLLoss",
+    "SkewReverseKLLoss",
+    "SoftCrossEntropyLoss",
+    "SymmetricKLLoss",
+    "TotalVariationLoss",
     "__version__",
     "backend",
     "forward_kl",

@@ -47,7 +47,7 @@ def labels(labels: Tensor, student: Tensor, ignore_index: int) -> None:
         )
     same_device(student_logits=student, labels=labels)
     # on a GPU this look at the values would wait for it; there a wrong class gives a NaN loss
-    if type(labels) is Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _has_values_at_hand(labels):
         wrong = ((labels < 0) | (labels >= student.shape[-1])) & (labels != ignore_index)
         if wrong.any():
             raise ValueError(
@@ -109,6 +109,16 @@ def same_device(**tensors: Tensor) -> None:
     (first, a), (second, b) = tensors.items()
     if a.device != b.device:
         raise ValueError(f"{first} is on {a.device}, {second} on {b.device}: move them together")
+
+
+def _has_values_at_hand(tensor: Tensor) -> bool:
+    """Not on a GPU, which one would wait for, and not traced or mapped by vmap, without values."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def constant_teacher(**teacher: Tensor) -> None:

@@ -8,6 +8,7 @@ makes both of them one op that works in eager mode, under torch.compile, torch.f
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -31,6 +32,7 @@ def _known(name: str) -> str:
 
 
 _backend = _known(os.environ.get("FASTKD_BACKEND", "auto"))
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 class backend(contextlib.ContextDecorator):
@@ -56,10 +58,17 @@ class backend(contextlib.ContextDecorator):
         _backend = self._outer.pop()
 
 
+def _triton_version() -> str:
+    for distribution in ("triton", "pytorch-triton", "pytorch-triton-rocm"):  # nightlies, ROCm
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return importlib.import_module("triton").__version__
+
+
 def _missing_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    version = importlib.metadata.version("triton")
+    version = _triton_version()
     if tuple(map(int, version.split(".")[:2])) < _OLDEST_TRITON:
         oldest = ".".join(map(str, _OLDEST_TRITON))
         return f"Triton {version} is installed, {oldest} or newer is needed"
@@ -112,6 +121,7 @@ def without_autocast(device: torch.device) -> Any:
     return contextlib.nullcontext()
 
 
+@functools.cache
 def _module(family: str, name: str) -> types.ModuleType:
     # fastkd.kernels is part of every installation: if it is missing, its ImportError must surface
     package = "kernels" if name == "triton" else "portable"
@@ -155,8 +165,11 @@ class Engine:
         saved = "Tensor? upstream_0, Tensor? upstream_1, Tensor statistics"
         _library.define(f"{family}_forward({arguments}) -> (Tensor, Tensor, Tensor)")
         _library.define(f"{family}_backward({saved}, {arguments}) -> Tensor")
-        _library.impl(f"{family}_forward", self._forward, "CompositeExplicitAutograd")
-        _library.impl(f"{family}_backward", self._backward, "CompositeExplicitAutograd")
+        for direction in ("forward", "backward"):
+            _library.impl(
+                f"{family}_{direction}", functools.partial(_run, family, direction),
+                "CompositeExplicitAutograd",
+            )  # fmt: skip
         torch.library.register_fake(
             f"fastkd::{family}_forward",
             lambda *xs: _module(family, xs[-1]).allocate(*xs[:-1]),
@@ -172,39 +185,47 @@ class Engine:
         ops = torch.ops.fastkd
         self.opaque_forward = getattr(ops, f"{family}_forward").default
         self.opaque_backward = getattr(ops, f"{family}_backward").default
-        self._function = _differentiable(self)
+        _engines[family] = self
+        self._function, self._traced_function = _differentiable(family, self.rowwise)
 
     def __call__(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return self._function.apply(*arguments, backend)
+        if torch.compiler.is_compiling():
+            return self._traced_function.apply(*arguments, backend)
+        if _transforms_active():
+            return self._function.apply(*arguments, backend)
+        # what `apply` does without torch.func: binding the signature would cost more than a launch
+        function: Any = super(torch.autograd.Function, self._function)
+        return function.apply(*arguments, backend)
 
     def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         if _traced(arguments):
             return self.opaque_forward(*self._scalars_as_tensors(arguments))
-        return self._forward(*arguments)
+        return _run(self.family, "forward", *arguments)
 
     def backward(self, *arguments: Any) -> Tensor:
         if _traced(arguments):
             return self.opaque_backward(*self._scalars_as_tensors(arguments))
-        return self._backward(*arguments)
-
-    def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        with torch.no_grad(), without_autocast(arguments[0].device):
-            return _module(self.family, arguments[-1]).forward(*arguments[:-1])
-
-    def _backward(self, *arguments: Any) -> Tensor:
-        with torch.no_grad(), without_autocast(arguments[2].device):
-            return _module(self.family, arguments[-1]).backward(*arguments[:-1])
+        return _run(self.family, "backward", *arguments)
 
     def _scalars_as_tensors(self, arguments: Sequence[Any]) -> list[Any]:
         """A number would be burned into the graph: every new temperature would compile anew."""
         last = len(arguments) - self.n_options - 1
         device = next(x.device for x in arguments if isinstance(x, Tensor))
+        one = torch.ones((), dtype=torch.float64, device=device)  # torch.full would burn it in too
         return [
-            torch.full((), x, dtype=torch.float64, device=device)
+            one * x
             if last - self.n_scalars <= i < last and not isinstance(x, Tensor)
             else x
             for i, x in enumerate(arguments)
         ]
+
+
+def _run(family: str, direction: str, *arguments: Any) -> Any:
+    """Call an engine's function, without autograd and autocast."""
+    body = getattr(_module(family, arguments[-1]), direction)
+    device = next(x.device for x in arguments if isinstance(x, Tensor))
+    with torch.no_grad(), without_autocast(device):
+        return body(*arguments[:-1])
 
 
 def _traced(arguments: Sequence[Any]) -> bool:
@@ -215,13 +236,23 @@ def _traced(arguments: Sequence[Any]) -> bool:
     return any(isinstance(x, Tensor) and type(x) not in plain for x in arguments)
 
 
-def _differentiable(engine: Engine) -> type[torch.autograd.Function]:
+_engines: dict[str, Engine] = {}
+
+
+def _differentiable(
+    family: str, rowwise: Sequence[bool]
+) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
+    """The function of a family for eager mode, and for torch.compile, which refuses any `jvp`.
+
+    The compiler cannot see an Engine in a closure either: it is looked up by its family's name.
+    """
+
     class Gradient(torch.autograd.Function):
         """The backward as a node of its own: its derivative is an error, not a wrong number."""
 
         @staticmethod
         def forward(*arguments: Any) -> Tensor:
-            return engine.backward(*arguments)
+            return _engines[family].backward(*arguments)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -237,43 +268,45 @@ def _differentiable(engine: Engine) -> type[torch.autograd.Function]:
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-            rowwise = [True, True, True, *engine.rowwise]
-            return _batched(Gradient, rowwise, info.batch_size, in_dims, arguments), 0
+            rows = [True, True, True, *rowwise]
+            return _batched(Gradient, rows, info.batch_size, in_dims, arguments), 0
 
-    class Loss(torch.autograd.Function):
+    class TracedLoss(torch.autograd.Function):
         @staticmethod
         def forward(*arguments: Any) -> Any:
-            return engine.forward(*arguments)
+            return _engines[family].forward(*arguments)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             statistics = output[-1]
             ctx.mark_non_differentiable(statistics)
             ctx.set_materialize_grads(False)
-            n_tensors = len(engine.rowwise)
-            ctx.save_for_backward(statistics, *inputs[:n_tensors])
-            ctx.scalars_and_options = inputs[n_tensors:]
+            ctx.save_for_backward(statistics, *inputs[: len(rowwise)])
+            ctx.scalars_and_options = inputs[len(rowwise) :]
 
         @staticmethod
         def backward(ctx: Any, *upstream: Any) -> Any:
             upstream = upstream[:-1]  # the last is of the statistics
-            nothing = [None] * (len(engine.rowwise) + len(ctx.scalars_and_options) - 1)
+            nothing = [None] * (len(rowwise) + len(ctx.scalars_and_options) - 1)
             if all(x is None for x in upstream):
                 return None, *nothing
+            gradient = _engines[family].backward
             # grad mode is on in a backward only under create_graph=True
-            gradient = Gradient.apply if torch.is_grad_enabled() else engine.backward
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                gradient = Gradient.apply
             return gradient(*upstream, *ctx.saved_tensors, *ctx.scalars_and_options), *nothing
 
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+            return _batched(Loss, rowwise, info.batch_size, in_dims, arguments), (0, 0, 0)
+
+    class Loss(TracedLoss):
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
             raise RuntimeError(_SECOND_ORDER.format("Forward-mode AD"))
 
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-            return _batched(Loss, engine.rowwise, info.batch_size, in_dims, arguments), (0, 0, 0)
-
-    Loss.__name__ = Loss.__qualname__ = engine.family.capitalize()  # the name of the grad_fn
-    return Loss
+    Loss.__name__ = Loss.__qualname__ = family.capitalize()  # the name of the grad_fn
+    return Loss, TracedLoss
 
 
 def _batched(

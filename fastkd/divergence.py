@@ -86,7 +86,7 @@ def _fused(
     labels: Tensor | None = None,
     **weight: float,
 ) -> Any:
-    (mixture,) = weight.values() or (0.0,)
+    mixture = next(iter(weight.values()), 0.0)
     divergence = _ENDS.get((divergence, mixture), divergence)
     scale = temperature**2 if scale_t2 else 1.0
     losses, cross_entropies, _ = _engine(
@@ -372,7 +372,7 @@ def kd(
     labelled = labels != ignore_index
     keep = kept(weights)
     counted = labelled if keep is None else labelled & keep
-    labels = torch.where(counted, labels, -1)
+    labels = torch.where(counted, labels.long(), -1)
     distilled = keep if distill_ignored else counted
     engine = choose((student_logits, teacher_logits))
     if engine == "formula":
@@ -387,7 +387,7 @@ def kd(
             options,
         )
         cross_entropies = rows(
-            _cross_entropy, None, student_logits, student_logits, keep, dict(labels=labels)
+            _cross_entropy, None, student_logits, student_logits, counted, dict(labels=labels)
         )
     else:
         divergences, cross_entropies = _fused(
@@ -403,6 +403,5 @@ def kd(
 
 
 def _cross_entropy(student: Tensor, _: Tensor, *, labels: Tensor) -> Tensor:
-    """−log softmax(student)[label]; 0 where the label is negative."""
-    chosen = student.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return torch.where(labels < 0, 0, -chosen)
+    """−log softmax(student)[label]; rows with a negative label are left out by the caller."""
+    return -student.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,181 @@
+"""The console script: `fastkd demo` shows what the losses do, `fastkd doctor` how they run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import _engine
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 1 where something does not work."""
+    parser = argparse.ArgumentParser(prog="fastkd", description=fastkd.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = "train a teacher and its students on real digits: what each loss gains, in a minute"
+    demo = commands.add_parser("demo", help=about, description=about)
+    demo.add_argument(
+        "--out", type=Path, default=Path("fastkd-demo"), help="folder for the results"
+    )
+    demo.add_argument("--seeds", type=_count, default=5, help="students for each loss (5)")
+    demo.add_argument("--steps", type=_count, default=250, help="training steps of a student (250)")
+    demo.add_argument("--device", default="cpu", help="cpu (the default) or for example cuda")
+    about = "say which engine computes each loss on each device, why, and whether it does it right"
+    commands.add_parser("doctor", help=about, description=about)
+    options = vars(parser.parse_args(arguments))
+    return _demo(**options) if options.pop("command") == "demo" else _doctor()
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"need a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def _demo(**options: Any) -> int:
+    try:
+        from fastkd.demo import report
+    except ModuleNotFoundError as error:
+        missing = str(error.name).split(".")[0]
+        if missing not in ("matplotlib", "rich", "sklearn"):
+            raise
+        print(
+            f"fastkd demo needs matplotlib, rich and scikit-learn, but {missing} is not installed. "
+            f'Run: pip install "fastkd[demo]"',
+            file=sys.stderr,
+        )
+        return 1
+    return report.run(**options)
+
+
+# ----------------------------------------------------------------------------------------- doctor
+
+
+def _logits(device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [3 * torch.randn(7, 1003, generator=generator).to(device, dtype) for _ in range(2)]
+
+
+def _logits_and_labels(device: str, dtype: torch.dtype) -> list[Tensor]:
+    return [*_logits(device, dtype), torch.arange(7, device=device)]
+
+
+# every public loss and what it is checked with
+LOSSES: dict[Callable[..., Tensor], Callable[[str, torch.dtype], list[Tensor]]] = {
+    fastkd.forward_kl: _logits,
+    fastkd.reverse_kl: _logits,
+    fastkd.jensen_shannon: _logits,
+    fastkd.skew_kl: _logits,
+    fastkd.skew_reverse_kl: _logits,
+    fastkd.symmetric_kl: _logits,
+    fastkd.total_variation: _logits,
+    fastkd.soft_cross_entropy: _logits,
+    fastkd.logit_mse: _logits,
+    fastkd.kd: _logits_and_labels,
+}
+# relative; engine and formula round differently, and bfloat16 gradients have 8 bits
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def _doctor() -> int:
+    print("python  ", platform.python_version(), "on", platform.system(), platform.machine())
+    print("torch   ", torch.__version__)
+    print("triton  ", _triton())
+    print("fastkd  ", fastkd.__version__)
+    print(
+        "backend ",
+        _engine._backend,
+        f"(FASTKD_BACKEND: {os.environ.get('FASTKD_BACKEND', 'not set')})",
+    )
+    n_wrong, cannot_run = 0, dict.fromkeys(LOSSES)
+    for device, name in _devices().items():
+        print(f"\n{device}  {name}".rstrip())
+        reasons = []
+        for loss, inputs in LOSSES.items():
+            engine, reason = _engine_and_reason(loss, device)
+            if engine:
+                cannot_run.pop(loss, None)
+                wrong = _wrong(loss, inputs, device)
+                n_wrong += wrong is not None
+                print(f"  {loss.__name__:20}{engine:10}{wrong or 'ok'}")
+            else:
+                print(f"  {loss.__name__:20}cannot run")
+            reasons.append(reason)
+        for reason in filter(None, dict.fromkeys(reasons)):  # many losses have the same
+            print(f"  {reason}")
+    print()
+    if cannot_run:
+        print("No device here can run", ", ".join(loss.__name__ for loss in cannot_run))
+    print(f"{n_wrong} wrong" if n_wrong else "What runs gives the values of its formula.")
+    return 1 if n_wrong or cannot_run else 0
+
+
+def _triton() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "not installed"
+    return triton.__version__
+
+
+def _devices() -> dict[str, str]:
+    """All devices with their names."""
+    devices = {"cpu": ""}
+    if torch.accelerator.is_available():
+        kind = str(torch.accelerator.current_accelerator())
+        name = getattr(torch.get_device_module(kind), "get_device_name", lambda _: "")
+        devices |= {f"{kind}:{i}": name(i) for i in range(torch.accelerator.device_count())}
+    return devices
+
+
+def _engine_and_reason(loss: Callable[..., Tensor], device: str) -> tuple[str | None, str]:
+    """What computes the loss, None if nothing can, and why it is nothing better."""
+    if getattr(loss, "fused", True) is None:
+        return "formula", f"formula: {loss.__name__} is computed as it is defined, without engine"
+    tensors = [torch.empty(0, device=device)]
+    try:
+        engine = _engine.choose(tensors)
+    except RuntimeError as error:
+        return None, str(error)
+    if engine == "triton":
+        return engine, ""
+    if _engine._backend == engine:
+        return engine, f'{engine}: FASTKD_BACKEND asks for it; "auto" takes the best engine'
+    obstacle = _engine.triton_obstacle(tensors)
+    return engine, f"{engine}, not triton: {obstacle or 'Triton would only interpret the kernels'}"
+
+
+def _wrong(loss: Callable[..., Tensor], inputs: Callable, device: str) -> str | None:
+    """How the loss differs from its formula, in value and gradient, or the error that it raises."""
+    for dtype, tolerance in TOLERANCES.items():
+        try:
+            got = _value_and_gradient(loss, inputs(device, dtype))
+            with fastkd.backend("formula"):
+                expected = _value_and_gradient(loss, inputs(device, dtype))
+        except Exception as error:  # whatever it is, the other losses are to be examined too
+            return f"{dtype}: {type(error).__name__}: {error}"
+        for what, a, b in zip(("value", "gradient"), got, expected, strict=True):
+            difference = ((a - b).abs().max() / b.abs().max()).item()
+            if not difference <= tolerance:
+                return f"{dtype}: its {what} is {difference:.1e} from the formula's"
+    return None
+
+
+def _value_and_gradient(loss: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    student, *others = tensors
+    value = loss(student.requires_grad_(), *others)
+    (gradient,) = torch.autograd.grad(value, student)
+    return [x.detach().cpu().double() for x in (value, gradient)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""The demo, small: it trains, reports honestly, and fails where fastkd and eager PyTorch differ."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastkd import __main__ as program
+from fastkd._engine import choose
+
+digits = pytest.importorskip("fastkd.demo.digits", reason="needs the extra `demo`")
+report = pytest.importorskip("fastkd.demo.report", reason="needs the extra `demo`")
+
+STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(digits, "TEACHER_STEPS", 30)
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def keep_methods(monkeypatch, *methods):
+    for module in (digits, report):
+        monkeypatch.setattr(module, "METHODS", [*methods])
+
+
+def fits(seeds=1, steps=STEPS):
+    teacher, *students = digits.experiment(seeds, steps)
+    return teacher, students
+
+
+def test_prints_and_writes_the_table_the_check_and_the_plot(tmp_path, capsys):
+    out = tmp_path / "new" / "folder"
+    arguments = ["demo", "--seeds", "1", "--steps", str(STEPS), "--out", str(out)]
+    assert program.main(arguments) == 0
+    printed, written = capsys.readouterr().out, (out / "digits.md").read_text(encoding="utf-8")
+    for text in (printed, written):
+        for method in digits.METHODS:
+            assert method.name in text
+        assert "Check passed" in text
+    rows = [line.split("|")[1:-1] for line in written.splitlines() if line.startswith("| ")]
+    assert len(rows) == len(digits.METHODS) + 4  # two tables, each with its header and rule
+    assert {len(row) for row in rows} == {len(report.HEADER)}
+    cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    engines = [cells[name][-1] for name in ("no teacher", "KD, skew KL", "logit MSE")]
+    assert engines == ["PyTorch", choose([torch.empty(0)]), "formula"]
+    assert (out / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_loss_fails_the_check(monkeypatch, tmp_path, capsys):
+    def without_t2(student, teacher, labels):
+        log_q, p = F.log_softmax(student.logits / 4, -1), F.softmax(teacher.logits / 4, -1)
+        supervised = F.cross_entropy(student.logits, labels)
+        return 0.5 * supervised + 0.5 * F.kl_div(log_q, p, reduction="batchmean")
+
+    wrong = digits.EAGER_KD._replace(loss=without_t2)
+    keep_methods(monkeypatch, digits.NO_TEACHER, wrong, digits.KD)
+    monkeypatch.setattr(report, "EAGER_KD", wrong)
+    monkeypatch.setattr(report, "TITLES", {False: "few"})
+    assert report.run(tmp_path, seeds=1, steps=3, device="cpu") == 1
+    assert "Check FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("error", "passed"), [(0.0, True), (1e-4, False), (float("nan"), False)])
+def test_the_check_sees_a_small_error(error, passed):
+    curve = torch.linspace(2, 1, 40)
+    wrong = curve * (1 + error)
+    students = [
+        digits.Fit(method, seed, 90.0, 90.0, losses)
+        for method, losses in ((digits.KD, wrong), (digits.EAGER_KD, curve))
+        for seed in range(3)
+    ]
+    assert report.check(students)[0] is passed
+
+
+def test_the_check_sees_a_late_error_in_most_seeds_only():
+    """One chaotic seed may amplify its rounding, two of three may not."""
+    curve = torch.linspace(2, 1, 40)
+    late = curve.clone()
+    late[20:] *= 1.01
+    for n_late, passed in ((1, True), (2, False)):
+        students = [
+            digits.Fit(digits.KD, seed, 90.0, 90.0, late if seed < n_late else curve)
+            for seed in range(3)
+        ] + [digits.Fit(digits.EAGER_KD, seed, 90.0, 90.0, curve) for seed in range(3)]
+        assert report.check(students)[0] is passed
+
+
+def test_the_same_seed_gives_the_same_numbers(monkeypatch):
+    keep_methods(monkeypatch, digits.KD)
+    (first_teacher, first), (second_teacher, second) = fits(2), fits(2)
+    for a, b in zip([first_teacher, *first], [second_teacher, *second], strict=True):
+        assert torch.equal(a.losses, b.losses)
+        assert a[:4] == b[:4]
+    assert not torch.equal(first[0].losses, first[1].losses)  # another seed, another run
+
+
+def test_students_see_few_labels_and_the_teacher_of_their_own_images():
+    data, test = digits.load("cpu")
+    images = data.images.flatten(1)
+    data = data._replace(teacher=digits.Output(images[:, :10], images))
+    few = digits.few_labels(data, seed=1)
+    assert len(few.images) == digits.N_STUDENT
+    assert (few.labels != digits.IGNORED).sum() == digits.N_LABELLED
+    assert torch.equal(few.teacher.features, few.images.flatten(1))
+    assert (data.labels >= 0).all()  # the labels of the others are not overwritten
+    assert not torch.equal(few.images, digits.few_labels(data, seed=2).images)
+    assert len(data.images) + len(test.images) == 1797
+
+
+@pytest.mark.parametrize("method", digits.METHODS, ids=lambda method: method.name)
+def test_every_loss_teaches_the_student_alone(method):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 6, 10, generator=generator)
+    student, teacher = (digits.Output(x.clone().requires_grad_(), x) for x in logits)
+    labels = torch.tensor([3, -100, 1, -100, -100, 9])
+    teacher = digits.Output(teacher.logits.detach(), teacher.features)
+    (gradient,) = torch.autograd.grad(method.loss(student, teacher, labels), student.logits)
+    unlabelled = gradient[labels < 0]
+    assert gradient.isfinite().all()
+    assert bool(unlabelled.any()) is (method.loss is not digits.no_teacher)
+
+
+def test_kd_and_the_eager_expression_are_one_loss():
+    generator = torch.Generator().manual_seed(0)
+    logits, other = torch.randn(2, 6, 10, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([3, -100, 1, -100, -100, 9])
+    both = []
+    for method in (digits.KD, digits.EAGER_KD):
+        student = logits.clone().requires_grad_()
+        value = method.loss(digits.Output(student, student), digits.Output(other, other), labels)
+        both.append((value, *torch.autograd.grad(value, student)))
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_gains_are_paired_and_wins_counted(monkeypatch):
+    keep_methods(monkeypatch, digits.NO_TEACHER, digits.KD)
+    accuracies = {digits.NO_TEACHER: (80.0, 90.0, 70.0), digits.KD: (90.0, 89.0, 80.0)}
+    students = [
+        digits.Fit(method, seed, accuracy, 95.0, torch.ones(3))
+        for method, values in accuracies.items()
+        for seed, accuracy in enumerate(values)
+    ]
+    alone, taught = report.table(students, all_labels=False, device="cpu")
+    assert alone[:5] == ["no teacher", "80.0 ± 10.0", "", "", "95.0"]
+    assert taught[:5] == ["KD, forward KL", "86.3 ± 5.5", "+6.3 ± 6.4", "2/3", "95.0"]

@@ -1,0 +1,190 @@
+"""`fastkd doctor` says what runs and why, and notices a wrong engine."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import __main__ as program
+from fastkd import _engine
+from fastkd.portable import divergence as portable
+
+ON_CPU = {"cpu": ""}
+
+
+def doctor(monkeypatch, capsys, devices=ON_CPU):
+    monkeypatch.setattr(program, "_devices", lambda: devices)
+    status = program.main(["doctor"])
+    return status, capsys.readouterr().out
+
+
+def lines_of(page):
+    """loss -> what its line says"""
+    rows = (line.split(maxsplit=2) for line in page.splitlines())
+    names = {loss.__name__ for loss in program.LOSSES}
+    return {row[0]: row[1:] for row in rows if row and row[0] in names}
+
+
+def console_script(*arguments, without=(), **environment):
+    """The program in a process of its own, in which some packages cannot be imported."""
+    hide = f"import sys; sys.modules.update(dict.fromkeys({without!r}))"
+    run = "from fastkd.__main__ import main; raise SystemExit(main())"
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", f"{hide}; {run}", *arguments],
+        env=inherited | {"CUDA_VISIBLE_DEVICES": ""} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_every_public_loss_is_examined():
+    public = {getattr(fastkd, name) for name in fastkd.__all__ if name.islower()}
+    losses = {f for f in public if callable(f)} - {fastkd.backend}
+    assert losses == set(program.LOSSES), "add the new loss and its inputs to LOSSES"
+
+
+def test_a_healthy_cpu(monkeypatch, capsys):
+    with fastkd.backend("auto"):
+        status, page = doctor(monkeypatch, capsys)
+    assert status == 0
+    assert lines_of(page) == {
+        loss.__name__: ["formula" if loss is fastkd.logit_mse else "portable", "ok"]
+        for loss in program.LOSSES
+    }
+    assert torch.__version__ in page
+    assert fastkd.__version__ in page
+    assert page.count("not triton") == 1  # the reason that all share, once
+
+
+def test_without_triton_the_reason_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(_engine, "_no_triton", "Triton is not installed")
+    with fastkd.backend("auto"):
+        status, page = doctor(monkeypatch, capsys)
+    assert status == 0
+    assert "portable, not triton: Triton is not installed" in page
+
+
+def test_the_formula_as_backend(monkeypatch, capsys):
+    with fastkd.backend("formula"):
+        status, page = doctor(monkeypatch, capsys)
+    assert status == 0
+    assert {engine for engine, _ in lines_of(page).values()} == {"formula"}
+    assert "FASTKD_BACKEND asks for it" in page
+
+
+def test_a_wrong_value_fails(monkeypatch, capsys):
+    right = portable.forward
+
+    def wrong(*arguments):
+        losses, *rest = right(*arguments)
+        return losses * (1 + 1e-3), *rest
+
+    monkeypatch.setattr(portable, "forward", wrong)
+    with fastkd.backend("portable"):
+        status, page = doctor(monkeypatch, capsys)
+    assert status == 1
+    assert "float32: its value is" in lines_of(page)["reverse_kl"][1]
+    assert lines_of(page)["logit_mse"] == ["formula", "ok"]
+    assert "9 wrong" in page
+
+
+def test_a_wrong_gradient_fails(monkeypatch, capsys):
+    right = portable.backward
+
+    def wrong(*arguments):
+        gradient = right(*arguments)
+        gradient[0, 0] += 1e-3
+        return gradient
+
+    monkeypatch.setattr(portable, "backward", wrong)
+    with fastkd.backend("portable"):
+        status, page = doctor(monkeypatch, capsys)
+    assert status == 1
+    assert "float32: its gradient is" in lines_of(page)["forward_kl"][1]
+
+
+def test_a_wrong_bfloat16_gradient_fails(monkeypatch, capsys):
+    right = portable.backward
+
+    def wrong(*arguments):
+        gradient = right(*arguments)
+        return gradient * 1.1 if gradient.dtype == torch.bfloat16 else gradient
+
+    monkeypatch.setattr(portable, "backward", wrong)
+    with fastkd.backend("portable"):
+        status, page = doctor(monkeypatch, capsys)
+    assert status == 1
+    assert "bfloat16: its gradient is" in lines_of(page)["kd"][1]
+
+
+def test_an_error_is_reported(monkeypatch, capsys):
+    def broken(*arguments):
+        raise ZeroDivisionError("the engine is broken")
+
+    monkeypatch.setattr(portable, "forward", broken)
+    with fastkd.backend("portable"):
+        status, page = doctor(monkeypatch, capsys)
+    assert status == 1
+    assert "ZeroDivisionError: the engine is broken" in lines_of(page)["kd"][1]
+
+
+def test_a_nan_is_wrong(monkeypatch):
+    nan = torch.tensor(torch.nan)
+    monkeypatch.setattr(program, "_value_and_gradient", lambda *_: [nan, nan])
+    assert "its value is nan" in program._wrong(fastkd.logit_mse, program._logits, "cpu")
+
+
+def test_a_backend_that_can_run_on_no_device_explains():
+    result = console_script("doctor", FASTKD_BACKEND="triton")
+    assert result.returncode == 1, result.stderr
+    assert lines_of(result.stdout)["forward_kl"] == ["cannot", "run"]
+    assert lines_of(result.stdout)["logit_mse"] == ["formula", "ok"]
+    assert "triton (FASTKD_BACKEND: triton)" in result.stdout
+    assert 'fastkd.backend("triton") cannot run here: ' in result.stdout
+    assert 'Use "auto" or "portable"' in result.stdout
+    assert "No device here can run forward_kl, reverse_kl" in result.stdout
+
+
+def test_a_backend_that_runs_on_one_of_the_devices_is_enough(monkeypatch, capsys):
+    obstacle = "the tensors are on cpu, not on a GPU"
+    monkeypatch.setattr(
+        program,
+        "_engine_and_reason",
+        lambda _, device: ("portable", "") if device == "cpu:0" else (None, obstacle),
+    )
+    status, page = doctor(monkeypatch, capsys, {"cpu": "", "cpu:0": "a second device"})
+    assert status == 0
+    assert "cpu:0  a second device" in page
+    assert obstacle in page
+
+
+def test_works_with_torch_alone():
+    others = ("matplotlib", "numpy", "rich", "sklearn", "triton")
+    result = console_script("doctor", without=others, FASTKD_BACKEND="auto")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "triton   not installed" in result.stdout
+    assert "portable, not triton: Triton is not installed" in result.stdout
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "rich", "sklearn"])
+def test_the_demo_names_a_missing_package(missing, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    for module in [name for name in sys.modules if name.startswith((f"{missing}.", "fastkd.demo"))]:
+        monkeypatch.delitem(sys.modules, module)
+    assert program.main(["demo"]) == 1
+    message = capsys.readouterr().err
+    assert f"but {missing} is not installed" in message
+    assert 'pip install "fastkd[demo]"' in message
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["demo", "--seeds", "0"]])
+def test_a_wrong_command_line_explains(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        program.main(arguments)
+    assert error.value.code == 2
+    assert "usage: fastkd" in capsys.readouterr().err

@@ -1,0 +1,212 @@
+"""The modules are their functions, with the options fixed at construction."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import divergence, modules
+
+OPTIONS = {  # none of them a default
+    fastkd.ForwardKLLoss: dict(temperature=2.0, scale_t2=False),
+    fastkd.ReverseKLLoss: dict(temperature=3.0, reduction="sum"),
+    fastkd.JensenShannonLoss: dict(beta=0.3, temperature=2.0),
+    fastkd.SkewKLLoss: dict(skew=0.2, temperature=2.0),
+    fastkd.SkewReverseKLLoss: dict(skew=0.3, reduction="none"),
+    fastkd.SymmetricKLLoss: dict(weight=0.2, temperature=2.0),
+    fastkd.TotalVariationLoss: dict(temperature=2.0),
+    fastkd.SoftCrossEntropyLoss: dict(temperature=2.0, reduction="sum"),
+    fastkd.LogitMSELoss: dict(temperature=2.0, scale_t2=False),
+    fastkd.KDLoss: dict(alpha=0.2, temperature=2.0, divergence="skew_kl", skew=0.3),
+}
+OF_A_BATCH = {"weights", "normalizer"}
+every_module = pytest.mark.parametrize("module", OPTIONS, ids=lambda module: module.__name__)
+
+
+def batch(module):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 11, generator=generator)
+    tensors = [student.requires_grad_(), teacher]
+    return [*tensors, torch.tensor([3, 0, -100, 10, 5])] if module is fastkd.KDLoss else tensors
+
+
+def value_and_gradient(loss, tensors, **options):
+    value = loss(*tensors, **options)
+    return value, *torch.autograd.grad(value.sum(), tensors[0])
+
+
+def assert_same(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_module
+@pytest.mark.parametrize(
+    "of_the_batch",
+    [{}, dict(weights=torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0])), dict(normalizer=7)],
+    ids=["plain", "weights", "normalizer"],
+)
+def test_a_module_is_its_function(module, of_the_batch):
+    options = dict(OPTIONS[module])
+    if "normalizer" in of_the_batch:
+        options.pop("reduction", None)
+    tensors = batch(module)
+    got = value_and_gradient(module(**options), tensors, **of_the_batch)
+    assert_same(got, value_and_gradient(module.function, tensors, **options, **of_the_batch))
+    assert got[1].any()
+    for name in options:  # each of them arrives: leaving it out gives something else
+        fewer = {key: value for key, value in options.items() if key != name}
+        left_out = module(**fewer)(*tensors, **of_the_batch)
+        assert left_out.shape != got[0].shape or not torch.equal(left_out, got[0]), name
+
+
+@every_module
+def test_defaults_are_those_of_the_function(module):
+    tensors = batch(module)
+    assert_same(value_and_gradient(module(), tensors), value_and_gradient(module.function, tensors))
+
+
+def test_every_divergence_has_one_module_and_all_are_exported():
+    classes = [
+        value
+        for value in vars(modules).values()
+        if inspect.isclass(value)
+        and issubclass(value, modules._Loss)
+        and value is not modules._Loss
+    ]
+    functions = [module.function for module in classes]
+    public = [
+        value
+        for name, value in vars(divergence).items()
+        if name in fastkd.__all__ and value.__module__ == divergence.__name__
+    ]
+    assert len(public) == 10
+    assert all(functions.count(function) == 1 for function in public)
+    assert all(getattr(fastkd, module.__name__, None) is module for module in classes)
+    assert {module.__name__ for module in classes} <= set(fastkd.__all__)
+    assert fastkd.__all__ == sorted(fastkd.__all__)
+
+
+@every_module
+def test_signatures_are_those_of_the_function(module):
+    of_function = inspect.signature(module.function).parameters
+    options = [p for name, p in of_function.items() if p.kind == p.KEYWORD_ONLY]
+    options = [p for p in options if p.name not in OF_A_BATCH]
+    assert [*inspect.signature(module).parameters.values()] == options
+    assert set(OPTIONS[module]) <= {p.name for p in options}
+    of_call = inspect.signature(module().forward).parameters
+    assert [*of_call.values()] == [p for p in of_function.values() if p not in options]
+    assert OF_A_BATCH <= set(of_call)
+
+
+@every_module
+def test_docstring_repeats_formula_and_paper_of_the_function(module):
+    formula, _, function = module.__doc__.splitlines()[0].partition(", the module of ")
+    assert function == f"`fastkd.{module.function.__name__}`."
+    assert module.function.__doc__.startswith(formula)
+    assert (
+        inspect.getdoc(module).splitlines()[-1] == inspect.getdoc(module.function).splitlines()[-1]
+    )
+
+
+@every_module
+def test_copies_and_pickles_give_the_same(module):
+    loss, tensors = module(**OPTIONS[module]), batch(module)
+    expected = value_and_gradient(loss, tensors)
+    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert type(twin) is module
+        assert_same(value_and_gradient(twin, tensors), expected)
+    twin.options["temperature"] = 9.0  # a copy has its own options
+    assert loss.options["temperature"] != 9.0
+
+
+def test_repr_shows_the_options():
+    expected = "SkewKLLoss(skew=0.1, temperature=2.0, scale_t2=True, reduction='mean')"
+    assert repr(fastkd.SkewKLLoss(temperature=2.0)) == expected
+
+
+def test_a_loss_in_a_model_adds_no_state():
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2), "loss": fastkd.KDLoss()})
+    assert set(model.state_dict()) == {"layer.weight", "layer.bias"}
+    assert [*fastkd.KDLoss().parameters()] == []
+    model.load_state_dict(model.state_dict())
+    model.to(torch.float64).train(False)
+
+
+def test_options_can_be_annealed():
+    loss, tensors = fastkd.ForwardKLLoss(temperature=4.0), batch(fastkd.ForwardKLLoss)
+    loss.options["temperature"] = 2.0
+    assert torch.equal(loss(*tensors), fastkd.forward_kl(*tensors, temperature=2.0))
+    assert fastkd.ForwardKLLoss().options["temperature"] == 1.0
+
+
+def test_temperature_may_be_a_tensor():
+    loss, tensors = fastkd.KDLoss(temperature=torch.tensor(2.0)), batch(fastkd.KDLoss)
+    torch.testing.assert_close(loss(*tensors), fastkd.kd(*tensors, temperature=2.0))
+
+
+@pytest.mark.parametrize("engine", ["formula", "portable"])
+@pytest.mark.parametrize("module", [fastkd.SkewKLLoss, fastkd.KDLoss])
+def test_compiles_without_a_break(module, engine):
+    loss, tensors = module(**OPTIONS[module]), batch(module)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with fastkd.backend(engine):
+        got, expected = (value_and_gradient(f, tensors) for f in (compiled, loss))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "error", "sentence"),
+    [
+        (fastkd.SkewKLLoss, dict(alpha=0.1), TypeError, "SkewKLLoss has no option 'alpha'.* skew"),
+        (fastkd.KDLoss, dict(T=4.0), TypeError, "KDLoss has no option 'T'.* temperature"),
+        (fastkd.KDLoss, dict(weights=torch.ones(5)), TypeError, "no option 'weights'"),
+        (fastkd.ForwardKLLoss, dict(temperature=0), ValueError, "above 0, got 0"),
+        (fastkd.LogitMSELoss, dict(temperature=-1.0), ValueError, "above 0, got -1"),
+        (fastkd.KDLoss, dict(temperature=0), ValueError, "above 0, got 0"),
+        (fastkd.KDLoss, dict(alpha=1.5), ValueError, "alpha .* got 1.5"),
+        (fastkd.KDLoss, dict(divergence="kl"), ValueError, "forward_kl, .* got 'kl'"),
+        (fastkd.JensenShannonLoss, dict(beta=2), ValueError, "beta .* got 2"),
+        (fastkd.SymmetricKLLoss, dict(weight=-1), ValueError, "weight .* got -1"),
+        (fastkd.ReverseKLLoss, dict(reduction="avg"), ValueError, "\"mean\".* got 'avg'"),
+    ],
+)
+def test_wrong_options_raise_at_construction(module, options, error, sentence):
+    with pytest.raises(error, match=sentence):
+        module(**options)
+
+
+def test_options_belong_to_the_construction():
+    tensors = batch(fastkd.ForwardKLLoss)
+    with pytest.raises(TypeError):
+        fastkd.ForwardKLLoss(2.0)
+    with pytest.raises(TypeError, match="temperature"):
+        fastkd.ForwardKLLoss()(*tensors, temperature=2.0)
+    with pytest.raises(TypeError):
+        fastkd.KDLoss()(*tensors)  # without labels
+
+
+def test_construction_asks_no_engine_and_leaves_the_backend_alone():
+    with fastkd.backend("triton"):  # which may not run here, but perhaps where the batches are
+        with pytest.raises(ValueError, match="temperature"):
+            fastkd.KDLoss(temperature=0)
+        fastkd.KDLoss()
+        assert fastkd._engine._backend == "triton"
+
+
+def test_a_loss_can_be_subclassed():
+    class Halved(fastkd.ForwardKLLoss):
+        def __init__(self, share, **options):
+            super().__init__(**options)
+            self.share = share
+
+        def forward(self, *tensors, **of_the_batch):
+            return self.share * super().forward(*tensors, **of_the_batch)
+
+    tensors = batch(Halved)
+    expected = 0.5 * fastkd.forward_kl(*tensors, temperature=2.0)
+    assert torch.equal(Halved(0.5, temperature=2.0)(*tensors), expected)
