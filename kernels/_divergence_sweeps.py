@@ -153,7 +153,8 @@ def row_statistics(
     n_cols, inner, student_outer, student_inner, teacher_outer, teacher_inner, vectors_per_split,
     student_temperature, teacher_temperature, weight, scale,
     DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, SWEEP: tl.constexpr, DTYPE: tl.constexpr,
-    FAST: tl.constexpr, CONGRUENT: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
+    FAST: tl.constexpr, ON_DEVICE: tl.constexpr, CONGRUENT: tl.constexpr, THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Program (row, split). SWEEP 0: all of a row; 1, 2: a split's sums, with 2 once Z is known."""
     row, split = tl.program_id(0), tl.program_id(1)
@@ -168,9 +169,9 @@ def row_statistics(
                 tl.store(cross_entropies_ptr + row, 0.0)
             _store_statistics(statistics_row, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         return
-    weight = number(weight, DTYPE)
-    cs = log2_units(number(student_temperature, DTYPE), DTYPE)
-    ct = log2_units(number(teacher_temperature, DTYPE), DTYPE)
+    weight = number(weight, ON_DEVICE, DTYPE)
+    cs = log2_units(number(student_temperature, ON_DEVICE, DTYPE), DTYPE)
+    ct = log2_units(number(teacher_temperature, ON_DEVICE, DTYPE), DTYPE)
     c1 = tl.full([], LOG2E, DTYPE)
     whole_row = student_ptr + row_offset(row, inner, student_outer, student_inner)
     head = head_of(whole_row, n_cols, WIDTH)
@@ -199,7 +200,7 @@ def row_statistics(
         value, slope_sum = kl_value(zs, zt, a, b, weight, DIVERGENCE)
 
     if SWEEP == 0:
-        tl.store(losses_ptr + row, tl.where(counts, value * number(scale, DTYPE), 0.0))
+        tl.store(losses_ptr + row, tl.where(counts, value * number(scale, ON_DEVICE, DTYPE), 0.0))
         if LABELS:
             ce = cross_entropy(whole_row, label, n_cols, c1, m1, z1, DTYPE)
             tl.store(cross_entropies_ptr + row, ce)
@@ -218,14 +219,14 @@ def combine(
     student_ptr, labels_ptr, keep_ptr, losses_ptr, cross_entropies_ptr, statistics_ptr, partial_ptr,
     n_cols, n_splits, inner, student_outer, student_inner, weight, scale,
     DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, SWEEP: tl.constexpr, DTYPE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    ON_DEVICE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One program a row: what its splits summed, always in the same order."""
     row = tl.program_id(0)
     counts = tl.load(keep_ptr + row) != 0 if keep_ptr is not None else row >= 0
     label = tl.load(labels_ptr + row).to(tl.int64) if labels_ptr is not None else -1
     LABELS: tl.constexpr = labels_ptr is not None
-    weight, scale = number(weight, DTYPE), number(scale, DTYPE)
+    weight, scale = number(weight, ON_DEVICE, DTYPE), number(scale, ON_DEVICE, DTYPE)
     statistics_row = statistics_ptr + row.to(tl.int64) * N_STATISTICS
     split = tl.arange(0, SPLITS)
     inside = (split < n_splits) & (counts | (label >= 0))
@@ -307,20 +308,24 @@ def gradient(
     statistics_ptr, gradient_ptr, n_cols, n_blocks, inner, student_outer, student_inner,
     teacher_outer, teacher_inner, gradient_outer, gradient_inner, upstream_stride,
     ce_upstream_stride, student_temperature, teacher_temperature, weight, scale,
-    DIVERGENCE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, CONGRUENT: tl.constexpr,
-    GRADIENT_CONGRUENT: tl.constexpr, VECTORS: tl.constexpr, WIDTH: tl.constexpr,
+    DIVERGENCE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ON_DEVICE: tl.constexpr,
+    CONGRUENT: tl.constexpr, GRADIENT_CONGRUENT: tl.constexpr, VECTORS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Programs (row, block) on one axis: every entry on its own, given the row's statistics."""
     program = tl.program_id(0)
     row, block = program // n_blocks, program % n_blocks
-    weight, temperature = number(weight, DTYPE), number(student_temperature, DTYPE)
+    weight, temperature = (
+        number(weight, ON_DEVICE, DTYPE),
+        number(student_temperature, ON_DEVICE, DTYPE),
+    )
     cs = log2_units(temperature, DTYPE)
-    ct = log2_units(number(teacher_temperature, DTYPE), DTYPE)
+    ct = log2_units(number(teacher_temperature, ON_DEVICE, DTYPE), DTYPE)
     c1 = tl.full([], LOG2E, DTYPE)
     LABELS: tl.constexpr = ce_upstream_ptr is not None
     factor, ce_factor, label = _row_factors(
         row, row >= 0, n_cols, upstream_ptr, ce_upstream_ptr, keep_ptr, labels_ptr,
-        upstream_stride, ce_upstream_stride, number(scale, DTYPE) / temperature, DTYPE,
+        upstream_stride, ce_upstream_stride, number(scale, ON_DEVICE, DTYPE) / temperature, DTYPE,
     )  # fmt: skip
     statistics_row = statistics_ptr + row.to(tl.int64) * N_STATISTICS
     ms, zs = tl.load(statistics_row), tl.load(statistics_row + 1)
@@ -365,15 +370,18 @@ def whole_rows(
     student_outer, student_inner, teacher_outer, teacher_inner, gradient_outer, gradient_inner,
     upstream_stride, ce_upstream_stride, student_temperature, teacher_temperature, weight, scale,
     DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
-    ALIGNMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ON_DEVICE: tl.constexpr, ALIGNMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows on chip: losses, gradient or both in one sweep, without statistics."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = rows < n_rows
-    weight, temperature = number(weight, DTYPE), number(student_temperature, DTYPE)
-    scale = number(scale, DTYPE)
+    weight, temperature = (
+        number(weight, ON_DEVICE, DTYPE),
+        number(student_temperature, ON_DEVICE, DTYPE),
+    )
+    scale = number(scale, ON_DEVICE, DTYPE)
     cs = log2_units(temperature, DTYPE)
-    ct = log2_units(number(teacher_temperature, DTYPE), DTYPE)
+    ct = log2_units(number(teacher_temperature, ON_DEVICE, DTYPE), DTYPE)
     c1 = tl.full([], LOG2E, DTYPE)
     LABELS: tl.constexpr = labels_ptr is not None
     n_cols = n_cols // ALIGNMENT * ALIGNMENT  # says what divides it

@@ -9,12 +9,9 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def number(value, DTYPE: tl.constexpr):
-    """A number that the caller passed by value or left on the device."""
-    value = tl.to_tensor(value)
-    if value.dtype.is_ptr():
-        value = tl.load(value)
-    return value.to(DTYPE)
+def number(value, ON_DEVICE: tl.constexpr, DTYPE: tl.constexpr):
+    """A number that the caller passed by value or, ON_DEVICE, as a pointer."""
+    return tl.load(value).to(DTYPE) if ON_DEVICE else tl.full([], value, DTYPE)
 
 
 @triton.jit

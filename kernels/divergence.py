@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd._engine import compute_dtype
-from fastkd.divergence import Problem
+from fastkd.divergence import Number, Problem
 from fastkd.kernels import _divergence_sweeps as sweeps
 from fastkd.kernels._launch import (
     Rows,
@@ -32,6 +32,7 @@ from fastkd.kernels._launch import (
 
 ON_CHIP = 8192  # the longest rows that are read once for every divergence
 _MIXTURES = ("jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation")
+_NUMBERS = ("student_temperature", "teacher_temperature", "weight", "scale")
 _SHORTEST_SPLIT = 8192  # columns that pay for a program of their own
 
 
@@ -212,10 +213,13 @@ def _width(problem: Problem) -> int:
 def _problem_arguments(problem: Problem, student: Rows, teacher: Rows) -> dict[str, Any]:
     """What every kernel takes, by the names of its parameters."""
     dtype = compute_dtype(problem.student, problem.teacher)
-    numbers = {
-        name: _number(getattr(problem, name), dtype, problem.student.device)
-        for name in ("student_temperature", "teacher_temperature", "weight", "scale")
-    }
+    numbers = dict(zip(_NUMBERS, problem[5:9], strict=True))
+    # a Python float reaches a kernel as float32
+    on_device = dtype == torch.float64 or any(isinstance(x, Tensor) for x in numbers.values())
+    if on_device:
+        numbers = {name: _on_device(x, problem.student.device) for name, x in numbers.items()}
+    else:
+        numbers = {name: float(x) for name, x in numbers.items()}
     return dict(
         student_ptr=student.tensor,
         teacher_ptr=teacher.tensor,
@@ -229,6 +233,7 @@ def _problem_arguments(problem: Problem, student: Rows, teacher: Rows) -> dict[s
         teacher_outer=teacher.outer_stride,
         teacher_inner=teacher.inner_stride,
         **numbers,
+        ON_DEVICE=on_device,
         DIVERGENCE=problem.divergence,
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
         FAST=dtype == torch.float32 and device_of(problem.student).fast_log2,
@@ -255,9 +260,7 @@ def _flat(rows: Tensor | None) -> Tensor | None:
     return None if rows is None else rows.reshape(-1).contiguous()
 
 
-def _number(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value
-    if dtype == torch.float64:  # a Python float reaches a kernel as float32
-        return torch.full((), value, dtype=dtype, device=device)
-    return float(value)
+def _on_device(number: Number, device: torch.device) -> Tensor:
+    if isinstance(number, Tensor):
+        return number
+    return torch.full((), number, dtype=torch.float64, device=device)
