@@ -19,6 +19,16 @@ test: $(ENVIRONMENT)
 test-integrations: $(INTEGRATIONS)/.installed
 	$(INTEGRATIONS)/bin/pytest -q tests/integrations
 
+# What suits the machine: the CPU's engine, or the kernels where there is a GPU.
+bench: $(ENVIRONMENT)
+	$(BIN)/pytest -q --benchmark-quiet benchmarks/bench_divergence.py
+
+counted: $(ENVIRONMENT)
+	$(BIN)/python benchmarks/counted.py
+
+mutants: $(ENVIRONMENT)
+	$(BIN)/python tests/mutants.py
+
 check: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import os
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -190,7 +190,10 @@ class Engine:
 
     def __call__(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
-            return self._traced_function.apply(*arguments, backend)
+            traced = self._scalars_as_tensors((*arguments, backend))
+            if torch.is_grad_enabled() and arguments[0].requires_grad:
+                return self._traced_function.apply(*traced)
+            return self.opaque_forward(*traced)  # the compiler would call `forward` with a context
         if _transforms_active():
             return self._function.apply(*arguments, backend)
         # what `apply` does without torch.func: binding the signature would cost more than a launch
@@ -200,40 +203,51 @@ class Engine:
     def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         if _traced(arguments):
             return self.opaque_forward(*self._scalars_as_tensors(arguments))
-        return _run(self.family, "forward", *arguments)
+        return _call(_module(self.family, arguments[-1]).forward, arguments[0], arguments)
 
     def backward(self, *arguments: Any) -> Tensor:
         if _traced(arguments):
             return self.opaque_backward(*self._scalars_as_tensors(arguments))
-        return _run(self.family, "backward", *arguments)
+        return _call(_module(self.family, arguments[-1]).backward, arguments[3], arguments)
 
     def _scalars_as_tensors(self, arguments: Sequence[Any]) -> list[Any]:
-        """A number would be burned into the graph: every new temperature would compile anew."""
+        """Each a tensor of its own: the compiler would burn numbers in and refuses a tensor twice.
+
+        A product, since torch.full burns its number in as well.
+        """
         last = len(arguments) - self.n_options - 1
         device = next(x.device for x in arguments if isinstance(x, Tensor))
-        one = torch.ones((), dtype=torch.float64, device=device)  # torch.full would burn it in too
+        one = torch.ones((), dtype=torch.float64, device=device)
         return [
-            one * x
-            if last - self.n_scalars <= i < last and not isinstance(x, Tensor)
-            else x
-            for i, x in enumerate(arguments)
+            one * x if last - self.n_scalars <= i < last else x for i, x in enumerate(arguments)
         ]
 
 
+def _call(body: Callable, like: Tensor, arguments: Sequence[Any]) -> Any:
+    """An engine's function; autograd is off here, in a Function and in a backward."""
+    if like.device.type != "meta" and torch.is_autocast_enabled(like.device.type):
+        with without_autocast(like.device):
+            return body(*arguments[:-1])
+    return body(*arguments[:-1])
+
+
 def _run(family: str, direction: str, *arguments: Any) -> Any:
-    """Call an engine's function, without autograd and autocast."""
+    """The body of an opaque op, which autograd does not see."""
+    like = arguments[0 if direction == "forward" else 3]
     body = getattr(_module(family, arguments[-1]), direction)
-    device = next(x.device for x in arguments if isinstance(x, Tensor))
-    with torch.no_grad(), without_autocast(device):
-        return body(*arguments[:-1])
+    with torch.no_grad():
+        plain = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+        return _call(body, like, plain)
 
 
 def _traced(arguments: Sequence[Any]) -> bool:
     """Whether the op must be opaque: chunk loops are not to be inlined, fake data not computed."""
     if torch.compiler.is_compiling():
         return True
-    plain = (Tensor, torch.nn.Parameter)
-    return any(isinstance(x, Tensor) and type(x) not in plain for x in arguments)
+    for x in arguments:
+        if isinstance(x, Tensor) and type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+            return True
+    return False
 
 
 _engines: dict[str, Engine] = {}
@@ -286,7 +300,10 @@ def _differentiable(
 
         @staticmethod
         def backward(ctx: Any, *upstream: Any) -> Any:
-            upstream = upstream[:-1]  # the last is of the statistics
+            statistics, *tensors = ctx.saved_tensors
+            # the compiler fills in zeros, even for rows (..., 0) that were not asked for
+            rank = statistics.ndim
+            upstream = tuple(None if x is None or x.ndim == rank else x for x in upstream[:-1])
             nothing = [None] * (len(rowwise) + len(ctx.scalars_and_options) - 1)
             if all(x is None for x in upstream):
                 return None, *nothing
@@ -294,7 +311,7 @@ def _differentiable(
             # grad mode is on in a backward only under create_graph=True
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 gradient = Gradient.apply
-            return gradient(*upstream, *ctx.saved_tensors, *ctx.scalars_and_options), *nothing
+            return gradient(*upstream, statistics, *tensors, *ctx.scalars_and_options), *nothing
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
@@ -305,7 +322,8 @@ def _differentiable(
         def jvp(ctx: Any, *tangents: Any) -> Any:
             raise RuntimeError(_SECOND_ORDER.format("Forward-mode AD"))
 
-    Loss.__name__ = Loss.__qualname__ = family.capitalize()  # the name of the grad_fn
+    Loss.__name__ = Loss.__qualname__ = family.capitalize()
+    Loss._backward_cls.__name__ = f"{Loss.__name__}Backward"  # the name of the grad_fn
     return Loss, TracedLoss
 
 

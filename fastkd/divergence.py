@@ -87,7 +87,8 @@ def _fused(
     **weight: float,
 ) -> Any:
     mixture = next(iter(weight.values()), 0.0)
-    divergence = _ENDS.get((divergence, mixture), divergence)
+    if mixture == 0 or mixture == 1:  # a look-up alone would make torch.compile burn it in
+        divergence = _ENDS.get((divergence, mixture), divergence)
     scale = temperature**2 if scale_t2 else 1.0
     losses, cross_entropies, _ = _engine(
         engine, student, teacher, labels, None, keep,

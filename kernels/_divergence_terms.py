@@ -137,7 +137,7 @@ def slope(
         return (1 - weight) * reverse + weight * (q - tl.exp2(dt) * (1 / zt))
     ratio = tl.log2(zt / zs)
     _, q, v = mixture(ds, dt, ratio, weight, DIVERGENCE, FAST)
-    # the floors hide the NaN of a network: Z shows it
+    # a row without a softmax, all −∞ or with +∞, shows in Z alone
     return tl.where(ds <= SMALLEST, 0.0, q * (v - slope_sum)) * ((1 + 0 * ratio) / zt)
 
 
@@ -146,4 +146,4 @@ def cross_entropy(student_row, label, n_cols, c1, m1, z1, DTYPE: tl.constexpr):
     """−log softmax(student)[label] at T = 1; 0 for no label, NaN for one that does not exist."""
     inside = (label >= 0) & (label < n_cols)
     x = tl.load(student_row + label, mask=inside, other=float("nan")).to(DTYPE)
-    return tl.where(label < 0, 0.0, (m1 - x * c1 + tl.log2(z1)) * LN2)
+    return tl.where(label < 0, 0.0, (tl.log2(z1) - tl.fma(x, c1, -m1)) * LN2)

@@ -1,14 +1,17 @@
 """Divergences between softmax rows in PyTorch, for any device.
 
 Every D = Σ d(log p, log q) has ∂D/∂student = (h − q Σ h) / T with h = ∂d/∂log q, known up to a
-multiple of q. Rows are taken in chunks that stay in the cache: what is computed twice there costs
-less than what is stored once, so nothing the size of the logits is kept but the gradient itself.
+multiple of q. All is in log2 units and relative to the row's maximum, as in the kernels: one exp2
+gives both e and, with its sum Z, the softmax, for less than PyTorch's exp or log_softmax take.
+Rows are taken in chunks that stay in the cache: what is computed twice there costs less than what
+is stored once, so nothing the size of the logits is kept but the gradient itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +19,12 @@ from torch import Tensor
 from fastkd._engine import compute_dtype
 from fastkd.divergence import Number, Problem
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 18}  # a few megabytes of scratch stay in a CPU's cache
+_CHUNK_ELEMENTS = {"cpu": 1 << 17}  # a few megabytes of scratch stay in a CPU's cache
 _LARGE_CHUNK = 1 << 23  # elsewhere a chunk must pay for its launches
+_SMALL = 1 << 15  # logits whose calls cost more than their memory
+_SOFT_TARGETS = ("forward_kl", "soft_cross_entropy")  # whose gradient is q − p
+_LN2 = math.log(2)
+_N_SCRATCH = 6
 
 
 def allocate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,20 +35,18 @@ def allocate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(*Problem) -> rows of divergence · scale, rows of cross-entropy at T = 1, statistics."""
     problem = Problem(*arguments)
+    if problem.student.requires_grad and 0 < problem.student.numel() <= _SMALL:
+        return _values_and_slopes(problem)
     labels, offset, keep, temperature, teacher_temperature, weight, scale, name = problem[2:]
     losses, cross_entropies, statistics = problem.allocate(0)
-    flat, flat_ce = losses.view(-1), cross_entropies.view(-1)
+    flat, flat_ce = losses.view(-1, 1), cross_entropies.view(-1, 1)
     for rows, (z, z_teacher), scratch in _chunks(problem.student, problem.teacher):
         if labels is not None:
-            log_q = _log_softmax(z, 1.0, None, scratch, 0)
-            classes = labels.reshape(-1, 1)[rows].clamp(min=0)
-            torch.neg(log_q.gather(1, classes).squeeze(1), out=flat_ce[rows])
-        log_q = _log_softmax(z, temperature, None, scratch, 0)
-        log_p = _log_softmax(z_teacher, teacher_temperature, offset, scratch, 1)
-        # nansum drops 0·∞ and with it a NaN of the input, which fills its row: put it back
-        nan = log_q[:, 0].add(log_p[:, 0]).clamp_(0, 0)
-        torch.add(_value(name, log_p, log_q, weight, scratch[2:]), nan, out=flat[rows])
-    losses.mul_(scale)
+            q = _softmax(z, 1.0, None, *scratch[:2])
+            flat_ce[rows] = _cross_entropy(q, labels.reshape(-1, 1)[rows])
+        q = _softmax(z, temperature, None, *scratch[:2])
+        p = _softmax(z_teacher, teacher_temperature, offset, *scratch[2:4])
+        torch.mul(_value(name, p, q, weight, scratch[4]), scale, out=flat[rows])
     if keep is not None:
         losses.masked_fill_(~keep, 0)
     if labels is not None:
@@ -54,6 +59,8 @@ def backward(
 ) -> Tensor:
     """Σ upstream · ∂losses + Σ ce_upstream · ∂cross_entropies with respect to the student."""
     problem = Problem(*arguments)
+    if statistics is not None and statistics.shape[-1]:
+        return _weighted(statistics, upstream, ce_upstream, problem)
     gradient = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
     _fill(gradient, upstream, ce_upstream, problem)
     return gradient
@@ -78,6 +85,60 @@ def value_and_gradient(
     return losses, cross_entropies, problem.student
 
 
+def _values_and_slopes(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward` whose statistics are the slopes of the rows: (..., V), with labels (..., 2 V)."""
+    labels, offset, keep, temperature, teacher_temperature, weight, scale, name = problem[2:]
+    *examples, n_cols = problem.student.shape
+    z = problem.student.detach().reshape(-1, n_cols)
+    dtype = compute_dtype(problem.student, problem.teacher)
+    slopes = z.new_empty((len(z), n_cols if labels is None else 2 * n_cols), dtype=dtype)
+    slope = slopes if labels is None else slopes[:, :n_cols]
+    scratch = z.new_empty((9, *z.shape), dtype=dtype)
+    d_q, e_q, d_p, e_p, *copies, spare = scratch.unbind()
+    q = _softmax(z, temperature, None, d_q, e_q)
+    z_teacher = problem.teacher.reshape(-1, n_cols)
+    p = _softmax(z_teacher, teacher_temperature, offset, d_p, e_p)
+    if name not in _SOFT_TARGETS:
+        scratch[4:8].copy_(scratch[:4])
+    _slope(name, p, q, weight, None, spare, slope)
+    if name not in _SOFT_TARGETS:
+        q = _Softmax(copies[0], copies[1], q.total)
+        p = _Softmax(copies[2], copies[3], p.total)
+    losses = _value(name, p, q, weight, spare).mul_(scale)
+    if keep is not None:
+        left_out = ~keep.reshape(-1, 1)
+        losses.masked_fill_(left_out, 0)
+        slope.masked_fill_(left_out, 0)
+    if labels is None:
+        cross_entropies = losses.new_empty((*examples, 0))
+    else:
+        classes = labels.reshape(-1, 1)
+        left_out = classes < 0
+        q = _softmax(z, 1.0, None, d_q, e_q)
+        cross_entropies = _cross_entropy(q, classes).masked_fill_(left_out, 0).view(examples)
+        slope = torch.div(q.e, q.total, out=slopes[:, n_cols:])
+        slope.scatter_add_(1, classes.clamp(min=0), q.total.new_full((1, 1), -1).expand_as(classes))
+        slope.masked_fill_(left_out, 0)
+    return losses.view(examples), cross_entropies, slopes.view(*examples, slopes.shape[1])
+
+
+def _weighted(
+    slopes: Tensor, upstream: Tensor | None, ce_upstream: Tensor | None, problem: Problem
+) -> Tensor:
+    """`backward` from the slopes that `_values_and_slopes` kept."""
+    n_cols = problem.student.shape[-1]
+    of_divergence, of_labels = slopes[..., :n_cols], slopes[..., n_cols:]
+    if upstream is None:
+        assert ce_upstream is not None
+        gradient = of_labels * ce_upstream.unsqueeze(-1)
+    else:
+        factors = upstream * problem.scale / problem.student_temperature
+        gradient = of_divergence * factors.unsqueeze(-1)
+        if ce_upstream is not None:
+            gradient.addcmul_(of_labels, ce_upstream.unsqueeze(-1))
+    return gradient.to(problem.student.dtype)
+
+
 def _fill(
     gradient: Tensor, upstream: Tensor | None, ce_upstream: Tensor | None, problem: Problem
 ) -> None:
@@ -94,21 +155,22 @@ def _fill(
         if factors is None:
             slope.zero_()
         else:
-            log_q = _log_softmax(z, temperature, None, scratch, 0)
-            log_p = _log_softmax(z_teacher, teacher_temperature, offset, scratch, 1)
-            _slope(name, log_p, log_q, weight, scratch[2:], slope)
-            _scale_rows(slope, factors[rows])
+            q = _softmax(z, temperature, None, *scratch[:2])
+            p = _softmax(z_teacher, teacher_temperature, offset, *scratch[2:4])
+            _slope(name, p, q, weight, factors[rows], scratch[4], slope)
+            _select(slope, factors[rows])
         if ce_factors is not None and labels is not None:
             factor = ce_factors[rows]
-            slope.add_(_scale_rows(_log_softmax(z, 1.0, None, scratch, 0).exp_(), factor))
+            q = _softmax(z, 1.0, None, *scratch[:2])
+            slope.add_(_select(q.e.mul_(factor / q.total), factor))
             classes = labels.reshape(-1, 1)[rows].clamp(min=0)
-            slope.scatter_add_(1, classes, -factor.unsqueeze(1))
+            slope.scatter_add_(1, classes, -factor)
         if in_scratch:
             out.copy_(slope)
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
-    """Row numbers, chunks [R, V] of the tensors, and scratch [6, R, V]; never a copy of logits.
+def _chunks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor], tuple[Tensor, ...]]]:
+    """Row numbers, chunks [R, V] of the tensors, and as much scratch; never a copy of logits.
 
     Shifted logits, [B, S, V] cut to [:, :-1], do not flatten to rows: they are taken one by one.
     """
@@ -123,113 +185,155 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
     outer, inner, _ = blocks[0].shape
     size = max(1, _CHUNK_ELEMENTS.get(student.device.type, _LARGE_CHUNK) // n_cols)
     scratch = student.new_empty(
-        (6, min(size, inner), n_cols), dtype=compute_dtype(student, teacher)
+        (_N_SCRATCH, min(size, inner), n_cols), dtype=compute_dtype(student, teacher)
     )
     for i in range(outer):
         for start in range(0, inner, size):
             stop = min(start + size, inner)
             rows = slice(i * inner + start, i * inner + stop)
-            yield rows, [x[i, start:stop] for x in blocks], scratch[:, : stop - start]
+            yield rows, [x[i, start:stop] for x in blocks], scratch[:, : stop - start].unbind()
 
 
-def _log_softmax(
-    logits: Tensor, temperature: Number, offset: Tensor | None, scratch: Tensor, place: int
-) -> Tensor:
-    """log_softmax((logits − offset) / temperature) in scratch[place]."""
-    scaled, out = scratch[2], scratch[place]
+class _Softmax(NamedTuple):
+    """e / total, where e = exp2(d) is 1 at a row's maximum."""
+
+    d: Tensor  # [R, V]
+    e: Tensor  # [R, V]
+    total: Tensor  # [R, 1]
+
+
+def _softmax(
+    logits: Tensor, temperature: Number, offset: Tensor | None, d: Tensor, e: Tensor
+) -> _Softmax:
+    """Of (logits − offset) / temperature, in d and e."""
     if offset is not None:
-        torch.sub(logits, offset, out=scaled).div_(temperature)
-    elif isinstance(temperature, float | int) and temperature == 1:
-        scaled = logits if logits.dtype == out.dtype else scaled.copy_(logits)
-    else:
-        torch.div(logits, temperature, out=scaled)
-    return torch.log_softmax(scaled, -1, out=out)
+        logits = torch.sub(logits, offset, out=d)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(d.dtype)
+    unit = 1 / (_LN2 * temperature)
+    pivot = logits.amax(-1, keepdim=True).to(d.dtype).mul_(-unit)
+    _affine(logits, unit, pivot, d)
+    torch.exp2(d, out=e)
+    return _Softmax(d, e, e.sum(-1, keepdim=True))
 
 
-def _mixture(p: Tensor, q: Tensor, weight: Number, out: Tensor) -> Tensor:
-    """weight·p + (1 − weight)·q, not 0 where both vanish."""
-    mixture = torch.lerp(q, p, weight, out=out)
-    return mixture.clamp_(min=torch.finfo(mixture.dtype).tiny)
+def _affine(x: Tensor, factor: Number, row: Tensor, out: Tensor) -> Tensor:
+    """factor · x + row, in one pass."""
+    if isinstance(factor, Tensor):
+        return torch.addcmul(row, x.to(row.dtype), factor.to(row.dtype), out=out)
+    return torch.add(row, x, alpha=factor, out=out)
 
 
-def _value(name: str, log_p: Tensor, log_q: Tensor, weight: Number, scratch: Tensor) -> Tensor:
-    """Rows of the divergence; overwrites its inputs. Only 0·∞ gives a NaN, which counts as 0."""
+def _mixture(p: _Softmax, q: _Softmax, ratio: Tensor, weight: Number, out: Tensor) -> Tensor:
+    """weight·p + (1 − weight)·q, not 0 where both vanish; brings q to the units of p."""
+    q.d.add_(ratio)
+    q.e.mul_(p.total / q.total)
+    return torch.lerp(q.e, p.e, weight, out=out).clamp_(min=torch.finfo(out.dtype).tiny)
+
+
+def _mean(x: Tensor, weights: _Softmax) -> Tensor:
+    """Rows [R, 1] of the expectation of x, which it overwrites; 0·∞ is a NaN and counts as 0."""
+    return x.mul_(weights.e).nansum(-1, keepdim=True).div_(weights.total)
+
+
+def _cross_entropy(q: _Softmax, classes: Tensor) -> Tensor:
+    """Rows [R, 1] of −log q[class]; without meaning for a negative class."""
+    return (q.total.log2() - q.d.gather(1, classes.clamp(min=0))).mul_(_LN2)
+
+
+def _value(name: str, p: _Softmax, q: _Softmax, weight: Number, scratch: Tensor) -> Tensor:
+    """Rows [R, 1] of the divergence; overwrites p and q."""
+    ratio = (p.total / q.total).log2_()  # holds the NaN of an input, which nansum drops
     if name == "forward_kl":
-        p = torch.exp(log_p, out=scratch[0])
-        return log_p.sub_(log_q).mul_(p).nansum(-1)
+        return (_mean(p.d.sub_(q.d), p) - ratio).mul_(_LN2)
     if name == "reverse_kl":
-        q = torch.exp(log_q, out=scratch[0])
-        return log_q.sub_(log_p).mul_(q).nansum(-1)
+        return (_mean(q.d.sub_(p.d), q) + ratio).mul_(_LN2)
     if name == "soft_cross_entropy":
-        return log_p.exp_().mul_(log_q).nansum(-1).neg_()
-    if name == "total_variation":
-        return log_p.exp_().sub_(log_q.exp_()).abs_().sum(-1).mul_(0.5)
-    p, q = torch.exp(log_p, out=scratch[0]), torch.exp(log_q, out=scratch[1])
+        return (q.total.log2() - _mean(q.d, p)).mul_(_LN2)
     if name == "symmetric_kl":
-        return log_p.sub_(log_q).mul_(p.mul_(weight).sub_(q.mul_(1 - weight))).nansum(-1)
-    if name == "jensen_shannon":
-        log_m = _mixture(p, q, weight, scratch[2]).log_()
-        of_teacher = log_p.sub_(log_m).mul_(p).nansum(-1).mul_(weight)
-        return of_teacher.add_(log_q.sub_(log_m).mul_(q).nansum(-1).mul_(1 - weight))
+        above = p.d.sub_(q.d)
+        of_q = _mean(q.d.copy_(above), q)
+        of_p = _mean(above, p)
+        return ((of_p - ratio) * weight + (ratio - of_q) * (1 - weight)).mul_(_LN2)
+    if name == "total_variation":
+        difference = p.e.div_(p.total).sub_(q.e.div_(q.total))
+        return difference.abs_().sum(-1, keepdim=True).mul_(0.5)
+    log_m = _mixture(p, q, ratio, _of_teacher(name, weight), scratch).log2_()
+    q = q._replace(total=p.total)
+    nothing = ratio * 0
     if name == "skew_kl":
-        return log_p.sub_(_mixture(p, q, weight, scratch[2]).log_()).mul_(p).nansum(-1)
+        return (_mean(p.d.sub_(log_m), p) + nothing).mul_(_LN2)
+    of_q = _mean(q.d.sub_(log_m), q)
     if name == "skew_reverse_kl":
-        return log_q.sub_(_mixture(p, q, 1 - weight, scratch[2]).log_()).mul_(q).nansum(-1)
-    raise ValueError(f"no divergence is called {name!r}")
+        return (of_q + nothing).mul_(_LN2)
+    of_p = _mean(p.d.sub_(log_m), p)
+    return (of_p * weight + of_q * (1 - weight) + nothing).mul_(_LN2)
 
 
 def _slope(
-    name: str, log_p: Tensor, log_q: Tensor, weight: Number, scratch: Tensor, out: Tensor
+    name: str,
+    p: _Softmax,
+    q: _Softmax,
+    weight: Number,
+    factor: Tensor | None,
+    scratch: Tensor,
+    out: Tensor,
 ) -> None:
-    """h − q Σ h for rows of the divergence; overwrites its inputs."""
-    if name in ("forward_kl", "soft_cross_entropy"):
-        torch.sub(log_q.exp_(), log_p.exp_(), out=out)
-        return
-    q = torch.exp(log_q, out=scratch[0])
-    if name == "total_variation":  # h = ½ sign(q − p) q
-        sign = torch.sub(q, log_p.exp_(), out=out).sign_()
-        mean = torch.mul(sign, q, out=log_q).sum(-1, keepdim=True)
-        sign.sub_(mean).mul_(q).mul_(0.5)
-        return
-    if name == "skew_kl":  # h = −(1 − weight) p q / m
-        p = log_p.exp_()
-        torch.div(p, _mixture(p, q, weight, scratch[1]), out=out).mul_(q)
-        total = out.sum(-1, keepdim=True)
-        out.sub_(q.mul_(total)).mul_(weight - 1)
+    """factor · (h − q Σ h) for rows of the divergence; overwrites p and q, not of _SOFT_TARGETS."""
+    if name in _SOFT_TARGETS:
+        torch.mul(q.e, _over(q.total, factor), out=out)
+        out.sub_(torch.mul(p.e, _over(p.total, factor), out=scratch))
         return
     # the others are h = q·v: their gradient is q (v − Σ q·v)
-    share: Number = 1.0
-    if name == "reverse_kl":
-        v = log_q.sub_(log_p)
-    elif name == "symmetric_kl":
-        p = torch.exp(log_p, out=scratch[1])
-        v, share = log_q.sub_(log_p), 1 - weight
+    ratio = (p.total / q.total).log2_()
+    # holds the NaN of an input, which nan_to_num_ drops
+    factor = ratio * 0 + (1.0 if factor is None else factor)
+    unit: Number
+    if name == "total_variation":
+        q.e.mul_(p.total / q.total)
+        q = q._replace(total=p.total)
+        v = torch.sub(q.e, p.e, out=q.d).sign_()
+        unit = 0.5
+    elif name in ("reverse_kl", "symmetric_kl"):
+        v = q.d.sub_(p.d).nan_to_num_(0)
+        unit = _LN2
     else:
-        mixing = weight if name == "jensen_shannon" else 1 - weight
-        p = torch.exp(log_p, out=scratch[1])
-        m = _mixture(p, q, mixing, log_p)
-        v = log_q.sub_(torch.log(m, out=scratch[1]))
-        if name == "skew_reverse_kl":
-            v.sub_(torch.div(q, m, out=scratch[1]).mul_(weight))
+        m = _mixture(p, q, ratio, _of_teacher(name, weight), scratch)
+        q = q._replace(total=p.total)
+        if name == "skew_kl":
+            v, unit = p.e.div_(m), weight - 1
+        elif name == "skew_reverse_kl":
+            of_m = torch.div(q.e, m, out=p.e).mul_(-weight / _LN2)
+            v, unit = q.d.sub_(m.log2_()).nan_to_num_(0).add_(of_m), _LN2
         else:
-            share = 1 - weight
-    mean = torch.mul(q, v, out=out).nansum(-1, keepdim=True)
-    torch.mul(v.sub_(mean), q, out=out).masked_fill_(q == 0, 0)
+            v, unit = q.d.sub_(m.log2_()).nan_to_num_(0), (1 - weight) * _LN2
+    mean = torch.mul(v, q.e, out=out).sum(-1, keepdim=True).div_(q.total)
+    torch.mul(v.sub_(mean), q.e, out=out)
     if name == "symmetric_kl":
-        out.mul_(share).add_(q.sub_(p).mul_(weight))
-    elif name == "jensen_shannon":
-        out.mul_(share)
+        out.mul_(factor / q.total * ((1 - weight) * _LN2))
+        out.add_(q.e.mul_(factor / q.total * weight)).sub_(p.e.mul_(factor / p.total * weight))
+    else:
+        out.mul_(factor / q.total * unit)
+
+
+def _over(total: Tensor, factor: Tensor | None) -> Tensor:
+    return total.reciprocal() if factor is None else factor / total
+
+
+def _of_teacher(name: str, weight: Number) -> Number:
+    return 1 - weight if name == "skew_reverse_kl" else weight
 
 
 def _factors(upstream: Tensor | None, counts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What multiplies the gradient of each row: 0 for a row that is left out."""
+    """[N, 1]: what multiplies the gradient of each row, 0 for a row that is left out."""
     if upstream is None:
         return None
-    factors = upstream.reshape(-1).to(dtype)
-    return factors if counts is None else torch.where(counts.reshape(-1), factors, 0)
+    factors = upstream.reshape(-1, 1).to(dtype)
+    return factors if counts is None else torch.where(counts.reshape(-1, 1), factors, 0)
 
 
-def _scale_rows(rows: Tensor, factor: Tensor) -> Tensor:
-    """rows · factor, where a factor of 0 selects: it wins over a NaN."""
-    factor = factor.unsqueeze(1)
-    return rows.mul_(factor).masked_fill_(factor == 0, 0)
+def _select(rows: Tensor, factor: Tensor) -> Tensor:
+    """Rows whose factor is not 0; the others become 0 even from NaN, by their bits: it is fast."""
+    integers = {4: torch.int32, 8: torch.int64}[rows.element_size()]
+    rows.view(integers).bitwise_and_((factor != 0).to(integers).neg_())
+    return rows

@@ -1,0 +1,117 @@
+"""Time and peak memory of every logit loss against eager PyTorch and torch.compile.
+
+One round runs all implementations one after the other, so that whatever else the machine does meets
+all of them; a ratio is the median of the rounds' ratios.
+"""
+
+import shutil
+import time
+
+import pytest
+import torch
+from cases import CASES, GPU_SIZES, SIZES
+from meter import PeakMemory
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
+CAN_COMPILE = CUDA or shutil.which("g++") is not None
+COMPILED_ELEMENTS = 0 if CUDA else 256 * 1000  # below, a CPU's training never wins the compilation
+LARGE = 1 << 24  # elements of a problem that a CPU takes seconds for
+DIRECTIONS = ["forward", "forward+backward"]
+
+
+def pytest_generate_tests(metafunc):
+    option = metafunc.config.getoption
+    sizes = GPU_SIZES if CUDA else SIZES
+    if option("sizes"):
+        sizes = [tuple(map(int, size.split("x"))) for size in option("sizes").split(",")]
+    elif option("quick"):
+        sizes = [size for size in sizes if size[0] * size[1] < LARGE]
+    only = option("only").split(",") if option("only") else [case.name for case in CASES]
+    cases = [case for case in CASES if case.name in only]
+    metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+    metafunc.parametrize("size", sizes, ids=[f"{rows}x{columns}" for rows, columns in sizes])
+    metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+    metafunc.parametrize("direction", DIRECTIONS)
+
+
+def test_loss(benchmark, request, case, size, dtype, direction):
+    torch.set_num_threads(1)
+    quick = request.config.getoption("quick")
+    n_elements = size[0] * size[1]
+    inputs = case.inputs(*size, dtype, DEVICE)
+    losses = {"fastkd": case.fastkd, "eager": case.eager}
+    if CAN_COMPILE and n_elements >= COMPILED_ELEMENTS and not quick:
+        torch.compiler.reset()
+        losses["torch.compile"] = torch.compile(case.eager, dynamic=False)
+    steps, peaks = {}, {}
+    for name, loss in losses.items():
+        step = step_of(loss, inputs, direction)
+        try:
+            step()  # compiles
+            inputs[0].grad = None
+            if CUDA or name != "torch.compile":  # its buffers on a CPU cannot be seen
+                peaks[name] = peak(step)
+            steps[name] = step
+        except torch.OutOfMemoryError:
+            pass  # what does not fit has no row
+        inputs[0].grad = None
+
+    fastest = min(seconds_of(step, 1) for step in steps.values())
+    repeats = max(1, min(200, int(0.01 / fastest)))
+    seconds = {name: [] for name in steps}
+
+    def one_round():
+        for name, step in steps.items():
+            seconds[name].append(seconds_of(step, repeats))
+
+    # pytest-benchmark would time one implementation after the other: it gets whole rounds
+    n_rounds = 3 if quick or (n_elements >= LARGE and not CUDA) else 21
+    benchmark.pedantic(one_round, rounds=n_rounds)
+    benchmark.extra_info.update(
+        loss=case.name,
+        shape=list(size),
+        dtype=str(dtype).removeprefix("torch."),
+        direction=direction,
+        rounds=seconds,
+        peak_extra_bytes=peaks,
+    )
+
+
+def step_of(loss, inputs, direction):
+    def forward():
+        with torch.no_grad():
+            loss(*inputs)
+
+    def both():
+        inputs[0].grad = None
+        loss(*inputs).backward()
+
+    return forward if direction == "forward" else both
+
+
+def seconds_of(step, repeats: int) -> float:
+    synchronise()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    synchronise()
+    return (time.perf_counter() - start) / repeats
+
+
+def peak(step) -> int:
+    """The most bytes that a step allocates at once, its gradient included."""
+    if not CUDA:
+        with PeakMemory() as memory:
+            step()
+        return memory.peak_bytes
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def synchronise() -> None:
+    if CUDA:
+        torch.cuda.synchronize()

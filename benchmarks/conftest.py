@@ -1,0 +1,168 @@
+"""Options of the benchmarks, and after them the table and the record of what was measured."""
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path[:0] = [str(HERE), str(ROOT / "tests")]
+
+from cases import CASES, T  # noqa: E402
+from tables import Table  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+SOURCES = [
+    "fastkd/_*.py",
+    "fastkd/divergence.py",
+    "kernels/*.py" if CUDA else "fastkd/portable/*.py",
+]
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fastkd")
+    group.addoption("--only", help="losses, for example forward_kl,kd")
+    group.addoption("--sizes", help="rows and columns, for example 128x10,2048x32000")
+    group.addoption(
+        "--quick", action="store_true", help="few rounds, small sizes, no torch.compile"
+    )
+    group.addoption("--results", type=Path, help="folder of the record (benchmarks/results)")
+
+
+def pytest_terminal_summary(config):
+    session = getattr(config, "_benchmarksession", None)
+    measured = [b.extra_info for b in session.benchmarks if b.extra_info] if session else []
+    if not measured:
+        return
+    record = {
+        "schema": 1,
+        "label": "measured",
+        "device": device(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),  # other work makes all of it slower
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "sources": hash_of_sources(),
+        "temperature": T,
+        "rows": [row for info in measured for row in rows(info)],
+    }
+    result = table(record)
+    result.show()
+    results, part = config.getoption("results"), ("only", "sizes", "quick", "keyword")
+    if results is None and any(map(config.getoption, part)):
+        return  # a part is no record, unless one asks for it
+    results = results or HERE / "results"
+    results.mkdir(exist_ok=True)
+    file = results / f"{'-'.join(record['device'].lower().split())}.json"
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    file.with_suffix(".md").write_text(result.markdown() + eager_sources())
+    print(f"written: {file} and, for a page, {file.with_suffix('.md').name}")
+
+
+def device() -> str:
+    if CUDA:
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def hash_of_sources() -> str:
+    """Tells later whether a figure is still that of the code."""
+    files = [file for pattern in SOURCES for file in sorted(ROOT.glob(pattern))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def rows(info: dict) -> list[dict]:
+    """One for each implementation. Ratios: its time over fastkd's, round by round."""
+    found = []
+    for name, seconds in info["rounds"].items():
+        ratios = [
+            theirs / ours for theirs, ours in zip(seconds, info["rounds"]["fastkd"], strict=True)
+        ]
+        quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+        found.append(
+            {
+                **{key: info[key] for key in ("loss", "shape", "dtype", "direction")},
+                "implementation": name,
+                "seconds": statistics.median(seconds),
+                "ratio": quartiles[1],
+                "ratio_quartiles": [quartiles[0], quartiles[2]],
+                "peak_extra_bytes": info["peak_extra_bytes"].get(name),
+            }
+        )
+    return found
+
+
+def table(record: dict) -> Table:
+    grouped: dict[tuple, dict] = {}
+    for row in record["rows"]:
+        key = row["loss"], *row["shape"], row["dtype"], row["direction"]
+        grouped.setdefault(key, {})[row["implementation"]] = row
+    lines = []
+    for (loss, n_rows, n_cols, dtype, direction), of in grouped.items():
+        logits = n_rows * n_cols * getattr(torch, dtype).itemsize
+        peaks = [
+            of[x]["peak_extra_bytes"] / logits if x in of else None for x in ("fastkd", "eager")
+        ]
+        lines.append(
+            [
+                loss,
+                f"{n_rows}×{n_cols}",
+                dtype,
+                direction,
+                milliseconds(of["fastkd"]["seconds"]),
+                *(times(of.get(name)) for name in ("eager", "torch.compile")),
+                *("does not fit" if x is None else f"{x:.2f}" for x in peaks),
+            ]
+        )
+    compiled = any(row["implementation"] == "torch.compile" for row in record["rows"])
+    return Table(
+        f"{record['device']}, {record['threads']} thread(s), torch {record['torch']}, "
+        f"T = {record['temperature']:g}: measured",
+        [
+            *("loss", "logits", "dtype", "direction", "fastkd, ms", "eager", "torch.compile"),
+            *("memory", "eager's memory"),
+        ],
+        lines,
+        [
+            "eager, torch.compile: how many times as long they take, median of the rounds' ratios "
+            "[quartiles]; the expressions are those of benchmarks/cases.py.",
+            "memory: peak beyond the inputs, in times one logits tensor; a backward makes one.",
+            f"commit {record['commit']}, sources {record['sources']}, load {record['load']}."
+            + ("" if compiled else " torch.compile was not run: small sizes, --quick or no g++."),
+        ],
+    )
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def times(row: dict | None) -> str:
+    if row is None:
+        return "–"
+    low, high = row["ratio_quartiles"]
+    return f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def eager_sources() -> str:
+    sources = "\n".join(inspect.getsource(case.eager) for case in CASES)
+    return f"\nWhat eager and torch.compile run:\n\n```python\n{sources}```\n"

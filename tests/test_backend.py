@@ -1,0 +1,127 @@
+"""Which engine runs, how to choose one, and what importing fastkd brings along."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from losses import DEVICE, normal
+
+import fastkd
+from fastkd import _engine
+
+
+def engine_in_use():
+    return _engine.choose([torch.zeros(2, 3, device=DEVICE)])
+
+
+def run_python(code, folder, **environment):
+    """In a process of its own, from a folder without fastkd's sources."""
+    environment = {**os.environ, "FASTKD_BACKEND": "auto", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def test_backends_nest_and_end():
+    outside = engine_in_use()
+    with fastkd.backend("portable"):
+        assert engine_in_use() == "portable"
+        with fastkd.backend("formula"):
+            assert engine_in_use() == "formula"
+        assert engine_in_use() == "portable"
+        with pytest.raises(KeyError), fastkd.backend("formula"):
+            raise KeyError
+        assert engine_in_use() == "portable"
+    assert engine_in_use() == outside
+
+
+def test_a_backend_decorates_even_what_calls_itself():
+    outside = engine_in_use()
+
+    @fastkd.backend("formula")
+    def engines(depth):
+        inner = engines(depth - 1) if depth else []
+        return [*inner, engine_in_use()]
+
+    assert engines(2) == ["formula"] * 3
+    assert engine_in_use() == outside
+
+
+def test_the_engines_are_the_ones_that_run(engine):
+    """A formula has a node for each of its operations, an engine has one."""
+    student = normal(2, 3).requires_grad_()
+    loss = fastkd.forward_kl(student, normal(2, 3), reduction="sum")
+    names = set()
+    nodes = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [inner for inner, _ in node.next_functions if inner is not None]
+    assert ("LogSoftmaxBackward0" in names) == (engine == "formula")
+    assert ("DivergenceBackward" in names) == (engine != "formula")
+
+
+def test_the_environment_sets_the_default(tmp_path):
+    code = "import fastkd, torch; print(fastkd._engine.choose([torch.zeros(1)]))"
+    assert run_python(code, tmp_path, FASTKD_BACKEND="formula").stdout == "formula\n"
+    result = run_python(code, tmp_path, FASTKD_BACKEND="fast")
+    assert "got the backend 'fast', need one of auto, triton, portable, formula" in result.stderr
+
+
+def test_without_a_gpu_triton_says_why(tmp_path):
+    code = (
+        "import fastkd, torch\n"
+        "x = torch.zeros(2, 3)\n"
+        "fastkd.forward_kl(x, x)\n"
+        "with fastkd.backend('triton'): fastkd.forward_kl(x, x)"
+    )
+    error = run_python(code, tmp_path, TRITON_INTERPRET="0").stderr.splitlines()[-1]
+    assert error == (
+        'RuntimeError: fastkd.backend("triton") cannot run here: the tensors are on cpu, '
+        'not on a GPU. Use "auto" or "portable".'
+    )
+
+
+def test_without_triton_everything_else_runs(tmp_path):
+    code = (
+        "import sys, importlib.util as util\n"
+        "sys.modules['triton'] = None\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *xs: None if name == 'triton' else find(name, *xs)\n"
+        "import fastkd, torch\n"
+        "x = torch.ones(2, 3, requires_grad=True)\n"
+        "fastkd.reverse_kl(x, torch.zeros(2, 3)).backward()\n"
+        "print(fastkd._engine.triton_obstacle([x]))"
+    )
+    result = run_python(code, tmp_path)
+    assert result.stdout == "Triton is not installed\n", result.stderr
+
+
+def test_a_missing_engine_is_an_error_and_no_fallback(monkeypatch):
+    """Only a missing Triton may mean fallback: anything else would be slow for no known reason."""
+    monkeypatch.setitem(sys.modules, "fastkd.portable.divergence", None)
+    _engine._module.cache_clear()
+    with fastkd.backend("portable"), pytest.raises(ImportError):
+        fastkd.forward_kl(normal(2, 3), normal(2, 3))
+
+
+def test_importing_fastkd_is_light_and_shadows_nothing(tmp_path):
+    code = (
+        "import sys, fastkd\n"
+        "from importlib.util import find_spec\n"
+        "print([name for name in ('kernels', 'tests', 'benchmarks') if find_spec(name)])\n"
+        "extras = ('triton', 'rich', 'matplotlib', 'sklearn', 'transformers')\n"
+        "print([name for name in extras if name in sys.modules])"
+    )
+    alone = run_python("import torch, sys; print('triton' in sys.modules)", tmp_path).stdout
+    brought_by_torch = ["triton"] if alone == "True\n" else []
+    assert run_python(code, tmp_path).stdout.splitlines() == ["[]", str(brought_by_torch)]
+
+
+def test_every_public_name_is_documented():
+    for name in fastkd.__all__:
+        thing = getattr(fastkd, name)
+        if callable(thing):
+            assert 2 <= len(thing.__doc__.splitlines()) <= 15, name

@@ -1,0 +1,147 @@
+"""The divergences twice, independently of fastkd: in Python floats, and as people write them.
+
+Each pair is (by_hand, eager): `by_hand` takes one row of student and teacher as lists and gives a
+float, `eager` takes tensors and gives a loss for each row. Options that do not matter are ignored.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def log_softmax(logits, temperature):
+    scaled = [z / temperature for z in logits]
+    largest = max(scaled)
+    log_z = math.log(math.fsum(math.exp(z - largest) for z in scaled))
+    return [z - largest - log_z for z in scaled]
+
+
+def by_classes(term):
+    """term(p, q, log_p, log_q, **own options) is the summand of one class."""
+
+    def by_hand(student, teacher, *, temperature=1.0, scale_t2=True, **own):
+        total = math.fsum(
+            term(math.exp(log_p), math.exp(log_q), log_p, log_q, **own)
+            for log_p, log_q in zip(
+                log_softmax(teacher, temperature), log_softmax(student, temperature), strict=True
+            )
+        )
+        return total * (temperature**2 if scale_t2 else 1)
+
+    return by_hand
+
+
+def softened(terms):
+    """terms(log_p, log_q, **own options) are the summands of all classes."""
+
+    def eager(student, teacher, *, temperature=1.0, scale_t2=True, **own):
+        log_q = (student / temperature).log_softmax(-1)
+        log_p = (teacher / temperature).log_softmax(-1)
+        return terms(log_p, log_q, **own).sum(-1) * (temperature**2 if scale_t2 else 1)
+
+    return eager
+
+
+def positive(mass, x):
+    """mass · x, where no mass wins over an infinite x."""
+    return 0.0 if mass == 0 else mass * x
+
+
+def log(x):
+    """The mixture of nothing and nothing gets no mass: any number will do."""
+    return math.log(x or 1)
+
+
+def log_mixture(log_p, log_q, weight):
+    return torch.logaddexp(log_p + math.log(weight), log_q + math.log(1 - weight))
+
+
+FORWARD_KL = (
+    by_classes(lambda p, q, log_p, log_q, **_: positive(p, log_p - log_q)),
+    softened(lambda log_p, log_q, **_: F.kl_div(log_q, log_p, reduction="none", log_target=True)),
+)
+REVERSE_KL = (
+    by_classes(lambda p, q, log_p, log_q, **_: positive(q, log_q - log_p)),
+    softened(lambda log_p, log_q, **_: F.kl_div(log_p, log_q, reduction="none", log_target=True)),
+)
+JENSEN_SHANNON = (
+    by_classes(
+        lambda p, q, log_p, log_q, beta, **_: (
+            positive(beta * p, log_p - log(beta * p + (1 - beta) * q))
+            + positive((1 - beta) * q, log_q - log(beta * p + (1 - beta) * q))
+        )
+    ),
+    softened(
+        lambda log_p, log_q, beta, **_: (
+            beta * log_p.exp() * (log_p - log_mixture(log_p, log_q, beta))
+            + (1 - beta) * log_q.exp() * (log_q - log_mixture(log_p, log_q, beta))
+        )
+    ),
+)
+SKEW_KL = (
+    by_classes(
+        lambda p, q, log_p, log_q, skew, **_: positive(p, log_p - log(skew * p + (1 - skew) * q))
+    ),
+    softened(
+        lambda log_p, log_q, skew, **_: log_p.exp() * (log_p - log_mixture(log_p, log_q, skew))
+    ),
+)
+SKEW_REVERSE_KL = (
+    by_classes(
+        lambda p, q, log_p, log_q, skew, **_: positive(q, log_q - log((1 - skew) * p + skew * q))
+    ),
+    softened(
+        lambda log_p, log_q, skew, **_: log_q.exp() * (log_q - log_mixture(log_p, log_q, 1 - skew))
+    ),
+)
+SYMMETRIC_KL = (
+    by_classes(
+        lambda p, q, log_p, log_q, weight, **_: (
+            positive(weight * p, log_p - log_q) + positive((1 - weight) * q, log_q - log_p)
+        )
+    ),
+    softened(
+        lambda log_p, log_q, weight, **_: (
+            weight * log_p.exp() * (log_p - log_q) + (1 - weight) * log_q.exp() * (log_q - log_p)
+        )
+    ),
+)
+TOTAL_VARIATION = (
+    by_classes(lambda p, q, log_p, log_q, **_: abs(p - q) / 2),
+    softened(lambda log_p, log_q, **_: (log_p.exp() - log_q.exp()).abs() / 2),
+)
+SOFT_CROSS_ENTROPY = (
+    by_classes(lambda p, q, log_p, log_q, **_: positive(p, -log_q)),
+    softened(lambda log_p, log_q, **_: -log_p.exp() * log_q),
+)
+
+
+def _mse_by_hand(student, teacher, *, temperature, scale_t2=True):
+    pairs = zip(student, teacher, strict=True)
+    squares = math.fsum((s - t) ** 2 for s, t in pairs if s != t)  # −∞ − −∞ is no number
+    return squares / len(student) / (1 if scale_t2 else temperature**2)
+
+
+def _mse(student, teacher, *, temperature, scale_t2=True):
+    losses = F.mse_loss(student / temperature, teacher / temperature, reduction="none").mean(-1)
+    return losses * (temperature**2 if scale_t2 else 1)
+
+
+LOGIT_MSE = (_mse_by_hand, _mse)
+
+
+def with_labels(divergence):
+    """alpha · cross-entropy with the labels + (1 − alpha) · the divergence."""
+    divergence_by_hand, divergence_eager = divergence
+
+    def by_hand(student, teacher, label, *, alpha, **options):
+        cross_entropy = -log_softmax(student, 1.0)[label]
+        return alpha * cross_entropy + (1 - alpha) * divergence_by_hand(student, teacher, **options)
+
+    def eager(student, teacher, labels, *, alpha, **options):
+        flat = student.reshape(-1, student.shape[-1]), labels.reshape(-1)
+        cross_entropies = F.cross_entropy(*flat, reduction="none").view(labels.shape)
+        return alpha * cross_entropies + (1 - alpha) * divergence_eager(student, teacher, **options)
+
+    return by_hand, eager
