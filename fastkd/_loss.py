@@ -31,15 +31,16 @@ def loss(check: Callable[..., None], fused: Callable[..., Tensor] | None = None)
         public = [*own, *_REDUCTION]
 
         @functools.wraps(formula)
-        def compute(*arguments: Any, **options: Any) -> Tensor:
-            missing = tensors[len(arguments) :]
-            if missing or len(arguments) > len(tensors):
-                arguments = signature.bind(
-                    *arguments, **{name: options.pop(name) for name in missing if name in options}
-                ).args
-            weights, normalizer, reduction = (
-                options.pop(name, default) for name, default in _REDUCTION.items()
-            )
+        def compute(
+            *arguments: Any,
+            weights: Tensor | None = None,
+            normalizer: Any = None,
+            reduction: str = "mean",
+            **options: Any,
+        ) -> Tensor:
+            if len(arguments) != len(tensors):
+                given = {name: options.pop(name) for name in tensors if name in options}
+                arguments = signature.bind(*arguments, **given).args
             _checks.options(options, public, formula.__name__)
             _checks.reduction(reduction, normalizer)
             options = own | options
@@ -104,5 +105,8 @@ def reduce(losses: Tensor, weights: Tensor | None, normalizer: Any, reduction: s
             return losses.mean() if losses.numel() else losses.sum()
         normalizer = weights.sum()
     if isinstance(normalizer, Tensor):
-        return losses.sum() / torch.where(normalizer == 0, 1, normalizer)
+        whole = not normalizer.is_floating_point()
+        return losses.sum() / (
+            normalizer.clamp(min=1) if whole else torch.where(normalizer == 0, 1, normalizer)
+        )
     return losses.sum() / (normalizer or 1)

@@ -373,7 +373,7 @@ def kd(
     labelled = labels != ignore_index
     keep = kept(weights)
     counted = labelled if keep is None else labelled & keep
-    labels = torch.where(counted, labels.long(), -1)
+    labels = labels.long().masked_fill(~counted, -1)
     distilled = keep if distill_ignored else counted
     engine = choose((student_logits, teacher_logits))
     if engine == "formula":
@@ -394,12 +394,17 @@ def kd(
         divergences, cross_entropies = _fused(
             divergence, engine, student_logits, teacher_logits, distilled, labels=labels, **options
         )
-    ones = divergences.new_ones(()).expand(labels.shape) if weights is None else weights
-    ce_weights = torch.where(labelled, ones, 0)
-    kd_weights = weights if distill_ignored else ce_weights
-    ce = reduce(cross_entropies, ce_weights, normalizer, reduction)
-    softened = reduce(divergences, kd_weights, normalizer, reduction)
-    total = alpha * ce + (1 - alpha) * softened
+    ce_weights, kd_weights = None, weights
+    if weights is not None:
+        ce_weights = torch.where(labelled, weights, 0)
+        kd_weights = weights if distill_ignored else ce_weights
+    # without weights the rows that are left out are 0 already: only their number is wanted
+    divisor = labelled.sum() if normalizer is None and weights is None else normalizer
+    ce = reduce(cross_entropies, ce_weights, divisor, reduction)
+    softened = reduce(
+        divergences, kd_weights, normalizer if distill_ignored else divisor, reduction
+    )
+    total = torch.add(alpha * ce, softened, alpha=1 - alpha)
     return (total, ce, softened) if return_parts else total
 
 
