@@ -404,7 +404,7 @@ def kd(
     softened = reduce(
         divergences, kd_weights, normalizer if distill_ignored else divisor, reduction
     )
-    total = torch.add(alpha * ce, softened, alpha=1 - alpha)
+    total = alpha * ce + (1 - alpha) * softened
     return (total, ce, softened) if return_parts else total
 
 

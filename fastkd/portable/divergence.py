@@ -10,7 +10,7 @@ is stored once, so nothing the size of the logits is kept but the gradient itsel
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ def allocate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(*Problem) -> rows of divergence · scale, rows of cross-entropy at T = 1, statistics."""
-    problem = Problem(*arguments)
+    problem = _problem(arguments)
     if problem.student.requires_grad and 0 < problem.student.numel() <= _SMALL:
         return _values_and_slopes(problem)
     labels, offset, keep, temperature, teacher_temperature, weight, scale, name = problem[2:]
@@ -46,7 +46,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             flat_ce[rows] = _cross_entropy(q, labels.reshape(-1, 1)[rows])
         q = _softmax(z, temperature, None, *scratch[:2])
         p = _softmax(z_teacher, teacher_temperature, offset, *scratch[2:4])
-        torch.mul(_value(name, p, q, weight, scratch[4]), scale, out=flat[rows])
+        flat[rows] = _value(name, p, q, weight, scale, scratch[4])
     if keep is not None:
         losses.masked_fill_(~keep, 0)
     if labels is not None:
@@ -58,7 +58,7 @@ def backward(
     upstream: Tensor | None, ce_upstream: Tensor | None, statistics: Tensor | None, *arguments: Any
 ) -> Tensor:
     """Σ upstream · ∂losses + Σ ce_upstream · ∂cross_entropies with respect to the student."""
-    problem = Problem(*arguments)
+    problem = _problem(arguments)
     if statistics is not None and statistics.shape[-1]:
         return _weighted(statistics, upstream, ce_upstream, problem)
     gradient = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
@@ -80,9 +80,23 @@ def value_and_gradient(
     losses, cross_entropies, _ = forward(*arguments)
     if not in_place:
         return losses, cross_entropies, backward(row_weights, ce_weights, None, *arguments)
-    problem = Problem(*arguments)
+    problem = _problem(arguments)
     _fill(problem.student, row_weights, ce_weights, problem)
     return losses, cross_entropies, problem.student
+
+
+def _problem(arguments: Sequence[Any]) -> Problem:
+    """Numbers that are tensors in the precision of the logits."""
+    problem = Problem(*arguments)
+    if any(isinstance(number, Tensor) for number in problem[5:9]):
+        dtype = compute_dtype(problem.student, problem.teacher)
+        t_s, t_t, weight, scale = (
+            x.to(dtype) if isinstance(x, Tensor) else x for x in problem[5:9]
+        )
+        problem = problem._replace(
+            student_temperature=t_s, teacher_temperature=t_t, weight=weight, scale=scale
+        )
+    return problem
 
 
 def _values_and_slopes(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,18 +107,19 @@ def _values_and_slopes(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(problem.student, problem.teacher)
     slopes = z.new_empty((len(z), n_cols if labels is None else 2 * n_cols), dtype=dtype)
     slope = slopes if labels is None else slopes[:, :n_cols]
-    scratch = z.new_empty((9, *z.shape), dtype=dtype)
-    d_q, e_q, d_p, e_p, *copies, spare = scratch.unbind()
+    soft_targets = name in _SOFT_TARGETS  # the slope leaves both softmaxes as they are
+    scratch = z.new_empty((5 if soft_targets else 9, *z.shape), dtype=dtype)
+    d_q, e_q, d_p, e_p, spare, *copies = scratch.unbind()
     q = _softmax(z, temperature, None, d_q, e_q)
     z_teacher = problem.teacher.reshape(-1, n_cols)
     p = _softmax(z_teacher, teacher_temperature, offset, d_p, e_p)
-    if name not in _SOFT_TARGETS:
-        scratch[4:8].copy_(scratch[:4])
+    if not soft_targets:
+        scratch[5:].copy_(scratch[:4])
     _slope(name, p, q, weight, None, spare, slope)
-    if name not in _SOFT_TARGETS:
+    if not soft_targets:
         q = _Softmax(copies[0], copies[1], q.total)
         p = _Softmax(copies[2], copies[3], p.total)
-    losses = _value(name, p, q, weight, spare).mul_(scale)
+    losses = _value(name, p, q, weight, scale, spare)
     if keep is not None:
         left_out = ~keep.reshape(-1, 1)
         losses.masked_fill_(left_out, 0)
@@ -126,17 +141,19 @@ def _weighted(
     slopes: Tensor, upstream: Tensor | None, ce_upstream: Tensor | None, problem: Problem
 ) -> Tensor:
     """`backward` from the slopes that `_values_and_slopes` kept."""
-    n_cols = problem.student.shape[-1]
-    of_divergence, of_labels = slopes[..., :n_cols], slopes[..., n_cols:]
-    if upstream is None:
-        assert ce_upstream is not None
-        gradient = of_labels * ce_upstream.unsqueeze(-1)
-    else:
-        factors = upstream * problem.scale / problem.student_temperature
-        gradient = of_divergence * factors.unsqueeze(-1)
-        if ce_upstream is not None:
-            gradient.addcmul_(of_labels, ce_upstream.unsqueeze(-1))
-    return gradient.to(problem.student.dtype)
+    n_cols, dtype = problem.student.shape[-1], problem.student.dtype
+    of_labels = None
+    if slopes.shape[-1] > n_cols:
+        slopes, of_labels = slopes.split(n_cols, -1)
+    gradient = None
+    if upstream is not None:
+        unit = problem.scale / problem.student_temperature
+        gradient = slopes * (upstream * unit).unsqueeze(-1)
+    if ce_upstream is not None and of_labels is not None:
+        of_labels = of_labels * ce_upstream.unsqueeze(-1)
+        gradient = of_labels if gradient is None else gradient.add_(of_labels)
+    assert gradient is not None  # `backward` is called for a reason
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 def _fill(
@@ -208,10 +225,9 @@ def _softmax(
     """Of (logits − offset) / temperature, in d and e."""
     if offset is not None:
         logits = torch.sub(logits, offset, out=d)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(d.dtype)
     unit = 1 / (_LN2 * temperature)
-    pivot = logits.amax(-1, keepdim=True).to(d.dtype).mul_(-unit)
+    pivot = logits.amax(-1, keepdim=True)
+    pivot = pivot.mul_(-unit) if pivot.dtype == d.dtype else pivot.to(d.dtype).mul_(-unit)
     _affine(logits, unit, pivot, d)
     torch.exp2(d, out=e)
     return _Softmax(d, e, e.sum(-1, keepdim=True))
@@ -241,33 +257,36 @@ def _cross_entropy(q: _Softmax, classes: Tensor) -> Tensor:
     return (q.total.log2() - q.d.gather(1, classes.clamp(min=0))).mul_(_LN2)
 
 
-def _value(name: str, p: _Softmax, q: _Softmax, weight: Number, scratch: Tensor) -> Tensor:
-    """Rows [R, 1] of the divergence; overwrites p and q."""
+def _value(
+    name: str, p: _Softmax, q: _Softmax, weight: Number, scale: Number, scratch: Tensor
+) -> Tensor:
+    """Rows [R, 1] of the divergence · scale; overwrites p and q."""
+    unit = _LN2 * scale
     ratio = (p.total / q.total).log2_()  # holds the NaN of an input, which nansum drops
     if name == "forward_kl":
-        return (_mean(p.d.sub_(q.d), p) - ratio).mul_(_LN2)
+        return (_mean(p.d.sub_(q.d), p) - ratio).mul_(unit)
     if name == "reverse_kl":
-        return (_mean(q.d.sub_(p.d), q) + ratio).mul_(_LN2)
+        return (_mean(q.d.sub_(p.d), q) + ratio).mul_(unit)
     if name == "soft_cross_entropy":
-        return (q.total.log2() - _mean(q.d, p)).mul_(_LN2)
+        return (q.total.log2() - _mean(q.d, p)).mul_(unit)
     if name == "symmetric_kl":
         above = p.d.sub_(q.d)
         of_q = _mean(q.d.copy_(above), q)
         of_p = _mean(above, p)
-        return ((of_p - ratio) * weight + (ratio - of_q) * (1 - weight)).mul_(_LN2)
+        return ((of_p - ratio) * weight + (ratio - of_q) * (1 - weight)).mul_(unit)
     if name == "total_variation":
         difference = p.e.div_(p.total).sub_(q.e.div_(q.total))
-        return difference.abs_().sum(-1, keepdim=True).mul_(0.5)
+        return difference.abs_().sum(-1, keepdim=True).mul_(0.5 * scale)
     log_m = _mixture(p, q, ratio, _of_teacher(name, weight), scratch).log2_()
     q = q._replace(total=p.total)
     nothing = ratio * 0
     if name == "skew_kl":
-        return (_mean(p.d.sub_(log_m), p) + nothing).mul_(_LN2)
+        return (_mean(p.d.sub_(log_m), p) + nothing).mul_(unit)
     of_q = _mean(q.d.sub_(log_m), q)
     if name == "skew_reverse_kl":
-        return (of_q + nothing).mul_(_LN2)
+        return (of_q + nothing).mul_(unit)
     of_p = _mean(p.d.sub_(log_m), p)
-    return (of_p * weight + of_q * (1 - weight) + nothing).mul_(_LN2)
+    return (of_p * weight + of_q * (1 - weight) + nothing).mul_(unit)
 
 
 def _slope(
