@@ -1,6 +1,5 @@
 """Without a GPU the kernels run in Triton's interpreter, corrected to round as a GPU does."""
 
-import importlib.util
 import os
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 import fastkd
 from fastkd._engine import triton_obstacle
+from fastkd.portable import divergence as portable
 
 torch.set_num_threads(1)  # the tests run in two processes on two cores
 
@@ -17,16 +17,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.correct()
 
 
-@pytest.fixture(params=["formula", "portable", "triton"])
-def engine(request):
-    """Each engine in turn computes the losses of the test."""
+@pytest.fixture(params=["formula", "portable", "portable in chunks", "triton"])
+def engine(request, monkeypatch):
+    """Each engine in turn computes the losses of the test; the portable one also as for many."""
+    name = request.param
+    if name == "portable in chunks":
+        name = "portable"
+        monkeypatch.setattr(portable, "_SMALL", 0)
+        monkeypatch.setitem(portable._CHUNK_ELEMENTS, "cpu", 50)
     if request.param == "triton":
         from losses import DEVICE
 
-        if importlib.util.find_spec("fastkd.kernels.divergence") is None:
-            pytest.skip("kernels/divergence.py is not written yet")
         obstacle = triton_obstacle([torch.empty(0, device=DEVICE)])
         if obstacle:
             pytest.skip(f"{obstacle}; TRITON_INTERPRET=1 runs the kernels without one")
-    with fastkd.backend(request.param):
-        yield request.param
+    with fastkd.backend(name):
+        yield name

@@ -53,7 +53,7 @@ def problems(draw):
     return case, [student.requires_grad_(), teacher, *labels], options
 
 
-@pytest.mark.parametrize("engine", ["portable", "triton"], indirect=True)
+@pytest.mark.parametrize("engine", ["portable", "portable in chunks", "triton"], indirect=True)
 @given(problems())
 def test_engines_equal_the_formula(engine, problem):
     case, inputs, options = problem

@@ -11,7 +11,9 @@ from fastkd import _checks
 
 smoke = pytest.mark.smoke
 a_few = pytest.mark.parametrize("case", [LOSSES[0], LOSSES[2], LOSSES[-1]], ids=str)
-fused = pytest.mark.parametrize("engine", ["portable", "triton"], indirect=True)
+fused = pytest.mark.parametrize(
+    "engine", ["portable", "portable in chunks", "triton"], indirect=True
+)
 
 
 @each_loss

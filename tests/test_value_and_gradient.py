@@ -23,7 +23,9 @@ DIVERGENCES = {
 WIDTHS = [17, 9000]
 
 
-pytestmark = pytest.mark.parametrize("engine", ["portable", "triton"], indirect=True)
+pytestmark = pytest.mark.parametrize(
+    "engine", ["portable", "portable in chunks", "triton"], indirect=True
+)
 
 
 @pytest.fixture

@@ -1,0 +1,60 @@
+"""The benchmarks compare like with like, cover every loss, and write their record."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from exactness import assert_same
+
+import fastkd
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from cases import CASES, SIZES  # noqa: E402
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def test_every_loss_has_a_line():
+    public = {name for name in fastkd.__all__ if name.islower() and hasattr(fastkd, name)}
+    assert {case.name for case in CASES} == public - {"backend", "__version__"}
+
+
+@each_case
+@pytest.mark.parametrize("size", [size for size in SIZES if size[0] * size[1] < 1 << 14])
+def test_what_is_compared_is_the_same_loss(case, size):
+    results = []
+    for loss in (case.fastkd, case.eager):
+        inputs = case.inputs(*size, torch.float64)
+        value = loss(*inputs)
+        value.backward()
+        results.append([value.detach(), inputs[0].grad])
+    assert_same(*results)
+
+
+def test_a_run_writes_its_record(tmp_path):
+    # pytest-benchmark does nothing under xdist, and the interpreter would be timed
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTEST_XDIST", "TRITON_INTERPRET"))
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "--benchmark-quiet", "-p", "no:cacheprovider"]
+    command += ["benchmarks/bench_divergence.py", "--quick", "--only=forward_kl", "--sizes=4x8"]
+    subprocess.run([*command, f"--results={tmp_path}"], cwd=ROOT, env=environment, check=True)
+    (file,) = tmp_path.glob("*.json")
+    record = json.loads(file.read_text())
+    assert (record["schema"], record["label"], record["threads"]) == (1, "measured", 1)
+    assert {"device", "torch", "commit", "sources", "temperature", "load"} < record.keys()
+    for row in record["rows"]:
+        assert row["loss"] == "forward_kl" and row["shape"] == [4, 8]
+        assert row["implementation"] in ("fastkd", "eager", "torch.compile")
+        assert row["seconds"] > 0 and row["ratio"] > 0
+        assert row["peak_extra_bytes"] is None or row["peak_extra_bytes"] > 0
+        assert row["implementation"] != "fastkd" or row["ratio"] == 1
+    assert "| forward_kl | 4×8 |" in file.with_suffix(".md").read_text()
