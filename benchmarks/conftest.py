@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -56,17 +57,31 @@ def pytest_terminal_summary(config):
         "temperature": T,
         "rows": [row for info in measured for row in rows(info)],
     }
-    result = table(record)
-    result.show()
-    results, part = config.getoption("results"), ("only", "sizes", "quick", "keyword")
-    if results is None and any(map(config.getoption, part)):
-        return  # a part is no record, unless one asks for it
-    results = results or HERE / "results"
+    table(record).show()
+    option = config.getoption
+    if option("quick") and not option("results"):
+        return  # not worth a record
+    results = option("results") or HERE / "results"
     results.mkdir(exist_ok=True)
     file = results / f"{'-'.join(record['device'].lower().split())}.json"
+    record["rows"] = sorted(kept_rows(file, record) + record["rows"], key=place)
     file.write_text(json.dumps(record, indent=1) + "\n")
-    file.with_suffix(".md").write_text(result.markdown() + eager_sources())
+    file.with_suffix(".md").write_text(table(record).markdown() + eager_sources())
     print(f"written: {file} and, for a page, {file.with_suffix('.md').name}")
+
+
+def place(row: dict) -> tuple:
+    return [case.name for case in CASES].index(row["loss"]), row["shape"], row["dtype"]
+
+
+def kept_rows(file: Path, record: dict) -> list[dict]:
+    """Of an earlier run of other benchmarks on the same code: a long run may come in parts."""
+    old = json.loads(file.read_text()) if file.exists() else {}
+    if any(old.get(key) != record[key] for key in ("schema", "sources", "torch", "temperature")):
+        return []
+    key = itemgetter("loss", "shape", "dtype", "direction")
+    new = [key(row) for row in record["rows"]]
+    return [row for row in old["rows"] if key(row) not in new]
 
 
 def device() -> str:
@@ -164,5 +179,5 @@ def times(row: dict | None) -> str:
 
 
 def eager_sources() -> str:
-    sources = "\n".join(inspect.getsource(case.eager) for case in CASES)
+    sources = "\n\n".join(inspect.getsource(case.eager) for case in CASES)
     return f"\nWhat eager and torch.compile run:\n\n```python\n{sources}```\n"

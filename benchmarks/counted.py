@@ -1,148 +1,197 @@
-"""What each kernel costs, counted without a GPU: python benchmarks/counted.py [sm_80 sm_100 …]
+"""What the kernels cost on a GPU, counted without one: python benchmarks/counted.py [--all]
 
-Bytes come from Triton's interpreter, which watches every access; registers, spills and instructions
-from the code compiled at the real launch sites. Two runs give the same table.
+Bytes come from Triton's interpreter, which watches every access; launches, registers, spills and
+instructions from the code compiled at the real launch sites; memory from the allocations there. All
+of it is the same on every machine and in every run. `--all` adds sm_80 and sm_100 to sm_90.
 """
 
+from __future__ import annotations
+
+import argparse
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import fastkd
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-LOSSES = [
-    *("forward_kl", "reverse_kl", "symmetric_kl", "soft_cross_entropy", "kd"),
-    *("jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation"),
-]
-ON_CHIP, LONG = 8192, 128256
+from cases import CASES, Case, T  # noqa: E402
+from tables import Table  # noqa: E402
 
-
-def call(loss: str, n_rows: int, n_cols: int, device: str) -> tuple:
-    """Student and the loss of bf16 logits."""
-    student, teacher = (
-        torch.zeros(n_rows, n_cols, dtype=torch.bfloat16, device=device) for _ in range(2)
-    )
-    labels = [torch.zeros(n_rows, dtype=torch.int64, device=device)] if loss == "kd" else []
-    return getattr(fastkd, loss)(student.requires_grad_(), teacher, *labels, temperature=2.0)
+ON_CHIP, LONG = 8192, 128256  # the longest rows read once for every divergence; Llama 3
+FUSED = [case for case in CASES if getattr(case.loss, "fused", True)]
 
 
-def bytes_per_entry() -> dict:
-    """Under TRITON_INTERPRET=1: {loss: {V: (forward, forward + backward)}} for bf16."""
+def zeros(case: Case, n_rows: int, n_cols: int, device: str) -> list[torch.Tensor]:
+    logits = dict(size=(n_rows, n_cols), dtype=torch.bfloat16, device=device)
+    student, teacher = (torch.zeros(**logits) for _ in range(2))
+    labels = [torch.zeros(n_rows, dtype=torch.int64, device=device)] if case.with_labels else []
+    return [student.requires_grad_(), teacher, *labels]
+
+
+def bytes_per_entry() -> dict[str, list[list[float]]]:
+    """Forward, and forward + backward, of rows on chip and of longer ones. In the interpreter."""
     from interpreter import correct
     from meter import Meter
 
+    from fastkd.kernels import divergence
+    from fastkd.kernels._launch import Device
+
     correct()
-    logits = ("student_ptr", "teacher_ptr", "gradient_ptr")
-    found: dict = {}
-    for loss in LOSSES:
-        for n_cols in (ON_CHIP, 2 * ON_CHIP):
-            moved = []
-            with fastkd.backend("triton"):
-                with Meter() as forward:
-                    result = call(loss, 2, n_cols, "cpu")
-                with Meter() as backward:
-                    result.backward()
-            for meter in (forward, backward):
-                arguments = [x.arguments[name] for x in meter.launches for name in logits]
-                moved.append(sum(a.loaded + a.stored for a in arguments) / (2 * n_cols))
-            found.setdefault(loss, {})[n_cols] = moved[0], sum(moved)
+    found: dict[str, list[list[float]]] = {}
+    # one multiprocessor: two rows are enough for it, and none is split
+    with (
+        mock.patch.object(divergence, "device_of", lambda _: Device(1, False)),
+        fastkd.backend("triton"),
+    ):
+        for case in FUSED:
+            for n_cols in (ON_CHIP, 2 * ON_CHIP):
+                with Meter() as meter:
+                    loss = case.fastkd(*zeros(case, 2, n_cols, "cpu"))
+                    forward = meter.traffic
+                    loss.backward()
+                moved = [round(x / (2 * n_cols), 2) for x in (forward, meter.traffic)]
+                found.setdefault(case.name, []).append(moved)
     return found
 
 
-def compiled(loss: str, n_cols: int, target: str) -> list[dict]:
-    """One row for each launch at 4096 rows."""
+def compiled(case: Case, n_cols: int, target: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Launches and memory of 4096 rows, and each of the kernels."""
     from gate import capture
+    from meter import PeakMemory
     from sass import analyse, per_element
 
-    with capture(target) as launches, fastkd.backend("triton"):
-        call(loss, 4096, n_cols, "meta").backward()
-    rows = []
+    inputs = zeros(case, 4096, n_cols, "meta")
+    with capture(target) as launches, fastkd.backend("triton"), PeakMemory() as memory:
+        loss = case.fastkd(*inputs)
+        n_forward, forward_bytes = len(launches), memory.peak_bytes
+        # not loss.backward(): the stand-in holds on to the gradient, which would make it a copy
+        torch.autograd.grad(loss, inputs[0])
+    logits = inputs[0].nbytes
+    total = {
+        "loss": case.name,
+        "columns": n_cols,
+        "launches": [n_forward, len(launches)],
+        "peak_extra_memory": [round(x / logits, 3) for x in (forward_bytes, memory.peak_bytes)],
+    }
+    kernels = []
     for launch in launches:
         report = analyse(launch)
+        # a sweep is a loop that loads vectors; a kernel that has none reads every entry once
         sweeps = [loop for loop in report.loops if loop["LDG.128"]] or [report.outside]
-        each = [per_element(loop, loop["load_bytes"] / 4) for loop in sweeps]  # two of bf16
-        rows.append(
+        each = [per_element(sweep, sweep["load_bytes"] / 4) for sweep in sweeps]  # two of 2 bytes
+        kernels.append(
             {
-                "loss": loss,
+                "loss": case.name,
                 "columns": n_cols,
-                "kernel": launch.name,
                 "target": target,
+                "kernel": launch.name,
                 "registers": report.registers,
                 "spills": report.spills,
-                "warps_per_sm": report.warps_per_sm,
+                "warps_per_multiprocessor": report.warps_per_sm,
                 "instructions": [round(x["instructions"], 1) for x in each],
-                "mufu": [round(x["mufu"], 2) for x in each],
+                "mufu": [round(x.get("mufu", 0), 2) for x in each],
             }
         )
-    return rows
+    return total, kernels
+
+
+def count(targets: Sequence[str]) -> dict[str, Any]:
+    # the interpreter decides at import: its part needs a process of its own
+    metered = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, "--bytes"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    moved = json.loads(metered.stdout)
+    losses, kernels = [], []
+    for case in FUSED:
+        for n_cols, each in zip((ON_CHIP, LONG), moved[case.name], strict=True):
+            for target in targets:
+                total, found = compiled(case, n_cols, target)
+                kernels += found
+            losses.append({**total, "bytes_per_entry": each})
+    return {
+        "schema": 1,
+        "label": "counted",
+        "torch": torch.__version__,
+        "triton": sys.modules["triton"].__version__,
+        "dtype": "bfloat16",
+        "temperature": T,
+        "losses": losses,
+        "kernels": kernels,
+    }
+
+
+def tables(record: dict[str, Any]) -> list[Table]:
+    one = Table(
+        "bfloat16 logits, forward / forward + backward: counted",
+        ["loss", "V", "bytes per entry", "launches", "extra memory"],
+        [
+            [
+                row["loss"],
+                row["columns"],
+                *(
+                    f"{row[what][0]} / {row[what][1]}"
+                    for what in ("bytes_per_entry", "launches", "peak_extra_memory")
+                ),
+            ]
+            for row in record["losses"]
+        ],
+        [
+            "bytes per entry: asked of memory for each (row, class) of both networks; the least is "
+            "4 / 10 where a backward reads the logits again. Rows of 16384 stand for 128256.",
+            "extra memory: peak beyond the inputs at 4096 rows, in times one logits tensor; a "
+            "backward makes one.",
+        ],
+    )
+    two = Table(
+        "The kernels, for 4096 rows of bfloat16 logits: counted",
+        [
+            *("loss", "V", "target", "kernel", "registers", "spills", "warps per SM"),
+            *("instructions", "MUFU"),
+        ],
+        [
+            [", ".join(map(str, x)) if isinstance(x, list) else x for x in row.values()]
+            for row in record["kernels"]
+        ],
+        [
+            "instructions, MUFU: issued for each entry, one figure for each sweep over the row; "
+            "row_statistics: of its loops alone, the others: of the whole kernel.",
+            f"torch {record['torch']}, triton {record['triton']}, T = {record['temperature']:g}.",
+        ],
+    )
+    return [one, two]
 
 
 def main() -> None:
-    if sys.argv[1:] == ["--bytes"]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="sm_80, sm_90 and sm_100")
+    parser.add_argument("--bytes", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.bytes:
         print(json.dumps(bytes_per_entry()))
         return
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    metered = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, "--bytes"],
-        env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    traffic = json.loads(metered.stdout)
-    targets = sys.argv[1:] or ["sm_90"]
-    rows = [
-        row
-        for target in targets
-        for loss in LOSSES
-        for n_cols in (ON_CHIP, LONG)
-        for row in compiled(loss, n_cols, target)
-    ]
-
-    console = Console(width=130)
-    table = Table(title="Bytes for each (row, entry) of bf16 logits, counted")
-    for name in (
-        "loss",
-        f"V ≤ {ON_CHIP}: forward",
-        "and backward",
-        "above: forward",
-        "and backward",
-    ):
-        table.add_column(name, justify="left" if name == "loss" else "right")
-    for loss, of_size in traffic.items():
-        table.add_row(loss, *(f"{x:.1f}" for sizes in of_size.values() for x in sizes))
-    console.print(table)
-    table = Table(
-        title="The kernels for bf16 logits, counted; per entry of a sweep, pairs: 2 sweeps"
-    )
-    headings = (
-        "loss",
-        "V",
-        "kernel",
-        "target",
-        "registers",
-        "spills",
-        "warps/SM",
-        "instructions",
-        "MUFU",
-    )
-    for name in headings:
-        table.add_column(name, justify="left" if name in ("loss", "kernel") else "right")
-    for row in rows:
-        table.add_row(
-            *(str(", ".join(map(str, x)) if isinstance(x, list) else x) for x in row.values())
-        )
-    console.print(table)
-    record = {"label": "counted", "torch": torch.__version__, "bytes": traffic, "kernels": rows}
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    (results / "counted.json").write_text(json.dumps(record, indent=1) + "\n")
+    record = count(["sm_80", "sm_90", "sm_100"] if options.all else ["sm_90"])
+    found = tables(record)
+    for table in found:
+        table.show()
+    if options.all:
+        return  # the record has one target
+    file = ROOT / "benchmarks" / "results" / "counted.json"
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    file.with_suffix(".md").write_text("\n".join(table.markdown() for table in found))
+    print(f"written: {file} and, for a page, {file.with_suffix('.md').name}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table as Rich
+from rich.text import Text
 
 
 class Table(NamedTuple):
@@ -16,11 +17,11 @@ class Table(NamedTuple):
     notes: Sequence[str] = ()
 
     def show(self) -> None:
-        table = Rich(title=self.title, caption="\n".join(self.notes))
+        table = Rich(title=self.title, caption=Text("\n".join(self.notes)))
         for i, column in enumerate(self.columns):
             table.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
         for row in self.rows:
-            table.add_row(*map(str, row))
+            table.add_row(*(Text(str(cell)) for cell in row))
         console = Console()
         if not console.is_terminal:  # a log has no width to keep to
             console = Console(width=160)

@@ -236,6 +236,19 @@ def test_an_offset_common_to_a_row_costs_no_accuracy(case, offset, n_cols, engin
     assert_exact(case, [student, teacher + offset, *labels], engine)
 
 
+@each_loss
+def test_a_student_near_its_teacher(case, engine):
+    """The end of a training: computed in half precision, divergences would come out negative."""
+    student, teacher, *labels = case.inputs((8,), 1000, torch.bfloat16)
+    near = (teacher + 0.05 * student.detach()).requires_grad_()
+    found, truth = (
+        results(case, [near, teacher, *labels]),
+        results(case.eager, exact([near, teacher, *labels])),
+    )
+    assert ((found[0] - truth[0]).abs() <= 1e-3 * truth[0]).all()
+    assert (found[1] - truth[1]).norm() <= 4e-3 * truth[1].norm()
+
+
 @each_case
 def test_confident_rows(case, engine):
     """One-hot to the last bit, at the same and at another class, beside a usual row."""

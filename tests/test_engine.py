@@ -35,8 +35,9 @@ def test_a_student_without_gradient(case, engine):
 
 
 @a_few
-def test_two_runs_agree_bit_for_bit(case, engine):
-    inputs = case.inputs((9,), 1001, torch.float32)
+@pytest.mark.parametrize("n_cols", [101, 9001])
+def test_two_runs_agree_bit_for_bit(case, n_cols, engine):
+    inputs = case.inputs((3,), n_cols, torch.float32)
     for first, second in zip(results(case, inputs), results(case, inputs), strict=True):
         assert torch.equal(first, second)
 
