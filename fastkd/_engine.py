@@ -196,6 +196,8 @@ class Engine:
             return self.opaque_forward(*traced)  # the compiler would call `forward` with a context
         if _transforms_active():
             return self._function.apply(*arguments, backend)
+        if not torch.is_grad_enabled():  # engines prepare a backward for what requires a gradient
+            arguments = (arguments[0].detach(), *arguments[1:])
         # what `apply` does without torch.func: binding the signature would cost more than a launch
         function: Any = super(torch.autograd.Function, self._function)
         return function.apply(*arguments, backend)
@@ -302,7 +304,7 @@ def _differentiable(
         def backward(ctx: Any, *upstream: Any) -> Any:
             statistics, *tensors = ctx.saved_tensors
             # the compiler fills in zeros, even for rows (..., 0) that were not asked for
-            rank = statistics.ndim
+            rank = tensors[0].ndim
             upstream = tuple(None if x is None or x.ndim == rank else x for x in upstream[:-1])
             nothing = [None] * (len(rowwise) + len(ctx.scalars_and_options) - 1)
             if all(x is None for x in upstream):

@@ -124,6 +124,7 @@ def capture(target: str = "sm_90"):
         kernel = run_kernel(self, *args, **options)
         grid, values = stand_in.launched
         described = dict(zip(self.arg_names, map(describe, values), strict=True))
+        stand_in.launched = ()  # tensors that are held change what autograd does
         launches.append(Launch(self.__name__, stand_in.device, grid, described, kernel))
         return kernel
 

@@ -19,17 +19,18 @@ from torch import Tensor
 from fastkd._engine import compute_dtype
 from fastkd.divergence import Number, Problem
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 17}  # a few megabytes of scratch stay in a CPU's cache
+_CHUNK_ELEMENTS = {"cpu": 1 << 18}  # a few megabytes of scratch stay in a CPU's cache
 _LARGE_CHUNK = 1 << 23  # elsewhere a chunk must pay for its launches
 _SMALL = 1 << 15  # logits whose calls cost more than their memory
 _SOFT_TARGETS = ("forward_kl", "soft_cross_entropy")  # whose gradient is q − p
 _LN2 = math.log(2)
 _N_SCRATCH = 6
+_N_STATISTICS = 4  # −pivot and Z of the student, and of the teacher
 
 
 def allocate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What `forward` returns, empty: nothing is kept for `backward`, it computes all anew."""
-    return Problem(*arguments).allocate(0)
+    """What `forward` returns, empty."""
+    return Problem(*arguments).allocate(_N_STATISTICS)
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +39,8 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if problem.student.requires_grad and 0 < problem.student.numel() <= _SMALL:
         return _values_and_slopes(problem)
     labels, offset, keep, temperature, teacher_temperature, weight, scale, name = problem[2:]
-    losses, cross_entropies, statistics = problem.allocate(0)
+    losses, cross_entropies, statistics = problem.allocate(_N_STATISTICS)
+    table = statistics.view(-1, _N_STATISTICS)
     flat, flat_ce = losses.view(-1, 1), cross_entropies.view(-1, 1)
     for rows, (z, z_teacher), scratch in _chunks(problem.student, problem.teacher):
         if labels is not None:
@@ -46,6 +48,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             flat_ce[rows] = _cross_entropy(q, labels.reshape(-1, 1)[rows])
         q = _softmax(z, temperature, None, *scratch[:2])
         p = _softmax(z_teacher, teacher_temperature, offset, *scratch[2:4])
+        torch.cat([q.shift, q.total, p.shift, p.total], 1, out=table[rows])
         flat[rows] = _value(name, p, q, weight, scale, scratch[4])
     if keep is not None:
         losses.masked_fill_(~keep, 0)
@@ -55,14 +58,14 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(
-    upstream: Tensor | None, ce_upstream: Tensor | None, statistics: Tensor | None, *arguments: Any
+    upstream: Tensor | None, ce_upstream: Tensor | None, statistics: Tensor, *arguments: Any
 ) -> Tensor:
     """Σ upstream · ∂losses + Σ ce_upstream · ∂cross_entropies with respect to the student."""
     problem = _problem(arguments)
-    if statistics is not None and statistics.shape[-1]:
+    if statistics.ndim > problem.student.ndim:
         return _weighted(statistics, upstream, ce_upstream, problem)
     gradient = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
-    _fill(gradient, upstream, ce_upstream, problem)
+    _fill(gradient, upstream, ce_upstream, statistics, problem)
     return gradient
 
 
@@ -77,11 +80,12 @@ def value_and_gradient(
     For a caller that knows the weights beforehand, on chunks of logits that are thrown away
     afterwards: `in_place` writes the gradient over the student.
     """
-    losses, cross_entropies, _ = forward(*arguments)
+    losses, cross_entropies, statistics = forward(*arguments)
     if not in_place:
-        return losses, cross_entropies, backward(row_weights, ce_weights, None, *arguments)
+        gradient = backward(row_weights, ce_weights, statistics, *arguments)
+        return losses, cross_entropies, gradient
     problem = _problem(arguments)
-    _fill(problem.student, row_weights, ce_weights, problem)
+    _fill(problem.student, row_weights, ce_weights, statistics, problem)
     return losses, cross_entropies, problem.student
 
 
@@ -100,13 +104,13 @@ def _problem(arguments: Sequence[Any]) -> Problem:
 
 
 def _values_and_slopes(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward` whose statistics are the slopes of the rows: (..., V), with labels (..., 2 V)."""
+    """`forward` whose statistics are the slopes of the rows, (..., 1 or 2, V)."""
     labels, offset, keep, temperature, teacher_temperature, weight, scale, name = problem[2:]
     *examples, n_cols = problem.student.shape
     z = problem.student.detach().reshape(-1, n_cols)
     dtype = compute_dtype(problem.student, problem.teacher)
-    slopes = z.new_empty((len(z), n_cols if labels is None else 2 * n_cols), dtype=dtype)
-    slope = slopes if labels is None else slopes[:, :n_cols]
+    slopes = z.new_empty((len(z), 1 if labels is None else 2, n_cols), dtype=dtype)
+    slope = slopes[:, 0]
     soft_targets = name in _SOFT_TARGETS  # the slope leaves both softmaxes as they are
     scratch = z.new_empty((5 if soft_targets else 9, *z.shape), dtype=dtype)
     d_q, e_q, d_p, e_p, spare, *copies = scratch.unbind()
@@ -117,8 +121,8 @@ def _values_and_slopes(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         scratch[5:].copy_(scratch[:4])
     _slope(name, p, q, weight, None, spare, slope)
     if not soft_targets:
-        q = _Softmax(copies[0], copies[1], q.total)
-        p = _Softmax(copies[2], copies[3], p.total)
+        q = _Softmax(copies[0], copies[1], q.shift, q.total)
+        p = _Softmax(copies[2], copies[3], p.shift, p.total)
     losses = _value(name, p, q, weight, scale, spare)
     if keep is not None:
         left_out = ~keep.reshape(-1, 1)
@@ -131,33 +135,34 @@ def _values_and_slopes(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         left_out = classes < 0
         q = _softmax(z, 1.0, None, d_q, e_q)
         cross_entropies = _cross_entropy(q, classes).masked_fill_(left_out, 0).view(examples)
-        slope = torch.div(q.e, q.total, out=slopes[:, n_cols:])
+        slope = torch.div(q.e, q.total, out=slopes[:, 1])
         slope.scatter_add_(1, classes.clamp(min=0), q.total.new_full((1, 1), -1).expand_as(classes))
         slope.masked_fill_(left_out, 0)
-    return losses.view(examples), cross_entropies, slopes.view(*examples, slopes.shape[1])
+    return losses.view(examples), cross_entropies, slopes.view(*examples, *slopes.shape[1:])
 
 
 def _weighted(
     slopes: Tensor, upstream: Tensor | None, ce_upstream: Tensor | None, problem: Problem
 ) -> Tensor:
     """`backward` from the slopes that `_values_and_slopes` kept."""
-    n_cols, dtype = problem.student.shape[-1], problem.student.dtype
-    of_labels = None
-    if slopes.shape[-1] > n_cols:
-        slopes, of_labels = slopes.split(n_cols, -1)
+    dtype = problem.student.dtype
     gradient = None
     if upstream is not None:
         unit = problem.scale / problem.student_temperature
-        gradient = slopes * (upstream * unit).unsqueeze(-1)
-    if ce_upstream is not None and of_labels is not None:
-        of_labels = of_labels * ce_upstream.unsqueeze(-1)
+        gradient = slopes[..., 0, :] * (upstream * unit).unsqueeze(-1)
+    if ce_upstream is not None and problem.labels is not None:
+        of_labels = slopes[..., 1, :] * ce_upstream.unsqueeze(-1)
         gradient = of_labels if gradient is None else gradient.add_(of_labels)
     assert gradient is not None  # `backward` is called for a reason
     return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 def _fill(
-    gradient: Tensor, upstream: Tensor | None, ce_upstream: Tensor | None, problem: Problem
+    gradient: Tensor,
+    upstream: Tensor | None,
+    ce_upstream: Tensor | None,
+    statistics: Tensor,
+    problem: Problem,
 ) -> None:
     """Write the gradient, which may be the student itself."""
     labels, offset, keep, temperature, teacher_temperature, weight, scale, name = problem[2:]
@@ -167,13 +172,17 @@ def _fill(
         factors = factors * scale / temperature
     ce_factors = None if labels is None else _factors(ce_upstream, labels >= 0, dtype)
     in_scratch = gradient.dtype != dtype or gradient is problem.student
+    table = statistics.reshape(-1, _N_STATISTICS, 1)
     for rows, (z, z_teacher, out), scratch in _chunks(problem.student, problem.teacher, gradient):
         slope = scratch[5] if in_scratch else out
+        if slope is None:
+            slope = torch.empty_like(z, dtype=dtype)
         if factors is None:
             slope.zero_()
         else:
-            q = _softmax(z, temperature, None, *scratch[:2])
-            p = _softmax(z_teacher, teacher_temperature, offset, *scratch[2:4])
+            known = table[rows].unbind(1)
+            q = _softmax(z, temperature, None, *scratch[:2], *known[:2])
+            p = _softmax(z_teacher, teacher_temperature, offset, *scratch[2:4], *known[2:])
             _slope(name, p, q, weight, factors[rows], scratch[4], slope)
             _select(slope, factors[rows])
         if ce_factors is not None and labels is not None:
@@ -186,21 +195,24 @@ def _fill(
             out.copy_(slope)
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor], tuple[Tensor, ...]]]:
-    """Row numbers, chunks [R, V] of the tensors, and as much scratch; never a copy of logits.
+def _chunks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor], tuple[Tensor | None, ...]]]:
+    """Row numbers, chunks [R, V] of the tensors, places for temporaries (if not one chunk).
 
     Shifted logits, [B, S, V] cut to [:, :-1], do not flatten to rows: they are taken one by one.
     """
     student, teacher = tensors[:2]
     if not student.numel():
         return  # no rows, of which there are any number
-    n_cols = student.shape[-1]
+    n_cols, most = student.shape[-1], _CHUNK_ELEMENTS.get(student.device.type, _LARGE_CHUNK)
+    if student.numel() <= most and all(x.is_contiguous() for x in tensors):
+        yield slice(None), [x.view(-1, n_cols) for x in tensors], (None,) * _N_SCRATCH
+        return
     inner = student.shape[-2] if student.ndim > 1 else 1
     blocks = [x.reshape(-1, inner, n_cols) for x in tensors]
     if all(x.is_contiguous() for x in blocks):
         blocks = [x.reshape(1, -1, n_cols) for x in blocks]
     outer, inner, _ = blocks[0].shape
-    size = max(1, _CHUNK_ELEMENTS.get(student.device.type, _LARGE_CHUNK) // n_cols)
+    size = max(1, most // n_cols)
     scratch = student.new_empty(
         (_N_SCRATCH, min(size, inner), n_cols), dtype=compute_dtype(student, teacher)
     )
@@ -216,35 +228,44 @@ class _Softmax(NamedTuple):
 
     d: Tensor  # [R, V]
     e: Tensor  # [R, V]
+    shift: Tensor  # [R, 1], −pivot
     total: Tensor  # [R, 1]
 
 
 def _softmax(
-    logits: Tensor, temperature: Number, offset: Tensor | None, d: Tensor, e: Tensor
+    logits: Tensor,
+    temperature: Number,
+    offset: Tensor | None,
+    d: Tensor | None,
+    e: Tensor | None,
+    shift: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> _Softmax:
-    """Of (logits − offset) / temperature, in d and e."""
+    """Of (logits − offset) / temperature, in d and e if given; of known statistics if given."""
     if offset is not None:
         logits = torch.sub(logits, offset, out=d)
     unit = 1 / (_LN2 * temperature)
-    pivot = logits.amax(-1, keepdim=True)
-    pivot = pivot.mul_(-unit) if pivot.dtype == d.dtype else pivot.to(d.dtype).mul_(-unit)
-    _affine(logits, unit, pivot, d)
-    torch.exp2(d, out=e)
-    return _Softmax(d, e, e.sum(-1, keepdim=True))
+    if shift is None:
+        shift = logits.amax(-1, keepdim=True)
+        half = shift.dtype in (torch.bfloat16, torch.float16)
+        shift = (shift.float() if half else shift).mul_(-unit)
+    d = _affine(logits, unit, shift, d)
+    e = torch.exp2(d, out=e)
+    return _Softmax(d, e, shift, e.sum(-1, keepdim=True) if total is None else total)
 
 
-def _affine(x: Tensor, factor: Number, row: Tensor, out: Tensor) -> Tensor:
+def _affine(x: Tensor, factor: Number, row: Tensor, out: Tensor | None) -> Tensor:
     """factor · x + row, in one pass."""
     if isinstance(factor, Tensor):
         return torch.addcmul(row, x.to(row.dtype), factor.to(row.dtype), out=out)
     return torch.add(row, x, alpha=factor, out=out)
 
 
-def _mixture(p: _Softmax, q: _Softmax, ratio: Tensor, weight: Number, out: Tensor) -> Tensor:
+def _mixture(p: _Softmax, q: _Softmax, ratio: Tensor, weight: Number, out: Tensor | None) -> Tensor:
     """weight·p + (1 − weight)·q, not 0 where both vanish; brings q to the units of p."""
     q.d.add_(ratio)
     q.e.mul_(p.total / q.total)
-    return torch.lerp(q.e, p.e, weight, out=out).clamp_(min=torch.finfo(out.dtype).tiny)
+    return torch.lerp(q.e, p.e, weight, out=out).clamp_(min=torch.finfo(q.e.dtype).tiny)
 
 
 def _mean(x: Tensor, weights: _Softmax) -> Tensor:
@@ -258,7 +279,7 @@ def _cross_entropy(q: _Softmax, classes: Tensor) -> Tensor:
 
 
 def _value(
-    name: str, p: _Softmax, q: _Softmax, weight: Number, scale: Number, scratch: Tensor
+    name: str, p: _Softmax, q: _Softmax, weight: Number, scale: Number, scratch: Tensor | None
 ) -> Tensor:
     """Rows [R, 1] of the divergence · scale; overwrites p and q."""
     unit = _LN2 * scale
@@ -295,7 +316,7 @@ def _slope(
     q: _Softmax,
     weight: Number,
     factor: Tensor | None,
-    scratch: Tensor,
+    scratch: Tensor | None,
     out: Tensor,
 ) -> None:
     """factor · (h − q Σ h) for rows of the divergence; overwrites p and q, not of _SOFT_TARGETS."""
