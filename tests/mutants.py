@@ -157,7 +157,7 @@ MUTANTS = [
     Mutant(PORTABLE, "term dropped", "of_p * weight + of_q * (1 - weight) + nothing", "of_p * weight + nothing"),
     Mutant(PORTABLE, "weights swapped", 'return 1 - weight if name == "skew_reverse_kl"', 'return weight if name == "skew_reverse_kl"'),
     Mutant(PORTABLE, "term dropped", "q.d.add_(ratio)", "q.d.add_(0)"),
-    Mutant(PORTABLE, "mask dropped", ".clamp_(min=torch.finfo(out.dtype).tiny)", ""),
+    Mutant(PORTABLE, "mask dropped", ".clamp_(min=torch.finfo(q.e.dtype).tiny)", ""),
     Mutant(PORTABLE, "label dropped", "(q.total.log2() - q.d.gather", "(q.total.log2() - 0 * q.d.gather"),
     Mutant(PORTABLE, "mask dropped", "losses.masked_fill_(~keep, 0)", "pass"),
     Mutant(PORTABLE, "mask dropped", "losses.masked_fill_(left_out, 0)", "pass"),
