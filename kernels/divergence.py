@@ -109,7 +109,9 @@ def _launch_whole_rows(
     rows = [rows_of(problem.student), rows_of(problem.teacher)]
     columns = triton.next_power_of_2(n_cols)
     # as many rows as fill a program, as few as give every multiprocessor two programs
-    sharing = triton.cdiv(n_rows, 2 * device_of(problem.student).multiprocessors)
+    device = device_of(problem.student)
+    most_warps = 32 if device.fast_log2 else 16  # 1024 threads: AMD's warps have 64
+    sharing = triton.cdiv(n_rows, 2 * device.multiprocessors)
     block = max(1, min(4096 // columns, triton.next_power_of_2(sharing)))
     with on_device(problem.student):
         sweeps.whole_rows[(triton.cdiv(n_rows, block),)](
@@ -122,7 +124,7 @@ def _launch_whole_rows(
             ALIGNMENT=alignment(rows if gradient is None else [*rows, rows_of(gradient)], n_cols),
             ROWS=block,
             COLUMNS=columns,
-            num_warps=max(1, min(16, block * columns // 512)),
+            num_warps=max(1, min(most_warps, block * columns // 256)),
         )
 
 
