@@ -35,8 +35,8 @@ def logits(student: Tensor, teacher: Tensor) -> None:
     constant_teacher(teacher_logits=teacher)
 
 
-def labels(labels: Tensor, student: Tensor, ignore_index: int) -> None:
-    """Class indices (...), one for each row of logits (..., V)."""
+def labels(labels: Tensor, student: Tensor, ignore_index: int) -> bool:
+    """Class indices (...), one for each row of logits (..., V); True if known not to be ignored."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be a tensor of class indices (torch.int64), got {got}")
@@ -47,13 +47,19 @@ def labels(labels: Tensor, student: Tensor, ignore_index: int) -> None:
         )
     same_device(student_logits=student, labels=labels)
     # on a GPU this look at the values would wait for it; there a wrong class gives a NaN loss
-    if _has_values_at_hand(labels):
-        wrong = ((labels < 0) | (labels >= student.shape[-1])) & (labels != ignore_index)
+    if not _has_values_at_hand(labels) or not labels.numel():
+        return False
+    n_classes = student.shape[-1]
+    lowest, highest = (x.item() for x in labels.aminmax())
+    if lowest < 0 or highest >= n_classes:
+        wrong = ((labels < 0) | (labels >= n_classes)) & (labels != ignore_index)
         if wrong.any():
             raise ValueError(
-                f"labels must lie in [0, {student.shape[-1]}) or be ignore_index={ignore_index}, "
+                f"labels must lie in [0, {n_classes}) or be ignore_index={ignore_index}, "
                 f"got {labels[wrong][0].item()}"
             )
+        return False
+    return not 0 <= ignore_index < n_classes
 
 
 def weights(weights: Tensor, examples: torch.Size, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import _checks
@@ -310,9 +311,10 @@ def logit_mse(
     Raises TypeError or ValueError for logits that do not fit together and options out of range.
     Ba and Caruana, Do Deep Nets Really Need to be Deep?, 2014. arXiv:1312.6184
     """
-    same = student_logits == teacher_logits  # also where both are −∞
-    difference = torch.where(same, 0, student_logits - teacher_logits) / temperature
-    return _scaled(difference.square().mean(-1), temperature, scale_t2)
+    lowest = torch.finfo(student_logits.dtype).min  # −∞ in both is no difference
+    student, teacher = student_logits.clamp(min=lowest), teacher_logits.clamp(min=lowest)
+    losses = F.mse_loss(student, teacher, reduction="none").mean(-1)
+    return losses if scale_t2 else losses / temperature**2
 
 
 _DIVERGENCES = {
@@ -366,14 +368,17 @@ def kd(
     _checks.reduction(reduction, normalizer)
     _checks.fraction(alpha=alpha)
     _check(student_logits, teacher_logits, **options)
-    _checks.labels(labels, student_logits, ignore_index)
+    complete = _checks.labels(labels, student_logits, ignore_index)
     if weights is not None:
         _checks.weights(weights, labels.shape, student_logits.device)
 
-    labelled = labels != ignore_index
-    keep = kept(weights)
-    counted = labelled if keep is None else labelled & keep
-    labels = labels.long().masked_fill(~counted, -1)
+    labels = labels.long()
+    labelled = None if complete else labels != ignore_index
+    counted = keep = kept(weights)
+    if labelled is not None:
+        counted = labelled if keep is None else labelled & keep
+    if counted is not None:
+        labels = labels.masked_fill(~counted, -1)
     distilled = keep if distill_ignored else counted
     engine = choose((student_logits, teacher_logits))
     if engine == "formula":
@@ -394,12 +399,14 @@ def kd(
         divergences, cross_entropies = _fused(
             divergence, engine, student_logits, teacher_logits, distilled, labels=labels, **options
         )
-    ce_weights, kd_weights = None, weights
-    if weights is not None:
+    ce_weights = kd_weights = weights
+    divisor = normalizer
+    if labelled is not None and weights is not None:
         ce_weights = torch.where(labelled, weights, 0)
         kd_weights = weights if distill_ignored else ce_weights
-    # without weights the rows that are left out are 0 already: only their number is wanted
-    divisor = labelled.sum() if normalizer is None and weights is None else normalizer
+    elif labelled is not None and normalizer is None:
+        # the rows that are left out are 0 already: only their number is wanted
+        divisor = labelled.sum()
     ce = reduce(cross_entropies, ce_weights, divisor, reduction)
     softened = reduce(
         divergences, kd_weights, normalizer if distill_ignored else divisor, reduction

@@ -8,6 +8,7 @@ from exactness import assert_same, results
 from losses import CASES, DEVICE, LOSSES, each_case, normal
 
 import fastkd
+from fastkd.portable import _small_divergence
 
 smoke = pytest.mark.smoke
 MASKED = [0, 3, 16]  # these classes, in every row but the first
@@ -89,9 +90,13 @@ def test_infinities_are_where_the_definition_has_them(case, engine):
     ],
 )
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_a_row_without_a_softmax_gives_nan_and_spoils_no_other(case, n_cols, bad, whose, engine):
+def test_a_row_without_a_softmax_gives_nan_and_spoils_no_other(
+    case, n_cols, bad, whose, engine, monkeypatch
+):
     inputs = case.inputs((3,), n_cols, torch.float32)
-    expected = results(case, inputs)
+    with monkeypatch.context() as patch:  # the short way for few logits leaves NaNs to the other
+        patch.setattr(_small_divergence, "_MOST_ELEMENTS", 0)
+        expected = results(case, inputs)
     i = ["student", "teacher"].index(whose)
     spoilt = inputs[i].detach().clone()
     if isinstance(bad, str):

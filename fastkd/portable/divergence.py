@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fastkd._engine import compute_dtype
 from fastkd.divergence import Number, Problem
+from fastkd.portable import _small_divergence
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18}  # a few megabytes of scratch stay in a CPU's cache
 _LARGE_CHUNK = 1 << 23  # elsewhere a chunk must pay for its launches
-_SMALL = 1 << 15  # logits whose calls cost more than their memory
 _SOFT_TARGETS = ("forward_kl", "soft_cross_entropy")  # whose gradient is q − p
 _LN2 = math.log(2)
 _N_SCRATCH = 6
@@ -36,8 +36,10 @@ def allocate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(*Problem) -> rows of divergence · scale, rows of cross-entropy at T = 1, statistics."""
     problem = _problem(arguments)
-    if problem.student.requires_grad and 0 < problem.student.numel() <= _SMALL:
-        return _values_and_slopes(problem)
+    if _small_divergence.suits(problem):
+        outputs = _small_divergence.forward(problem)
+        if outputs is not None:
+            return outputs
     labels, offset, keep, temperature, teacher_temperature, weight, scale, name = problem[2:]
     losses, cross_entropies, statistics = problem.allocate(_N_STATISTICS)
     table = statistics.view(-1, _N_STATISTICS)
@@ -63,7 +65,7 @@ def backward(
     """Σ upstream · ∂losses + Σ ce_upstream · ∂cross_entropies with respect to the student."""
     problem = _problem(arguments)
     if statistics.ndim > problem.student.ndim:
-        return _weighted(statistics, upstream, ce_upstream, problem)
+        return _small_divergence.backward(upstream, ce_upstream, statistics, problem)
     gradient = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
     _fill(gradient, upstream, ce_upstream, statistics, problem)
     return gradient
@@ -101,60 +103,6 @@ def _problem(arguments: Sequence[Any]) -> Problem:
             student_temperature=t_s, teacher_temperature=t_t, weight=weight, scale=scale
         )
     return problem
-
-
-def _values_and_slopes(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward` whose statistics are the slopes of the rows, (..., 1 or 2, V)."""
-    labels, offset, keep, temperature, teacher_temperature, weight, scale, name = problem[2:]
-    *examples, n_cols = problem.student.shape
-    z = problem.student.detach().reshape(-1, n_cols)
-    dtype = compute_dtype(problem.student, problem.teacher)
-    slopes = z.new_empty((len(z), 1 if labels is None else 2, n_cols), dtype=dtype)
-    slope = slopes[:, 0]
-    soft_targets = name in _SOFT_TARGETS  # the slope leaves both softmaxes as they are
-    scratch = z.new_empty((5 if soft_targets else 9, *z.shape), dtype=dtype)
-    d_q, e_q, d_p, e_p, spare, *copies = scratch.unbind()
-    q = _softmax(z, temperature, None, d_q, e_q)
-    z_teacher = problem.teacher.reshape(-1, n_cols)
-    p = _softmax(z_teacher, teacher_temperature, offset, d_p, e_p)
-    if not soft_targets:
-        scratch[5:].copy_(scratch[:4])
-    _slope(name, p, q, weight, None, spare, slope)
-    if not soft_targets:
-        q = _Softmax(copies[0], copies[1], q.shift, q.total)
-        p = _Softmax(copies[2], copies[3], p.shift, p.total)
-    losses = _value(name, p, q, weight, scale, spare)
-    if keep is not None:
-        left_out = ~keep.reshape(-1, 1)
-        losses.masked_fill_(left_out, 0)
-        slope.masked_fill_(left_out, 0)
-    if labels is None:
-        cross_entropies = losses.new_empty((*examples, 0))
-    else:
-        classes = labels.reshape(-1, 1)
-        left_out = classes < 0
-        q = _softmax(z, 1.0, None, d_q, e_q)
-        cross_entropies = _cross_entropy(q, classes).masked_fill_(left_out, 0).view(examples)
-        slope = torch.div(q.e, q.total, out=slopes[:, 1])
-        slope.scatter_add_(1, classes.clamp(min=0), q.total.new_full((1, 1), -1).expand_as(classes))
-        slope.masked_fill_(left_out, 0)
-    return losses.view(examples), cross_entropies, slopes.view(*examples, *slopes.shape[1:])
-
-
-def _weighted(
-    slopes: Tensor, upstream: Tensor | None, ce_upstream: Tensor | None, problem: Problem
-) -> Tensor:
-    """`backward` from the slopes that `_values_and_slopes` kept."""
-    dtype = problem.student.dtype
-    gradient = None
-    if upstream is not None:
-        unit = problem.scale / problem.student_temperature
-        gradient = slopes[..., 0, :] * (upstream * unit).unsqueeze(-1)
-    if ce_upstream is not None and problem.labels is not None:
-        of_labels = slopes[..., 1, :] * ce_upstream.unsqueeze(-1)
-        gradient = of_labels if gradient is None else gradient.add_(of_labels)
-    assert gradient is not None  # `backward` is called for a reason
-    return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 def _fill(
