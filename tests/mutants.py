@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TERMS, SWEEPS = "kernels/_divergence_terms.py", "kernels/_divergence_sweeps.py"
 TILES, LAUNCHES = "kernels/_tiles.py", "kernels/divergence.py"
-PORTABLE, LOSSES = "fastkd/portable/divergence.py", "fastkd/divergence.py"
+PORTABLE, SMALL = "fastkd/portable/divergence.py", "fastkd/portable/_small_divergence.py"
+LOSSES = "fastkd/divergence.py"
 
 
 @dataclass(frozen=True)
@@ -148,30 +149,22 @@ MUTANTS = [
     Mutant(PORTABLE, "weights swapped", "(of_p - ratio) * weight + (ratio - of_q) * (1 - weight)", "(of_p - ratio) * (1 - weight) + (ratio - of_q) * weight"),
     Mutant(PORTABLE, "term dropped", ".mul_(0.5 * scale)", ".mul_(scale)"),
     Mutant(PORTABLE, "T² dropped", "unit = _LN2 * scale", "unit = _LN2"),
-    Mutant(PORTABLE, "T² dropped", "unit = problem.scale / problem.student_temperature", "unit = 1 / problem.student_temperature"),
-    Mutant(PORTABLE, "term dropped", "unit = problem.scale / problem.student_temperature", "unit = problem.scale"),
     Mutant(PORTABLE, "T² dropped", "factors = factors * scale / temperature", "factors = factors / temperature"),
     Mutant(PORTABLE, "term dropped", "factors = factors * scale / temperature", "factors = factors * scale"),
     Mutant(PORTABLE, "mask dropped", "nothing = ratio * 0", "nothing = 0"),
-    Mutant(PORTABLE, "mask dropped", "factor = ratio * 0 + (", "factor = 0 * ratio.nan_to_num(0, 0, 0) + ("),
+    Mutant(PORTABLE, "mask dropped", "factor = ratio * 0 + factor", "factor = factor"),
     Mutant(PORTABLE, "term dropped", "of_p * weight + of_q * (1 - weight) + nothing", "of_p * weight + nothing"),
     Mutant(PORTABLE, "weights swapped", 'return 1 - weight if name == "skew_reverse_kl"', 'return weight if name == "skew_reverse_kl"'),
     Mutant(PORTABLE, "term dropped", "q.d.add_(ratio)", "q.d.add_(0)"),
     Mutant(PORTABLE, "mask dropped", ".clamp_(min=torch.finfo(q.e.dtype).tiny)", ""),
     Mutant(PORTABLE, "label dropped", "(q.total.log2() - q.d.gather", "(q.total.log2() - 0 * q.d.gather"),
     Mutant(PORTABLE, "mask dropped", "losses.masked_fill_(~keep, 0)", "pass"),
-    Mutant(PORTABLE, "mask dropped", "losses.masked_fill_(left_out, 0)", "pass"),
-    Mutant(PORTABLE, "mask dropped", "slope.masked_fill_(left_out, 0)", "pass"),
-    Mutant(PORTABLE, "mask dropped", "slope.masked_fill_(left_out, 0)", "pass", 2),
     Mutant(PORTABLE, "mask dropped", "cross_entropies.masked_fill_(labels < 0, 0)", "pass"),
     Mutant(PORTABLE, "gradient zero", "_slope(name, p, q, weight, factors[rows], scratch[4], slope)", "slope.zero_()"),
-    Mutant(PORTABLE, "gradient zero", "_slope(name, p, q, weight, None, spare, slope)", "slope.zero_()"),
     Mutant(PORTABLE, "mask dropped", "            _select(slope, factors[rows])", "            pass"),
     Mutant(PORTABLE, "label dropped", "slope.scatter_add_(1, classes, -factor)", "pass"),
     Mutant(PORTABLE, "sign flipped", "slope.scatter_add_(1, classes, -factor)", "slope.scatter_add_(1, classes, factor)"),
-    Mutant(PORTABLE, "sign flipped", "q.total.new_full((1, 1), -1)", "q.total.new_full((1, 1), 1)"),
-    Mutant(PORTABLE, "label dropped", "gradient.add_(of_labels)", "gradient"),
-    Mutant(PORTABLE, "sign flipped", "out.sub_(torch.mul(p.e, _over", "out.add_(torch.mul(p.e, _over"),
+    Mutant(PORTABLE, "sign flipped", "out.sub_(p.e.mul_(factor / p.total))", "out.add_(p.e.mul_(factor / p.total))"),
     Mutant(PORTABLE, "sign flipped", "torch.sub(q.e, p.e, out=q.d).sign_()", "torch.sub(p.e, q.e, out=q.d).sign_()"),
     Mutant(PORTABLE, "sign flipped", "v, unit = p.e.div_(m), weight - 1", "v, unit = p.e.div_(m), 1 - weight"),
     Mutant(PORTABLE, "term dropped", "nan_to_num_(0).add_(of_m)", "nan_to_num_(0)"),
@@ -183,10 +176,44 @@ MUTANTS = [
     Mutant(PORTABLE, "sign flipped", "torch.sub(logits, offset, out=d)", "torch.add(logits, offset, out=d)"),
     Mutant(PORTABLE, "wrong temperature", "_softmax(z_teacher, teacher_temperature,", "_softmax(z_teacher, temperature,"),
     Mutant(PORTABLE, "wrong temperature", "_softmax(z_teacher, teacher_temperature,", "_softmax(z_teacher, temperature,", 2),
-    Mutant(PORTABLE, "wrong temperature", "_softmax(z_teacher, teacher_temperature,", "_softmax(z_teacher, temperature,", 3),
+    # its short way for few logits
+    Mutant(SMALL, "sign flipped", "above = d_q.sub_(d_p)", "above = d_p.sub_(d_q)"),
+    Mutant(SMALL, "sign flipped", "ratio = log_total_p.sub_(log_total_q)", "ratio = log_total_q.sub_(log_total_p)"),
+    Mutant(SMALL, "term dropped", "above.mul_(p).sum(-1).add_(ratio).neg_()", "above.mul_(p).sum(-1).neg_()"),
+    Mutant(SMALL, "term dropped", "both.total[0].log2().squeeze(-1) - d_q.mul_(p).sum(-1)", "-d_q.mul_(p).sum(-1)"),
+    Mutant(SMALL, "term dropped", "reverse = of_q.squeeze(-1) + ratio", "reverse = of_q.squeeze(-1)"),
+    Mutant(SMALL, "term dropped", "above.sub_(of_q).mul_(q.mul_(_LN2))", "above.mul_(q.mul_(_LN2))"),
+    Mutant(SMALL, "term dropped", ".add_(q.sub_(p), alpha=weight)", ""),
+    Mutant(SMALL, "weights swapped", "reverse.mul_(1 - weight).sub_(forward, alpha=weight)", "reverse.mul_(weight).sub_(forward, alpha=1 - weight)"),
+    Mutant(SMALL, "gradient zero", "add_(ratio).neg_(), q.sub_(p)", "add_(ratio).neg_(), q.zero_()"),
+    Mutant(SMALL, "statistics swapped", "ratio = total / total_q", "ratio = total_q / total"),
+    Mutant(SMALL, "rescaling dropped", "    q.mul_(ratio)", "    pass"),
+    Mutant(SMALL, "weights swapped", "share = 1 - weight if", "share = weight if"),
+    Mutant(SMALL, "mask dropped", ".clamp_(min=torch.finfo(q.dtype).tiny)", ""),
+    Mutant(SMALL, "sign flipped", "q, total, weight - 1)", "q, total, 1 - weight)"),
+    Mutant(SMALL, "term dropped", "above.sub_(torch.div(q, m, out=m), alpha=weight / _LN2)", "pass"),
+    Mutant(SMALL, "weights swapped", "torch.lerp(of_q, of_p, weight)", "torch.lerp(of_p, of_q, weight)"),
+    Mutant(SMALL, "term dropped", "mean = (v * q).sum(-1, keepdim=True)", "mean = v.new_zeros((*v.shape[:-1], 1))"),
+    Mutant(SMALL, "term dropped", "        mean.div_(total)", "        pass"),
+    Mutant(SMALL, "sign flipped", "_centred(difference.sign_(), q.e)", "_centred(difference.sign_().neg_(), q.e)"),
+    Mutant(SMALL, "term dropped", ".mul_(0.5 / _LN2)", ".mul_(1 / _LN2)"),
+    Mutant(SMALL, "T² dropped", "losses.mul_(_LN2 * scale)", "losses.mul_(_LN2)"),
+    Mutant(SMALL, "T² dropped", "unit = problem.scale / problem.student_temperature", "unit = 1 / problem.student_temperature"),
+    Mutant(SMALL, "term dropped", "unit = problem.scale / problem.student_temperature", "unit = problem.scale"),
+    Mutant(SMALL, "wrong temperature", "unit = 1 / (_LN2 * temperature)", "unit = 1 / _LN2"),
+    Mutant(SMALL, "mask dropped", "losses.masked_fill_(~keep, 0)", "pass"),
+    Mutant(SMALL, "mask dropped", "slope.masked_fill_(~keep.unsqueeze(-1), 0)", "pass"),
+    Mutant(SMALL, "mask dropped", "not math.isfinite(visible.sum().item())", "False"),
+    Mutant(SMALL, "mask dropped", "losses.masked_fill_(left_out, 0)", "losses"),
+    Mutant(SMALL, "mask dropped", "slope.masked_fill_(left_out, 0)", "slope"),
+    Mutant(SMALL, "label dropped", ".sub_(student.d.gather(-1, classes))", ""),
+    Mutant(SMALL, "sign flipped", "slope.ndim, -1.0)", "slope.ndim, 1.0)"),
+    Mutant(SMALL, "label dropped", "gradient.add_(of_labels)", "gradient"),
     # what calls the engines
     Mutant(LOSSES, "T² dropped", "scale = temperature**2 if scale_t2 else 1.0", "scale = 1.0"),
-    Mutant(LOSSES, "mask dropped", "labels = labels.long().masked_fill(~counted, -1)", "labels = labels.long().clamp(min=0)"),
+    Mutant(LOSSES, "mask dropped", "labels = labels.masked_fill(~counted, -1)", "labels = labels.clamp(min=0)"),
+    Mutant(LOSSES, "mask dropped", "labelled = None if complete else", "labelled = None if True else"),
+    Mutant("fastkd/_checks.py", "mask dropped", "return not 0 <= ignore_index < n_classes", "return True"),
     Mutant(LOSSES, "weights swapped", "total = alpha * ce + (1 - alpha) * softened", "total = (1 - alpha) * ce + alpha * softened"),
     Mutant(LOSSES, "mask dropped", "distilled = keep if distill_ignored else counted", "distilled = keep"),
     Mutant("fastkd/_loss.py", "term dropped", "normalizer = weights.sum()", "normalizer = weights.numel()"),
@@ -230,7 +257,7 @@ def selections(mutant: Mutant | None) -> Iterator[list[str]]:
     if mutant and mutant.file.startswith("kernels"):
         engine = ["-k", "not formula and not portable"]
         yield [str(tests / "test_kernels.py")]
-    elif mutant and mutant.file == PORTABLE:
+    elif mutant and mutant.file in (PORTABLE, SMALL):
         engine = ["-k", "not formula and not triton"]
         yield [str(tests / "test_value_and_gradient.py"), str(tests / "test_kd.py"), *engine]
     ignored = [f"--ignore={tests / name}" for name in ("compiled", "integrations")]

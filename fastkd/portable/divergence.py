@@ -22,7 +22,6 @@ from fastkd.portable import _small_divergence
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18}  # a few megabytes of scratch stay in a CPU's cache
 _LARGE_CHUNK = 1 << 23  # elsewhere a chunk must pay for its launches
-_SOFT_TARGETS = ("forward_kl", "soft_cross_entropy")  # whose gradient is q − p
 _LN2 = math.log(2)
 _N_SCRATCH = 6
 _N_STATISTICS = 4  # −pivot and Z of the student, and of the teacher
@@ -263,19 +262,19 @@ def _slope(
     p: _Softmax,
     q: _Softmax,
     weight: Number,
-    factor: Tensor | None,
+    factor: Tensor,
     scratch: Tensor | None,
     out: Tensor,
 ) -> None:
-    """factor · (h − q Σ h) for rows of the divergence; overwrites p and q, not of _SOFT_TARGETS."""
-    if name in _SOFT_TARGETS:
-        torch.mul(q.e, _over(q.total, factor), out=out)
-        out.sub_(torch.mul(p.e, _over(p.total, factor), out=scratch))
+    """factor · (h − q Σ h) for rows of the divergence; overwrites p and q."""
+    if name in ("forward_kl", "soft_cross_entropy"):  # h = −p
+        torch.mul(q.e, factor / q.total, out=out)
+        out.sub_(p.e.mul_(factor / p.total))
         return
     # the others are h = q·v: their gradient is q (v − Σ q·v)
     ratio = (p.total / q.total).log2_()
     # holds the NaN of an input, which nan_to_num_ drops
-    factor = ratio * 0 + (1.0 if factor is None else factor)
+    factor = ratio * 0 + factor
     unit: Number
     if name == "total_variation":
         q.e.mul_(p.total / q.total)
@@ -302,10 +301,6 @@ def _slope(
         out.add_(q.e.mul_(factor / q.total * weight)).sub_(p.e.mul_(factor / p.total * weight))
     else:
         out.mul_(factor / q.total * unit)
-
-
-def _over(total: Tensor, factor: Tensor | None) -> Tensor:
-    return total.reciprocal() if factor is None else factor / total
 
 
 def _of_teacher(name: str, weight: Number) -> Number:
