@@ -1,5 +1,6 @@
 """The kernels in the interpreter: every division of the work, bytes, launches, safety of memory."""
 
+import math
 import os
 
 import pytest
@@ -72,6 +73,19 @@ def test_every_division_of_a_row_gives_its_sums(divergence, multiprocessors):
         strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_long_row_without_a_softmax_is_nan(divergence, multiprocessors):
+    student, teacher = (x.detach() for x in logits(3, LOOPED, torch.float32))
+    student[0, 5] = math.nan
+    teacher[2] = -math.inf
+    losses, _, gradient = kernels.value_and_gradient(
+        *problem(divergence, student, teacher), row_weights=torch.ones(3)
+    )
+    assert losses.isnan().tolist() == [True, False, True]
+    assert gradient[0].isnan().all() and gradient[1].isfinite().all()
 
 
 @pytest.mark.parametrize("loss", [*DIVERGENCES, "kd"])
