@@ -95,14 +95,22 @@ def temperature(value: Any) -> None:
                 f"{_shape(value)} with requires_grad={value.requires_grad}: the losses are not "
                 "differentiable with respect to it"
             )
-    elif not 0 < value < math.inf:
-        raise ValueError(f"temperature must be a finite number above 0, got {value}")
+    elif not _ordered(0, value, math.inf) or value == 0 or value == math.inf:
+        raise ValueError(f"temperature must be a finite number above 0, got {value!r}")
 
 
 def fraction(**option: float) -> None:
     for name, value in option.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        if not _ordered(0, value, 1):
+            raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+
+
+def _ordered(lowest: Any, value: Any, highest: Any) -> bool:
+    """Whether it is a number between the two; no isinstance: traced ones have no known class."""
+    try:
+        return bool(lowest <= value <= highest)
+    except TypeError:
+        return False
 
 
 def options(given: Any, known: Any, loss: str) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._version import __version__
+
 _BACKENDS = ("auto", "triton", "portable", "formula")
 _OLDEST_TRITON = (3, 4)
 _library = torch.library.Library("fastkd", "DEF")
@@ -163,28 +165,29 @@ class Engine:
         numbers = ", ".join(f"Tensor {name.strip()}" for name in scalars.split(","))
         arguments = f"{tensors}, {numbers}, {options}, str backend"
         saved = "Tensor? upstream_0, Tensor? upstream_1, Tensor statistics"
-        _library.define(f"{family}_forward({arguments}) -> (Tensor, Tensor, Tensor)")
-        _library.define(f"{family}_backward({saved}, {arguments}) -> Tensor")
-        for direction in ("forward", "backward"):
+        # the compiler's cache on disk knows an op by its name: another release, another name
+        release = __version__.replace(".", "_")
+        forward, backward = (f"{family}_{way}_{release}" for way in ("forward", "backward"))
+        _library.define(f"{forward}({arguments}) -> (Tensor, Tensor, Tensor)")
+        _library.define(f"{backward}({saved}, {arguments}) -> Tensor")
+        for name, direction in ((forward, "forward"), (backward, "backward")):
             _library.impl(
-                f"{family}_{direction}", functools.partial(_run, family, direction),
-                "CompositeExplicitAutograd",
-            )  # fmt: skip
+                name, functools.partial(_run, family, direction), "CompositeExplicitAutograd"
+            )
         torch.library.register_fake(
-            f"fastkd::{family}_forward",
+            f"fastkd::{forward}",
             lambda *xs: _module(family, xs[-1]).allocate(*xs[:-1]),
             lib=_library,
         )
         torch.library.register_fake(
-            f"fastkd::{family}_backward",
+            f"fastkd::{backward}",
             lambda _0, _1, _2, trained, *xs: torch.empty_like(
                 trained, memory_format=torch.contiguous_format
             ),
             lib=_library,
         )
-        ops = torch.ops.fastkd
-        self.opaque_forward = getattr(ops, f"{family}_forward").default
-        self.opaque_backward = getattr(ops, f"{family}_backward").default
+        self.opaque_forward = getattr(torch.ops.fastkd, forward).default
+        self.opaque_backward = getattr(torch.ops.fastkd, backward).default
         _engines[family] = self
         self._function, self._traced_function = _differentiable(family, self.rowwise)
 

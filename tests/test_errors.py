@@ -57,9 +57,9 @@ def test_two_devices(inputs):
 
 
 @each_loss
-@pytest.mark.parametrize("temperature", [0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("temperature", [0, -1.0, float("inf"), float("nan"), "warm"])
 def test_temperature(case, temperature):
-    with says(ValueError, "temperature must be a finite number above 0", f"got {temperature}"):
+    with says(ValueError, "temperature must be a finite number above 0", f"got {temperature!r}"):
         case(*case.inputs((4,), 7), temperature=temperature)
 
 
@@ -72,7 +72,7 @@ def test_temperature_as_a_tensor(inputs):
         fastkd.forward_kl(student, teacher, temperature=learned)
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), "half", None])
 def test_fractions(value, inputs):
     student, teacher, labels = inputs
     for loss, option in (
@@ -81,11 +81,11 @@ def test_fractions(value, inputs):
         (fastkd.skew_reverse_kl, "skew"),
         (fastkd.symmetric_kl, "weight"),
     ):
-        with says(ValueError, rf"{option} must lie in \[0, 1\], got {value}"):
+        with says(ValueError, rf"{option} must be a number in \[0, 1\], got {value!r}"):
             loss(student, teacher, **{option: value})
-    with says(ValueError, rf"alpha must lie in \[0, 1\], got {value}"):
+    with says(ValueError, rf"alpha must be a number in \[0, 1\], got {value!r}"):
         fastkd.kd(student, teacher, labels, alpha=value)
-    with says(ValueError, rf"beta must lie in \[0, 1\], got {value}"):
+    with says(ValueError, rf"beta must be a number in \[0, 1\], got {value!r}"):
         fastkd.kd(student, teacher, labels, divergence="jensen_shannon", beta=value)
 
 
