@@ -8,7 +8,7 @@ import shutil
 import time
 
 import torch
-from cases import CASES, GPU_SIZES, SIZES
+from cases import CASES, DIVERGENCE
 from meter import PeakMemory
 
 CUDA = torch.cuda.is_available()
@@ -22,13 +22,13 @@ DIRECTIONS = ["forward", "forward+backward"]
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
-    sizes = GPU_SIZES if CUDA else SIZES
+    sizes = DIVERGENCE.gpu_sizes if CUDA else DIVERGENCE.sizes
     if option("sizes"):
         sizes = [tuple(map(int, size.split("x"))) for size in option("sizes").split(",")]
     elif option("quick"):
         sizes = [size for size in sizes if size[0] * size[1] < LARGE]
     only = option("only").split(",") if option("only") else [case.name for case in CASES]
-    cases = [case for case in CASES if case.name in only]
+    cases = [case for case in CASES if case.family is DIVERGENCE and case.name in only]
     metafunc.parametrize("case", cases, ids=[case.name for case in cases])
     metafunc.parametrize("size", sizes, ids=[f"{rows}x{columns}" for rows, columns in sizes])
     metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -39,7 +39,7 @@ def test_loss(benchmark, request, case, size, dtype, direction):
     torch.set_num_threads(1)
     quick = request.config.getoption("quick")
     n_elements = size[0] * size[1]
-    inputs = case.inputs(*size, dtype, DEVICE)
+    inputs = case.inputs(size, dtype, DEVICE)
     losses = {"fastkd": case.fastkd, "eager": case.eager}
     if CAN_COMPILE and n_elements >= COMPILED_ELEMENTS and not quick:
         torch.compiler.reset()

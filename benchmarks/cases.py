@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,27 @@ import fastkd
 
 T = 2.0  # the temperature of every case
 
+
+class Family(NamedTuple):
+    """What the losses of one module of fastkd share: a family joins all benchmarks with its own."""
+
+    name: str  # fastkd/<name>.py, kernels/<name>.py
+    axes: tuple[str, ...]  # what the numbers of a shape are called
+    sizes: list[tuple[int, ...]]  # that a CPU takes seconds for at most
+    gpu_sizes: list[tuple[int, ...]]
+    compiled_sizes: list[tuple[int, ...]]  # where the launch sites choose another code
+
+
 # rows and classes, or tokens and vocabulary: digits, CIFAR-100, ImageNet, Llama 2, Llama 3
-SIZES = [(128, 10), (128, 100), (256, 1000), (2048, 32000)]
-GPU_SIZES = [*SIZES, (4096, 128256)]
+_DIVERGENCE_SIZES = [(128, 10), (128, 100), (256, 1000), (2048, 32000)]
+DIVERGENCE = Family(
+    "divergence",
+    ("N", "V"),
+    _DIVERGENCE_SIZES,
+    [*_DIVERGENCE_SIZES, (4096, 128256)],
+    # long rows, off the boundary of 16 bytes, fewer than multiprocessors, on chip, many in one
+    [(4096, 128256), (4096, 151669), (8, 128256), (8192, 8192), (256, 1000), (128, 10)],
+)
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -73,40 +92,50 @@ def kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return 0.5 * F.cross_entropy(student, labels) + 0.5 * forward_kl(student, teacher)
 
 
+def logits(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Student and teacher, the same numbers on every device; on "meta" none at all."""
+    if device == "meta":
+        student, teacher = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+    else:
+        generator = torch.Generator().manual_seed(0)
+        student, teacher = (
+            torch.randn(shape, generator=generator).mul_(3).to(device, dtype) for _ in range(2)
+        )
+    return [student.requires_grad_(), teacher]
+
+
+def logits_and_labels(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(shape[1], shape[:1], generator=generator)
+    return [*logits(shape, dtype, device), labels.to(device)]
+
+
 class Case(NamedTuple):
+    family: Family
     loss: Callable[..., Any]
     eager: Callable[..., Tensor]
-    with_labels: bool = False
+    inputs: Callable[..., list[Tensor]] = logits  # (shape, dtype, device); the first is trained
+    options: Mapping[str, Any] = MappingProxyType({"temperature": T})
 
     @property
     def name(self) -> str:
         return self.loss.__name__
 
     def fastkd(self, *inputs: Tensor) -> Tensor:
-        return self.loss(*inputs, temperature=T)
-
-    def inputs(
-        self, n_rows: int, n_cols: int, dtype: torch.dtype, device: str = "cpu"
-    ) -> list[Tensor]:
-        """Student, teacher and perhaps labels, the same numbers on every device."""
-        generator = torch.Generator().manual_seed(0)
-        student, teacher = (
-            torch.randn(n_rows, n_cols, generator=generator).mul_(3).to(device, dtype)
-            for _ in range(2)
-        )
-        labels = torch.randint(n_cols, (n_rows,), generator=generator).to(device)
-        return [student.requires_grad_(), teacher, *([labels] if self.with_labels else [])]
+        return self.loss(*inputs, **self.options)
 
 
 CASES = [
-    Case(fastkd.forward_kl, forward_kl),
-    Case(fastkd.reverse_kl, reverse_kl),
-    Case(fastkd.jensen_shannon, jensen_shannon),
-    Case(fastkd.skew_kl, skew_kl),
-    Case(fastkd.skew_reverse_kl, skew_reverse_kl),
-    Case(fastkd.symmetric_kl, symmetric_kl),
-    Case(fastkd.total_variation, total_variation),
-    Case(fastkd.soft_cross_entropy, soft_cross_entropy),
-    Case(fastkd.logit_mse, logit_mse),
-    Case(fastkd.kd, kd, with_labels=True),
+    Case(DIVERGENCE, fastkd.forward_kl, forward_kl),
+    Case(DIVERGENCE, fastkd.reverse_kl, reverse_kl),
+    Case(DIVERGENCE, fastkd.jensen_shannon, jensen_shannon),
+    Case(DIVERGENCE, fastkd.skew_kl, skew_kl),
+    Case(DIVERGENCE, fastkd.skew_reverse_kl, skew_reverse_kl),
+    Case(DIVERGENCE, fastkd.symmetric_kl, symmetric_kl),
+    Case(DIVERGENCE, fastkd.total_variation, total_variation),
+    Case(DIVERGENCE, fastkd.soft_cross_entropy, soft_cross_entropy),
+    Case(DIVERGENCE, fastkd.logit_mse, logit_mse),
+    Case(DIVERGENCE, fastkd.kd, kd, logits_and_labels),
 ]

@@ -31,13 +31,6 @@ ON_CHIP, LONG = 8192, 128256  # the longest rows read once for every divergence;
 FUSED = [case for case in CASES if getattr(case.loss, "fused", True)]
 
 
-def zeros(case: Case, n_rows: int, n_cols: int, device: str) -> list[torch.Tensor]:
-    logits = dict(size=(n_rows, n_cols), dtype=torch.bfloat16, device=device)
-    student, teacher = (torch.zeros(**logits) for _ in range(2))
-    labels = [torch.zeros(n_rows, dtype=torch.int64, device=device)] if case.with_labels else []
-    return [student.requires_grad_(), teacher, *labels]
-
-
 def bytes_per_entry() -> dict[str, list[list[float]]]:
     """Forward, and forward + backward, of rows on chip and of longer ones. In the interpreter."""
     from interpreter import correct
@@ -56,7 +49,7 @@ def bytes_per_entry() -> dict[str, list[list[float]]]:
         for case in FUSED:
             for n_cols in (ON_CHIP, 2 * ON_CHIP):
                 with Meter() as meter:
-                    loss = case.fastkd(*zeros(case, 2, n_cols, "cpu"))
+                    loss = case.fastkd(*case.inputs((2, n_cols), torch.bfloat16))
                     forward = meter.traffic
                     loss.backward()
                 moved = [round(x / (2 * n_cols), 2) for x in (forward, meter.traffic)]
@@ -70,7 +63,7 @@ def compiled(case: Case, n_cols: int, target: str) -> tuple[dict[str, Any], list
     from meter import PeakMemory
     from sass import analyse, per_element
 
-    inputs = zeros(case, 4096, n_cols, "meta")
+    inputs = case.inputs((4096, n_cols), torch.bfloat16, "meta")
     with capture(target) as launches, fastkd.backend("triton"), PeakMemory() as memory:
         loss = case.fastkd(*inputs)
         n_forward, forward_bytes = len(launches), memory.peak_bytes
