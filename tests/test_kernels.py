@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from meter import Meter
 
+from fastkd.kernels import _divergence_sweeps as sweeps
 from fastkd.kernels import divergence as kernels
 from fastkd.kernels._launch import Device
 from fastkd.portable import divergence as portable
@@ -175,6 +176,26 @@ VIEWS = {
     "inside a row": lambda rows, n: torch.randn(rows, n + 9)[:, 5 : n + 5],
     "transposed": lambda rows, n: torch.randn(n, rows).T,
 }
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("view", ["padded off the boundary", "inside a row"])
+def test_vectors_start_on_their_boundary(view, dtype, multiprocessors, monkeypatch):
+    """The compiler is told so: on a GPU any other address would stop the kernel."""
+    places = []
+
+    def watched(pointer, offset, aligned):
+        moved = pointer + offset
+        if getattr(aligned, "value", aligned):
+            places.extend(moved.handle.data.ravel() % 16)
+        return moved
+
+    monkeypatch.setattr(sweeps, "at_boundary", watched)
+    student = VIEWS[view](3, LOOPED).to(dtype)
+    room = torch.empty(3, LOOPED + 3, dtype=dtype)[:, :LOOPED].copy_(student)
+    fastkd.forward_kl(room.requires_grad_(), VIEWS[view](3, LOOPED).to(dtype)).backward()
+    assert len(places) > 6 and not any(places)
 
 
 @pytest.mark.parametrize("view", VIEWS)
