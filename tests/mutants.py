@@ -189,7 +189,6 @@ MUTANTS = [
     Mutant(SMALL, "statistics swapped", "ratio = total / total_q", "ratio = total_q / total"),
     Mutant(SMALL, "rescaling dropped", "    q.mul_(ratio)", "    pass"),
     Mutant(SMALL, "weights swapped", "share = 1 - weight if", "share = weight if"),
-    Mutant(SMALL, "mask dropped", ".clamp_(min=torch.finfo(q.dtype).tiny)", ""),
     Mutant(SMALL, "sign flipped", "q, total, weight - 1)", "q, total, 1 - weight)"),
     Mutant(SMALL, "term dropped", "above.sub_(torch.div(q, m, out=m), alpha=weight / _LN2)", "pass"),
     Mutant(SMALL, "weights swapped", "torch.lerp(of_q, of_p, weight)", "torch.lerp(of_p, of_q, weight)"),

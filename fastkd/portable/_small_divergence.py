@@ -131,7 +131,7 @@ def _mixture(name: str, both: _Softmax, weight: float) -> tuple[Tensor, Tensor]:
     log_q.add_(ratio.log2())
     q.mul_(ratio)
     share = 1 - weight if name == "skew_reverse_kl" else weight
-    m = torch.lerp(q, p, share).clamp_(min=torch.finfo(q.dtype).tiny)  # both may vanish
+    m = torch.lerp(q, p, share)
     log_m = m.log2()
     if name == "skew_kl":
         losses = log_p.sub_(log_m).mul_(p).sum(-1, keepdim=True).div_(total)
