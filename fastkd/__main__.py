@@ -61,12 +61,15 @@ def _demo(**options: Any) -> int:
 
 
 def _logits(device: str, dtype: torch.dtype) -> list[Tensor]:
+    # engines have a way of their own for many logits: one of the dtypes takes it
+    n_rows = 263 if dtype == torch.float32 else 7
     generator = torch.Generator().manual_seed(0)
-    return [3 * torch.randn(7, 1003, generator=generator).to(device, dtype) for _ in range(2)]
+    return [3 * torch.randn(n_rows, 1003, generator=generator).to(device, dtype) for _ in range(2)]
 
 
 def _logits_and_labels(device: str, dtype: torch.dtype) -> list[Tensor]:
-    return [*_logits(device, dtype), torch.arange(7, device=device)]
+    logits = _logits(device, dtype)
+    return [*logits, torch.arange(len(logits[0]), device=device)]
 
 
 # every public loss and what it is checked with
@@ -83,7 +86,8 @@ LOSSES: dict[Callable[..., Tensor], Callable[[str, torch.dtype], list[Tensor]]] 
     fastkd.kd: _logits_and_labels,
 }
 # relative; engine and formula round differently, and bfloat16 gradients have 8 bits
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# eager PyTorch itself errs by 2e-5 in float32
+TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 1e-2}
 
 
 def _doctor() -> int:
@@ -160,7 +164,8 @@ def _wrong(loss: Callable[..., Tensor], inputs: Callable, device: str) -> str | 
         try:
             got = _value_and_gradient(loss, inputs(device, dtype))
             with fastkd.backend("formula"):
-                expected = _value_and_gradient(loss, inputs(device, dtype))
+                true = [x.double() if x.is_floating_point() else x for x in inputs("cpu", dtype)]
+                expected = _value_and_gradient(loss, true)
         except Exception as error:  # whatever it is, the other losses are to be examined too
             return f"{dtype}: {type(error).__name__}: {error}"
         for what, a, b in zip(("value", "gradient"), got, expected, strict=True):

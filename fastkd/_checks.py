@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def logits(student: Tensor, teacher: Tensor) -> None:
     """Student and teacher logits of one shape (..., V), on one device."""
@@ -18,10 +20,10 @@ def logits(student: Tensor, teacher: Tensor) -> None:
             raise TypeError(
                 f"{name} must be a tensor of shape (..., V), got {type(tensor).__name__}"
             )
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
             raise TypeError(
-                f"{name} must hold floating-point logits, got {tensor.dtype}; "
-                f"did labels come in its place?"
+                f"{name} must hold floating-point logits (float16, bfloat16, float32 or float64, "
+                f"dense), got {tensor.dtype}, {tensor.layout}; did labels come in its place?"
             )
         if tensor.ndim == 0 or tensor.shape[-1] == 0:
             raise ValueError(f"{name} needs the shape (..., V) with V ≥ 1, got {_shape(tensor)}")
@@ -49,7 +51,7 @@ def labels(labels: Tensor, student: Tensor, ignore_index: int) -> bool:
     # on a GPU this look at the values would wait for it; there a wrong class gives a NaN loss
     if not _has_values_at_hand(labels) or not labels.numel():
         return False
-    n_classes = student.shape[-1]
+    n_classes, labels = student.shape[-1], labels.long()  # a narrow type holds no large n_classes
     lowest, highest = (x.item() for x in labels.aminmax())
     if lowest < 0 or highest >= n_classes:
         wrong = ((labels < 0) | (labels >= n_classes)) & (labels != ignore_index)
@@ -82,26 +84,38 @@ def reduction(reduction: str, normalizer: Any) -> None:
             f'normalizer replaces the divisor of reduction="mean", got reduction={reduction!r}: '
             f"drop one of the two"
         )
-    if isinstance(normalizer, Tensor) and normalizer.ndim != 0:
-        raise ValueError(f"normalizer must be a number or a 0-dim tensor, got {_shape(normalizer)}")
+    if isinstance(normalizer, Tensor):
+        if normalizer.ndim != 0:
+            raise ValueError(
+                f"normalizer must be a number or a 0-dim tensor, got {_shape(normalizer)}"
+            )
+    elif normalizer is not None and not _ordered(-math.inf, normalizer, math.inf):
+        raise ValueError(f"normalizer must be a number or a 0-dim tensor, got {normalizer!r}")
+
+
+def _is_tensor(name: str, value: Any) -> bool:
+    """Of its values nothing is known: on a GPU a look at them would wait for it."""
+    if not isinstance(value, Tensor):
+        return False
+    if value.ndim != 0 or value.requires_grad:
+        raise ValueError(
+            f"{name} must be a number or a 0-dim tensor without gradient, got {_shape(value)} with "
+            f"requires_grad={value.requires_grad}: the losses are not differentiable with respect "
+            "to it"
+        )
+    return True
 
 
 def temperature(value: Any) -> None:
-    if isinstance(value, Tensor):
-        # its values are not looked at: on a GPU that would wait for it
-        if value.ndim != 0 or value.requires_grad:
-            raise ValueError(
-                "temperature must be a number or a 0-dim tensor without gradient, got "
-                f"{_shape(value)} with requires_grad={value.requires_grad}: the losses are not "
-                "differentiable with respect to it"
-            )
-    elif not _ordered(0, value, math.inf) or value == 0 or value == math.inf:
+    if _is_tensor("temperature", value):
+        return
+    if not _ordered(0, value, math.inf) or value == 0 or value == math.inf:
         raise ValueError(f"temperature must be a finite number above 0, got {value!r}")
 
 
 def fraction(**option: float) -> None:
     for name, value in option.items():
-        if not _ordered(0, value, 1):
+        if not _is_tensor(name, value) and not _ordered(0, value, 1):
             raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
 
 

@@ -134,6 +134,11 @@ _SECOND_ORDER = (
     "{} is not implemented by fastkd's engines, their gradient is a constant of the graph. Put "
     '`with fastkd.backend("formula"):` around the loss to differentiate its definition instead.'
 )
+_BATCHED_BY_AUTOGRAD = (
+    "torch.autograd.grad(is_grads_batched=True) and jacobian(vectorize=True) are not implemented "
+    "by fastkd's engines. Use torch.func.jacrev or torch.func.vmap, or put "
+    '`with fastkd.backend("formula"):` around the loss.'
+)
 
 
 class Engine:
@@ -255,6 +260,14 @@ def _traced(arguments: Sequence[Any]) -> bool:
     return False
 
 
+def _made_for_inference(x: Any) -> bool:
+    return isinstance(x, Tensor) and not torch.compiler.is_compiling() and x.is_inference()
+
+
+def _batched_by_autograd(x: Tensor | None) -> bool:
+    return x is not None and torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 _engines: dict[str, Engine] = {}
 
 
@@ -300,12 +313,21 @@ def _differentiable(
             statistics = output[-1]
             ctx.mark_non_differentiable(statistics)
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(statistics, *inputs[: len(rowwise)])
+            tensors = inputs[: len(rowwise)]
+            # what torch.inference_mode made, often a teacher's logits, cannot be saved: it is kept
+            ctx.kept = [x if _made_for_inference(x) else None for x in tensors]
+            tensors = [
+                x if kept is None else None for x, kept in zip(tensors, ctx.kept, strict=True)
+            ]
+            ctx.save_for_backward(statistics, *tensors)
             ctx.scalars_and_options = inputs[len(rowwise) :]
 
         @staticmethod
         def backward(ctx: Any, *upstream: Any) -> Any:
             statistics, *tensors = ctx.saved_tensors
+            tensors = [
+                x if kept is None else kept for x, kept in zip(tensors, ctx.kept, strict=True)
+            ]
             # the compiler fills in zeros, even for rows (..., 0) that were not asked for
             rank = tensors[0].ndim
             upstream = tuple(None if x is None or x.ndim == rank else x for x in upstream[:-1])
@@ -313,8 +335,11 @@ def _differentiable(
             if all(x is None for x in upstream):
                 return None, *nothing
             gradient = _engines[family].backward
-            # grad mode is on in a backward only under create_graph=True
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # grad mode is on in a backward only under create_graph=True, and vmap may map over it
+            eager = not torch.compiler.is_compiling()
+            if eager and any(map(_batched_by_autograd, upstream)):
+                raise RuntimeError(_BATCHED_BY_AUTOGRAD)
+            if eager and (torch.is_grad_enabled() or _transforms_active()):
                 gradient = Gradient.apply
             return gradient(*upstream, statistics, *tensors, *ctx.scalars_and_options), *nothing
 

@@ -75,6 +75,11 @@ _ENDS: dict[tuple[str, float], str] = {
 }
 
 
+def _is(option: Number, end: int) -> bool:
+    """A tensor is not looked at: on a GPU that would wait for it."""
+    return not isinstance(option, Tensor) and option == end
+
+
 def _fused(
     divergence: str,
     engine: str,
@@ -88,7 +93,7 @@ def _fused(
     **weight: float,
 ) -> Any:
     mixture = next(iter(weight.values()), 0.0)
-    if mixture == 0 or mixture == 1:  # a look-up alone would make torch.compile burn it in
+    if _is(mixture, 0) or _is(mixture, 1):  # a look-up alone would make torch.compile burn it in
         divergence = _ENDS.get((divergence, mixture), divergence)
     scale = temperature**2 if scale_t2 else 1.0
     losses, cross_entropies, _ = _engine(
@@ -176,7 +181,7 @@ def jensen_shannon(
     Raises TypeError or ValueError for logits that do not fit together and options out of range.
     Agarwal et al., On-Policy Distillation of Language Models, 2024. arXiv:2306.13649
     """
-    if beta == 0 or beta == 1:
+    if _is(beta, 0) or _is(beta, 1):
         kl = reverse_kl if beta else forward_kl
         return kl.formula(
             student_logits, teacher_logits, temperature=temperature, scale_t2=scale_t2
@@ -203,7 +208,7 @@ def skew_kl(
     Raises TypeError or ValueError for logits that do not fit together and options out of range.
     Ko et al., DistiLLM: Towards Streamlined Distillation, 2024. arXiv:2402.03898
     """
-    if skew == 0:
+    if _is(skew, 0):
         return forward_kl.formula(
             student_logits, teacher_logits, temperature=temperature, scale_t2=scale_t2
         )
@@ -228,7 +233,7 @@ def skew_reverse_kl(
     Raises TypeError or ValueError for logits that do not fit together and options out of range.
     Ko et al., DistiLLM: Towards Streamlined Distillation, 2024. arXiv:2402.03898
     """
-    if skew == 0:
+    if _is(skew, 0):
         return reverse_kl.formula(
             student_logits, teacher_logits, temperature=temperature, scale_t2=scale_t2
         )
@@ -360,7 +365,7 @@ def kd(
     Raises TypeError or ValueError for inputs that do not fit together and options out of range.
     Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
     """
-    if divergence not in _DIVERGENCES:
+    if not isinstance(divergence, str) or divergence not in _DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(_DIVERGENCES)}, got {divergence!r}")
     option = _OPTION.get(divergence)
     own = {option: dict(beta=beta, skew=skew, weight=weight)[option]} if option else {}
@@ -411,7 +416,13 @@ def kd(
     softened = reduce(
         divergences, kd_weights, normalizer if distill_ignored else divisor, reduction
     )
-    total = alpha * ce + (1 - alpha) * softened
+    # an infinite term that has no weight counts for nothing
+    if _is(alpha, 0):
+        total = softened
+    elif _is(alpha, 1):
+        total = ce
+    else:
+        total = alpha * ce + (1 - alpha) * softened
     return (total, ce, softened) if return_parts else total
 
 

@@ -6,7 +6,8 @@ maximum. Pivot and Z are kept apart: one number for both would lose what a large
 
 Bytes for each (row, entry) of bf16 logits, forward + backward. V ≤ ON_CHIP: 4 + 6, each one sweep
 and one launch. Above: the KLs 4 + 6; mixtures and total variation, which need both Z before they
-can sum, 8 + 6. `value_and_gradient` moves as much, or 6 in its one sweep where V ≤ ON_CHIP.
+can sum, 8 + 6. `value_and_gradient` moves as much, or 6 in its one sweep where V ≤ ON_CHIP (half
+of it for a mixture with labels).
 """
 
 from __future__ import annotations
@@ -86,10 +87,15 @@ def value_and_gradient(
     gradient = (
         student if in_place else torch.empty_like(student, memory_format=torch.contiguous_format)
     )
-    losses, cross_entropies, statistics = allocate(*arguments)
+    # all of it at once takes more registers than either half
+    crowded = problem.labels is not None and problem.divergence in _MIXTURES
+    on_chip = student.shape[-1] <= (ON_CHIP // 2 if crowded else ON_CHIP)
+    losses, cross_entropies, statistics = problem.allocate(
+        0 if on_chip else sweeps.N_STATISTICS.value
+    )
     if not losses.numel():
         pass
-    elif student.shape[-1] <= ON_CHIP:
+    elif on_chip:
         _launch_whole_rows(problem, losses, cross_entropies, gradient, row_weights, ce_weights)
     else:
         _launch_statistics(problem, losses, cross_entropies, statistics)

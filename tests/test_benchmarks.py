@@ -24,7 +24,12 @@ def test_every_loss_has_a_line():
 
 
 @pytest.mark.parametrize(
-    "case, size", [(case, size) for case in CASES for size in case.family.sizes[:2]], ids=str
+    "case, size",
+    [
+        pytest.param(case, size, id=f"{case.name}-{'x'.join(map(str, size))}")
+        for case in CASES
+        for size in case.family.sizes[:2]
+    ],
 )
 def test_what_is_compared_is_the_same_loss(case, size):
     results = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exactness import assert_as_exact, assert_same, exact, in_dtype, results
-from losses import DEVICE, LOSSES, each_case, each_loss, normal
+from losses import DEVICE, LOSSES, each_case, each_loss, logits, normal
 
 import fastkd
 from fastkd.portable import _small_divergence
@@ -267,3 +267,46 @@ def test_confident_rows(case, engine):
     peaks[0] = 0
     student = (student.detach() + peaks[:4]).requires_grad_()
     assert_exact(case, [student, teacher + peaks[[0, 1, 2, 4]], *labels], engine)
+
+
+@each_loss
+@pytest.mark.parametrize("wide", [0, 1], ids=["student", "teacher"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_float64_beside_another_dtype(case, wide, trained, engine):
+    """All of it in float64, differentiated or not."""
+    inputs = case.inputs((3,), 37, torch.float32)
+    inputs[wide] = inputs[wide].detach().double()
+    inputs[0] = inputs[0].detach().requires_grad_(trained)
+    losses = case(*inputs)
+    assert losses.dtype == torch.float64
+    assert_same([losses], [case.eager(*exact(inputs))])
+
+
+@pytest.mark.parametrize("share", [1e-3, 1e-6])
+@pytest.mark.parametrize("loss", [fastkd.skew_kl, fastkd.skew_reverse_kl])
+def test_a_small_share_is_not_rounded_away(loss, share, engine):
+    student, teacher = logits((5,), 37, torch.float32)
+    losses = loss(student, teacher, skew=share, reduction="none")
+    with fastkd.backend("formula"):
+        true = loss(student.double(), teacher.double(), skew=share, reduction="none")
+    torch.testing.assert_close(losses.double(), true, rtol=3e-6, atol=0)
+
+
+@smoke
+@pytest.mark.parametrize("loss", [fastkd.reverse_kl, fastkd.symmetric_kl, fastkd.jensen_shannon])
+def test_what_is_decided_has_no_gradient(loss, engine):
+    """Logits of 1e4 leave one class: a sum that is not quite 1 would be multiplied by 1e4."""
+    student, teacher = logits((64,), 10, torch.float32)
+    student = (3e3 * student).detach().requires_grad_()
+    loss(student, 3e3 * teacher, reduction="sum").backward()
+    with fastkd.backend("formula"):
+        wide = student.detach().double().requires_grad_()
+        loss(wide, 3e3 * teacher.double(), reduction="sum").backward()
+    torch.testing.assert_close(student.grad.double(), wide.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_networks_have_no_gradient_in_any_layout(engine):
+    student, _ = logits((37,), 41, torch.float32)
+    transposed = student.detach().T.contiguous().T.requires_grad_()
+    fastkd.total_variation(transposed, student.detach()).backward()
+    assert not transposed.grad.any()

@@ -63,6 +63,39 @@ def test_func_jacrev(case, engine):
 
 
 @a_few
+def test_func_jacrev_of_a_parameter(case, engine):
+    """Examples and their number of classes must not be taken for what an engine keeps."""
+    student, teacher, *labels = case.inputs((2, 4), 6)
+    found, expected = [], []
+    for backend, jacobians in ((engine, found), ("formula", expected)):
+        with fastkd.backend(backend):
+            jacobian = torch.func.jacrev(lambda x: case(x, teacher, *labels).sum(-1))(student)
+            jacobians.append(jacobian.detach())
+    assert_same(found, expected)
+
+
+@fused
+def test_grads_batched_by_autograd_are_an_error(engine):
+    student, teacher = LOSSES[0].inputs((3,), 7)
+    losses = LOSSES[0](student, teacher)
+    with pytest.raises(RuntimeError, match="Use torch.func.jacrev"):
+        torch.autograd.grad(
+            losses, student, torch.eye(3, dtype=losses.dtype), is_grads_batched=True
+        )
+
+
+@smoke
+@a_few
+@pytest.mark.parametrize("n_cols", [7, 9001])
+def test_a_teacher_run_under_inference_mode(case, n_cols, engine):
+    inputs = case.inputs((3,), n_cols)
+    expected = results(case, inputs)
+    with torch.inference_mode():
+        inputs[1] = inputs[1].clone()
+    assert_same(results(case, inputs), expected)
+
+
+@a_few
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_vmap_of_losses(case, place, engine):
     """Over any dimension; what is not mapped is shared."""

@@ -130,3 +130,15 @@ def test_a_perfect_student_has_no_loss_and_no_gradient(case, dtype, engine):
     losses, gradient = results(case, [student, student.detach().clone()])
     rounding = 1e-14 if dtype == torch.float64 else 4e-6
     assert losses.abs().max() <= rounding and gradient.abs().max() <= rounding
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("case", [LOSSES[0], LOSSES[2], LOSSES[-1]], ids=str)
+@pytest.mark.parametrize("n_cols", [17, 9000])
+def test_a_row_left_out_has_no_gradient_even_of_an_infinite_upstream(case, n_cols, engine):
+    student, teacher, *labels = case.inputs((3,), n_cols)
+    losses = case(student, teacher, *labels, weights=torch.tensor([1.0, 0.0, 2.0], device=DEVICE))
+    upstream = torch.tensor([1.0, math.nan, math.inf], dtype=losses.dtype, device=DEVICE)
+    (gradient,) = torch.autograd.grad(losses, student, upstream)
+    assert (gradient[1] == 0).all()
+    assert gradient[0].isfinite().all() and not gradient[2].isfinite().all()

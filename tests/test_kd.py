@@ -202,3 +202,28 @@ def test_scale_t2_scales_the_loss_and_its_gradient(temperature, inputs, engine):
             loss = getattr(fastkd, name)(student, teacher, **options)
             pair.append([loss.detach(), gradient(loss, student)])
         assert_same(pair[0], [temperature**2 * x for x in pair[1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.uint8, torch.uint16], ids=str)
+def test_labels_of_any_integer_type(dtype, inputs, engine):
+    student, teacher, labels = inputs
+    expected = fastkd.kd(student, teacher, labels.clamp(min=0))
+    assert_same([fastkd.kd(student, teacher, labels.clamp(min=0).to(dtype))], [expected])
+
+
+def test_more_classes_than_a_label_of_16_bits_can_name(engine):
+    student, teacher, _ = logits_and_labels((3,), 50257)
+    labels = torch.tensor([1, IGNORED, 3], device=DEVICE)
+    expected = fastkd.kd(student, teacher, labels)
+    assert_same([fastkd.kd(student, teacher, labels.short())], [expected])
+
+
+def test_a_term_without_weight_may_be_infinite(inputs, engine):
+    student, teacher, labels = inputs
+    barred = student.detach().clone()
+    barred[0, labels[0]] = -float("inf")
+    assert fastkd.kd(barred, teacher, labels, alpha=0.0, divergence="reverse_kl").isfinite()
+    barred = student.detach().clone()
+    barred[0, (labels[0] + 1) % 11] = -float("inf")
+    assert fastkd.kd(barred, teacher, labels, alpha=1.0).isfinite()
+    assert fastkd.kd(barred, teacher, labels, alpha=0.5).isposinf()

@@ -93,6 +93,13 @@ def test_the_gradient_is_that_of_the_values(divergence, n_cols, module):
     assert_same([found_losses, found_cross_entropies], [losses, cross_entropies])
     assert_same([found], [gradient], tolerance=1e-11)
 
+    trained = [student.clone().requires_grad_(), *arguments[1:]]  # an engine may prepare for it
+    with torch.no_grad():
+        found_losses, found_cross_entropies, statistics = module.forward(*trained)
+        found = module.backward(of_losses, of_cross_entropies, statistics, *trained)
+    assert_same([found_losses, found_cross_entropies], [losses, cross_entropies])
+    assert_same([found], [gradient], tolerance=1e-11)
+
     at_once = module.value_and_gradient(
         *arguments, row_weights=of_losses, ce_weights=of_cross_entropies
     )
@@ -139,7 +146,9 @@ def test_in_place_the_gradient_overwrites_the_student(n_cols, dtype, module):
         given = dict(row_weights=weights, ce_weights=ce_weights)
         expected = module.value_and_gradient(*arguments, **given)
         teacher = arguments[1].clone()
-        found = module.value_and_gradient(*arguments, **given, in_place=True)
+        arguments[0].requires_grad_()  # of no consequence
+        with torch.no_grad():
+            found = module.value_and_gradient(*arguments, **given, in_place=True)
         assert found[2].data_ptr() == arguments[0].data_ptr()
         assert all(map(torch.equal, found, expected))
         assert torch.equal(arguments[1], teacher)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd._engine import compute_dtype
-from fastkd.divergence import Problem
+from fastkd.divergence import Number, Problem
 
 _MOST_ELEMENTS = 1 << 18
 _LN2 = math.log(2)
@@ -33,12 +33,12 @@ def suits(problem: Problem) -> bool:
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor] | None:
-    """What an engine's `forward` gives, with the slopes, [1 or 2, ..., V], as statistics."""
+    """What an engine's `forward` gives, with the slopes, (..., 1 or 2, V), as statistics."""
     student, teacher, labels, _, keep, *_, name = problem
     temperature, _, weight, scale = map(float, problem[5:9])
     dtype = compute_dtype(student, teacher)
     if name == "total_variation":  # where p = q is a corner: equal logits need equal roundings
-        q, p = (_softmax(x, temperature, dtype) for x in (student, teacher))
+        q, p = (_softmax(x.contiguous(), temperature, dtype) for x in (student, teacher))
         losses, slope = _total_variation(p, q)
     else:
         both = torch.stack([student, teacher])
@@ -50,12 +50,12 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor] | None:
     if labels is None:
         cross_entropies, slopes, visible = (
             losses.new_empty((*losses.shape, 0)),
-            slope.unsqueeze(0),
+            slope.unsqueeze(-2),
             losses,
         )
     else:
         cross_entropies, of_labels = _cross_entropy(_softmax(student, 1.0, dtype), labels)
-        slopes, visible = torch.stack([slope, of_labels]), losses + cross_entropies
+        slopes, visible = torch.stack([slope, of_labels], -2), losses + cross_entropies
     if not math.isfinite(visible.sum().item()):
         return None
     return losses, cross_entropies, slopes
@@ -67,10 +67,13 @@ def backward(
     """An engine's `backward`, from the slopes of `forward`."""
     gradient = None
     if upstream is not None:
+        if problem.keep is not None:  # a NaN of a row that is left out stays outside
+            upstream = torch.where(problem.keep, upstream, 0)
         unit = problem.scale / problem.student_temperature
-        gradient = slopes[0] * (upstream * unit).unsqueeze(-1)
+        gradient = slopes.select(-2, 0) * (upstream * unit).unsqueeze(-1)
     if ce_upstream is not None and problem.labels is not None:
-        of_labels = slopes[1] * ce_upstream.unsqueeze(-1)
+        ce_upstream = torch.where(problem.labels < 0, 0, ce_upstream)
+        of_labels = slopes.select(-2, 1) * ce_upstream.unsqueeze(-1)
         gradient = of_labels if gradient is None else gradient.add_(of_labels)
     assert gradient is not None  # `backward` is called for a reason
     dtype = problem.student.dtype
@@ -100,19 +103,21 @@ def _value_and_slope(name: str, both: _Softmax, weight: float) -> tuple[Tensor, 
     """Rows of the divergence in bits and T · ∂D/∂student, from student and teacher, [2, ...]."""
     if name in ("jensen_shannon", "skew_kl", "skew_reverse_kl"):
         return _mixture(name, both, weight)
-    d_q, d_p = both.d.unbind()
-    q, p = both.e.mul_(both.total.reciprocal()).unbind()
+    (d_q, d_p), (q, p), (total_q, total_p) = (x.unbind() for x in both)
     if name == "soft_cross_entropy":
-        return both.total[0].log2().squeeze(-1) - d_q.mul_(p).sum(-1), q.sub_(p)
-    log_total_q, log_total_p = both.total.log2().squeeze(-1).unbind()
-    ratio = log_total_p.sub_(log_total_q)
+        p.div_(total_p)
+        return (total_q.log2().squeeze(-1)).sub_(d_q.mul_(p).sum(-1)), q.div_(total_q).sub_(p)
+    ratio = (total_p / total_q).log2_().squeeze(-1)
     above = d_q.sub_(d_p)
     if name == "forward_kl":
-        return above.mul_(p).sum(-1).add_(ratio).neg_(), q.sub_(p)
-    of_q = (above * q).sum(-1, keepdim=True)
+        p.div_(total_p)
+        return above.mul_(p).sum(-1).add_(ratio).neg_(), q.div_(total_q).sub_(p)
+    of_q = (above * q).sum(-1, keepdim=True).div_(total_q)
     reverse = of_q.squeeze(-1) + ratio
     if name == "reverse_kl":
-        return reverse, above.sub_(of_q).mul_(q.mul_(_LN2))
+        return reverse, above.sub_(of_q).mul_(q.mul_(_LN2 / total_q))
+    q.div_(total_q)
+    p.div_(total_p)
     forward = (above * p).sum(-1).add_(ratio)
     slope = above.sub_(of_q).mul_(q).mul_(_LN2 * (1 - weight)).add_(q.sub_(p), alpha=weight)
     return reverse.mul_(1 - weight).sub_(forward, alpha=weight), slope
@@ -130,8 +135,7 @@ def _mixture(name: str, both: _Softmax, weight: float) -> tuple[Tensor, Tensor]:
     ratio = total / total_q
     log_q.add_(ratio.log2())
     q.mul_(ratio)
-    share = 1 - weight if name == "skew_reverse_kl" else weight
-    m = torch.lerp(q, p, share)
+    m = mixed(q, p, name, weight)
     log_m = m.log2()
     if name == "skew_kl":
         losses = log_p.sub_(log_m).mul_(p).sum(-1, keepdim=True).div_(total)
@@ -144,6 +148,15 @@ def _mixture(name: str, both: _Softmax, weight: float) -> tuple[Tensor, Tensor]:
     of_p = log_p.sub_(log_m).mul_(p).sum(-1, keepdim=True).div_(total)
     losses = torch.lerp(of_q, of_p, weight).squeeze(-1)
     return losses, above.sub_(of_q).mul_(q.mul_(_LN2 * (1 - weight) / total))
+
+
+def mixed(q: Tensor, p: Tensor, name: str, weight: Number, out: Tensor | None = None) -> Tensor:
+    """The mixture m of a divergence. 1 − (1 − share) would round a small share away."""
+    if name == "skew_reverse_kl":
+        q, p = p, q
+    if not isinstance(weight, Tensor) and weight > 0.5:
+        q, p, weight = p, q, 1 - weight
+    return torch.lerp(q, p, weight, out=out)
 
 
 def _centred(v: Tensor, q: Tensor, total: Tensor | None = None, unit: float = 1.0) -> Tensor:

@@ -39,16 +39,20 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         outputs = _small_divergence.forward(problem)
         if outputs is not None:
             return outputs
+    return _forward(problem)
+
+
+def _forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     labels, offset, keep, temperature, teacher_temperature, weight, scale, name = problem[2:]
     losses, cross_entropies, statistics = problem.allocate(_N_STATISTICS)
-    table = statistics.view(-1, _N_STATISTICS)
+    table, dtype = statistics.view(-1, _N_STATISTICS), statistics.dtype
     flat, flat_ce = losses.view(-1, 1), cross_entropies.view(-1, 1)
     for rows, (z, z_teacher), scratch in _chunks(problem.student, problem.teacher):
         if labels is not None:
-            q = _softmax(z, 1.0, None, *scratch[:2])
+            q = _softmax(z, dtype, 1.0, None, *scratch[:2])
             flat_ce[rows] = _cross_entropy(q, labels.reshape(-1, 1)[rows])
-        q = _softmax(z, temperature, None, *scratch[:2])
-        p = _softmax(z_teacher, teacher_temperature, offset, *scratch[2:4])
+        q = _softmax(z, dtype, temperature, None, *scratch[:2])
+        p = _softmax(z_teacher, dtype, teacher_temperature, offset, *scratch[2:4])
         torch.cat([q.shift, q.total, p.shift, p.total], 1, out=table[rows])
         flat[rows] = _value(name, p, q, weight, scale, scratch[4])
     if keep is not None:
@@ -81,13 +85,13 @@ def value_and_gradient(
     For a caller that knows the weights beforehand, on chunks of logits that are thrown away
     afterwards: `in_place` writes the gradient over the student.
     """
-    losses, cross_entropies, statistics = forward(*arguments)
-    if not in_place:
-        gradient = backward(row_weights, ce_weights, statistics, *arguments)
-        return losses, cross_entropies, gradient
     problem = _problem(arguments)
-    _fill(problem.student, row_weights, ce_weights, statistics, problem)
-    return losses, cross_entropies, problem.student
+    losses, cross_entropies, statistics = _forward(problem)
+    gradient = problem.student
+    if not in_place:
+        gradient = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    _fill(gradient, row_weights, ce_weights, statistics, problem)
+    return losses, cross_entropies, gradient
 
 
 def _problem(arguments: Sequence[Any]) -> Problem:
@@ -128,13 +132,13 @@ def _fill(
             slope.zero_()
         else:
             known = table[rows].unbind(1)
-            q = _softmax(z, temperature, None, *scratch[:2], *known[:2])
-            p = _softmax(z_teacher, teacher_temperature, offset, *scratch[2:4], *known[2:])
+            q = _softmax(z, dtype, temperature, None, *scratch[:2], *known[:2])
+            p = _softmax(z_teacher, dtype, teacher_temperature, offset, *scratch[2:4], *known[2:])
             _slope(name, p, q, weight, factors[rows], scratch[4], slope)
             _select(slope, factors[rows])
         if ce_factors is not None and labels is not None:
             factor = ce_factors[rows]
-            q = _softmax(z, 1.0, None, *scratch[:2])
+            q = _softmax(z, dtype, 1.0, None, *scratch[:2])
             slope.add_(_select(q.e.mul_(factor / q.total), factor))
             classes = labels.reshape(-1, 1)[rows].clamp(min=0)
             slope.scatter_add_(1, classes, -factor)
@@ -181,6 +185,7 @@ class _Softmax(NamedTuple):
 
 def _softmax(
     logits: Tensor,
+    dtype: torch.dtype,
     temperature: Number,
     offset: Tensor | None,
     d: Tensor | None,
@@ -188,14 +193,12 @@ def _softmax(
     shift: Tensor | None = None,
     total: Tensor | None = None,
 ) -> _Softmax:
-    """Of (logits − offset) / temperature, in d and e if given; of known statistics if given."""
+    """Of (logits − offset) / temperature, in d and e, and of known statistics, if given."""
     if offset is not None:
-        logits = torch.sub(logits, offset, out=d)
+        logits = torch.sub(logits.to(dtype), offset, out=d)
     unit = 1 / (_LN2 * temperature)
     if shift is None:
-        shift = logits.amax(-1, keepdim=True)
-        half = shift.dtype in (torch.bfloat16, torch.float16)
-        shift = (shift.float() if half else shift).mul_(-unit)
+        shift = logits.amax(-1, keepdim=True).to(dtype).mul_(-unit)
     d = _affine(logits, unit, shift, d)
     e = torch.exp2(d, out=e)
     return _Softmax(d, e, shift, e.sum(-1, keepdim=True) if total is None else total)
@@ -208,11 +211,14 @@ def _affine(x: Tensor, factor: Number, row: Tensor, out: Tensor | None) -> Tenso
     return torch.add(row, x, alpha=factor, out=out)
 
 
-def _mixture(p: _Softmax, q: _Softmax, ratio: Tensor, weight: Number, out: Tensor | None) -> Tensor:
-    """weight·p + (1 − weight)·q, not 0 where both vanish; brings q to the units of p."""
+def _mixture(
+    name: str, p: _Softmax, q: _Softmax, ratio: Tensor, weight: Number, out: Tensor | None
+) -> Tensor:
+    """Of p and q, not 0 where both vanish; brings q to the units of p."""
     q.d.add_(ratio)
     q.e.mul_(p.total / q.total)
-    return torch.lerp(q.e, p.e, weight, out=out).clamp_(min=torch.finfo(q.e.dtype).tiny)
+    m = _small_divergence.mixed(q.e, p.e, name, weight, out)
+    return m.clamp_(min=torch.finfo(m.dtype).tiny)
 
 
 def _mean(x: Tensor, weights: _Softmax) -> Tensor:
@@ -245,7 +251,7 @@ def _value(
     if name == "total_variation":
         difference = p.e.div_(p.total).sub_(q.e.div_(q.total))
         return difference.abs_().sum(-1, keepdim=True).mul_(0.5 * scale)
-    log_m = _mixture(p, q, ratio, _of_teacher(name, weight), scratch).log2_()
+    log_m = _mixture(name, p, q, ratio, weight, scratch).log2_()
     q = q._replace(total=p.total)
     nothing = ratio * 0
     if name == "skew_kl":
@@ -285,7 +291,7 @@ def _slope(
         v = q.d.sub_(p.d).nan_to_num_(0)
         unit = _LN2
     else:
-        m = _mixture(p, q, ratio, _of_teacher(name, weight), scratch)
+        m = _mixture(name, p, q, ratio, weight, scratch)
         q = q._replace(total=p.total)
         if name == "skew_kl":
             v, unit = p.e.div_(m), weight - 1
@@ -301,10 +307,6 @@ def _slope(
         out.add_(q.e.mul_(factor / q.total * weight)).sub_(p.e.mul_(factor / p.total * weight))
     else:
         out.mul_(factor / q.total * unit)
-
-
-def _of_teacher(name: str, weight: Number) -> Number:
-    return 1 - weight if name == "skew_reverse_kl" else weight
 
 
 def _factors(upstream: Tensor | None, counts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
