@@ -5,7 +5,7 @@ INTEGRATIONS ?= .venv-integrations
 BIN = $(VENV)/bin
 ENVIRONMENT = $(VENV)/.installed
 
-.PHONY: demo test check bench mutants counted test-integrations
+.PHONY: demo test check bench mutants counted budgets test-integrations
 
 demo: $(ENVIRONMENT)
 	$(BIN)/fastkd demo
@@ -25,6 +25,10 @@ bench: $(ENVIRONMENT)
 
 counted: $(ENVIRONMENT)
 	$(BIN)/python benchmarks/counted.py
+
+# What differs from tests/budgets.json; `python tests/budgets.py --write` records it.
+budgets: $(ENVIRONMENT)
+	$(BIN)/python tests/budgets.py
 
 mutants: $(ENVIRONMENT)
 	$(BIN)/python tests/mutants.py

@@ -15,84 +15,61 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-
-import fastkd
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-from cases import CASES, Case, T  # noqa: E402
+from cases import Case, T  # noqa: E402
+from counts import FUSED, compiled, metered, resources, scaled_down  # noqa: E402
 from tables import Table  # noqa: E402
 
+N_ROWS = 4096
 ON_CHIP, LONG = 8192, 128256  # the longest rows read once for every divergence; Llama 3
-FUSED = [case for case in CASES if getattr(case.loss, "fused", True)]
 
 
 def bytes_per_entry() -> dict[str, list[list[float]]]:
     """Forward, and forward + backward, of rows on chip and of longer ones. In the interpreter."""
     from interpreter import correct
-    from meter import Meter
-
-    from fastkd.kernels import divergence
-    from fastkd.kernels._launch import Device
 
     correct()
     found: dict[str, list[list[float]]] = {}
-    # one multiprocessor: two rows are enough for it, and none is split
-    with (
-        mock.patch.object(divergence, "device_of", lambda _: Device(1, False)),
-        fastkd.backend("triton"),
-    ):
-        for case in FUSED:
-            for n_cols in (ON_CHIP, 2 * ON_CHIP):
-                with Meter() as meter:
-                    loss = case.fastkd(*case.inputs((2, n_cols), torch.bfloat16))
-                    forward = meter.traffic
-                    loss.backward()
-                moved = [round(x / (2 * n_cols), 2) for x in (forward, meter.traffic)]
-                found.setdefault(case.name, []).append(moved)
+    for case in FUSED:
+        for n_cols in (ON_CHIP, 2 * ON_CHIP):
+            small, device = scaled_down((N_ROWS, n_cols))
+            with device:
+                forward, backward, (_, gradient) = metered(case, small, torch.bfloat16)
+            moved = (forward.traffic, forward.traffic + backward.traffic)
+            found.setdefault(case.name, []).append([round(x / gradient.numel(), 2) for x in moved])
     return found
 
 
-def compiled(case: Case, n_cols: int, target: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Launches and memory of 4096 rows, and each of the kernels."""
-    from gate import capture
-    from meter import PeakMemory
-    from sass import analyse, per_element
-
-    inputs = case.inputs((4096, n_cols), torch.bfloat16, "meta")
-    with capture(target) as launches, fastkd.backend("triton"), PeakMemory() as memory:
-        loss = case.fastkd(*inputs)
-        n_forward, forward_bytes = len(launches), memory.peak_bytes
-        # not loss.backward(): the stand-in holds on to the gradient, which would make it a copy
-        torch.autograd.grad(loss, inputs[0])
-    logits = inputs[0].nbytes
+def call(case: Case, n_cols: int, target: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Launches and memory of many rows, and each of the kernels."""
+    run = compiled(case, (N_ROWS, n_cols), torch.bfloat16, target)
     total = {
         "loss": case.name,
         "columns": n_cols,
-        "launches": [n_forward, len(launches)],
-        "peak_extra_memory": [round(x / logits, 3) for x in (forward_bytes, memory.peak_bytes)],
+        "launches": [run.n_forward, len(run.launches)],
+        "peak_extra_memory": [
+            round(x / run.trained_bytes, 3) for x in (run.forward_bytes, run.peak_bytes)
+        ],
     }
     kernels = []
-    for launch in launches:
-        report = analyse(launch)
-        # a sweep is a loop that loads vectors; a kernel that has none reads every entry once
-        sweeps = [loop for loop in report.loops if loop["LDG.128"]] or [report.outside]
-        each = [per_element(sweep, sweep["load_bytes"] / 4) for sweep in sweeps]  # two of 2 bytes
+    for launch in run.launches:
+        found = resources(launch, run.element_bytes)
         kernels.append(
             {
                 "loss": case.name,
                 "columns": n_cols,
                 "target": target,
                 "kernel": launch.name,
-                "registers": report.registers,
-                "spills": report.spills,
-                "warps_per_multiprocessor": report.warps_per_sm,
-                "instructions": [round(x["instructions"], 1) for x in each],
-                "mufu": [round(x.get("mufu", 0), 2) for x in each],
+                "registers": found["registers"],
+                "spills": found["spills"],
+                "warps_per_multiprocessor": found["warps_per_sm"],
+                "instructions": [round(x, 1) for x in found["instructions"]],
+                "mufu": [round(x, 2) for x in found["mufu"]],
             }
         )
     return total, kernels
@@ -111,7 +88,7 @@ def count(targets: Sequence[str]) -> dict[str, Any]:
     for case in FUSED:
         for n_cols, each in zip((ON_CHIP, LONG), moved[case.name], strict=True):
             for target in targets:
-                total, found = compiled(case, n_cols, target)
+                total, found = call(case, n_cols, target)
                 kernels += found
             losses.append({**total, "bytes_per_entry": each})
     return {

@@ -108,8 +108,10 @@ def mixture(ds, dt, ratio, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr)
     # floors instead of selections: 0·∞ cannot come up
     log_q, log_p = tl.maximum(ds + ratio, SMALLEST), tl.maximum(dt, SMALLEST)
     p, q = tl.exp2(log_p), tl.exp2(log_q)
-    small, large = (q, p) if DIVERGENCE == "skew_reverse_kl" else (p, q)
-    log_m = log2(weight * small + (1 - weight) * large, FAST)
+    of_teacher, of_student = weight, 1 - weight
+    if DIVERGENCE == "skew_reverse_kl":
+        of_teacher, of_student = 1 - weight, weight
+    log_m = log2(of_teacher * p + of_student * q, FAST)
     if DIVERGENCE == "skew_kl":
         share = tl.exp2(log_p - log_m)
         return p * (log_p - log_m) * LN2, q, (weight - 1) * share

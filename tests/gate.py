@@ -4,10 +4,12 @@
         operation(tensors on the meta device)
 
 A stand-in for the driver compiles every kernel for the target and launches nothing; meta tensors
-have shapes, strides and alignment but no memory, so production sizes cost nothing.
+have shapes, strides and alignment but no memory, so production sizes cost nothing. What would wait
+for the GPU raises: nothing can look at values that are not there, nor at the end of a stream.
 
 Limits: @triton.autotune and kernel.warmup are not supported; inside torch.library.custom_op meta
-tensors reach the fake and no launch is seen; gfx942 needs an external ld.lld before triton 3.5.
+tensors reach the fake and no launch is seen; gfx942 needs an external ld.lld before triton 3.5; a
+copy from the host is not seen to wait, nor is what runs for tensors with is_cuda only.
 """
 
 import contextlib
@@ -113,9 +115,16 @@ class StandIn:
 STAND_INS = {name: StandIn(DEVICES[name], 1000 + i) for i, name in enumerate(DEVICES)}
 
 
+WAITING = (torch.cuda, torch.cuda.Stream, torch.cuda.Event)  # their method synchronize
+
+
+def wait(*args, **options):
+    raise RuntimeError("synchronize() waits for the GPU: a loss must not")
+
+
 @contextlib.contextmanager
 def capture(target: str = "sm_90"):
-    """The list of launches made inside the block; what does not compile or fit raises there."""
+    """The launches made inside the block; what does not compile, fit or go on at once raises."""
     launches: list[Launch] = []
     stand_in = STAND_INS[target]
     run_kernel = JITFunction.run
@@ -130,7 +139,13 @@ def capture(target: str = "sm_90"):
 
     # triton 3.4 keeps the driver in an attribute, later ones behind a property
     attribute = "active" if "active" in vars(driver) else "_active"
-    with mock.patch.object(driver, attribute, stand_in), mock.patch.object(JITFunction, "run", run):
+    with contextlib.ExitStack() as patches:
+        for place, name, replacement in (
+            (driver, attribute, stand_in),
+            (JITFunction, "run", run),
+            *((place, "synchronize", wait) for place in WAITING),
+        ):
+            patches.enter_context(mock.patch.object(place, name, replacement))
         yield launches
 
 

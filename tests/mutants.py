@@ -1,8 +1,9 @@
-"""Break the engines one line at a time: the quick tests must notice every time.
+"""Break the engines and the tests' tools one line at a time: the tests must notice every time.
 
     python tests/mutants.py [words]        mutants whose description or file holds every word
 
-A mutant lives in a copy of the package; one that survives is a hole in the tests.
+A mutant lives in a copy of the repository; one that survives is a hole in the tests. Engines are
+put to the quick tests, each tool to its own.
 """
 
 import argparse
@@ -21,6 +22,9 @@ TERMS, SWEEPS = "kernels/_divergence_terms.py", "kernels/_divergence_sweeps.py"
 TILES, LAUNCHES = "kernels/_tiles.py", "kernels/divergence.py"
 PORTABLE, SMALL = "fastkd/portable/divergence.py", "fastkd/portable/_small_divergence.py"
 LOSSES = "fastkd/divergence.py"
+METER, GUARD, INTERPRETER = "tests/meter.py", "tests/guard.py", "tests/interpreter.py"
+GATE, SASS = "tests/gate.py", "tests/sass.py"
+COUNTS, BUDGETS = "tests/counts.py", "tests/budgets.py"
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,8 @@ MUTANTS = [
     Mutant(TERMS, "mask dropped", "tl.maximum(ds + ratio, SMALLEST)", "ds + ratio"),
     Mutant(TERMS, "mask dropped", "tl.maximum(dt, SMALLEST)", "dt"),
     Mutant(TERMS, "term dropped", "ds + ratio, SMALLEST", "ds, SMALLEST"),
-    Mutant(TERMS, "weights swapped", "1 - weight if DIVERGENCE", "weight if DIVERGENCE"),
-    Mutant(TERMS, "term dropped", "+ (1 - of_teacher) * q", "+ q"),
+    Mutant(TERMS, "weights swapped", "of_teacher, of_student = 1 - weight, weight", "pass"),
+    Mutant(TERMS, "term dropped", "+ of_student * q", "+ q"),
     Mutant(TERMS, "sign flipped", "q, (weight - 1) * share", "q, (1 - weight) * share"),
     Mutant(TERMS, "unit dropped", "p * (log_p - log_m) * LN2", "p * (log_p - log_m)"),
     Mutant(TERMS, "term dropped", "above - weight * share", "above"),
@@ -154,9 +158,9 @@ MUTANTS = [
     Mutant(PORTABLE, "mask dropped", "nothing = ratio * 0", "nothing = 0"),
     Mutant(PORTABLE, "mask dropped", "factor = ratio * 0 + factor", "factor = factor"),
     Mutant(PORTABLE, "term dropped", "of_p * weight + of_q * (1 - weight) + nothing", "of_p * weight + nothing"),
-    Mutant(PORTABLE, "weights swapped", 'return 1 - weight if name == "skew_reverse_kl"', 'return weight if name == "skew_reverse_kl"'),
+    Mutant(SMALL, "weights swapped", "        q, p = p, q\n    if", "        pass\n    if"),
     Mutant(PORTABLE, "term dropped", "q.d.add_(ratio)", "q.d.add_(0)"),
-    Mutant(PORTABLE, "mask dropped", ".clamp_(min=torch.finfo(q.e.dtype).tiny)", ""),
+    Mutant(PORTABLE, "mask dropped", "m.clamp_(min=torch.finfo(m.dtype).tiny)", "m"),
     Mutant(PORTABLE, "label dropped", "(q.total.log2() - q.d.gather", "(q.total.log2() - 0 * q.d.gather"),
     Mutant(PORTABLE, "mask dropped", "losses.masked_fill_(~keep, 0)", "pass"),
     Mutant(PORTABLE, "mask dropped", "cross_entropies.masked_fill_(labels < 0, 0)", "pass"),
@@ -173,22 +177,26 @@ MUTANTS = [
     Mutant(PORTABLE, "statistics swapped", "out.mul_(factor / q.total * unit)", "out.mul_(factor / p.total * unit)"),
     Mutant(PORTABLE, "off by one", "stop = min(start + size, inner)", "stop = min(start + size, inner - 1)"),
     Mutant(PORTABLE, "wrong row", "rows = slice(i * inner + start, i * inner + stop)", "rows = slice(start, stop)"),
-    Mutant(PORTABLE, "sign flipped", "torch.sub(logits, offset, out=d)", "torch.add(logits, offset, out=d)"),
-    Mutant(PORTABLE, "wrong temperature", "_softmax(z_teacher, teacher_temperature,", "_softmax(z_teacher, temperature,"),
-    Mutant(PORTABLE, "wrong temperature", "_softmax(z_teacher, teacher_temperature,", "_softmax(z_teacher, temperature,", 2),
+    Mutant(PORTABLE, "sign flipped", "torch.sub(logits.to(dtype), offset, out=d)", "torch.add(logits.to(dtype), offset, out=d)"),
+    Mutant(PORTABLE, "wrong temperature", "_softmax(z_teacher, dtype, teacher_temperature,", "_softmax(z_teacher, dtype, temperature,"),
+    Mutant(PORTABLE, "wrong temperature", "_softmax(z_teacher, dtype, teacher_temperature,", "_softmax(z_teacher, dtype, temperature,", 2),
     # its short way for few logits
     Mutant(SMALL, "sign flipped", "above = d_q.sub_(d_p)", "above = d_p.sub_(d_q)"),
-    Mutant(SMALL, "sign flipped", "ratio = log_total_p.sub_(log_total_q)", "ratio = log_total_q.sub_(log_total_p)"),
+    Mutant(SMALL, "sign flipped", "ratio = (total_p / total_q)", "ratio = (total_q / total_p)"),
     Mutant(SMALL, "term dropped", "above.mul_(p).sum(-1).add_(ratio).neg_()", "above.mul_(p).sum(-1).neg_()"),
-    Mutant(SMALL, "term dropped", "both.total[0].log2().squeeze(-1) - d_q.mul_(p).sum(-1)", "-d_q.mul_(p).sum(-1)"),
+    Mutant(SMALL, "term dropped", "(total_q.log2().squeeze(-1)).sub_(d_q.mul_(p).sum(-1))", "-d_q.mul_(p).sum(-1)"),
     Mutant(SMALL, "term dropped", "reverse = of_q.squeeze(-1) + ratio", "reverse = of_q.squeeze(-1)"),
-    Mutant(SMALL, "term dropped", "above.sub_(of_q).mul_(q.mul_(_LN2))", "above.mul_(q.mul_(_LN2))"),
+    Mutant(SMALL, "term dropped", "above.sub_(of_q).mul_(q.mul_(_LN2 / total_q))", "above.mul_(q.mul_(_LN2 / total_q))"),
     Mutant(SMALL, "term dropped", ".add_(q.sub_(p), alpha=weight)", ""),
     Mutant(SMALL, "weights swapped", "reverse.mul_(1 - weight).sub_(forward, alpha=weight)", "reverse.mul_(weight).sub_(forward, alpha=1 - weight)"),
-    Mutant(SMALL, "gradient zero", "add_(ratio).neg_(), q.sub_(p)", "add_(ratio).neg_(), q.zero_()"),
+    Mutant(SMALL, "gradient zero", "add_(ratio).neg_(), q.div_(total_q).sub_(p)", "add_(ratio).neg_(), q.zero_()"),
     Mutant(SMALL, "statistics swapped", "ratio = total / total_q", "ratio = total_q / total"),
     Mutant(SMALL, "rescaling dropped", "    q.mul_(ratio)", "    pass"),
-    Mutant(SMALL, "weights swapped", "share = 1 - weight if", "share = weight if"),
+    Mutant(SMALL, "weights swapped", "q, p, weight = p, q, 1 - weight", "q, p, weight = p, q, weight"),
+    Mutant(SMALL, "mask dropped", "torch.where(problem.keep, upstream, 0)", "upstream"),
+    Mutant(SMALL, "mask dropped", "torch.where(problem.labels < 0, 0, ce_upstream)", "ce_upstream"),
+    Mutant(SMALL, "offset dropped", "problem.offset is None", "True"),
+    Mutant(SMALL, "wrong temperature", "bool(problem.student_temperature == problem.teacher_temperature)", "True"),
     Mutant(SMALL, "sign flipped", "q, total, weight - 1)", "q, total, 1 - weight)"),
     Mutant(SMALL, "term dropped", "above.sub_(torch.div(q, m, out=m), alpha=weight / _LN2)", "pass"),
     Mutant(SMALL, "weights swapped", "torch.lerp(of_q, of_p, weight)", "torch.lerp(of_p, of_q, weight)"),
@@ -218,27 +226,122 @@ MUTANTS = [
     Mutant("fastkd/_loss.py", "term dropped", "normalizer = weights.sum()", "normalizer = weights.numel()"),
     Mutant("fastkd/_loss.py", "mask dropped", "torch.where(keep.unsqueeze(-1), student, 0)", "student"),
     Mutant("fastkd/_engine.py", "gradient zero", "gradient(*upstream, statistics", "0 * gradient(*upstream, statistics"),
+    # the meters
+    Mutant(METER, "store forgotten", 'self._touch("stored", pointers, mask, values.dtype.itemsize)', "pass"),
+    Mutant(METER, "load forgotten", 'self._touch("loaded", pointers, mask, np.dtype(dtype).itemsize)', "pass"),
+    Mutant(METER, "mask dropped", "np.asarray(pointers)[np.broadcast_to(mask, np.shape(pointers))]", "np.asarray(pointers).ravel()"),
+    Mutant(METER, "wrong size", "np.dtype(dtype).itemsize", "4"),
+    Mutant(METER, "stray allowed", "np.where(inside, memory.owners[first], 0)", "np.where(inside, memory.owners[first] | 1, 1)"),
+    Mutant(METER, "stray allowed", "self.owners = np.zeros(count, np.int64)", "self.owners = np.ones(count, np.int64)"),
+    Mutant(METER, "race ignored", "theirs = (writer != NOBODY) & (writer != program)", "theirs = writer > 1 << 30"),
+    Mutant(METER, "race ignored", "(~unread).sum()", "0"),
+    Mutant(METER, "race ignored", "np.where(unread, program, SEVERAL)", "program"),
+    Mutant(METER, "race ignored", "units.size - np.unique(units).size", "0"),
+    Mutant(METER, "race invented", "(reader == NOBODY) | (reader == program)", "reader == NOBODY"),
+    Mutant(METER, "race invented", 'if kind == "atomic":', "if False:"),
+    Mutant(METER, "wrong size", "2 * a.atomic", "a.atomic"),
+    Mutant(METER, "unit dropped", "int((memory.stored & own).sum()) * memory.unit", "int((memory.stored & own).sum())"),
+    Mutant(METER, "not unique", "unique_loaded + a.unique_stored for", "loaded + a.stored for"),
+    Mutant(METER, "never freed", "self.live_bytes -= self._sizes.pop(key)", "self._sizes.pop(key)"),
+    Mutant(METER, "peak forgotten", "max(self.peak_bytes, self.live_bytes)", "self.live_bytes"),
+    Mutant(METER, "view counted", "if not function.is_view and", "if"),
+    Mutant(METER, "inputs counted", "self._see(tensor.untyped_storage(), 0)", "self._see(tensor.untyped_storage(), tensor.nbytes)"),
+    Mutant(METER, "not unique", "min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())", "tensor.numel() * tensor.element_size()"),
+    Mutant(GUARD, "stray allowed", "overwritten = int((~poisoned & ~inside).sum())", "overwritten = 0"),
+    Mutant(GUARD, "store forgotten", "missing = int((poisoned & inside).sum())", "missing = 0"),
+    Mutant(GUARD, "gap forgotten", ".index_fill_(0, mine.reshape(-1), True)", ".index_fill_(0, places[mine.min() : mine.max() + 1], True)"),
+    # the interpreter
+    Mutant(INTERPRETER, "truncated", "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "bits >> 16"),
+    Mutant(INTERPRETER, "ties not to even", "0x7FFF + ((bits >> 16) & 1)", "0x8000"),
+    Mutant(INTERPRETER, "NaN lost", "np.where(np.isnan(values), 0x7FC0, rounded)", "rounded"),
+    Mutant(INTERPRETER, "too precise", "(bits & np.uint32(0xFFFFE000))", "bits"),
+    Mutant(INTERPRETER, "rounded twice", "x.data.astype(np.float64) * y.data", "x.data * y.data"),
+    Mutant(INTERPRETER, "NaN kept", "self.binary_op(a, b, np.fmax)", "self.binary_op(a, b, np.maximum)"),
+    Mutant(INTERPRETER, "NaN kept", "np.nanmax: np.fmax.reduce", "np.nanmax: np.maximum.reduce"),
+    Mutant(INTERPRETER, "bits added", "operator(widen(left.data), widen(right.data))", "operator(left.data, right.data)"),
+    # the gate
+    Mutant(GATE, "launch skipped", "launches.append(Launch(", "launches or launches.append(Launch("),
+    Mutant(GATE, "wait allowed", "for place in WAITING", "for place in ()"),
+    Mutant(GATE, "wait allowed", "WAITING = (torch.cuda, ", "WAITING = ("),
+    Mutant(GATE, "wrong target", 'GPUTarget("cuda", 90, 32)', 'GPUTarget("cuda", 80, 32)'),
+    Mutant(GATE, "limit dropped", '"max_shared_mem": self.device.shared_bytes', '"max_shared_mem": 1 << 30'),
+    Mutant(GATE, "wrong stride", "tuple(value.shape), value.stride()", "tuple(value.shape), value.contiguous().stride()"),
+    Mutant(GATE, "wrong grid", "tuple(map(int, arguments[:3]))", "tuple(map(int, arguments[2::-1]))"),
+    # the count of instructions
+    Mutant(SASS, "spill forgotten", 'everything["LDL"] + everything["STL"]', 'everything["LDL"]'),
+    Mutant(SASS, "spill allowed", "if report.spills:", "if False:"),
+    Mutant(SASS, "wrong width", "int(width[1] or width[2]) // 8", "int(width[1] or width[2]) // 16"),
+    Mutant(SASS, "wrong width", "// 8 if width else 4", "// 8 if width else 16"),
+    Mutant(SASS, "narrow allowed", "size < least_bytes)", "size < 1)"),
+    Mutant(SASS, "float64 allowed", '("DADD", "DMUL", "DFMA", "DSETP", "DMNMX", "DMMA")', "()"),
+    Mutant(SASS, "float64 refused", " and not float64:", ":"),
+    Mutant(SASS, "few warps allowed", "report.warps_per_sm < least_warps", "report.warps_per_sm > least_warps"),
+    Mutant(SASS, "bound ignored", "report.warps_per_sm < least_warps", "report.warps_per_sm < 16"),
+    Mutant(SASS, "wrong occupancy", "max(-(-registers // 8), 1)", "max(registers // 8, 1)"),
+    Mutant(SASS, "wrong occupancy", "RESERVED_SHARED_BYTES = 1024", "RESERVED_SHARED_BYTES = 0"),
+    Mutant(SASS, "wrong occupancy", "MOST_PROGRAMS = 4, 64, 32", "MOST_PROGRAMS = 4, 64, 64"),
+    Mutant(SASS, "outer loop counted", "r != outer and outer[0] <= r[0]", "outer[0] < r[0] < outer[0]"),
+    Mutant(SASS, "loop invented", "i.target < i.address", "i.target <= i.address"),
+    Mutant(SASS, "loop forgotten", 'i.name == "BRA" and', 'i.name == "JMP" and'),
+    Mutant(SASS, "not counted", 'i.name.endswith("MMA")', 'i.name == "IMMA"'),
+    Mutant(SASS, "not counted", 'counts["mufu"] += 1', 'counts["mufu"] += 0'),
+    # the budgets
+    Mutant(COUNTS, "backward skipped", "torch.autograd.grad(loss, trained)", "pass"),
+    Mutant(COUNTS, "not per element", '[sweep["mufu"] / n for', '[sweep["mufu"] for'),
+    Mutant(COUNTS, "wrong element", "if x.shape == trained.shape", "if x is trained"),
+    Mutant(COUNTS, "wrong path", 'DEVICES["sm_90"].multiprocessors * n // shape[0]', "132"),
+    Mutant(COUNTS, "backward skipped", "return forward, backward,", "return forward, forward,"),
+    Mutant(BUDGETS, "sign flipped", "self.present > self.recorded * (1 + SLACK)", "self.present < self.recorded * (1 + SLACK)"),
+    Mutant(BUDGETS, "sign flipped", "self.present < self.recorded * (1 - SLACK)", "self.present > self.recorded * (1 - SLACK)"),
+    Mutant(BUDGETS, "too lenient", "SLACK = 0.05", "SLACK = 0.5"),
+    Mutant(BUDGETS, "too strict", "SLACK = 0.05", "SLACK = 0.0"),
+    Mutant(BUDGETS, "direction forgotten", 'MORE_IS_BETTER = ("warps_per_sm", "tensor")', "MORE_IS_BETTER = ()"),
+    Mutant(BUDGETS, "novelty allowed", "            return True", "            return False"),
+    Mutant(BUDGETS, "lost count allowed", "{**before, **now}", "now"),
+    Mutant(BUDGETS, "list ignored", "for i, value in enumerate(tree)]", "for i, value in enumerate(tree[:1])]"),
+    Mutant(BUDGETS, "kernel skipped", "if counts not in found[launch.name]:", "if not found[launch.name]:"),
+    Mutant(BUDGETS, "not unique", "unique_bytes=[forward.floor / n", "unique_bytes=[forward.traffic / n"),
+    Mutant(BUDGETS, "nothing recorded", "if options.write:", "if False:"),
+    Mutant(BUDGETS, "nothing refused", "return 1 if n_worse else 0", "return 0"),
 ]  # fmt: skip
 
 
-def noticed(mutant: Mutant | None) -> str | None:
-    """None if the tests notice; else what happened instead. Without a mutant they must pass."""
+# each tool's own tests; those in tests/compiled run without the interpreter
+_BUDGET_TESTS = [
+    ["tests/compiled/test_budgets.py", "-k", "not keeps or (forward_kl and sm_90)"],
+    ["tests/test_traffic.py", "-k", "budget and jensen_shannon"],
+]
+TESTS_OF_TOOLS = {
+    METER: [["tests/test_meter.py"]],
+    GUARD: [["tests/test_meter.py"]],
+    INTERPRETER: [["tests/test_interpreter.py"]],
+    GATE: [["tests/compiled/test_tools.py"]],
+    SASS: [["tests/compiled/test_tools.py"]],
+    COUNTS: _BUDGET_TESTS,
+    BUDGETS: _BUDGET_TESTS,
+}
+
+
+def noticed(mutant: Mutant, applied: bool = True) -> str | None:
+    """None if the tests notice; else what happened instead."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        ignore = shutil.ignore_patterns("__pycache__", "demo")
-        shutil.copytree(ROOT / "fastkd", root / "fastkd", ignore=ignore)
+        ignore = shutil.ignore_patterns("__pycache__", "demo", "results")
+        for name in ("fastkd", "tests", "benchmarks"):
+            shutil.copytree(ROOT / name, root / name, ignore=ignore)
         shutil.copytree(ROOT / "kernels", root / "fastkd" / "kernels", ignore=ignore)
+        shutil.copy(ROOT / "pyproject.toml", root)
         (root / "fastkd" / "demo").mkdir()
-        if mutant:
+        if applied:
             mutant.apply(root)
         for selection in selections(mutant):
             command = [
-                *(sys.executable, "-m", "pytest", "-x", "-q", "-m", "smoke", "-W", "ignore"),
-                *("-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")),
-                *(f"--rootdir={ROOT}", *selection),
+                *(sys.executable, "-m", "pytest", "-x", "-q", "-W", "ignore"),
+                *("-p", "no:cacheprovider", *selection),
             ]
-            environment = {**os.environ, "PYTHONPATH": folder, "TRITON_INTERPRET": "1"}
-            # from the folder: the package beside the tests must not be found first
+            interpreted = "0" if "compiled" in selection[0] else "1"
+            environment = {**os.environ, "PYTHONPATH": folder, "TRITON_INTERPRET": interpreted}
+            # in the folder: the package beside the real tests must not be found first
             run = subprocess.run(
                 command, env=environment, cwd=folder, capture_output=True, text=True
             )
@@ -249,18 +352,20 @@ def noticed(mutant: Mutant | None) -> str | None:
     return "survived"
 
 
-def selections(mutant: Mutant | None) -> Iterator[list[str]]:
+def selections(mutant: Mutant) -> Iterator[list[str]]:
     """What to run, the quickest to notice first."""
-    tests = ROOT / "tests"
+    if mutant.file in TESTS_OF_TOOLS:
+        yield from TESTS_OF_TOOLS[mutant.file]
+        return
     engine: list[str] = []
-    if mutant and mutant.file.startswith("kernels"):
+    if mutant.file.startswith("kernels"):
         engine = ["-k", "not formula and not portable"]
-        yield [str(tests / "test_kernels.py")]
-    elif mutant and mutant.file in (PORTABLE, SMALL):
+        yield ["tests/test_kernels.py", "-m", "smoke"]
+    elif mutant.file in (PORTABLE, SMALL):
         engine = ["-k", "not formula and not triton"]
-        yield [str(tests / "test_value_and_gradient.py"), str(tests / "test_kd.py"), *engine]
-    ignored = [f"--ignore={tests / name}" for name in ("compiled", "integrations")]
-    yield [str(tests), *ignored, *engine]
+        yield ["tests/test_value_and_gradient.py", "tests/test_kd.py", "-m", "smoke", *engine]
+    ignored = [f"--ignore=tests/{name}" for name in ("compiled", "integrations")]
+    yield ["tests", "-m", "smoke", *ignored, *engine]
 
 
 def main() -> int:
@@ -268,10 +373,11 @@ def main() -> int:
     parser.add_argument("words", nargs="*")
     words = parser.parse_args().words
     chosen = [m for m in MUTANTS if all(word in f"{m.file} {m}" for word in words)]
-    if noticed(None) != "survived":
-        raise SystemExit("the tests fail without any mutant: mend that first")
-    alive = 0
+    alive, each_selection = 0, {str(list(selections(mutant))): mutant for mutant in chosen}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        unbroken = list(pool.map(lambda mutant: noticed(mutant, False), each_selection.values()))
+        if any(outcome != "survived" for outcome in unbroken):
+            raise SystemExit("the tests fail without any mutant: mend that first")
         for mutant, outcome in zip(chosen, pool.map(noticed, chosen), strict=True):
             alive += outcome is not None
             print(f"{'ALIVE' if outcome else 'killed':6}  {mutant.file}  {mutant}", flush=True)

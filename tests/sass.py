@@ -66,6 +66,12 @@ class Report:
         return max([self.outside, *self.loops], key=lambda counts: counts["load_bytes"])
 
     @property
+    def sweeps(self) -> list[Counter]:
+        """The loops that load whole vectors; a kernel that has none reads everything once."""
+        found = [loop for loop in self.loops if loop["LDG.128"] or loop["LDGSTS.128"]]
+        return found or [self.outside]
+
+    @property
     def total(self) -> Counter:
         return sum(self.loops, Counter(self.outside))
 
@@ -96,19 +102,21 @@ def per_element(counts: Counter, elements: float) -> dict[str, float]:
     return {what: number / elements for what, number in counts.items()}
 
 
-def complaints(launch, least_warps: int = 16, least_bytes: int = 8) -> list[str]:
+def complaints(
+    launch, least_warps: int = 16, least_bytes: int = 8, float64: bool = False
+) -> list[str]:
     """What is wrong with a kernel that should be limited by memory."""
     report, found = analyse(launch), []
     if report.spills:
         found.append(f"{report.spills} spill instructions, {report.stack_bytes} bytes of stack")
-    if report.total["fp64"]:
+    if report.total["fp64"] and not float64:
         found.append(f"{report.total['fp64']} float64 instructions")
     hot = report.loops or [report.outside]
     for counts, name in itertools.product(hot, ("LDG", "LDGSTS", "STG")):
         moved = {size: counts[f"{name}.{8 * size}"] * size for size in (1, 2, 4, 8, 16, 32)}
         narrow = sum(moved[size] for size in moved if size < least_bytes)
         # a few scalars of each row are narrow by nature
-        if narrow > 16 and narrow > sum(moved.values()) / 4:
+        if narrow > 24 and narrow > sum(moved.values()) / 4:
             found.append(
                 f"{narrow} of {sum(moved.values())} bytes a thread moves by {name} "
                 f"go in accesses narrower than {least_bytes} bytes"

@@ -78,7 +78,7 @@ def test_func_jacrev_of_a_parameter(case, engine):
 def test_grads_batched_by_autograd_are_an_error(engine):
     student, teacher = LOSSES[0].inputs((3,), 7)
     losses = LOSSES[0](student, teacher)
-    with pytest.raises(RuntimeError, match="Use torch.func.jacrev"):
+    with pytest.raises(RuntimeError, match=r"Use torch\.func\.jacrev"):
         torch.autograd.grad(
             losses, student, torch.eye(3, dtype=losses.dtype), is_grads_batched=True
         )

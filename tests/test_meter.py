@@ -175,6 +175,13 @@ def test_the_guard_catches_stores_outside():
         guard.check()
 
 
+def test_the_guard_catches_stores_between_the_rows():
+    guard = Guard()
+    double(guard.surround(torch.randn(100)), guard.empty(2, 50, gap=14))
+    with pytest.raises(AssertionError, match="14 elements overwritten"):
+        guard.check()
+
+
 def test_the_guard_catches_gaps_in_an_output():
     guard = Guard()
     double(guard.surround(torch.randn(100)), guard.empty(100), stores=90)
@@ -205,3 +212,10 @@ def test_peak_memory_sees_what_autograd_keeps():
         loss.backward()
     assert x.grad is not None
     assert memory.live_bytes == 4000 + 4
+
+
+def test_an_expanded_tensor_moves_its_storage():
+    x = torch.ones(1, 1000)
+    with PeakMemory() as memory:
+        x.expand(50, 1000).sum()
+    assert memory.moved_bytes == 4000 + 4

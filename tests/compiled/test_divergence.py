@@ -1,38 +1,13 @@
-"""Every kernel of the divergences, as the real launch sites start it, compiled for each target."""
+"""What is particular to the compiled kernels of the divergences; the rest is in the budgets."""
 
 import pytest
 import torch
 from gate import DEVICES, capture
-from sass import analyse, complaints, per_element
+from sass import analyse, complaints
 
 import fastkd
 
-LOSSES = {
-    "forward_kl": fastkd.forward_kl,
-    "reverse_kl": fastkd.reverse_kl,
-    "symmetric_kl": fastkd.symmetric_kl,
-    "soft_cross_entropy": fastkd.soft_cross_entropy,
-    "jensen_shannon": fastkd.jensen_shannon,
-    "skew_kl": fastkd.skew_kl,
-    "skew_reverse_kl": fastkd.skew_reverse_kl,
-    "total_variation": fastkd.total_variation,
-    "kd": fastkd.kd,
-}
-MIXTURES = ("jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation")
-LONG, ODD, FEW, ON_CHIP = (4096, 128256), (4096, 151669), (8, 128256), (8192, 8192)
-CLASSES = [(128, 10), (128, 100), (256, 1000)]
-# instructions and special functions for each element of a sweep over the rows
-BUDGETS = {
-    "forward_kl": (20, 2.5),
-    "soft_cross_entropy": (20, 2.5),
-    "reverse_kl": (20, 2.5),
-    "symmetric_kl": (27, 2.5),
-    "jensen_shannon": (25, 3.5),
-    "skew_kl": (25, 4),
-    "skew_reverse_kl": (25, 4),
-    "total_variation": (20, 2.5),
-}
-each_loss = pytest.mark.parametrize("loss", LOSSES)
+LONG, ODD = (4096, 128256), (4096, 151669)
 
 
 def launches(loss, shape, dtype=torch.bfloat16, target="sm_90", backward=True, teacher_dtype=None):
@@ -40,14 +15,10 @@ def launches(loss, shape, dtype=torch.bfloat16, target="sm_90", backward=True, t
     teacher = torch.empty(shape, dtype=teacher_dtype or dtype, device="meta")
     labels = [torch.empty(shape[:-1], dtype=torch.int64, device="meta")] if loss == "kd" else []
     with capture(target) as found, fastkd.backend("triton"):
-        result = LOSSES[loss](student, teacher, *labels, temperature=2.0)
+        result = getattr(fastkd, loss)(student, teacher, *labels, temperature=2.0)
         if backward:
             result.backward()
     return found
-
-
-def names(found):
-    return [launch.name for launch in found]
 
 
 def wide_loops(launch):
@@ -55,40 +26,13 @@ def wide_loops(launch):
     return [loop for loop in analyse(launch).loops if loop["LDG.128"]]
 
 
-@each_loss
-@pytest.mark.parametrize("target", ["sm_90", "sm_80", "sm_100"])
-def test_nothing_spills_and_all_vectors_are_wide(loss, target):
-    shapes = [LONG, FEW, ON_CHIP] + (CLASSES if target == "sm_90" else [])
-    for shape in shapes:
-        dtype = torch.float32 if shape in CLASSES else torch.bfloat16
-        for launch in launches(loss, shape, dtype, target):
-            if launch.name == "combine":  # a few numbers for each row
-                assert not analyse(launch).spills
-            elif shape in CLASSES[:2]:  # rows shorter than a warp
-                assert not analyse(launch).spills
-                assert analyse(launch).warps_per_sm >= 16
-            else:
-                assert not complaints(launch)
-
-
-@each_loss
-def test_it_compiles_for_gfx942(loss):
-    for shape in (LONG, FEW, ON_CHIP):
-        for launch in launches(loss, shape, target="gfx942"):
-            assert launch.asm["hsaco"]
-
-
-@pytest.mark.parametrize("loss", BUDGETS)
+@pytest.mark.parametrize("loss, sweeps", [("forward_kl", 1), ("jensen_shannon", 2)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_instructions_of_the_sweeps(loss, dtype):
+def test_threads_sweep_over_long_rows_on_their_own(loss, sweeps, dtype):
     (launch,) = launches(loss, LONG, dtype, backward=False)
     loops = wide_loops(launch)
-    assert len(loops) == (2 if loss in MIXTURES else 1)
-    most, most_mufu = BUDGETS[loss]
+    assert len(loops) == sweeps
     for loop in loops:
-        each = per_element(loop, loop["load_bytes"] / (2 * dtype.itemsize))
-        assert each["instructions"] <= most
-        assert each["mufu"] <= most_mufu
         assert not loop["barriers"]
         assert not loop["shuffles"]
 
@@ -102,16 +46,6 @@ def test_rows_off_the_boundary_are_read_in_vectors(loss, shape):
     assert len(wide_loops(statistics)) == len(analyse(statistics).loops)
     assert not complaints(gradient)
     assert analyse(gradient).outside["STG.128"]
-
-
-@each_loss
-def test_launches(loss):
-    assert names(launches(loss, LONG)) == ["row_statistics", "gradient"]
-    assert names(launches(loss, ON_CHIP)) == ["whole_rows", "whole_rows"]
-    for shape in CLASSES:
-        assert names(launches(loss, shape)) == ["whole_rows", "whole_rows"]
-    sweep = ["row_statistics", "combine"]
-    assert names(launches(loss, FEW)) == sweep * (2 if loss in MIXTURES else 1) + ["gradient"]
 
 
 @pytest.mark.parametrize("target", DEVICES)

@@ -1,13 +1,18 @@
 """The gate sees every launch, and the count of instructions sees planted faults."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 from gate import DEVICES, Tensor, capture
-from sass import analyse, complaints, per_element
+from sass import analyse, complaints, occupancy, per_element
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
+
+import fastkd
+from fastkd.kernels import divergence as kernels
 
 BEFORE_3_5 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5)
 
@@ -77,12 +82,16 @@ def test_every_target_compiles(target):
         properties = driver.active.utils.get_device_properties(driver.active.get_current_device())
         assert properties["multiprocessor_count"] == DEVICES[target].multiprocessors
         assert driver.active.get_current_target() == DEVICES[target].target
+        assert str(DEVICES[target].target.arch) == target.removeprefix("sm_")
     assert only(launches).asm["hsaco" if target == "gfx942" else "cubin"]
 
 
 def test_a_launch_is_described(clean):
     assert (clean.name, clean.grid) == ("_sum_of_exponentials", (4096, 1, 1))
     assert clean.args["x_ptr"] == Tensor((4096, 128256), (128256, 1), torch.bfloat16)
+    with capture("sm_90") as launches:
+        sum_of_exponentials(meta(7, 1024)[:, :1000])
+    assert only(launches).args["x_ptr"] == Tensor((7, 1000), (1024, 1), torch.bfloat16)
     assert (clean.args["n"], clean.args["BLOCK"]) == (128256, 2048)
     assert clean.signature["x_ptr"] == "*bf16"
     assert clean.metadata.num_warps == 4
@@ -122,20 +131,25 @@ def test_of_nested_loops_the_innermost_is_counted():
     assert not loop["barriers"]
 
 
-def test_rows_that_are_not_aligned_load_narrowly():
+@pytest.mark.parametrize("dtype, moved", [(torch.bfloat16, 32), (torch.float32, 64)])
+def test_rows_that_are_not_aligned_load_narrowly(dtype, moved):
     with capture("sm_90") as launches:
-        sum_of_exponentials(meta(4096, 128255))
+        sum_of_exponentials(meta(4096, 128255, dtype=dtype))
     (complaint,) = complaints(only(launches))
-    assert "32 of 32 bytes a thread moves by LDG go in accesses narrower than 8" in complaint
+    narrow = f"{moved} of {moved} bytes a thread moves by LDG go in accesses narrower than 8"
+    assert narrow in complaint
+    assert not complaints(only(launches), least_bytes=dtype.itemsize)
 
 
 def test_spills_and_low_occupancy_are_seen():
     with capture("sm_90") as launches:
         sum_of_exponentials(meta(4096, 131072, dtype=torch.float32), BLOCK=32768)
     report, found = analyse(only(launches)), complaints(only(launches))
-    assert report.spills
+    stores, loads = report.total["STL"], report.total["LDL"]
+    assert stores and loads and report.spills == stores + loads
     assert report.warps_per_sm == 8
     assert report.limited_by == "registers"
+    assert complaints(only(launches), least_warps=8) == found[:1]
     assert len(found) == 2
     assert "spill" in found[0]
     assert "8 warps fit" in found[1]
@@ -145,6 +159,24 @@ def test_float64_is_seen():
     with capture("sm_90") as launches:
         _normalised[(1,)](*[meta(1024, dtype=torch.float64)] * 2, BLOCK=1024)
     assert "float64" in complaints(only(launches))[0]
+    assert not any("float64" in x for x in complaints(only(launches), float64=True))
+
+
+@pytest.mark.parametrize(
+    "registers, warps, shared, fitting, limited_by",
+    [
+        (32, 4, 0, 64, "warps"),
+        (33, 4, 0, 48, "registers"),  # 40: they come in eights
+        (255, 8, 0, 8, "registers"),
+        (32, 4, 113 * 1024, 8, "shared memory"),  # each reserves 1 KiB more
+        (32, 4, 114 * 1024, 4, "shared memory"),
+        (32, 1, 0, 32, "programs"),
+    ],
+)
+def test_occupancy_is_that_of_the_calculator(registers, warps, shared, fitting, limited_by):
+    metadata = SimpleNamespace(num_warps=warps, shared=shared)
+    launch = SimpleNamespace(metadata=metadata, device=DEVICES["sm_90"])
+    assert occupancy(launch, registers) == (fitting, limited_by)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
@@ -159,3 +191,35 @@ def test_tensor_cores_are_seen(target):
 def test_a_kernel_too_large_for_its_target_raises():
     with pytest.raises(OutOfResources), capture("sm_80"):
         _product[(1,)](*[meta(256, 256)] * 3, SIZE=256, num_warps=32)
+
+
+LOOKS = {
+    "item": lambda x: x.sum().item(),
+    "tolist": lambda x: x.tolist(),
+    "bool": lambda x: bool(x.sum()),
+    "float": lambda x: float(x.sum()),
+    "cpu": lambda x: x.cpu(),
+    "equal": lambda x: torch.equal(x, x),
+    "allclose": lambda x: torch.allclose(x, x),
+    "nonzero": lambda x: x.nonzero(),
+    "boolean index": lambda x: x[x > 0],
+    "device": lambda x: torch.cuda.synchronize(),
+    "stream": lambda x: torch.cuda.Stream.synchronize(None),
+    "event": lambda x: torch.cuda.Event.synchronize(None),
+}
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("look", LOOKS)
+def test_an_engine_that_waits_for_the_gpu_is_caught(look, direction, monkeypatch):
+    compute = getattr(kernels, direction)
+
+    def waiting(*arguments):
+        LOOKS[look](next(x for x in arguments if isinstance(x, torch.Tensor)))
+        return compute(*arguments)
+
+    monkeypatch.setattr(kernels, direction, waiting)
+    student = meta(64, 1000).requires_grad_()
+    with capture("sm_90"), fastkd.backend("triton"):
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta|nonzero|waits for"):
+            torch.autograd.grad(fastkd.forward_kl(student, meta(64, 1000)), student)

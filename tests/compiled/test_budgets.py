@@ -1,0 +1,130 @@
+"""No loss of the benchmarks' table breaks a rule of the gate or costs more than recorded."""
+
+import json
+
+import budgets
+import pytest
+import torch
+from budgets import Change, changes
+from counts import FUSED, compiled, resources
+from sass import complaints
+
+RECORD = budgets.read()
+
+
+@pytest.mark.parametrize("case", FUSED, ids=lambda case: case.name)
+@pytest.mark.parametrize("target", budgets.TARGETS)
+def test_every_launch_keeps_the_rules_and_its_budget(case, target):
+    if target == "gfx942" and tuple(map(int, budgets.VERSION.split("."))) < (3, 5):
+        pytest.skip("needs an external ld.lld before triton 3.5")
+    found = []
+    for shape, dtype in budgets.points(case, target):
+        run, name = compiled(case, shape, dtype, target), budgets.name_of(shape, dtype)
+        assert not [sentence for launch in run.launches for sentence in broken_rules(launch)], name
+        present = {target: budgets.of_kernels(run)}
+        if target == "sm_90":  # others split the work otherwise
+            present["call"] = budgets.of_call(run)
+        recorded = RECORD["counts"].get(case.name, {}).get(name, {})
+        recorded = {part: recorded.get(part, {}) for part in present}
+        found += budgets.changes({name: recorded}, {name: present})
+    if RECORD["triton"] != budgets.VERSION:
+        largest = "; ".join(map(str, found[:3])) or "none"
+        pytest.skip(f"recorded with Triton {RECORD['triton']}; the largest differences: {largest}")
+    worse = [str(change) for change in found if change.is_worse]
+    assert not worse, "\n".join(["if on purpose: python tests/budgets.py --write", *worse])
+
+
+def broken_rules(launch) -> list[str]:
+    if "hsaco" in launch.asm:
+        spills = resources(launch, 1)["spills"]
+        return [f"{launch.name}: {spills} spilled registers"] if spills else []
+    return complaints(launch, **RECORD["rules"].get(launch.name, {}))
+
+
+def test_the_file_has_what_the_table_has():
+    points = {
+        case.name: {
+            budgets.name_of(*point) for t in budgets.TARGETS for point in budgets.points(case, t)
+        }
+        for case in FUSED
+    }
+    assert {name: set(RECORD["counts"][name]) for name in RECORD["counts"]} == points
+
+
+def test_bytes_are_counted_where_the_launch_sites_choose_as_for_the_whole():
+    for case in FUSED:
+        for shape in case.family.compiled_sizes:
+            counts = RECORD["counts"][case.name][budgets.name_of(shape, torch.bfloat16)]
+            assert counts["traffic"]["launches"] == counts["call"]["launches"]
+
+
+@pytest.mark.parametrize(
+    "what, recorded, present, is_worse",
+    [
+        ("registers", 100, 104, False),
+        ("registers", 100, 106, True),
+        ("registers", 100, 90, False),
+        ("spills", 0, 1, True),
+        ("warps_per_sm", 40, 39, False),
+        ("warps_per_sm", 40, 36, True),
+        ("warps_per_sm", 40, 48, False),
+        ("tensor", 8, 0, True),
+        ("bytes[1]", 10.0, 14.0, True),
+        ("bytes[1]", None, 14.0, True),
+        ("launches[0]", 1, None, True),
+    ],
+)
+def test_worse_by_more_than_the_slack_fails(what, recorded, present, is_worse):
+    assert Change(f"kernel {what}", recorded, present).is_worse == is_worse
+
+
+def test_changes_are_those_of_every_number():
+    recorded = {"a": {"mufu": [1.0, 2.0], "spills": 0}, "b": {"registers": 50}}
+    present = {"a": {"mufu": [1.0, 3.0], "spills": 0}, "c": {"registers": 50}}
+    found = {change.what: str(change) for change in changes(recorded, present)}
+    assert found == {
+        "a mufu[1]": "WORSE a mufu[1]: 2.0 → 3.0 (+50.0%)",
+        "b registers": "WORSE b registers: 50 → nothing",
+        "c registers": "WORSE c registers: nothing → 50",
+    }
+    assert not changes(recorded, recorded)
+    better = {"a": {"mufu": [0.5, 2.0], "spills": 0}, "b": {"registers": 50}}
+    assert list(map(str, changes(recorded, better))) == ["a mufu[0]: 1.0 → 0.5 (-50.0%)"]
+
+
+def test_the_file_is_as_the_command_writes_it():
+    written = budgets.FILE.read_text()
+    assert written == budgets.text(RECORD) + "\n"
+    assert json.loads(written) == RECORD
+    assert budgets.rounded({"a": [1 / 3, 123456]}) == {"a": [0.3333, 123456]}
+
+
+def test_the_command_prints_the_difference_and_records_it(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "budgets.json"
+    file.write_text('{"rules": {"kernel": {"float64": true}}, "triton": "3.0", "counts": {}}')
+    present = {"loss": {"registers": 40}}
+    monkeypatch.setattr(budgets, "FILE", file)
+    monkeypatch.setattr(budgets, "count", lambda: present)
+    monkeypatch.setattr("sys.argv", ["budgets.py"])
+    assert budgets.main() == 1
+    assert "WORSE loss registers: nothing → 40\n1 counts differ" in capsys.readouterr().out
+    assert budgets.read()["counts"] == {}
+    monkeypatch.setattr("sys.argv", ["budgets.py", "--write"])
+    assert budgets.main() == 0
+    rules = {"kernel": {"float64": True}}
+    assert budgets.read() == {"rules": rules, "triton": budgets.VERSION, "counts": present}
+    monkeypatch.setattr("sys.argv", ["budgets.py"])
+    assert budgets.main() == 0
+
+
+def test_the_counts_are_those_of_the_algorithm():
+    """Two networks of 2 bytes; a gradient as large as the logits; nothing else that grows."""
+    (case,) = (case for case in FUSED if case.name == "forward_kl")
+    shape = (4096, 128256)
+    run = compiled(case, shape, torch.bfloat16, "sm_90")
+    assert (run.trained_bytes, run.element_bytes) == (2 * 4096 * 128256, 4)
+    assert budgets.of_call(run) == {"launches": [1, 2], "extra_memory": [0.0001403, 1.0]}
+    statistics, gradient = budgets.of_kernels(run).values()
+    assert (len(statistics["instructions"]), len(gradient["instructions"])) == (1, 1)
+    assert 2 <= statistics["mufu"][0] <= 2.5
+    assert 15 <= statistics["instructions"][0] <= 20

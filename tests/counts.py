@@ -1,0 +1,106 @@
+"""What a loss of the benchmarks' table costs on a GPU, counted without one at its launch sites.
+
+    run = compiled(case, shape, dtype, "sm_90")     launches and memory
+    resources(run.launches[0], run.element_bytes)   registers, instructions and so on of a launch
+    small, device = scaled_down(shape)              under TRITON_INTERPRET=1
+    with device:
+        metered(case, small, dtype)                 bytes moved
+
+Limit: a shape is scaled down by its first number, which must be that of independent examples.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from gate import DEVICES, Launch, capture
+from meter import Meter, PeakMemory
+from sass import analyse
+
+import fastkd
+from fastkd.kernels import _launch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from cases import CASES, Case
+
+FUSED = [case for case in CASES if getattr(case.loss, "fused", True)]  # those with an engine
+
+
+class Compiled(NamedTuple):
+    launches: list[Launch]
+    n_forward: int  # of them
+    forward_bytes: int  # the most alive at once, beyond the inputs
+    peak_bytes: int  # the same, backward included
+    trained_bytes: int  # of the input that is trained
+    element_bytes: int  # one element of it and of every other input of its shape
+
+
+def compiled(case: Case, shape: tuple[int, ...], dtype: torch.dtype, target: str) -> Compiled:
+    inputs = case.inputs(shape, dtype, "meta")
+    trained = inputs[0]
+    with capture(target) as launches, fastkd.backend("triton"), PeakMemory() as memory:
+        loss = case.fastkd(*inputs)
+        n_forward, forward_bytes = len(launches), memory.peak_bytes
+        # not loss.backward(): the stand-in holds on to the gradient, which would make it a copy
+        torch.autograd.grad(loss, trained)
+    return Compiled(
+        launches,
+        n_forward,
+        forward_bytes,
+        memory.peak_bytes,
+        trained.nbytes,
+        sum(x.element_size() for x in inputs if x.shape == trained.shape),
+    )
+
+
+def resources(launch: Launch, element_bytes: int) -> dict[str, Any]:
+    """Instructions and special functions are for each element, one number for each sweep."""
+    if "amdgcn" in launch.asm:
+        found = dict(re.findall(r"\.(\w+): +(\d+)\n", launch.asm["amdgcn"]))
+        return {
+            "registers": int(found["vgpr_count"]),
+            "shared_bytes": launch.metadata.shared,
+            "spills": int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"]),
+        }
+    report = analyse(launch)
+    # what loads nothing itself, as the hardware's copies do, is counted for the thread
+    elements = [sweep["load_bytes"] / element_bytes or 1 for sweep in report.sweeps]
+    sweeps = list(zip(report.sweeps, elements, strict=True))
+    return {
+        "registers": report.registers,
+        "shared_bytes": report.shared_bytes,
+        "spills": report.spills,
+        "warps_per_sm": report.warps_per_sm,
+        "instructions": [sweep["instructions"] / n for sweep, n in sweeps],
+        "mufu": [sweep["mufu"] / n for sweep, n in sweeps],
+        "tensor": report.total["tensor"],
+    }
+
+
+def scaled_down(shape: tuple[int, ...], n: int = 2) -> tuple[tuple[int, ...], Any]:
+    """A few examples on so much of an H100 that each gets its share of the whole."""
+    multiprocessors = DEVICES["sm_90"].multiprocessors * n // shape[0]
+    device = _launch.Device(max(1, multiprocessors), False)
+    # what the launch sites ask for, wherever they have it from
+    return (n, *shape[1:]), mock.patch.object(_launch, "Device", lambda *_: device)
+
+
+def metered(
+    case: Case,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    lay_out: Callable[[list[torch.Tensor]], list[torch.Tensor]] = list,
+) -> tuple[Meter, Meter, list[torch.Tensor]]:
+    """Forward and backward, each watched, and what they returned."""
+    inputs = lay_out(case.inputs(shape, dtype))
+    with fastkd.backend("triton"):
+        with Meter() as forward:
+            loss = case.fastkd(*inputs)
+        with Meter() as backward:
+            (gradient,) = torch.autograd.grad(loss, inputs[0])
+    return forward, backward, [loss.detach(), gradient]

@@ -1,0 +1,78 @@
+"""Every loss of the benchmarks' table in the interpreter: the bytes it moves, safety of memory."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("counted in Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
+
+import budgets
+from counts import FUSED, metered, scaled_down
+
+each_loss = pytest.mark.parametrize("case", FUSED, ids=lambda case: case.name)
+
+
+@each_loss
+def test_bytes_stay_within_the_budget(case):
+    recorded = budgets.read()["counts"].get(case.name, {})
+    for shape in case.family.compiled_sizes:
+        name = budgets.name_of(shape, torch.bfloat16)
+        found = budgets.changes(
+            recorded.get(name, {}).get("traffic", {}), budgets.of_traffic(case, shape)
+        )
+        worse = [str(change) for change in found if change.is_worse]
+        assert not worse, "\n".join([f"{name}: python tests/budgets.py --write", *worse])
+
+
+def padded(x: Tensor) -> Tensor:
+    return x.new_zeros((*x.shape[:-1], x.shape[-1] + 24))[..., : x.shape[-1]].copy_(x)
+
+
+def inside_a_row(x: Tensor) -> Tensor:
+    """Its rows start off every boundary."""
+    return x.new_zeros((*x.shape[:-1], x.shape[-1] + 9))[..., 5 : x.shape[-1] + 5].copy_(x)
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT if x.ndim > 1 else x
+
+
+LAYOUTS = {  # of the input that is trained, and of the others
+    "padded": (padded, padded),
+    "all different": (inside_a_row, transposed),
+}
+
+
+@pytest.fixture
+def poisoned():
+    """What is allocated holds NaN until it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@each_loss
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_access_is_inside_and_every_output_written_once(case, layout, poisoned):
+    first, others = LAYOUTS[layout]
+
+    def lay_out(inputs: list[Tensor]) -> list[Tensor]:
+        trained, *rest = (x.detach() for x in inputs)
+        return [first(trained).requires_grad_(), *map(others, rest)]
+
+    for shape in case.family.compiled_sizes:
+        # an odd number of columns, for which the launch sites still choose the same code
+        (n, *columns), device = scaled_down(shape, n=3)
+        with device:
+            odd = (n, *((min(size, 10244) - 1) | 1 for size in columns))
+            forward, backward, results = metered(case, odd, torch.bfloat16, lay_out)
+        for launch in forward.launches + backward.launches:
+            assert not launch.races
+            for argument in launch.arguments.values():
+                assert argument.stored == argument.unique_stored
+        for result in results:
+            assert result.isfinite().all()
