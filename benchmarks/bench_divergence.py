@@ -10,6 +10,7 @@ import time
 import torch
 from cases import CASES, DIVERGENCE
 from meter import PeakMemory
+from timing import step_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -79,18 +80,6 @@ def test_loss(benchmark, request, case, size, dtype, direction):
         rounds=seconds,
         peak_extra_bytes=peaks,
     )
-
-
-def step_of(loss, inputs, direction):
-    def forward():
-        with torch.no_grad():
-            loss(*inputs)
-
-    def both():
-        inputs[0].grad = None
-        loss(*inputs).backward()
-
-    return forward if direction == "forward" else both
 
 
 def seconds_of(step, repeats: int) -> float:

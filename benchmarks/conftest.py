@@ -1,13 +1,10 @@
 """Options of the benchmarks, and after them the table and the record of what was measured."""
 
-import contextlib
-import hashlib
 import inspect
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from operator import itemgetter
 from pathlib import Path
@@ -18,15 +15,11 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT / "tests")]
 
-from cases import CASES, T  # noqa: E402
+from cases import CASES, DIVERGENCE, T  # noqa: E402
+from provenance import commit, device, hash_of_sources  # noqa: E402
 from tables import Table  # noqa: E402
 
-CUDA = torch.cuda.is_available()
-SOURCES = [
-    "fastkd/_*.py",
-    "fastkd/divergence.py",
-    "kernels/*.py" if CUDA else "fastkd/portable/*.py",
-]
+ENGINE = "kernels" if torch.cuda.is_available() else "portable"
 
 
 def pytest_addoption(parser):
@@ -53,7 +46,7 @@ def pytest_terminal_summary(config):
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),
-        "sources": hash_of_sources(),
+        "sources": hash_of_sources(DIVERGENCE.name, ENGINE),
         "temperature": T,
         "rows": [row for info in measured for row in rows(info)],
     }
@@ -82,27 +75,6 @@ def kept_rows(file: Path, record: dict) -> list[dict]:
     key = itemgetter("loss", "shape", "dtype", "direction")
     new = [key(row) for row in record["rows"]]
     return [row for row in old["rows"] if key(row) not in new]
-
-
-def device() -> str:
-    if CUDA:
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
-def hash_of_sources() -> str:
-    """Tells later whether a figure is still that of the code."""
-    files = [file for pattern in SOURCES for file in sorted(ROOT.glob(pattern))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def rows(info: dict) -> list[dict]:

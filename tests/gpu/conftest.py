@@ -1,0 +1,25 @@
+"""What only a GPU can show. Without one they are skipped, but for the small ones that the
+interpreter can run as well."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from losses import DEVICE, INTERPRETED
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import checkout  # noqa: F401
+
+import fastkd
+
+
+def pytest_runtest_setup(item):
+    runs_anywhere = INTERPRETED and item.get_closest_marker("sanitize")
+    if DEVICE.type != "cuda" and not runs_anywhere:
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def triton():
+    with fastkd.backend("triton"):
+        yield
