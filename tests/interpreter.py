@@ -9,6 +9,9 @@ Limits: exp2, log2 and division stay numpy's, more accurate than a GPU's; tl.fma
 float64, which differs from one rounding about once in 2**29; tl.sum adds in numpy's order.
 """
 
+import functools
+import inspect
+
 import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as triton_interpreter
@@ -129,6 +132,19 @@ def min_max(self, values, val_reduce_op, idx_reduce_op=None):
     return original_min_max(self, values, val_reduce_op, idx_reduce_op)
 
 
+@functools.cache
+def builtins_of(package) -> list[str]:
+    return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+
+def patch_builtin(package, builder, *scope):
+    """As shipped, but for the search at every call of a device function, which took the time."""
+    for name in builtins_of(package):
+        member = getattr(package, name)
+        if tl.core.is_builtin(member):  # not patched already
+            triton_interpreter._patch_attr(package, name, member, builder, *scope)
+
+
 def patch_lang_tensor(tensor, *scope):
     """numpy >= 2.4 refuses int(array of one element), on which triton <= 3.6 relies."""
 
@@ -152,3 +168,4 @@ def correct() -> None:
     InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     ReduceOps.min_max = min_max
     triton_interpreter._patch_lang_tensor = patch_lang_tensor
+    triton_interpreter._patch_builtin = patch_builtin
