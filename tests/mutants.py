@@ -25,6 +25,7 @@ LOSSES = "fastkd/divergence.py"
 METER, GUARD, INTERPRETER = "tests/meter.py", "tests/guard.py", "tests/interpreter.py"
 GATE, SASS = "tests/gate.py", "tests/sass.py"
 COUNTS, BUDGETS = "tests/counts.py", "tests/budgets.py"
+FLOOR = "benchmarks/floor.py"
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,10 @@ MUTANTS = [
     Mutant("fastkd/_loss.py", "term dropped", "normalizer = weights.sum()", "normalizer = weights.numel()"),
     Mutant("fastkd/_loss.py", "mask dropped", "torch.where(keep.unsqueeze(-1), student, 0)", "student"),
     Mutant("fastkd/_engine.py", "gradient zero", "gradient(*upstream, statistics", "0 * gradient(*upstream, statistics"),
+    # the floor model
+    Mutant(FLOOR, "term dropped", "counts.unique_bytes - device.cache", "counts.unique_bytes"),
+    Mutant(FLOOR, "bound flipped", "return max(self.resources.values())", "return min(self.resources.values())"),
+    Mutant(FLOOR, "bound flipped", 'row["milliseconds"] < least', 'row["milliseconds"] > least'),
     # the meters
     Mutant(METER, "store forgotten", 'self._touch("stored", pointers, mask, values.dtype.itemsize)', "pass"),
     Mutant(METER, "load forgotten", 'self._touch("loaded", pointers, mask, np.dtype(dtype).itemsize)', "pass"),
@@ -312,6 +317,7 @@ _BUDGET_TESTS = [
     ["tests/test_traffic.py", "-k", "budget and jensen_shannon"],
 ]
 TESTS_OF_TOOLS = {
+    FLOOR: [["tests/test_floor.py"]],
     METER: [["tests/test_meter.py"]],
     GUARD: [["tests/test_meter.py"]],
     INTERPRETER: [["tests/test_interpreter.py"]],

@@ -1,0 +1,336 @@
+"""The least time that a GPU needs for each loss: python benchmarks/floor.py [--check FILE]
+
+A launch takes at least as long as the resource of which it asks most: memory, tensor cores, issue
+slots, and the units for arithmetic, special functions and shared memory. The counts are of the code
+that is compiled at the real launch sites and of the bytes that it touches in the interpreter; the
+rates are the device's. A floor is no estimate: MODEL.md says what it leaves out.
+
+`--check` takes the rows of a GPU run and lists those that are faster than their floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
+
+from cases import Case  # noqa: E402
+from counts import FUSED, compiled, metered, scaled_down  # noqa: E402
+from sass import analyse, count, disassemble  # noqa: E402
+from tables import Table  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+DIRECTIONS = ("forward", "backward", "forward+backward")
+
+
+class Device(NamedTuple):
+    name: str  # a part of the one that the driver reports
+    target: str
+    multiprocessors: int
+    clock: float  # Hz
+    bandwidth: float  # bytes/s that a large copy reaches, read + written
+    tensor_rate: float  # FLOP/s that a large matmul reaches, bfloat16
+    cache: int  # bytes of L2
+
+
+# H100, H200: copy and matmul as measured. A100: assumed, by the H100's shares 0.90 and 0.80 of the
+# nominal 2.04 TB/s (80 GB) and 312 TFLOP/s.
+DEVICES = [
+    Device("H100", "sm_90", 132, 1.755e9, 3.0e12, 790e12, 50 << 20),
+    Device("H200", "sm_90", 132, 1.755e9, 4.3e12, 790e12, 50 << 20),
+    Device("A100", "sm_80", 108, 1.410e9, 1.83e12, 250e12, 40 << 20),
+]
+
+# Units of a multiprocessor, the instructions that keep each busy, and how many of them, for a whole
+# warp each, it starts in one clock (CUDA C++ Programming Guide, throughput of instructions).
+UNITS = {
+    "issue": {"all": 4.0},
+    "FMA": {"multiply-add": 4.0, "integer multiply-add": 2.0},
+    "ALU": {"compare, select, convert, integer": 2.0},
+    "MUFU": {"special function": 0.5},
+    "shared memory": {"shared memory": 1.0},
+}
+UNITS_OF = {
+    "sm_90": UNITS,
+    "sm_80": {**UNITS, "FMA": {"multiply-add": 2.0, "integer multiply-add": 2.0}},
+}
+_CLASSES = {
+    "multiply-add": "FADD FMUL FFMA",
+    "integer multiply-add": "IMAD HFMA2 HADD2 HMUL2 IDP VIADDMNMX",
+    "compare, select, convert, integer": "FMNMX FSETP FSEL FSET FCHK SEL ISETP IADD3 IADD VIADD "
+    "LOP3 SHF SHL SHR PRMT LEA MOV PLOP3 IMNMX VIMNMX SGXT I2FP F2FP BMSK IABS P2R R2P HMNMX2 "
+    "HSETP2",
+    "special function": "MUFU F2F F2I I2F I2I FRND POPC FLO BREV",
+    "shared memory": "LDS STS LDSM STSM SHFL",
+}
+CLASS_OF = {name: kind for kind, names in _CLASSES.items() for name in names.split()}
+
+
+class Counts(NamedTuple):
+    """What one launch asks of the device."""
+
+    warps: int  # in all programs together
+    work: Mapping[str, float]  # instructions of one warp, by class
+    unique_bytes: float  # each byte once
+    uncached_bytes: float  # each time it is asked for
+    flops: float = 0.0  # on tensor cores
+
+
+class Floor(NamedTuple):
+    """Seconds by resource; those of memory if L2 keeps all it can hold, and if it keeps nothing."""
+
+    resources: Mapping[str, float]
+    uncached: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.resources.values())
+
+    @property
+    def seconds_uncached(self) -> float:
+        return max(self.seconds, self.uncached)
+
+    @property
+    def binds(self) -> str:
+        return max(self.resources, key=lambda name: self.resources[name])
+
+
+def floor(counts: Counts, device: Device) -> Floor:
+    clocks = device.multiprocessors * device.clock
+    # what the launch before left in L2 need not be read again
+    from_memory = max(0.0, counts.unique_bytes - device.cache)
+    resources = {"memory": from_memory / device.bandwidth}
+    resources["tensor cores"] = counts.flops / device.tensor_rate
+    for unit, rates in UNITS_OF[device.target].items():
+        busy = sum(counts.work.get(kind, 0) / rate for kind, rate in rates.items())
+        resources[unit] = counts.warps * busy / clocks
+    return Floor(resources, counts.uncached_bytes / device.bandwidth)
+
+
+def summary(floors: Sequence[Floor]) -> dict[str, Any]:
+    """Launches follow one another: their floors add. What binds is what binds longest."""
+    longest: Counter[str] = Counter()
+    for each in floors:
+        longest[each.binds] += each.seconds  # type: ignore[assignment]
+    low, high = sum(x.seconds for x in floors), sum(x.seconds_uncached for x in floors)
+    return {
+        "milliseconds": [round(1e3 * low, 6), round(1e3 * high, 6)],
+        "binds": longest.most_common(1)[0][0],
+    }
+
+
+def work_of(instructions: Mapping[str, float]) -> dict[str, float]:
+    """Instructions counted by name, as sass.count does, by class."""
+    work: Counter = Counter(all=instructions["instructions"])
+    for name, kind in CLASS_OF.items():
+        work[kind] += instructions.get(name, 0)
+    return dict(work)
+
+
+def executed(
+    outside: Mapping[str, float], loops: Sequence[Mapping[str, float]], loaded: float
+) -> dict[str, float]:
+    """Instructions of one warp, of which a thread loads `loaded` bytes in all.
+
+    Every loop that loads takes an equal share of them, so unrolling cancels out; any other, a wait
+    or the end of a reduction, counts once.
+    """
+    sweeps = [loop for loop in loops if loop["load_bytes"]]
+    in_loops = max(0.0, loaded - outside.get("load_bytes", 0))
+    total = Counter(outside)
+    for loop in loops:
+        trips = in_loops / len(sweeps) / loop["load_bytes"] if loop["load_bytes"] else 1.0
+        for name, number in loop.items():
+            total[name] += number * trips  # type: ignore[assignment]
+    return dict(total)
+
+
+def counts_of(launch: Any, loaded: float, unique: float, uncached: float) -> Counts:
+    """Of a launch that the gate captured, and the bytes it moves."""
+    instructions = disassemble(launch.asm["cubin"])[1]
+    last_exit = max(k for k, i in enumerate(instructions) if i.name == "EXIT")
+    subroutines = count(instructions[last_exit + 1 :])  # divisions by odd numbers: not executed
+    report = analyse(launch)
+    warps = prod(launch.grid) * report.warps
+    counted = executed(report.outside - subroutines, report.loops, loaded / (32 * warps))
+    return Counts(warps, work_of(counted), unique, uncached)
+
+
+def bytes_per_entry() -> dict[str, Any]:
+    """{loss: {shape: launches forward and backward: [name, loaded, unique, uncached]}}, in bytes
+    for each entry of a matrix of logits. In the interpreter."""
+    from interpreter import correct
+
+    correct()
+    found: dict[str, Any] = {}
+    for case in FUSED:
+        for shape in case.family.compiled_sizes:
+            small, device = scaled_down(shape)
+            with device:
+                *meters, _ = metered(case, small, torch.bfloat16)
+            found.setdefault(case.name, {})[key_of(shape)] = [
+                [[x.name, *(n / prod(small) for n in bytes_of(x))] for x in meter.launches]
+                for meter in meters
+            ]
+    return found
+
+
+def bytes_of(launch: Any) -> tuple[int, int, int]:
+    loaded = sum(argument.loaded for argument in launch.arguments.values())
+    return loaded, launch.floor, launch.traffic
+
+
+def metered_apart() -> dict[str, Any]:
+    """The interpreter decides at import: it needs a process of its own."""
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, "--bytes"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(child.stdout)
+
+
+def key_of(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def counted(case: Case, shape: tuple[int, ...], target: str, moved: Any) -> list[list[Counts]]:
+    """Of the launches forward and backward."""
+    run = compiled(case, shape, torch.bfloat16, target)
+    directions = []
+    for launches, bytes_moved in zip(
+        (run.launches[: run.n_forward], run.launches[run.n_forward :]), moved, strict=True
+    ):
+        if [launch.name for launch in launches] != [name for name, *_ in bytes_moved]:
+            raise RuntimeError(f"{case.name} at {shape} launches other kernels than were metered")
+        directions.append(
+            [
+                counts_of(launch, *(each * prod(shape) for each in numbers))
+                for launch, (_, *numbers) in zip(launches, bytes_moved, strict=True)
+            ]
+        )
+    return directions
+
+
+def model() -> dict[str, Any]:
+    moved = metered_apart()
+    rows = []
+    for case in FUSED:
+        for shape in case.family.compiled_sizes:
+            counts = {
+                target: counted(case, shape, target, moved[case.name][key_of(shape)])
+                for target in {device.target: None for device in DEVICES}
+            }
+            for device in DEVICES:
+                forward, backward = (
+                    [floor(each, device) for each in launches] for launches in counts[device.target]
+                )
+                each = map(summary, (forward, backward, forward + backward))
+                row = {"op": case.name, "shape": list(shape), "dtype": "bfloat16"}
+                row["device"] = device.name
+                rows.append({**row, **dict(zip(DIRECTIONS, each, strict=True))})
+    return {
+        "schema": 1,
+        "label": "modelled",
+        "torch": torch.__version__,
+        "triton": sys.modules["triton"].__version__,
+        "rows": rows,
+    }
+
+
+def check(
+    measured: Iterable[Mapping[str, Any]], modelled: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """The measured rows that are faster than their floor: each is a defect of the model.
+
+    A row has op, shape, dtype, direction, device and milliseconds; what is not modelled, or not
+    ours, is passed over.
+    """
+    modelled = modelled or json.loads((RESULTS / "modelled.json").read_text())
+    defects = []
+    for row in measured:
+        for known in modelled["rows"]:
+            if (
+                row.get("implementation", "fastkd") == "fastkd"
+                and row["milliseconds"] is not None  # it ran
+                and row["direction"] in known
+                and known["device"] in row["device"]
+                and all(row[what] == known[what] for what in ("op", "dtype"))
+                and list(row["shape"]) == known["shape"]
+            ):
+                least = known[row["direction"]]["milliseconds"][0]
+                if row["milliseconds"] < least:
+                    defects.append({**row, "floor": least})
+    return defects
+
+
+def table(record: Mapping[str, Any]) -> Table:
+    rows: dict[tuple, list] = {}
+    for row in record["rows"]:
+        cells = rows.setdefault((row["op"], "×".join(map(str, row["shape"]))), [])
+        for direction in DIRECTIONS if row["device"] == DEVICES[0].name else DIRECTIONS[-1:]:
+            cells += [span(row[direction]["milliseconds"]), row[direction]["binds"]]
+    first, *others = (device.name for device in DEVICES)
+    return Table(
+        "The least microseconds for bfloat16 logits: modelled",
+        [
+            *("loss", "logits", f"{first} forward", "binds", "backward", "binds"),
+            *("both", "binds", *(x for name in others for x in (f"{name} both", "binds"))),
+        ],
+        [[*key, *cells] for key, cells in rows.items()],
+        [
+            "from … to: L2 keeps all that it can hold between two reads, or it keeps nothing. "
+            "The time to start a kernel, some µs, is in no floor. MODEL.md: how far to believe it.",
+            f"torch {record['torch']}, triton {record['triton']}.",
+        ],
+    )
+
+
+def span(milliseconds: Sequence[float]) -> str:
+    low, high = (f"{1e3 * x:.{0 if x >= 0.01 else 1}f}" for x in milliseconds)
+    return low if low == high else f"{low} … {high}"
+
+
+def write(record: Mapping[str, Any]) -> None:
+    """One line for each row, so that a difference can be read."""
+    rows = ",\n ".join(json.dumps(row) for row in record["rows"])
+    head = json.dumps({**record, "rows": []}, indent=1)
+    file = RESULTS / f"{record['label']}.json"
+    file.write_text(head.replace('"rows": []', f'"rows": [\n {rows}\n ]') + "\n")
+    file.with_suffix(".md").write_text(table(record).markdown())
+    print(f"written: {file} and, for a page, {file.with_suffix('.md').name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", metavar="FILE", type=Path, help="rows of a GPU run")
+    parser.add_argument("--bytes", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.bytes:
+        print(json.dumps(bytes_per_entry()))
+    elif options.check:
+        defects = check(json.loads(options.check.read_text())["rows"])
+        for row in defects:
+            print(f"below its floor: {row}")
+        sys.exit(bool(defects))
+    else:
+        record = model()
+        table(record).show()
+        write(record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""torch.compile as a peer without a GPU: python benchmarks/inductor.py
+
+Inductor lowers the eager expression of each loss for an H100 (inductor_code.py). What it generates
+runs in Triton's interpreter on a few rows, where its value, its gradient and its bytes are taken,
+and is compiled for the real size, where its launches, memory and registers are. Beside it stand the
+eager expression and fastkd. Needs torch 2.13 and g++: a development tool, nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
+
+from cases import CASES, Case, T  # noqa: E402
+from counts import FUSED, compiled, metered, resources, scaled_down  # noqa: E402
+from gate import capture  # noqa: E402
+from meter import Meter, PeakMemory  # noqa: E402
+from tables import Table  # noqa: E402
+
+SHAPE, MULTIPROCESSORS = (4096, 128256), 132
+# as many rows for a multiprocessor, and columns that are not padded either: the same kernels
+SMALL, FEW_MULTIPROCESSORS = (32, 4032), 1
+SPACING = 2**-7  # of bfloat16
+TORCH = "2.13"  # whose private API inductor_code.py uses: it is imported where that is sure
+
+
+def obstacle() -> str | None:
+    """Why nothing can be lowered here, in a sentence."""
+    if not torch.__version__.startswith(f"{TORCH}."):
+        return f"torch is {torch.__version__}, and this works with the private API of {TORCH}."
+    if shutil.which("g++") is None:
+        return "g++ is missing, which builds the guard that torch asks for on a CUDA device."
+    return None
+
+
+def generate(case: Case) -> tuple[list[str], list[str]]:
+    """Forward and backward for the small shape and for the real one."""
+    from inductor_code import graphs, lower, pretend_h100
+
+    found = []
+    for shape, multiprocessors in ((SMALL, FEW_MULTIPROCESSORS), (SHAPE, MULTIPROCESSORS)):
+        with pretend_h100(multiprocessors):
+            inputs = case.inputs(shape, torch.bfloat16, "meta")
+            found.append([lower(graph) for graph in graphs(case.eager, inputs)])
+    small, real = found
+    if [*map(sweeps, small)] != [*map(sweeps, real)]:
+        raise RuntimeError(f"at {SMALL} other kernels are generated than at {SHAPE}")
+    return small, real
+
+
+def sweeps(code: str) -> list[str]:
+    """The kernels that are launched, less those that only sum up one number for each row."""
+    launched = re.findall(r"^\s+(\w+)\.run\(.*?(\d+)(?:, (\d+))?, stream=", code, re.M)
+    return [name for name, size, reduced in launched if (size, bool(reduced)) != ("1", True)]
+
+
+def bytes_per_entry(meter: Meter, entries: int) -> list[float]:
+    """Uncached and unique, of arguments as large as the logits: numbers of a row stay in L1."""
+    arguments = [a for launch in meter.launches for a in launch.arguments.values()]
+    large = [a for a in arguments if a.unique_loaded + a.unique_stored >= entries]
+    return [
+        sum(a.loaded + a.stored for a in large) / entries,
+        sum(a.unique_loaded + a.unique_stored for a in large) / entries,
+    ]
+
+
+def run_small(generated: dict[str, list[str]]) -> dict[str, Any]:
+    """{loss: what it moves, ours and torch.compile's}. In the interpreter."""
+    from interpreter import correct
+
+    correct()
+    found: dict[str, Any] = {}
+    for case in CASES:
+        row = found[case.name] = {}
+        if case in FUSED:
+            small, device = scaled_down(SHAPE)
+            with device:
+                *meters, _ = metered(case, small, torch.bfloat16)
+            row["fastkd"] = summed([bytes_per_entry(meter, prod(small)) for meter in meters])
+        if case.name in generated:
+            try:
+                row["torch.compile"] = run_generated(case, *generated[case.name])
+            except Exception as error:  # a table with one row less is worth more than none
+                row["reason"] = sentence(error)
+    return found
+
+
+def run_generated(case: Case, forward: str, backward: str) -> dict[str, Any]:
+    from inductor_code import load, runnable
+
+    inputs = case.inputs(SMALL, torch.bfloat16)
+    with runnable("cpu"), torch.no_grad():
+        with Meter() as first:
+            value, *kept = load(forward)([x.detach() for x in inputs])
+        with Meter() as second:
+            gradient = load(backward)([*kept, torch.ones_like(value)])[0]
+    return {
+        **summed([bytes_per_entry(meter, prod(SMALL)) for meter in (first, second)]),
+        "relative_error": errors(case, inputs, [value, gradient]),
+    }
+
+
+def errors(case: Case, inputs: list[torch.Tensor], found: list[torch.Tensor]) -> list[float]:
+    """Of value and gradient: twice the error of eager and a step of bfloat16, or it raises."""
+
+    def value_and_gradient(*inputs):
+        value = case.eager(*inputs)
+        return [value.detach(), *torch.autograd.grad(value, inputs[0])]
+
+    exact = [x.detach().double() if x.is_floating_point() else x for x in inputs]
+    truth = value_and_gradient(exact[0].requires_grad_(), *exact[1:])
+    relative = []
+    for x, eager, true in zip(found, value_and_gradient(*inputs), truth, strict=True):
+        error, allowed = (float((y.double() - true).norm() / true.norm()) for y in (x, eager))
+        if not error <= 2 * allowed + SPACING:
+            raise RuntimeError(f"wrong by {error:.1%}, eager by {allowed:.1%}")
+        relative.append(error)
+    return relative
+
+
+def torch_compiled(case: Case, forward: str, backward: str) -> dict[str, Any]:
+    """Launches and memory at the real size, and each kernel."""
+    from inductor_code import load, runnable
+
+    inputs = case.inputs(SHAPE, torch.bfloat16, "meta")
+    student = inputs[0]
+    with capture("sm_90") as launches, runnable("meta"), torch.no_grad(), PeakMemory() as memory:
+        value, *kept = load(forward)([x.detach() for x in inputs])
+        n_forward, forward_bytes = len(launches), memory.peak_bytes
+        arguments = [*kept, torch.ones_like(value)]
+        del kept
+        load(backward)(arguments)
+    kernels = []
+    for launch in launches:
+        report = resources(launch, 2 * student.element_size())
+        one = {what: report[what] for what in ("registers", "spills", "warps_per_sm")}
+        kernels.append({"kernel": launch.name, **one})
+    return {
+        "launches": [n_forward, len(launches)],
+        "peak_extra_memory": [x / student.nbytes for x in (forward_bytes, memory.peak_bytes)],
+        "kernels": kernels,
+    }
+
+
+def eager(loss: Any, case: Case) -> dict[str, Any]:
+    """An ATen operation that is no view is one launch at least."""
+    inputs = case.inputs(SHAPE, torch.bfloat16, "meta")
+    with PeakMemory() as memory:
+        value = loss(*inputs)
+        forward = memory.operations, memory.peak_bytes, memory.moved_bytes
+        torch.autograd.grad(value, inputs[0])
+    both = memory.operations, memory.peak_bytes, memory.moved_bytes
+    launches, peaks, moved = zip(forward, both, strict=True)
+    return {
+        "launches": list(launches),
+        "peak_extra_memory": [x / inputs[0].nbytes for x in peaks],
+        "bytes_per_entry": [x / prod(SHAPE) for x in moved],
+    }
+
+
+def fastkd(case: Case) -> dict[str, Any]:
+    run = compiled(case, SHAPE, torch.bfloat16, "sm_90")
+    return {
+        "launches": [run.n_forward, len(run.launches)],
+        "peak_extra_memory": [x / run.trained_bytes for x in (run.forward_bytes, run.peak_bytes)],
+    }
+
+
+def summed(moved: list[list[float]]) -> dict[str, list[float]]:
+    """Of forward, and of both."""
+    (forward, forward_unique), (backward, backward_unique) = moved
+    return {
+        "bytes_per_entry": [forward, forward + backward],
+        "unique_bytes_per_entry": [forward_unique, forward_unique + backward_unique],
+    }
+
+
+def sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+
+
+def count() -> dict[str, Any]:
+    from inductor_code import register_guard
+
+    register_guard()
+    small: dict[str, list[str]] = {}
+    real: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
+    for case in CASES:
+        try:
+            small[case.name], real[case.name] = generate(case)
+        except Exception as error:  # what cannot be lowered gets a row that says why
+            reasons[case.name] = sentence(error)
+    # the interpreter decides at import: its part needs a process of its own
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, "--small"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        input=json.dumps(small).encode(),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    moved = json.loads(child.stdout)
+    rows = []
+    for case in CASES:
+        found = moved[case.name]
+        if reason := reasons.get(case.name) or found.get("reason"):
+            peer = {"reason": reason}
+        else:
+            peer = {**torch_compiled(case, *real[case.name]), **found["torch.compile"]}
+        ours = {**fastkd(case), **found["fastkd"]} if case in FUSED else eager(case.fastkd, case)
+        row = {"eager": eager(case.eager, case), "torch.compile": peer, "fastkd": ours}
+        rows.append({"loss": case.name, **row})
+    return {
+        "schema": 1,
+        "label": "counted",
+        "torch": torch.__version__,
+        "triton": sys.modules["triton"].__version__,
+        "dtype": "bfloat16",
+        "shape": list(SHAPE),
+        "temperature": T,
+        "losses": rows,
+    }
+
+
+def table(record: dict[str, Any]) -> Table:
+    columns = {
+        "eager bytes": ("eager", "bytes_per_entry"),
+        "compile": ("torch.compile", "bytes_per_entry"),
+        "(once)": ("torch.compile", "unique_bytes_per_entry"),
+        "fastkd": ("fastkd", "bytes_per_entry"),
+        "eager launches": ("eager", "launches"),
+        "compile ": ("torch.compile", "launches"),
+        "fastkd ": ("fastkd", "launches"),
+        "eager memory": ("eager", "peak_extra_memory"),
+        "compile  ": ("torch.compile", "peak_extra_memory"),
+        "fastkd  ": ("fastkd", "peak_extra_memory"),
+    }
+    rows = []
+    for row in record["losses"]:
+        peer = row["torch.compile"]
+        kernels = peer.get("kernels", [])
+        warps = " ".join(str(kernel["warps_per_sm"]) for kernel in kernels)
+        spills = sum(kernel["spills"] for kernel in kernels)
+        cells = [pair(row[name].get(what)) for name, what in columns.values()]
+        rows.append([row["loss"], *cells, peer.get("reason") or f"{warps}; {spills}"])
+    n_rows, n_cols = record["shape"]
+    return Table(
+        f"{n_rows}×{n_cols} bfloat16 logits, forward / forward + backward: counted",
+        ["loss", *columns, "compile: warps per SM; spills"],
+        rows,
+        [
+            "bytes: asked of memory for each (row, class) of both networks, by tensors as large as "
+            "the logits; (once): once for each launch. eager: what operations take and give.",
+            "launches: of eager its ATen operations that are no views. memory: peak beyond the "
+            "inputs, in times one logits tensor; a backward makes one.",
+            "compile: the code that Inductor generates for an H100, in the first of the "
+            "configurations that it would time.",
+            f"torch {record['torch']}, triton {record['triton']}, T = {record['temperature']:g}.",
+        ],
+    )
+
+
+def pair(numbers: list[float] | None) -> str:
+    return " / ".join(f"{round(x, 1):g}" for x in numbers) if numbers else "–"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
+    if parser.parse_args().small:
+        print(json.dumps(run_small(json.load(sys.stdin))))
+        return
+    if reason := obstacle():
+        sys.exit(reason)
+    record = count()
+    found = table(record)
+    found.show()
+    file = ROOT / "benchmarks" / "results" / "inductor.json"
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    file.with_suffix(".md").write_text(found.markdown())
+    print(f"written: {file} and, for a page, {file.with_suffix('.md').name}")
+
+
+if __name__ == "__main__":
+    main()
