@@ -293,6 +293,19 @@ def test_a_small_share_is_not_rounded_away(loss, share, engine):
 
 
 @smoke
+@pytest.mark.parametrize(
+    "loss, option",
+    [(fastkd.skew_kl, "skew"), (fastkd.skew_reverse_kl, "skew"), (fastkd.jensen_shannon, "beta")],
+)
+def test_a_large_share(loss, option, engine):
+    inputs = logits((5,), 37)
+    found = results(lambda *x: loss(*x, **{option: 0.9}, reduction="none"), inputs)
+    with fastkd.backend("formula"):
+        expected = results(lambda *x: loss(*x, **{option: 0.9}, reduction="none"), inputs)
+    assert_same(found, expected)
+
+
+@smoke
 @pytest.mark.parametrize("loss", [fastkd.reverse_kl, fastkd.symmetric_kl, fastkd.jensen_shannon])
 def test_what_is_decided_has_no_gradient(loss, engine):
     """Logits of 1e4 leave one class: a sum that is not quite 1 would be multiplied by 1e4."""
