@@ -106,6 +106,19 @@ def test_the_gradient_is_that_of_the_values(divergence, n_cols, module):
     assert_same(at_once, [losses, cross_entropies, gradient], tolerance=1e-11)
 
 
+@smoke
+@pytest.mark.parametrize(
+    "own", [dict(offset=None), dict(student_temperature=0.7, teacher_temperature=0.7)], ids=str
+)
+def test_that_the_student_is_trained_changes_no_value(own, module):
+    """With an offset alone, and with two temperatures alone."""
+    student, *others = problem("forward_kl", **own)
+    expected = module.forward(student, *others)[:2]
+    with torch.no_grad():
+        found = module.forward(student.clone().requires_grad_(), *others)[:2]
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("without", ["labels", "offset", "keep"])
 @pytest.mark.parametrize("n_cols", WIDTHS)
 def test_what_is_optional(without, n_cols, module):
