@@ -51,6 +51,7 @@ class Problem(NamedTuple):
             "shape": list(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
             "direction": self.direction,
+            "sources": hash_of_sources(self.case.family.name, "kernels"),
         }
 
 
@@ -179,7 +180,6 @@ def compare(
     head = {
         **problem.row,
         "bytes": moved,
-        "sources": hash_of_sources(problem.case.family.name, "kernels"),
     }
     rows = []
     for name in losses:

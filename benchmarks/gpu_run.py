@@ -102,7 +102,8 @@ def tests(run: Run, deadline: float) -> dict[str, Any]:
     import child
 
     log = run.folder / "tests.log"
-    command = [*pytest("gpu"), "-q"]
+    # a name for each test as it ends: the log of a run that is killed says where it was
+    command = [*pytest("gpu"), "-v", "--tb=short", "-rfE"]
     if run.device.label == "measured" and importlib.util.find_spec("xdist"):
         command += ["-n", "8"]  # most of the time goes into compiling
     seconds = deadline - time.monotonic()
@@ -138,8 +139,8 @@ def bench(run: Run, deadline: float) -> dict[str, Any]:
     for i, problem in enumerate(problems):
         if time.monotonic() > deadline:
             return {"problems": i, "left": len(problems) - i}
-        run.device.forget()
         try:
+            run.device.forget()
             losses = comparison.implementations(problem.case, run.device, importable)
             wanted = {name: losses[name] for name in run.chosen(list(losses))}
             rate = run.record["ceilings"].get("copy_GBps")
@@ -200,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", type=names, default=[], help="bench,forward_kl,fastkd")
     parser.add_argument("--skip", type=names, default=[], help="tests,torch.compile")
-    parser.add_argument("--minutes", type=float, default=9.5)
+    parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--out", type=Path, help="folder of the record (benchmarks/results)")
     parser.add_argument("--peers", type=Path, help="folder made by fetch_peers.py")
     parser.add_argument("--dry", action="store_true", help="on a CPU, with small shapes")

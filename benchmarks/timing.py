@@ -5,6 +5,7 @@ All that the two do differently is here.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import statistics
 import subprocess
@@ -46,11 +47,15 @@ class Gpu:
 
     def description(self) -> dict[str, Any]:
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit"]
-        answer = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True)
+        answer = ""
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # it may be missing or hang
+            answer = subprocess.run(
+                [*query, "--format=csv,noheader"], capture_output=True, text=True, timeout=10
+            ).stdout
         return {
             "device": torch.cuda.get_device_name(),
             "capability": list(torch.cuda.get_device_capability()),
-            "driver": (answer.stdout.strip().splitlines() or ["unknown"])[0],
+            "driver": (answer.strip().splitlines() or ["unknown"])[0],
             "cuda": torch.version.cuda,
         }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
+_WIDEST_VECTOR = 16  # elements, of 1 byte
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -63,8 +64,11 @@ def rows_of(tensor: Tensor) -> Rows:
 
 
 def alignment(tensors: list[Rows], most: int) -> int:
-    """The largest power of two that divides `most` and, in elements, the start of every row."""
-    together = most
+    """The largest power of two that divides `most` and, in elements, the start of every row.
+
+    No more than vectors of every dtype need: each other number would be compiled anew.
+    """
+    together = most | _WIDEST_VECTOR
     for rows in tensors:
         first = rows.tensor.data_ptr() // rows.tensor.element_size()
         together |= first | rows.outer_stride | rows.inner_stride

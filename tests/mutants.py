@@ -332,7 +332,7 @@ def noticed(mutant: Mutant, applied: bool = True) -> str | None:
     """None if the tests notice; else what happened instead."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        ignore = shutil.ignore_patterns("__pycache__", "demo", "results")
+        ignore = shutil.ignore_patterns("__pycache__", "demo")
         for name in ("fastkd", "tests", "benchmarks"):
             shutil.copytree(ROOT / name, root / name, ignore=ignore)
         shutil.copytree(ROOT / "kernels", root / "fastkd" / "kernels", ignore=ignore)
