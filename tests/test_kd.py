@@ -97,6 +97,7 @@ def test_a_normalizer_divides_both_terms(distill_ignored, inputs, engine):
         assert_same([loss], [expected])
 
 
+@smoke
 def test_another_ignore_index(inputs, engine):
     student, teacher, labels = inputs
     renamed = labels.masked_fill(labels == IGNORED, 7)
