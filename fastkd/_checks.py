@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,30 @@ def logits(student: Tensor, teacher: Tensor) -> None:
         )
     same_device(student_logits=student, teacher_logits=teacher)
     constant_teacher(teacher_logits=teacher)
+
+
+def embeddings(student: Tensor, teacher: Tensor) -> None:
+    """Of the same N examples, [N, ...], on one device; all but N may differ."""
+    for name, tensor in (("student", student), ("teacher", teacher)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape [N, D], got {type(tensor).__name__}")
+        if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
+            raise TypeError(
+                f"{name} must hold floating-point embeddings (float16, bfloat16, float32 or "
+                f"float64, dense), got {tensor.dtype}, {tensor.layout}"
+            )
+        if tensor.ndim < 2 or not tensor.shape[1:].numel():
+            raise ValueError(
+                f"{name} needs the shape [N, D] with D ≥ 1, an embedding for each of N examples, "
+                f"got {_shape(tensor)}"
+            )
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"student and teacher need the same examples: one N, got {_shape(student)} and "
+            f"{_shape(teacher)}"
+        )
+    same_device(student=student, teacher=teacher)
+    constant_teacher(teacher=teacher)
 
 
 def labels(labels: Tensor, student: Tensor, ignore_index: int) -> bool:
@@ -117,6 +142,34 @@ def fraction(**option: float) -> None:
     for name, value in option.items():
         if not _is_tensor(name, value) and not _ordered(0, value, 1):
             raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+
+
+def at_least_0(**options: Any) -> None:
+    for name, value in options.items():
+        if not _is_tensor(name, value) and not (_ordered(0, value, math.inf) and value < math.inf):
+            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def one_of(known: Sequence[str], **option: Any) -> None:
+    for name, value in option.items():
+        if value not in known:
+            choices = " or ".join(f'"{each}"' for each in known)
+            raise ValueError(f"{name} must be {choices}, got {value!r}")
+
+
+def process_group(group: Any) -> None:
+    if group is None:
+        return
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        raise RuntimeError(
+            "group needs torch.distributed: call torch.distributed.init_process_group first, or "
+            "leave group=None for the batch of this process alone"
+        )
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            "group must be a process group, for example torch.distributed.group.WORLD, got "
+            f"{type(group).__name__}"
+        )
 
 
 def _ordered(lowest: Any, value: Any, highest: Any) -> bool:

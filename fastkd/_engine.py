@@ -116,6 +116,19 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether a gradient may be asked for; under torch.func one cannot know."""
+    if not torch.is_grad_enabled():
+        return False
+    return tensor.requires_grad or (not torch.compiler.is_compiling() and _transforms_active())
+
+
+def scaled_gradient(upstream: Tensor, gradient: Tensor, trained: Tensor, *rest: Any) -> Tensor:
+    """The `backward` of an engine whose statistics are the gradient, made in the forward."""
+    scaled = torch.empty_like(trained, memory_format=torch.contiguous_format)
+    return torch.mul(gradient, upstream, out=scaled)
+
+
 def without_autocast(device: torch.device) -> Any:
     """Autocast is on in eager bodies and off in compiled ones: engines always switch it off."""
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
@@ -148,10 +161,12 @@ class Engine:
               first one gets a gradient
     scalars   names of the numbers that vary at run time (floats or 0-dim tensors)
     options   schema of what selects code, for example "str divergence"
-    rowwise   names of the tensors that start with the example dimensions
+    rowwise   names of the tensors that start with the example dimensions: none, if the losses are
+              of the batch as a whole
+    n_losses  of `forward`
 
     The engine's modules have `forward`, `backward` and `allocate`, the empty outputs of `forward`:
-    two losses, and the statistics that `backward` needs, which get no gradient.
+    the losses, and the statistics that `backward` needs, which get no gradient.
     """
 
     def __init__(
@@ -161,23 +176,29 @@ class Engine:
         tensors: str,
         scalars: str,
         options: str,
-        rowwise: Sequence[str],
+        rowwise: Sequence[str] = (),
+        n_losses: int = 1,
     ) -> None:
-        self.family = family
+        self.family, self.n_losses = family, n_losses
         self.n_scalars, self.n_options = len(scalars.split(",")), len(options.split(","))
         names = [tensor.split()[-1] for tensor in tensors.split(",")]
         self.rowwise = [name in rowwise for name in names]
         numbers = ", ".join(f"Tensor {name.strip()}" for name in scalars.split(","))
         arguments = f"{tensors}, {numbers}, {options}, str backend"
-        saved = "Tensor? upstream_0, Tensor? upstream_1, Tensor statistics"
+        upstream = ", ".join(f"Tensor? upstream_{i}" for i in range(n_losses))
+        outputs = ", ".join(["Tensor"] * (n_losses + 1))
         # the compiler's cache on disk knows an op by its name: another release, another name
         release = __version__.replace(".", "_")
         forward, backward = (f"{family}_{way}_{release}" for way in ("forward", "backward"))
-        _library.define(f"{forward}({arguments}) -> (Tensor, Tensor, Tensor)")
-        _library.define(f"{backward}({saved}, {arguments}) -> Tensor")
-        for name, direction in ((forward, "forward"), (backward, "backward")):
+        _library.define(f"{forward}({arguments}) -> ({outputs})")
+        _library.define(f"{backward}({upstream}, Tensor statistics, {arguments}) -> Tensor")
+        # `backward` has the upstream and the statistics before the arguments of `forward`
+        for name, direction, first in (
+            (forward, "forward", 0),
+            (backward, "backward", n_losses + 1),
+        ):
             _library.impl(
-                name, functools.partial(_run, family, direction), "CompositeExplicitAutograd"
+                name, functools.partial(_run, family, direction, first), "CompositeExplicitAutograd"
             )
         torch.library.register_fake(
             f"fastkd::{forward}",
@@ -186,15 +207,13 @@ class Engine:
         )
         torch.library.register_fake(
             f"fastkd::{backward}",
-            lambda _0, _1, _2, trained, *xs: torch.empty_like(
-                trained, memory_format=torch.contiguous_format
-            ),
+            lambda *xs: torch.empty_like(xs[n_losses + 1], memory_format=torch.contiguous_format),
             lib=_library,
         )
         self.opaque_forward = getattr(torch.ops.fastkd, forward).default
         self.opaque_backward = getattr(torch.ops.fastkd, backward).default
         _engines[family] = self
-        self._function, self._traced_function = _differentiable(family, self.rowwise)
+        self._function, self._traced_function = _differentiable(family, self.rowwise, n_losses)
 
     def __call__(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
@@ -218,7 +237,8 @@ class Engine:
     def backward(self, *arguments: Any) -> Tensor:
         if _traced(arguments):
             return self.opaque_backward(*self._scalars_as_tensors(arguments))
-        return _call(_module(self.family, arguments[-1]).backward, arguments[3], arguments)
+        trained = arguments[self.n_losses + 1]
+        return _call(_module(self.family, arguments[-1]).backward, trained, arguments)
 
     def _scalars_as_tensors(self, arguments: Sequence[Any]) -> list[Any]:
         """Each a tensor of its own: the compiler would burn numbers in and refuses a tensor twice.
@@ -241,13 +261,12 @@ def _call(body: Callable, like: Tensor, arguments: Sequence[Any]) -> Any:
     return body(*arguments[:-1])
 
 
-def _run(family: str, direction: str, *arguments: Any) -> Any:
+def _run(family: str, direction: str, first: int, *arguments: Any) -> Any:
     """The body of an opaque op, which autograd does not see."""
-    like = arguments[0 if direction == "forward" else 3]
     body = getattr(_module(family, arguments[-1]), direction)
     with torch.no_grad():
         plain = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-        return _call(body, like, plain)
+        return _call(body, arguments[first], plain)
 
 
 def _traced(arguments: Sequence[Any]) -> bool:
@@ -272,7 +291,7 @@ _engines: dict[str, Engine] = {}
 
 
 def _differentiable(
-    family: str, rowwise: Sequence[bool]
+    family: str, rowwise: Sequence[bool], n_losses: int
 ) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
     """The function of a family for eager mode, and for torch.compile, which refuses any `jvp`.
 
@@ -300,7 +319,7 @@ def _differentiable(
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-            rows = [True, True, True, *rowwise]
+            rows = [any(rowwise)] * (n_losses + 1) + [*rowwise]
             return _batched(Gradient, rows, info.batch_size, in_dims, arguments), 0
 
     class TracedLoss(torch.autograd.Function):
@@ -345,7 +364,8 @@ def _differentiable(
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-            return _batched(Loss, rowwise, info.batch_size, in_dims, arguments), (0, 0, 0)
+            outputs = _batched(Loss, rowwise, info.batch_size, in_dims, arguments)
+            return outputs, (0,) * (n_losses + 1)
 
     class Loss(TracedLoss):
         @staticmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,8 +39,7 @@ def loss(check: Callable[..., None], fused: Callable[..., Tensor] | None = None)
             **options: Any,
         ) -> Tensor:
             if len(arguments) != len(tensors):
-                given = {name: options.pop(name) for name in tensors if name in options}
-                arguments = signature.bind(*arguments, **given).args
+                arguments = _bound(signature, tensors, arguments, options)
             _checks.options(options, public, formula.__name__)
             _checks.reduction(reduction, normalizer)
             options = own | options
@@ -51,17 +50,72 @@ def loss(check: Callable[..., None], fused: Callable[..., Tensor] | None = None)
             losses = rows(formula, fused, student, teacher, kept(weights), options)
             return reduce(losses, weights, normalizer, reduction)
 
-        added = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-            for name, default in _REDUCTION.items()
-        ]
-        compute.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*signature.parameters.values(), *added]
-        )
-        compute.formula, compute.fused = formula, fused  # type: ignore[attr-defined]
-        return compute
+        return _public(compute, formula, fused, signature, _REDUCTION)
 
     return decorate
+
+
+def batch_loss(check: Callable[..., None], fused: Callable[..., Tensor], **added: Any) -> Callable:
+    """Decorate a formula: (student, teacher, *, options) -> one loss for the batch as a whole.
+
+    check   what the two tensors and the options must satisfy
+    fused   (formula, engine's name, student, teacher, **options) -> the same by an engine
+    added   options that the function has beside those of the formula, with their defaults
+    """
+
+    def decorate(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        signature = inspect.signature(formula)
+        tensors = [p.name for p in signature.parameters.values() if p.kind != p.KEYWORD_ONLY]
+        own = {p.name: p.default for p in signature.parameters.values() if p.name not in tensors}
+        defaults = own | added
+
+        @functools.wraps(formula)
+        def compute(*arguments: Any, **options: Any) -> Tensor:
+            if len(arguments) != len(tensors):
+                arguments = _bound(signature, tensors, arguments, options)
+            _checks.options(options, defaults, formula.__name__)
+            options = defaults | options
+            check(*arguments, **options)
+            return fused(formula, _engine.choose(arguments), *arguments, **options)
+
+        return _public(compute, formula, fused, signature, added)
+
+    return decorate
+
+
+def _bound(
+    signature: inspect.Signature, tensors: Sequence[str], arguments: Any, options: dict[str, Any]
+) -> tuple[Any, ...]:
+    """The tensors, of which some were given by their names: those are taken out of the options."""
+    given = {name: options.pop(name) for name in tensors if name in options}
+    return signature.bind(*arguments, **given).args
+
+
+def _public(
+    compute: Any, formula: Callable, fused: Any, signature: inspect.Signature, added: dict[str, Any]
+) -> Callable[..., Tensor]:
+    """With the signature that a user sees."""
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in added.items()
+    ]
+    compute.__signature__ = signature.replace(
+        parameters=[*signature.parameters.values(), *parameters]
+    )
+    compute.formula, compute.fused = formula, fused
+    return compute
+
+
+def by_formula(
+    formula: Callable[..., Tensor],
+    dtype: torch.dtype,
+    student: Tensor,
+    teacher: Tensor,
+    **options: Any,
+) -> Tensor:
+    """The definition itself, computed in `dtype`; the teacher is a constant."""
+    with _engine.without_autocast(student.device):
+        return formula(student.to(dtype), teacher.detach().to(dtype), **options)
 
 
 def rows(

@@ -61,6 +61,7 @@ _engine = Engine(
     scalars="student_temperature, teacher_temperature, weight, scale",
     options="str divergence",
     rowwise=("student", "teacher", "labels", "keep"),
+    n_losses=2,
 )
 
 

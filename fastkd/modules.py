@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import _checks, divergence
+from fastkd import _checks, divergence, relational
 from fastkd._engine import backend
 
 _OF_A_BATCH = ("weights", "normalizer")  # keyword arguments that are not options
@@ -144,4 +144,25 @@ class KDLoss(_Loss, function=divergence.kd):
     """α CE(q at T = 1, labels) + (1 − α) T² D(p, q), the module of `fastkd.kd`.
 
     Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
+    """
+
+
+class RKDDistanceLoss(_Loss, function=relational.rkd_distance):
+    """(1/N²) Σ_ij H(d_ij / mean d − t_ij / mean t), the module of `fastkd.rkd_distance`.
+
+    Park et al., Relational Knowledge Distillation, 2019. arXiv:1904.05068
+    """
+
+
+class RKDAngleLoss(_Loss, function=relational.rkd_angle):
+    """(1/N³) Σ_ijk H(cos ∠s_ijk − cos ∠t_ijk), the module of `fastkd.rkd_angle`.
+
+    Park et al., Relational Knowledge Distillation, 2019. arXiv:1904.05068
+    """
+
+
+class RKDLoss(_Loss, function=relational.rkd):
+    """distance_weight · rkd_distance + angle_weight · rkd_angle, the module of `fastkd.rkd`.
+
+    Park et al., Relational Knowledge Distillation, 2019. arXiv:1904.05068
     """

@@ -1,0 +1,43 @@
+"""A batch that is spread over the ranks of a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gathered(tensors: Sequence[Tensor], group: Any) -> tuple[list[Tensor], int]:
+    """The rows of all ranks in their order, and where the own ones begin; no gradient passes.
+
+    All tensors have as many rows, and any number of them on each rank. It waits for the sizes.
+    """
+    mine = torch.tensor([len(tensors[0])], device=tensors[0].device)
+    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, mine, group)
+    n_rows = [int(size) for size in torch.cat(sizes).tolist()]
+    wholes = []
+    for tensor in tensors:
+        # a collective takes one shape from every rank
+        padded = tensor.new_zeros((max(n_rows), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor.detach()
+        parts = [torch.empty_like(padded) for _ in n_rows]
+        dist.all_gather(parts, padded, group)
+        wholes.append(torch.cat([part[:n] for part, n in zip(parts, n_rows, strict=True)]))
+    return wholes, sum(n_rows[: dist.get_rank(group)])
+
+
+def summed(share: Tensor, group: Any) -> Tensor:
+    """The sum of the shares of all ranks; no gradient passes."""
+    total = share.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def before_averaging(loss: Tensor, value: Tensor, group: Any) -> Tensor:
+    """`value`, with the gradient of `loss` times the ranks: DDP's mean takes the factor out."""
+    scaled = loss * dist.get_world_size(group)
+    return scaled + (value - scaled).detach()
