@@ -17,6 +17,7 @@ in chunks that stay in the cache; a matrix A_j is symmetric: of its blocks one t
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from fastkd.relational import LEAST_LENGTH, LEAST_SQUARE, Number, Problem
 
 backward = scaled_gradient
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 17}  # three buffers of that size stay in a CPU's cache
+_CHUNK_ELEMENTS = {"cpu": 1 << 18}  # three buffers of that size stay in a CPU's cache
 _LARGE_CHUNK = 1 << 24  # elsewhere a chunk must pay for its launches
 
 
@@ -42,7 +43,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     dtype = problem.dtype
     own = slice(problem.first, problem.first + len(problem.student))
     students = problem.students.to(dtype)
-    squares = _squared_distances(students), _squared_distances(problem.teacher.to(dtype))
+    squares = _squared_distances(students, problem.teacher.to(dtype))
     beta = _penalty_beta(problem.smooth_l1_beta, dtype)
     weighted: list[tuple[Any, ...]] = []
     if problem.parts != "angle":
@@ -54,7 +55,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     share, gradient = problem.allocate()
     share.copy_(sum(weight * loss for weight, loss, _ in weighted))  # type: ignore[arg-type]
     if problem.trained:
-        slopes = sum(each.mul_(weight) for weight, _, each in weighted if each is not None)
+        slopes = sum(each.mul_(weight) for weight, _, each in weighted)
         gradient.copy_(_laplacian(slopes, students, own))
     return share, gradient
 
@@ -65,55 +66,49 @@ def _penalty_beta(beta: Number, dtype: torch.dtype) -> Number:
     return beta.to(dtype).clamp(min=least) if isinstance(beta, Tensor) else max(beta, least)
 
 
-def _squared_distances(x: Tensor) -> Tensor:
-    """[N, N] from differences: exactly 0 for duplicates, exact to rounding far from the origin."""
+def _squared_distances(*networks: Tensor) -> Tensor:
+    """[networks, N, N] from differences: 0 for duplicates, exact far from the origin."""
+    x, n = networks[0], len(networks[0])
     if x.device.type not in ("cpu", "cuda"):  # which alone have pdist
-        return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square_()
-    n = len(x)
-    squares = x.new_zeros(n, n)
+        mode = "donot_use_mm_for_euclid_dist"
+        return torch.stack([torch.cdist(x, x, compute_mode=mode) for x in networks]).square_()
     above = torch.ones(n, n, dtype=torch.bool, device=x.device).triu_(1)
-    squares.masked_scatter_(above, torch.pdist(x).square_())
-    return squares.add_(squares.T.clone())
+    pairs = torch.stack([torch.pdist(x) for x in networks]).square_()
+    squares = x.new_zeros(len(networks), n, n).masked_scatter_(above, pairs)
+    return squares + squares.mT
 
 
 # ---------------------------------------------------------------------------------------- distance
 
 
-def _distances(
-    both_squares: tuple[Tensor, Tensor], own: slice, beta: Number, trained: bool
-) -> tuple[Tensor, Tensor | None]:
+def _distances(squares: Tensor, own: slice, beta: Number, trained: bool) -> tuple[Tensor, Any]:
     """The own rows' share of the loss, and the slopes of the whole in the own rows [n, N] of Q."""
-    squares, n = both_squares[0], len(both_squares[0])
-    n_pairs = n * (n - 1)
-    d, t = (x.clamp(min=LEAST_SQUARE).sqrt_().fill_diagonal_(0) for x in both_squares)
-    mean, teacher_mean = d.sum() / n_pairs, t.sum() / n_pairs
-    difference = (d / mean).sub_(t.div_(teacher_mean)).div_(beta)
-    slope = difference.clamp(-1, 1)
-    penalties = difference.sub_(slope / 2).mul_(slope)
-    loss = penalties[own].sum() * (beta / n**2)
+    n = squares.shape[-1]
+    distances = squares.clamp(min=LEAST_SQUARE).sqrt_()
+    distances.diagonal(dim1=1, dim2=2).zero_()
+    means = distances.sum((1, 2), keepdim=True) / (n * (n - 1))
+    student, teacher = distances / means
+    difference = student.sub_(teacher).div_(beta)
+    slopes = difference.clamp(-1, 1)
+    loss = difference.sub_(slopes / 2).mul_(slopes)[own].sum() * (beta / n**2)
     if not trained:
         return loss, None
+    mean, d = means[0], distances[0]
     # every distance moves the mean, and with it all penalties
-    of_mean = (slope * d).sum() / (mean * mean * n_pairs)
-    squares, d, slope = squares[own], d[own], slope[own]
-    slope.div_(mean).sub_(of_mean).div_(d).div_(n**2)
-    return loss, slope.masked_fill_(squares < LEAST_SQUARE, 0)
+    of_mean = (slopes * d).sum() / (mean * (n * (n - 1)))
+    slopes = slopes[own].sub_(of_mean).div_(d[own].mul_(mean * n**2))
+    return loss, slopes.masked_fill_(squares[0, own] < LEAST_SQUARE, 0)
 
 
 # ------------------------------------------------------------------------------------------- angle
 
 
-class _Network(NamedTuple):
-    """What the cosines of a network are made of, each [N, N]."""
+class _Cosines(NamedTuple):
+    """What the cosines of both networks are made of, in the order in which they are read."""
 
-    q: Tensor  # squared distances
-    d: Tensor  # distances
-    r: Tensor  # their inverses, 0 for examples that coincide
-
-
-def _network(squares: Tensor) -> _Network:
-    d = squares.sqrt()
-    return _Network(squares, d, d.reciprocal().masked_fill_(d < LEAST_LENGTH, 0))
+    squares: Tensor  # [2, N, N]
+    ends: Tensor  # [j, i, 4]: d and r of the student, d and r of the teacher
+    others: Tensor  # [j, 4, k]: r and d of the student, −r and −d of the teacher
 
 
 class _Sums(NamedTuple):
@@ -125,20 +120,22 @@ class _Sums(NamedTuple):
     s: Tensor  # [vertex, an end]
 
 
-def _angles(
-    both_squares: tuple[Tensor, Tensor], own: slice, beta: Number, trained: bool
-) -> tuple[Tensor, Tensor | None]:
+def _angles(squares: Tensor, own: slice, beta: Number, trained: bool) -> tuple[Tensor, Any]:
     """The loss of the angles at own examples, and the slopes of the whole in the own rows of Q."""
-    n = len(both_squares[0])
-    student, teacher = map(_network, both_squares)
+    n = squares.shape[-1]
+    d = squares.sqrt()
+    r = d.reciprocal().masked_fill_(d < LEAST_LENGTH, 0)
+    ends = torch.stack([d, r], 1).view(4, n, n).permute(1, 2, 0).contiguous()
+    others = torch.stack([r, d], 1).view(4, n, n)
+    others[2:].neg_()
+    cosines = _Cosines(squares, ends, others.transpose(0, 1).contiguous())
     everyone = slice(0, n)
-    at_own = _sums(student, teacher, own, everyone, beta, trained)
+    at_own = _sums(cosines, own, everyone, beta, trained)
     loss = at_own.loss * beta / float(n) ** 3
     if not trained:
         return loss, None
-    alone = own == everyone
-    with_own = at_own if alone else _sums(student, teacher, everyone, own, beta, trained)
-    # an edge (own, b) is an arm of angles at b, and at the own example, or faces the vertex
+    with_own = at_own if own == everyone else _sums(cosines, everyone, own, beta, trained)
+    # an edge (own, b) is an arm of the angles at b and at its own end, and faces the other vertices
     slopes = (at_own.v - at_own.s)[own]
     slopes += (with_own.v - with_own.s)[:, own].T
     slopes -= with_own.u[own]
@@ -146,79 +143,61 @@ def _angles(
     return loss, slopes.div_(float(n) ** 3)
 
 
-def _sums(
-    student: _Network, teacher: _Network, vertices: slice, ends: slice, beta: Number, trained: bool
-) -> _Sums:
+def _sums(cosines: _Cosines, vertices: slice, ends: slice, beta: Number, trained: bool) -> _Sums:
     """Of the angles at `vertices` between one of `ends` and any example."""
-    n = len(student.q)
+    (q, teacher_q), n = cosines.squares, cosines.squares.shape[-1]
     everyone = slice(0, n)
-    n_ends, n_vertices = ends.stop - ends.start, vertices.stop - vertices.start
     # few blocks, where calls cost more than the half of the angles that they spare
-    n_blocks = 1 if n <= 64 else 2 if n < 512 else 4
-    step = -(-n_ends // n_blocks) if ends == everyone else n
-    most = _CHUNK_ELEMENTS.get(student.q.device.type, _LARGE_CHUNK)
-    at_once = max(1, min(n_vertices, most // (step * min(step, n_ends))))
-    buffers = [student.q.new_empty(at_once * step * min(step, n_ends)) for _ in range(3)]
-    u, v, s = student.q.new_zeros(3, n, n if trained else 0)
-    loss = student.q.new_zeros((), dtype=torch.float64 if _has_float64(student.q) else None)
-    for first in range(vertices.start, vertices.stop, at_once):
-        j = slice(first, min(first + at_once, vertices.stop))
-        for i in _blocks(ends, step):
-            for k in _blocks(everyone if ends != everyone else slice(i.start, n), step):
-                x, w, c = _cosine_differences(student, teacher, j, i, k, buffers)
-                if not (isinstance(beta, float | int) and beta == 1):
+    n_blocks = 1 if n <= 64 or ends != everyone else 2 if n < 512 else 4
+    columns = _cut(everyone, -(-n // n_blocks))
+    u, v, s = q.new_zeros(3, n, n if trained else 0)
+    loss = q.new_zeros((), dtype=None if q.device.type == "mps" else torch.float64)
+    unit = isinstance(beta, float | int) and beta == 1
+    most = _CHUNK_ELEMENTS.get(q.device.type, _LARGE_CHUNK)
+    buffers = q.new_empty(3, max(most, n * n)).unbind()
+    for i in columns if ends == everyone else [ends]:
+        for k in columns:
+            if ends == everyone and k.start < i.start:
+                continue  # mirrored
+            mirrored = ends == everyone and k != i
+            q_ik, teacher_q_ik = q[i, k], teacher_q[i, k]
+            of_block = []
+            for j in _cut(vertices, max(1, most // max(1, q_ik.numel()))):
+                shape = j.stop - j.start, *q_ik.shape
+                x, w, c = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+                left, right = cosines.ends[j, i], cosines.others[j, :, k]
+                torch.mul(teacher_q_ik, left[..., 3:], out=x).mul_(right[:, 2:3])
+                torch.mul(left[..., 1:2], right[:, :1], out=w)
+                x.addcmul_(w, q_ik).baddbmm_(left, right, beta=-0.5, alpha=0.5)  # A − B
+                if not unit:
                     x.div_(beta)
                 torch.clamp(x, -1, 1, out=c)
-                of_block = torch.dot(c.view(-1), x.view(-1)) - torch.dot(c.view(-1), c.view(-1)) / 2
-                mirrored = ends == everyone and i != k
-                loss += 2 * of_block if mirrored else of_block
+                slopes = c.view(-1)
+                of_block += [torch.dot(slopes, x.view(-1)), torch.dot(slopes, slopes) / -2]
                 if not trained:
                     continue
                 w.mul_(c)
-                of_ends = w.sum(0)
-                u[i, k] += of_ends
-                v[j, i] += w.sum(2)
                 # the difference first: its terms are as large as the batch is wide
-                torch.sub(student.q[j, None, k], student.q[i, k], out=x)
-                s[j, i] += x.mul_(w).sum(2)
+                torch.sub(q[j, None, k], q_ik, out=x)
+                v[j, i].add_(w.sum(2))
+                s[j, i].add_(x.mul_(w).sum(2))
+                u[i, k].add_(w.sum(0))
                 if mirrored:
-                    u[k, i] += of_ends.T
-                    v[j, k] += w.sum(1)
-                    torch.sub(student.q[j, i, None], student.q[i, k], out=x)
-                    s[j, k] += x.mul_(w).sum(1)
+                    torch.sub(q[j, i, None], q_ik, out=x)
+                    v[j, k].add_(w.sum(1))
+                    s[j, k].add_(x.mul_(w).sum(1))
+            if of_block:
+                loss += torch.stack(of_block).sum(dtype=loss.dtype) * (2 if mirrored else 1)
+            if mirrored and trained:
+                u[k, i] = u[i, k].T
     if trained:
-        s.addcmul_(student.q, v).mul_(student.r).mul_(student.r).div_(2)
+        r_squared = cosines.ends[..., 1].square()
+        s.addcmul_(q, v).mul_(r_squared).div_(2)
     return _Sums(loss, u, v, s)
 
 
-def _blocks(ends: slice, step: int) -> list[slice]:
-    return [slice(i, min(i + step, ends.stop)) for i in range(ends.start, ends.stop, step)]
-
-
-def _cosine_differences(
-    student: _Network,
-    teacher: _Network,
-    j: slice,
-    i: slice,
-    k: slice,
-    buffers: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A − B, r_ij r_kj of the student, and a place for more: [vertices, ends, other ends]."""
-    shape = j.stop - j.start, i.stop - i.start, k.stop - k.start
-    x, w, free = (buffer[: shape[0] * shape[1] * shape[2]].view(shape) for buffer in buffers)
-    d_i, r_i, t_i, e_i = (y[j, i, None] for y in (student.d, student.r, teacher.d, teacher.r))
-    d_k, r_k, t_k, e_k = (y[j, None, k] for y in (student.d, student.r, teacher.d, teacher.r))
-    torch.mul(teacher.q[i, k], e_i, out=x)
-    x.mul_(e_k)
-    torch.mul(r_i, r_k, out=w)
-    x.addcmul_(w, student.q[i, k], value=-1)
-    columns = torch.cat([d_i, r_i, t_i, e_i], 2)
-    x.baddbmm_(columns, torch.cat([r_k, d_k, -e_k, -t_k], 1), beta=0.5, alpha=0.5)
-    return x, w, free
-
-
-def _has_float64(x: Tensor) -> bool:
-    return x.device.type != "mps"
+def _cut(whole: slice, size: int) -> list[slice]:
+    return [slice(i, min(i + size, whole.stop)) for i in range(whole.start, whole.stop, size)]
 
 
 def _laplacian(slopes: Any, x: Tensor, own: slice) -> Tensor:
