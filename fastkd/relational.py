@@ -151,9 +151,9 @@ def _rows(embeddings: Tensor) -> Tensor:
 def _relative_distances(embeddings: Tensor) -> Tensor:
     """[N, N], in units of the mean between two different examples."""
     squares = (embeddings[:, None] - embeddings[None]).square().sum(-1)
-    apart = squares >= LEAST_SQUARE
+    close = squares < LEAST_SQUARE
     # selected first: where a root is 0 its slope is infinite
-    distances = torch.where(apart, torch.where(apart, squares, 1).sqrt(), LEAST_SQUARE**0.5)
+    distances = torch.where(close, LEAST_SQUARE**0.5, torch.where(close, 1, squares).sqrt())
     n = len(embeddings)
     distances = distances.masked_fill(torch.eye(n, dtype=torch.bool, device=squares.device), 0)
     return distances / (distances.sum() / (n * (n - 1)))
@@ -163,8 +163,8 @@ def _cosines(embeddings: Tensor) -> Tensor:
     """[j, i, k], of the angle at example j between the directions to i and to k."""
     differences = embeddings[None] - embeddings[:, None]
     squares = differences.square().sum(-1, keepdim=True)
-    apart = squares >= LEAST_LENGTH**2
-    directions = torch.where(apart, differences / torch.where(apart, squares, 1).sqrt(), 0)
+    close = squares < LEAST_LENGTH**2
+    directions = torch.where(close, 0, differences / torch.where(close, 1, squares).sqrt())
     return directions @ directions.mT
 
 

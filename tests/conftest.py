@@ -7,7 +7,7 @@ import torch
 
 import fastkd
 from fastkd._engine import triton_obstacle
-from fastkd.portable import _small_divergence
+from fastkd.portable import _small_divergence, relational
 from fastkd.portable import divergence as portable
 
 torch.set_num_threads(1)  # the tests run in two processes on two cores
@@ -25,7 +25,8 @@ def engine(request, monkeypatch):
     if name == "portable in chunks":
         name = "portable"
         monkeypatch.setattr(_small_divergence, "_MOST_ELEMENTS", 0)
-        monkeypatch.setitem(portable._CHUNK_ELEMENTS, "cpu", 50)
+        for family in (portable, relational):
+            monkeypatch.setitem(family._CHUNK_ELEMENTS, "cpu", 50)
     if request.param == "triton":
         from losses import DEVICE
 

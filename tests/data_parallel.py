@@ -1,8 +1,11 @@
-"""Training with half a batch on each of two ranks; a module that their processes can import."""
+"""Training with a part of the batch on each rank; a module that their processes can import."""
+
+import itertools
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from losses import normal
+from losses import INTERPRETED, normal
 from torch.nn.parallel import DistributedDataParallel
 
 import fastkd
@@ -64,5 +67,47 @@ def train_half(rank, folder):
             gradients.append(model.module.weight.grad)
         if rank == 0:
             torch.save(gradients, f"{folder}/gradients.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+# the examples of each rank: last batches are uneven, and a rank may have none
+PARTS = {2: [4, 5], 3: [2, 4, 3], 4: [1, 5, 0, 3]}
+RELATIONS = [
+    fastkd.rkd_distance,
+    fastkd.rkd_angle,
+    partial(fastkd.rkd, smooth_l1_beta=0.2, normalize=True),
+]
+ENGINES = ["formula", "portable"]
+
+
+def related_batch():
+    """With the same example on the first and on the last rank."""
+    features, teacher = normal(9, 5, seed=1).cpu(), normal(9, 7, seed=2).cpu()
+    features[8], teacher[8] = features[0], teacher[0]
+    return features, teacher
+
+
+def train_part(rank, sizes, folder):
+    """The losses and the gradients of all engines, from the first and from the last rank."""
+    if ENGINES[-1] == "triton" and INTERPRETED:
+        import interpreter
+
+        interpreter.correct()
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(sizes)
+    )
+    try:
+        start = sum(sizes[:rank])
+        features, teacher = (x[start : start + sizes[rank]] for x in related_batch())
+        found = []
+        for relation, engine in itertools.product(RELATIONS, ENGINES):
+            model = DistributedDataParallel(network())
+            with fastkd.backend(engine):
+                loss = relation(model(features), teacher, group=dist.group.WORLD)
+            loss.backward()
+            found.append((loss.detach(), model.module.weight.grad))
+        torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()

@@ -45,6 +45,17 @@ class Case:
         return torch.tensor(losses, dtype=torch.float64, device=inputs[0].device).view(examples)
 
 
+class BatchCase(Case):
+    """A loss of the batch as a whole: one number."""
+
+    def __call__(self, *inputs: Tensor, **options: Any) -> Tensor:
+        return self.loss(*inputs, **{**self.options, **options})
+
+    def by_hand(self, *inputs: Tensor, **options: Any) -> Tensor:
+        loss = self.known[0](*(x.tolist() for x in inputs), **{**self.options, **options})
+        return torch.tensor(loss, dtype=torch.float64, device=inputs[0].device)
+
+
 def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     """The same numbers on every device and in every dtype, up to rounding."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,6 +75,14 @@ def logits_and_labels(
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(n_cols, examples, generator=generator).to(DEVICE)
     return [*logits(examples, n_cols, dtype, seed), labels]
+
+
+def embeddings(
+    examples: tuple[int, ...], n_features: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> list[Tensor]:
+    """The teacher's have two features more."""
+    student = normal(*examples, n_features, seed=seed, dtype=dtype)
+    return [student.requires_grad_(), normal(*examples, n_features + 2, seed=seed + 1, dtype=dtype)]
 
 
 def _divergence(loss: Callable, known: tuple, temperature: float = 2.0, **options: Any) -> Case:
@@ -101,8 +120,21 @@ CASES = [
     _kd("jensen_shannon", textbook.JENSEN_SHANNON, beta=0.1),
     _kd("total_variation", textbook.TOTAL_VARIATION),
 ]
+# of a batch as a whole
+RELATIONAL = [
+    BatchCase(fastkd.rkd_distance, {}, textbook.RKD_DISTANCE, embeddings),
+    BatchCase(fastkd.rkd_angle, {}, textbook.RKD_ANGLE, embeddings),
+    BatchCase(fastkd.rkd, {}, textbook.RKD, embeddings),
+    BatchCase(
+        fastkd.rkd,
+        dict(distance_weight=1.0, angle_weight=2.0, smooth_l1_beta=0.25),
+        textbook.RKD,
+        embeddings,
+    ),
+]
 # one line of each function: what does not depend on the options is tested with it
 LOSSES = [case for i, case in enumerate(CASES) if case.loss not in [c.loss for c in CASES[:i]]]
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_relation = pytest.mark.parametrize("case", RELATIONAL, ids=str)
 each_loss = pytest.mark.parametrize("case", LOSSES, ids=str)

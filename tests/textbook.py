@@ -4,6 +4,7 @@ Each pair is (by_hand, eager): `by_hand` takes one row of student and teacher as
 float, `eager` takes tensors and gives a loss for each row. Options that do not matter are ignored.
 """
 
+import itertools
 import math
 
 import torch
@@ -145,3 +146,75 @@ def with_labels(divergence):
         return alpha * cross_entropies + (1 - alpha) * divergence_eager(student, teacher, **options)
 
     return by_hand, eager
+
+
+def published_distances(x):
+    """Of lenscloth/RKD and its followers: squares from a Gram matrix, means over what is not 0."""
+    lengths = x.square().sum(1)
+    squares = lengths[:, None] + lengths - 2 * x @ x.T
+    d = squares.clamp(min=1e-12).sqrt() * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
+    return d / d[d > 0].mean()
+
+
+def published_cosines(x):
+    directions = F.normalize(x[None] - x[:, None], dim=2)
+    return torch.bmm(directions, directions.mT)
+
+
+def distance_by_hand(student, teacher, *, smooth_l1_beta=1.0):
+    def relative(x):
+        d = {(i, j): math.dist(x[i], x[j]) for i, j in itertools.permutations(range(len(x)), 2)}
+        mean = math.fsum(d.values()) / len(d)
+        return {pair: distance / mean for pair, distance in d.items()}
+
+    s, t = relative(student), relative(teacher)
+    return math.fsum(smooth_l1(s[p] - t[p], smooth_l1_beta) for p in s) / len(student) ** 2
+
+
+def angle_by_hand(student, teacher, *, smooth_l1_beta=1.0):
+    def cosine(x, i, j, k):
+        a, b = ([u - v for u, v in zip(x[end], x[j], strict=True)] for end in (i, k))
+        lengths = math.hypot(*a) * math.hypot(*b)
+        return math.fsum(u * v for u, v in zip(a, b, strict=True)) / lengths if lengths else 0.0
+
+    n = len(student)
+    return (
+        math.fsum(
+            smooth_l1(cosine(student, *ijk) - cosine(teacher, *ijk), smooth_l1_beta)
+            for ijk in itertools.product(range(n), repeat=3)
+        )
+        / n**3
+    )
+
+
+def smooth_l1(x, beta):
+    return x * x / (2 * beta) if abs(x) < beta else abs(x) - beta / 2
+
+
+def relations(relation):
+    """The published loss of a relation inside each network."""
+
+    def eager(student, teacher, *, smooth_l1_beta=1.0):
+        student, teacher = relation(student.flatten(1)), relation(teacher.flatten(1))
+        return F.smooth_l1_loss(student, teacher, beta=smooth_l1_beta)
+
+    return eager
+
+
+RKD_DISTANCE = distance_by_hand, relations(published_distances)
+RKD_ANGLE = angle_by_hand, relations(published_cosines)
+
+
+def both(i):
+    """Of distances and angles: by hand (0), and eager (1)."""
+
+    def loss(student, teacher, *, distance_weight=25.0, angle_weight=50.0, **options):
+        of_distances = RKD_DISTANCE[i](student, teacher, **options)
+        return distance_weight * of_distances + angle_weight * RKD_ANGLE[i](
+            student, teacher, **options
+        )
+
+    return loss
+
+
+RKD = both(0), both(1)

@@ -172,8 +172,7 @@ def _sums(cosines: _Cosines, vertices: slice, ends: slice, beta: Number, trained
                 if not unit:
                     x.div_(beta)
                 torch.clamp(x, -1, 1, out=c)
-                slopes = c.view(-1)
-                of_block += [torch.dot(slopes, x.view(-1)), torch.dot(slopes, slopes) / -2]
+                of_block.append(x.sub_(c, alpha=0.5).mul_(c).sum())
                 if not trained:
                     continue
                 w.mul_(c)
