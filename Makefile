@@ -21,7 +21,7 @@ test-integrations: $(INTEGRATIONS)/.installed
 
 # What suits the machine: the CPU's engine, or the kernels where there is a GPU.
 bench: $(ENVIRONMENT)
-	$(BIN)/pytest -q --benchmark-quiet benchmarks/bench_divergence.py
+	$(BIN)/pytest -q --benchmark-quiet benchmarks/bench.py
 
 counted: $(ENVIRONMENT)
 	$(BIN)/python benchmarks/counted.py

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import published
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +23,7 @@ class Family(NamedTuple):
 
     name: str  # fastkd/<name>.py, kernels/<name>.py
     axes: tuple[str, ...]  # what the numbers of a shape are called
+    temporary: Callable[[tuple[int, ...]], int]  # numbers in the largest that eager writes
     sizes: list[tuple[int, ...]]  # that a CPU takes seconds for at most
     gpu_sizes: list[tuple[int, ...]]
     compiled_sizes: list[tuple[int, ...]]  # where the launch sites choose another code
@@ -30,10 +34,23 @@ _DIVERGENCE_SIZES = [(128, 10), (128, 100), (256, 1000), (2048, 32000)]
 DIVERGENCE = Family(
     "divergence",
     ("N", "V"),
+    math.prod,
     _DIVERGENCE_SIZES,
     [*_DIVERGENCE_SIZES, (4096, 128256)],
     # long rows, off the boundary of 16 bytes, fewer than multiprocessors, on chip, many in one
     [(4096, 128256), (4096, 151669), (8, 128256), (8192, 8192), (256, 1000), (128, 10)],
+)
+
+# batches of images, and global ones; widths of ResNets and of transformers
+_RELATIONAL_SIZES = [(64, 64), *product((64, 128, 256, 512, 1024, 2048), (128, 512, 1024))]
+RELATIONAL = Family(
+    "relational",
+    ("N", "D"),
+    lambda shape: shape[0] ** 2 * sum(shape),  # all cosines, and all differences
+    _RELATIONAL_SIZES,
+    [*_RELATIONAL_SIZES, (4096, 512)],
+    # several programs for a third of each tile's points, one
+    [(2048, 1024), (1024, 512), (256, 512), (64, 128)],
 )
 
 
@@ -93,7 +110,7 @@ def kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def logits(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
-    """Student and teacher, the same numbers on every device; on "meta" none at all."""
+    """Of student and teacher, or embeddings: the same on every device, no numbers on "meta"."""
     if device == "meta":
         student, teacher = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
     else:
@@ -138,4 +155,7 @@ CASES = [
     Case(DIVERGENCE, fastkd.soft_cross_entropy, soft_cross_entropy),
     Case(DIVERGENCE, fastkd.logit_mse, logit_mse),
     Case(DIVERGENCE, fastkd.kd, kd, logits_and_labels),
+    Case(RELATIONAL, fastkd.rkd_distance, published.rkd_distance, options={}),
+    Case(RELATIONAL, fastkd.rkd_angle, published.rkd_angle, options={}),
+    Case(RELATIONAL, fastkd.rkd, published.rkd, options={}),
 ]

@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 import sys
+from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 
@@ -15,7 +16,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT / "tests")]
 
-from cases import CASES, DIVERGENCE, T  # noqa: E402
+import published  # noqa: E402
+from cases import CASES, T  # noqa: E402
 from provenance import commit, device, hash_of_sources  # noqa: E402
 from tables import Table  # noqa: E402
 
@@ -24,6 +26,7 @@ ENGINE = "kernels" if torch.cuda.is_available() else "portable"
 
 def pytest_addoption(parser):
     group = parser.getgroup("fastkd")
+    group.addoption("--family", help="the losses of one, for example relational")
     group.addoption("--only", help="losses, for example forward_kl,kd")
     group.addoption("--sizes", help="rows and columns, for example 128x10,2048x32000")
     group.addoption(
@@ -35,8 +38,12 @@ def pytest_addoption(parser):
 def pytest_terminal_summary(config):
     session = getattr(config, "_benchmarksession", None)
     measured = [b.extra_info for b in session.benchmarks if b.extra_info] if session else []
-    if not measured:
-        return
+    for family in dict.fromkeys(info["family"] for info in measured):
+        write(family, [info for info in measured if info["family"] == family], config.getoption)
+
+
+def write(family: str, measured: list[dict], option: Callable) -> None:
+    """The record of a family, which has a file of its own, and its table."""
     record = {
         "schema": 1,
         "label": "measured",
@@ -46,20 +53,19 @@ def pytest_terminal_summary(config):
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),
-        "sources": hash_of_sources(DIVERGENCE.name, ENGINE),
+        "sources": hash_of_sources(family, ENGINE),
         "temperature": T,
         "rows": [row for info in measured for row in rows(info)],
     }
     table(record).show()
-    option = config.getoption
     if option("quick") and not option("results"):
         return  # not worth a record
     results = option("results") or HERE / "results"
     results.mkdir(exist_ok=True)
-    file = results / f"{'-'.join(record['device'].lower().split())}.json"
+    file = results / f"{'-'.join(record['device'].lower().split())}-{family}.json"
     record["rows"] = sorted(kept_rows(file, record) + record["rows"], key=place)
     file.write_text(json.dumps(record, indent=1) + "\n")
-    file.with_suffix(".md").write_text(table(record).markdown() + eager_sources())
+    file.with_suffix(".md").write_text(table(record).markdown() + eager_sources(family))
     print(f"written: {file} and, for a page, {file.with_suffix('.md').name}")
 
 
@@ -105,9 +111,9 @@ def table(record: dict) -> Table:
         grouped.setdefault(key, {})[row["implementation"]] = row
     lines = []
     for (loss, n_rows, n_cols, dtype, direction), of in grouped.items():
-        logits = n_rows * n_cols * getattr(torch, dtype).itemsize
+        inputs = n_rows * n_cols * getattr(torch, dtype).itemsize
         peaks = [
-            of[x]["peak_extra_bytes"] / logits if x in of else None for x in ("fastkd", "eager")
+            of[x]["peak_extra_bytes"] / inputs if x in of else None for x in ("fastkd", "eager")
         ]
         lines.append(
             [
@@ -125,14 +131,14 @@ def table(record: dict) -> Table:
         f"{record['device']}, {record['threads']} thread(s), torch {record['torch']}, "
         f"T = {record['temperature']:g}: measured",
         [
-            *("loss", "logits", "dtype", "direction", "fastkd, ms", "eager", "torch.compile"),
+            *("loss", "shape", "dtype", "direction", "fastkd, ms", "eager", "torch.compile"),
             *("memory", "eager's memory"),
         ],
         lines,
         [
             "eager, torch.compile: how many times as long they take, median of the rounds' ratios "
             "[quartiles]; the expressions are those of benchmarks/cases.py.",
-            "memory: peak beyond the inputs, in times one logits tensor; a backward makes one.",
+            "memory: peak beyond the inputs, in times the student's; a backward makes as much.",
             f"commit {record['commit']}, sources {record['sources']}, load {record['load']}."
             + ("" if compiled else " torch.compile was not run: small sizes, --quick or no g++."),
         ],
@@ -150,6 +156,10 @@ def times(row: dict | None) -> str:
     return f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def eager_sources() -> str:
-    sources = "\n\n".join(inspect.getsource(case.eager) for case in CASES)
+def eager_sources(family: str) -> str:
+    losses = [case.eager for case in CASES if case.family.name == family]
+    if any(loss.__module__ == published.__name__ for loss in losses):
+        sources = inspect.getsource(published)
+    else:
+        sources = "\n\n".join(map(inspect.getsource, losses))
     return f"\nWhat eager and torch.compile run:\n\n```python\n{sources}```\n"

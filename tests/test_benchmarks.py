@@ -49,7 +49,7 @@ def test_a_run_writes_its_record(tmp_path):
         if not name.startswith(("PYTEST_XDIST", "TRITON_INTERPRET"))
     }
     command = [sys.executable, "-m", "pytest", "-q", "--benchmark-quiet", "-p", "no:cacheprovider"]
-    command += ["benchmarks/bench_divergence.py", "--quick", "--only=forward_kl", "--sizes=4x8"]
+    command += ["benchmarks/bench.py", "--quick", "--only=forward_kl", "--sizes=4x8"]
     subprocess.run([*command, f"--results={tmp_path}"], cwd=ROOT, env=environment, check=True)
     (file,) = tmp_path.glob("*.json")
     record = json.loads(file.read_text())

@@ -1,14 +1,15 @@
-"""Time and peak memory of every logit loss against eager PyTorch and torch.compile.
+"""Time and peak memory of every loss against eager PyTorch and torch.compile.
 
 One round runs all implementations one after the other, so that whatever else the machine does meets
 all of them; a ratio is the median of the rounds' ratios.
 """
 
+import os
 import shutil
 import time
 
 import torch
-from cases import CASES, DIVERGENCE
+from cases import CASES
 from meter import PeakMemory
 from timing import step_of
 
@@ -16,33 +17,45 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
 CAN_COMPILE = CUDA or shutil.which("g++") is not None
-COMPILED_ELEMENTS = 256 * 1000  # below, no training wins back the time of the compilation
-LARGE = 1 << 24  # elements of a problem that a CPU takes seconds for
+COMPILED = 256 * 1000  # numbers at once; below, no training wins back the time of the compilation
+LARGE = 1 << 24  # numbers of a problem that a CPU takes seconds for
+COPIES = 6  # that eager and its backward have of their largest temporary
 DIRECTIONS = ["forward", "forward+backward"]
 
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
-    sizes = DIVERGENCE.gpu_sizes if CUDA else DIVERGENCE.sizes
-    if option("sizes"):
-        sizes = [tuple(map(int, size.split("x"))) for size in option("sizes").split(",")]
-    elif option("quick"):
-        sizes = [size for size in sizes if size[0] * size[1] < LARGE]
     only = option("only").split(",") if option("only") else [case.name for case in CASES]
-    cases = [case for case in CASES if case.family is DIVERGENCE and case.name in only]
-    metafunc.parametrize("case", cases, ids=[case.name for case in cases])
-    metafunc.parametrize("size", sizes, ids=[f"{rows}x{columns}" for rows, columns in sizes])
+    sizes = option("sizes").split(",") if option("sizes") else []
+    chosen = [tuple(map(int, size.split("x"))) for size in sizes]
+    problems = [
+        (case, size)
+        for case in CASES
+        if case.name in only and option("family") in (None, case.family.name)
+        for size in chosen or (case.family.gpu_sizes if CUDA else case.family.sizes)
+        if chosen or not option("quick") or case.family.temporary(size) < LARGE
+    ]
+    names = [f"{case.name}-{'x'.join(map(str, size))}" for case, size in problems]
+    metafunc.parametrize("case, size", problems, ids=names)
     metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
     metafunc.parametrize("direction", DIRECTIONS)
+
+
+def fits(n_bytes: int) -> bool:
+    """Whether a CPU has room; a GPU says so itself."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return CUDA or n_bytes < 0.75 * memory
 
 
 def test_loss(benchmark, request, case, size, dtype, direction):
     torch.set_num_threads(1)
     quick = request.config.getoption("quick")
-    n_elements = size[0] * size[1]
+    n_numbers = case.family.temporary(size)
     inputs = case.inputs(size, dtype, DEVICE)
-    losses = {"fastkd": case.fastkd, "eager": case.eager}
-    if CAN_COMPILE and n_elements >= COMPILED_ELEMENTS and not quick:
+    losses = {"fastkd": case.fastkd}
+    if fits(COPIES * n_numbers * dtype.itemsize):
+        losses["eager"] = case.eager
+    if "eager" in losses and CAN_COMPILE and n_numbers >= COMPILED and not quick:
         torch.compiler.reset()
         losses["torch.compile"] = torch.compile(case.eager, dynamic=False)
     steps, peaks = {}, {}
@@ -58,7 +71,7 @@ def test_loss(benchmark, request, case, size, dtype, direction):
             pass  # what does not fit has no row
     inputs[0].grad = None
 
-    is_long = n_elements >= LARGE and not CUDA
+    is_long = n_numbers >= LARGE and not CUDA
     repeats, n_rounds = 1, 3
     if not is_long:
         fastest = min(seconds_of(step, 1) for step in steps.values())
@@ -73,6 +86,7 @@ def test_loss(benchmark, request, case, size, dtype, direction):
     # pytest-benchmark would time one implementation after the other: it gets whole rounds
     benchmark.pedantic(one_round, rounds=n_rounds)
     benchmark.extra_info.update(
+        family=case.family.name,
         loss=case.name,
         shape=list(size),
         dtype=str(dtype).removeprefix("torch."),
