@@ -21,6 +21,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._engine import scaled_gradient
@@ -45,18 +46,16 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     students = problem.students.to(dtype)
     squares = _squared_distances(students, problem.teacher.to(dtype))
     beta = _penalty_beta(problem.smooth_l1_beta, dtype)
-    weighted: list[tuple[Any, ...]] = []
+    found = []
     if problem.parts != "angle":
-        of_distances = _distances(squares, own, beta, problem.trained)
-        weighted.append((problem.distance_weight, *of_distances))
+        found.append(_distances(squares, own, problem.distance_weight, beta, problem.trained))
     if problem.parts != "distance":
-        of_angles = _angles(squares, own, beta, problem.trained)
-        weighted.append((problem.angle_weight, *of_angles))
+        found.append(_angles(squares, own, problem.angle_weight, beta, problem.trained))
+    losses, slopes = zip(*found, strict=True)
     share, gradient = problem.allocate()
-    share.copy_(sum(weight * loss for weight, loss, _ in weighted))  # type: ignore[arg-type]
+    share.copy_(sum(losses))
     if problem.trained:
-        slopes = sum(each.mul_(weight) for weight, _, each in weighted)
-        gradient.copy_(_laplacian(slopes, students, own))
+        gradient.copy_(_laplacian(sum(slopes[1:], slopes[0]), students, own))
     return share, gradient
 
 
@@ -81,7 +80,9 @@ def _squared_distances(*networks: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- distance
 
 
-def _distances(squares: Tensor, own: slice, beta: Number, trained: bool) -> tuple[Tensor, Any]:
+def _distances(
+    squares: Tensor, own: slice, weight: Number, beta: Number, trained: bool
+) -> tuple[Tensor, Tensor]:
     """The own rows' share of the loss, and the slopes of the whole in the own rows [n, N] of Q."""
     n = squares.shape[-1]
     distances = squares.clamp(min=LEAST_SQUARE).sqrt_()
@@ -90,13 +91,13 @@ def _distances(squares: Tensor, own: slice, beta: Number, trained: bool) -> tupl
     student, teacher = distances / means
     difference = student.sub_(teacher).div_(beta)
     slopes = difference.clamp(-1, 1)
-    loss = difference.sub_(slopes / 2).mul_(slopes)[own].sum() * (beta / n**2)
+    loss = difference.sub_(slopes, alpha=0.5).mul_(slopes)[own].sum() * (beta * weight / n**2)
     if not trained:
-        return loss, None
+        return loss, slopes
     mean, d = means[0], distances[0]
     # every distance moves the mean, and with it all penalties
     of_mean = (slopes * d).sum() / (mean * (n * (n - 1)))
-    slopes = slopes[own].sub_(of_mean).div_(d[own].mul_(mean * n**2))
+    slopes = slopes[own].sub_(of_mean).div_(d[own].mul_(mean * (n**2 / weight)))
     return loss, slopes.masked_fill_(squares[0, own] < LEAST_SQUARE, 0)
 
 
@@ -104,11 +105,11 @@ def _distances(squares: Tensor, own: slice, beta: Number, trained: bool) -> tupl
 
 
 class _Cosines(NamedTuple):
-    """What the cosines of both networks are made of, in the order in which they are read."""
+    """What the cosines of both networks, in units of beta, are made of."""
 
     squares: Tensor  # [2, N, N]
-    ends: Tensor  # [j, i, 4]: d and r of the student, d and r of the teacher
-    others: Tensor  # [j, 4, k]: r and d of the student, −r and −d of the teacher
+    ends: Tensor  # [j, i, 4]: d and r of the student, −d and −r of the teacher
+    others: Tensor  # [j, 4, k]: r and d of the student, r and d of the teacher
 
 
 class _Sums(NamedTuple):
@@ -120,31 +121,40 @@ class _Sums(NamedTuple):
     s: Tensor  # [vertex, an end]
 
 
-def _angles(squares: Tensor, own: slice, beta: Number, trained: bool) -> tuple[Tensor, Any]:
+def _angles(
+    squares: Tensor, own: slice, weight: Number, beta: Number, trained: bool
+) -> tuple[Tensor, Tensor]:
     """The loss of the angles at own examples, and the slopes of the whole in the own rows of Q."""
     n = squares.shape[-1]
     d = squares.sqrt()
     r = d.reciprocal().masked_fill_(d < LEAST_LENGTH, 0)
-    ends = torch.stack([d, r], 1).view(4, n, n).permute(1, 2, 0).contiguous()
-    others = torch.stack([r, d], 1).view(4, n, n)
-    others[2:].neg_()
-    cosines = _Cosines(squares, ends, others.transpose(0, 1).contiguous())
+    d.div_(beta)
+    others, ends = (torch.stack(x, 1) for x in ((r, d), (d, r)))
+    ends[1].neg_()
+    cosines = _Cosines(
+        squares / beta,
+        ends.view(4, n, n).permute(1, 2, 0),
+        others.view(4, n, n).transpose(0, 1),
+    )
     everyone = slice(0, n)
-    at_own = _sums(cosines, own, everyone, beta, trained)
-    loss = at_own.loss * beta / float(n) ** 3
+    at_own = _sums(cosines, own, everyone, trained)
+    loss = at_own.loss * (beta * weight / float(n) ** 3)
     if not trained:
-        return loss, None
-    with_own = at_own if own == everyone else _sums(cosines, everyone, own, beta, trained)
+        return loss, at_own.v
+    with_own = at_own if own == everyone else _sums(cosines, everyone, own, trained)
     # an edge (own, b) is an arm of the angles at b and at its own end, and faces the other vertices
-    slopes = (at_own.v - at_own.s)[own]
+    r_squared = r[0].square().mul_(beta / 2)
+    slopes = (at_own.v - at_own.s.mul_(r_squared))[own]
+    if with_own is not at_own:
+        with_own.s.mul_(r_squared)
     slopes += (with_own.v - with_own.s)[:, own].T
     slopes -= with_own.u[own]
     slopes[:, own].fill_diagonal_(0)
-    return loss, slopes.div_(float(n) ** 3)
+    return loss, slopes.mul_(weight / float(n) ** 3)
 
 
-def _sums(cosines: _Cosines, vertices: slice, ends: slice, beta: Number, trained: bool) -> _Sums:
-    """Of the angles at `vertices` between one of `ends` and any example."""
+def _sums(cosines: _Cosines, vertices: slice, ends: slice, trained: bool) -> _Sums:
+    """Of the angles at `vertices` between one of `ends` and any example; S without its ½ r²."""
     (q, teacher_q), n = cosines.squares, cosines.squares.shape[-1]
     everyone = slice(0, n)
     # few blocks, where calls cost more than the half of the angles that they spare
@@ -152,9 +162,9 @@ def _sums(cosines: _Cosines, vertices: slice, ends: slice, beta: Number, trained
     columns = _cut(everyone, -(-n // n_blocks))
     u, v, s = q.new_zeros(3, n, n if trained else 0)
     loss = q.new_zeros((), dtype=None if q.device.type == "mps" else torch.float64)
-    unit = isinstance(beta, float | int) and beta == 1
+    nothing = q.new_zeros(1)
     most = _CHUNK_ELEMENTS.get(q.device.type, _LARGE_CHUNK)
-    buffers = q.new_empty(3, max(most, n * n)).unbind()
+    buffers = q.new_empty(2, max(most, n * n)).unbind()
     for i in columns if ends == everyone else [ends]:
         for k in columns:
             if ends == everyone and k.start < i.start:
@@ -164,18 +174,15 @@ def _sums(cosines: _Cosines, vertices: slice, ends: slice, beta: Number, trained
             of_block = []
             for j in _cut(vertices, max(1, most // max(1, q_ik.numel()))):
                 shape = j.stop - j.start, *q_ik.shape
-                x, w, c = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+                x, w = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
                 left, right = cosines.ends[j, i], cosines.others[j, :, k]
                 torch.mul(teacher_q_ik, left[..., 3:], out=x).mul_(right[:, 2:3])
                 torch.mul(left[..., 1:2], right[:, :1], out=w)
                 x.addcmul_(w, q_ik).baddbmm_(left, right, beta=-0.5, alpha=0.5)  # A − B
-                if not unit:
-                    x.div_(beta)
-                torch.clamp(x, -1, 1, out=c)
-                of_block.append(x.sub_(c, alpha=0.5).mul_(c).sum())
+                of_block.append(F.huber_loss(x, nothing.expand_as(x), reduction="sum"))
                 if not trained:
                     continue
-                w.mul_(c)
+                w.mul_(x.clamp_(-1, 1))
                 # the difference first: its terms are as large as the batch is wide
                 torch.sub(q[j, None, k], q_ik, out=x)
                 v[j, i].add_(w.sum(2))
@@ -189,17 +196,14 @@ def _sums(cosines: _Cosines, vertices: slice, ends: slice, beta: Number, trained
                 loss += torch.stack(of_block).sum(dtype=loss.dtype) * (2 if mirrored else 1)
             if mirrored and trained:
                 u[k, i] = u[i, k].T
-    if trained:
-        r_squared = cosines.ends[..., 1].square()
-        s.addcmul_(q, v).mul_(r_squared).div_(2)
-    return _Sums(loss, u, v, s)
+    return _Sums(loss, u, v, s.addcmul_(q, v) if trained else s)
 
 
 def _cut(whole: slice, size: int) -> list[slice]:
     return [slice(i, min(i + size, whole.stop)) for i in range(whole.start, whole.stop, size)]
 
 
-def _laplacian(slopes: Any, x: Tensor, own: slice) -> Tensor:
+def _laplacian(slopes: Tensor, x: Tensor, own: slice) -> Tensor:
     """dx_a = 2 Σ_b slopes_ab (x_a − x_b) for the own rows."""
     centred = x - x.mean(0)  # it sees differences alone: the less there is to cancel, the better
     if x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
