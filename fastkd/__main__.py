@@ -72,6 +72,11 @@ def _logits_and_labels(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [*logits, torch.arange(len(logits[0]), device=device)]
 
 
+def _embeddings(device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(67, n, generator=generator).to(device, dtype) for n in (33, 65)]
+
+
 # every public loss and what it is checked with
 LOSSES: dict[Callable[..., Tensor], Callable[[str, torch.dtype], list[Tensor]]] = {
     fastkd.forward_kl: _logits,
@@ -84,6 +89,9 @@ LOSSES: dict[Callable[..., Tensor], Callable[[str, torch.dtype], list[Tensor]]] 
     fastkd.soft_cross_entropy: _logits,
     fastkd.logit_mse: _logits,
     fastkd.kd: _logits_and_labels,
+    fastkd.rkd_distance: _embeddings,
+    fastkd.rkd_angle: _embeddings,
+    fastkd.rkd: _embeddings,
 }
 # relative; engine and formula round differently, and bfloat16 gradients have 8 bits
 # eager PyTorch itself errs by 2e-5 in float32

@@ -121,11 +121,11 @@ def _fused(
     if normalize:
         student, teacher = (F.normalize(_rows(x).to(dtype)) for x in (student, teacher))
         everyone = None if everyone is None else F.normalize(_rows(everyone).to(dtype))
-    parts, distance_weight, angle_weight = _parts(formula.__name__, **weights)
+    distance_weight, angle_weight = _WEIGHTS.get(formula.__name__) or weights.values()
     share, _ = _engine(
         engine, _rows(student), _rows(teacher), None if everyone is None else _rows(everyone),
         distance_weight, angle_weight, smooth_l1_beta,
-        parts, precision, is_differentiated(student), first,
+        _parts(distance_weight, angle_weight), precision, is_differentiated(student), first,
     )  # fmt: skip
     share = share.to(result_dtype)
     if group is None:
@@ -133,15 +133,17 @@ def _fused(
     return _distributed.before_averaging(share, _distributed.summed(share, group), group)
 
 
-def _parts(
-    loss: str, distance_weight: Number = 1.0, angle_weight: Number = 1.0
-) -> tuple[str, Number, Number]:
-    """What an engine computes, and the weights of the distances and of the angles."""
-    return {
-        "rkd_distance": ("distance", 1.0, 0.0),
-        "rkd_angle": ("angle", 0.0, 1.0),
-        "rkd": ("both", distance_weight, angle_weight),
-    }[loss]
+# of the distances and of the angles, in the losses that have no such options
+_WEIGHTS = {"rkd_distance": (1.0, 0.0), "rkd_angle": (0.0, 1.0)}
+
+
+def _parts(distance_weight: Number, angle_weight: Number) -> str:
+    """What an engine has to compute; a tensor is not looked at: on a GPU that would wait for it."""
+    if not isinstance(angle_weight, Tensor) and angle_weight == 0:
+        return "distance"
+    if not isinstance(distance_weight, Tensor) and distance_weight == 0:
+        return "angle"
+    return "both"
 
 
 def _rows(embeddings: Tensor) -> Tensor:

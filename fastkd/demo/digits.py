@@ -103,6 +103,16 @@ def logit_mse(student: Output, teacher: Output, labels: Tensor) -> Tensor:
     return 0.5 * supervised + 0.5 * fastkd.logit_mse(student.logits, teacher.logits)
 
 
+def rkd(student: Output, teacher: Output, labels: Tensor) -> Tensor:
+    """Cross-entropy on the labelled images; on all of them the teacher's distances and angles."""
+    supervised = F.cross_entropy(student.logits, labels, ignore_index=IGNORED)
+    return supervised + fastkd.rkd(student.features, teacher.features)
+
+
+def kd_and_rkd(student: Output, teacher: Output, labels: Tensor) -> Tensor:
+    return kd()(student, teacher, labels) + fastkd.rkd(student.features, teacher.features)
+
+
 class Method(NamedTuple):
     name: str
     loss: Loss
@@ -133,6 +143,8 @@ METHODS = [
     Method("KD, symmetric KL", kd(divergence="symmetric_kl"), fastkd.kd),
     Method("KD, total variation", kd(divergence="total_variation"), fastkd.kd),
     Method("logit MSE", logit_mse, fastkd.logit_mse),
+    Method("relational KD", rkd, fastkd.rkd),
+    Method("KD + relational KD", kd_and_rkd, fastkd.rkd),
     NO_TEACHER._replace(all_labels=True),
     KD._replace(all_labels=True),
 ]

@@ -97,7 +97,7 @@ def _distances(
     mean, d = means[0], distances[0]
     # every distance moves the mean, and with it all penalties
     of_mean = (slopes * d).sum() / (mean * (n * (n - 1)))
-    slopes = slopes[own].sub_(of_mean).div_(d[own].mul_(mean * (n**2 / weight)))
+    slopes = slopes[own].sub_(of_mean).div_(d[own].mul_(mean)).mul_(weight / n**2)
     return loss, slopes.masked_fill_(squares[0, own] < LEAST_SQUARE, 0)
 
 
