@@ -1,6 +1,7 @@
 """How much memory the losses take, and that nothing waits for a GPU."""
 
 import pytest
+import textbook
 import torch
 from losses import LOSSES, each_loss
 from meter import PeakMemory
@@ -8,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
 from fastkd.portable import divergence as portable
+from fastkd.portable import relational
 
 CHUNK = portable._CHUNK_ELEMENTS["cpu"]
 SCRATCH = 6 * 4 + 1  # bytes for each element of a chunk: six of float32, one of bool
@@ -86,3 +88,33 @@ def test_no_step_waits_for_a_gpu(case, tensors, engine):
                 loss = case(student, teacher, *labels, **options)
                 (gradient,) = torch.autograd.grad(loss, student)
                 assert gradient.shape == (4, 7)
+
+
+def published_rkd(student, teacher):
+    return 25 * textbook.RKD_DISTANCE[1](student, teacher) + 50 * textbook.RKD_ANGLE[1](
+        student, teacher
+    )
+
+
+def peak_of_batch(loss, n, n_features, device="cpu"):
+    student = torch.ones(n, n_features, device=device).requires_grad_()
+    teacher = torch.ones(n, n_features, device=device)
+    with PeakMemory() as memory:
+        loss(student, teacher).backward()
+    return memory.peak_bytes
+
+
+def test_relations_take_a_hundredth_of_the_published_memory():
+    with fastkd.backend("portable"):
+        peak = peak_of_batch(fastkd.rkd, 256, 512)
+    assert peak <= peak_of_batch(published_rkd, 256, 512) / 100
+
+
+@pytest.mark.parametrize("n, n_features", [(256, 512), (512, 1024)])
+def test_relations_take_memory_for_pairs_and_one_chunk(n, n_features):
+    """Three buffers of a chunk; 21 numbers for each pair: at N = 2048 less than 400 MB."""
+    chunk = relational._CHUNK_ELEMENTS["cpu"]
+    with pytest.MonkeyPatch.context() as patch, fastkd.backend("portable"):
+        patch.setitem(relational._CHUNK_ELEMENTS, "meta", chunk)
+        peak = peak_of_batch(fastkd.rkd, n, n_features, "meta")
+    assert peak <= 4 * (3 * chunk + 21 * n**2 + 3 * n * n_features)

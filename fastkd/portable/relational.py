@@ -124,18 +124,19 @@ class _Sums(NamedTuple):
 def _angles(
     squares: Tensor, own: slice, weight: Number, beta: Number, trained: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss of the angles at own examples, and the slopes of the whole in the own rows of Q."""
+    """The loss of the angles at own examples, and the slopes of the whole in the own rows of Q.
+
+    Brings the squares to units of beta.
+    """
     n = squares.shape[-1]
     d = squares.sqrt()
     r = d.reciprocal().masked_fill_(d < LEAST_LENGTH, 0)
     d.div_(beta)
+    squares.div_(beta)
     others, ends = (torch.stack(x, 1) for x in ((r, d), (d, r)))
     ends[1].neg_()
-    cosines = _Cosines(
-        squares / beta,
-        ends.view(4, n, n).permute(1, 2, 0),
-        others.view(4, n, n).transpose(0, 1),
-    )
+    others, ends = others.view(4, n, n).transpose(0, 1), ends.view(4, n, n).permute(1, 2, 0)
+    cosines = _Cosines(squares, ends, others)
     everyone = slice(0, n)
     at_own = _sums(cosines, own, everyone, trained)
     loss = at_own.loss * (beta * weight / float(n) ** 3)
