@@ -21,6 +21,7 @@ from cases import CASES, T  # noqa: E402
 from provenance import commit, device, hash_of_sources  # noqa: E402
 from tables import Table  # noqa: E402
 
+OURS_AND_PYTORCH = ("fastkd", "eager", "torch.compile")
 ENGINE = "kernels" if torch.cuda.is_available() else "portable"
 
 
@@ -109,6 +110,8 @@ def table(record: dict) -> Table:
     for row in record["rows"]:
         key = row["loss"], *row["shape"], row["dtype"], row["direction"]
         grouped.setdefault(key, {})[row["implementation"]] = row
+    names = [*dict.fromkeys(row["implementation"] for row in record["rows"])]
+    others = ["eager", "torch.compile"] + [x for x in names if x not in OURS_AND_PYTORCH]
     lines = []
     for (loss, n_rows, n_cols, dtype, direction), of in grouped.items():
         inputs = n_rows * n_cols * getattr(torch, dtype).itemsize
@@ -122,7 +125,7 @@ def table(record: dict) -> Table:
                 dtype,
                 direction,
                 milliseconds(of["fastkd"]["seconds"]),
-                *(times(of.get(name)) for name in ("eager", "torch.compile")),
+                *(times(of.get(name)) for name in others),
                 *("does not fit" if x is None else f"{x:.2f}" for x in peaks),
             ]
         )
@@ -131,13 +134,13 @@ def table(record: dict) -> Table:
         f"{record['device']}, {record['threads']} thread(s), torch {record['torch']}, "
         f"T = {record['temperature']:g}: measured",
         [
-            *("loss", "shape", "dtype", "direction", "fastkd, ms", "eager", "torch.compile"),
+            *("loss", "shape", "dtype", "direction", "fastkd, ms", *others),
             *("memory", "eager's memory"),
         ],
         lines,
         [
-            "eager, torch.compile: how many times as long they take, median of the rounds' ratios "
-            "[quartiles]; the expressions are those of benchmarks/cases.py.",
+            "eager, torch.compile, peers: how many times as long they take, median of the rounds' "
+            "ratios [quartiles]; the expressions are below.",
             "memory: peak beyond the inputs, in times the student's; a backward makes as much.",
             f"commit {record['commit']}, sources {record['sources']}, load {record['load']}."
             + ("" if compiled else " torch.compile was not run: small sizes, --quick or no g++."),

@@ -19,6 +19,7 @@ PACKAGES = [
     *("trl==1.16.0", "datasets", "dill", "multiprocess"),
     *("flash-linear-attention==0.6.0", "fla-core==0.6.0", "einops"),
     "quack-kernels==0.6.5",
+    "torchdistill==1.1.5",
 ]
 
 

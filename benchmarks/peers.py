@@ -4,6 +4,7 @@ Each takes what the case takes and gives the case's loss: the mean over rows, ti
 library lacks is added outside, as its users must: liger-kernel takes log-probabilities or
 probabilities, TRL knows no T², flash-linear-attention and quack have the cross-entropy of `kd`
 alone (its divergence is the eager one). Divergences of hidden states are no peers of these.
+torchdistill takes the outputs of modules by their paths.
 """
 
 from __future__ import annotations
@@ -73,6 +74,22 @@ def quack() -> dict[str, Loss]:
     return {"kd": _kd(importlib.import_module("quack").cross_entropy)}
 
 
+def torchdistill() -> dict[str, Loss]:
+    module = importlib.import_module("torchdistill.losses.mid_level")
+
+    def relations(distance_weight: float, angle_weight: float) -> Loss:
+        loss = module.RKDLoss("layer", "layer", distance_weight, angle_weight, "mean")
+        return lambda student, teacher: loss(
+            {"layer": {"output": student}}, {"layer": {"output": teacher}}
+        )
+
+    return {
+        "rkd_distance": relations(1.0, 0.0),
+        "rkd_angle": relations(0.0, 1.0),
+        "rkd": relations(25.0, 50.0),
+    }
+
+
 def _kd(cross_entropy: Loss) -> Loss:
     return lambda student, teacher, labels: (
         0.5 * cross_entropy(student, labels) + 0.5 * cases.forward_kl(student, teacher)
@@ -85,6 +102,7 @@ PEERS: dict[str, Callable[[], dict[str, Loss]]] = {
     "trl": trl,
     "flash-linear-attention": flash_linear_attention,
     "quack-kernels": quack,
+    "torchdistill": torchdistill,
 }
 
 

@@ -34,7 +34,7 @@ def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _cosines(x: Tensor) -> Tensor:
     directions = F.normalize(x[None] - x[:, None], dim=2)
-    return torch.bmm(directions, directions.transpose(1, 2)).view(-1)
+    return directions @ directions.mT
 
 
 def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from fastkd import _checks
 
 smoke = pytest.mark.smoke
 RKD = RELATIONAL[2]
-SHAPES = [(3, 2), (33, 2), (64, 5), (67, 33), (130, 7)]
+SHAPES = [(3, 2), (33, 2), (64, 5), (67, 33), (258, 7)]
 
 
 def assert_exact(case, inputs, times=4, **options):

@@ -159,7 +159,7 @@ def _sums(cosines: _Cosines, vertices: slice, ends: slice, trained: bool) -> _Su
     (q, teacher_q), n = cosines.squares, cosines.squares.shape[-1]
     everyone = slice(0, n)
     # few blocks, where calls cost more than the half of the angles that they spare
-    n_blocks = 1 if n <= 64 or ends != everyone else 2 if n < 512 else 4
+    n_blocks = 1 if n < 256 or ends != everyone else 2 if n < 512 else 4
     columns = _cut(everyone, -(-n // n_blocks))
     u, v, s = q.new_zeros(3, n, n if trained else 0)
     loss = q.new_zeros((), dtype=None if q.device.type == "mps" else torch.float64)
