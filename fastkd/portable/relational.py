@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._engine import scaled_gradient
+from fastkd._engine import compute_dtype, scaled_gradient
 from fastkd.relational import LEAST_LENGTH, LEAST_SQUARE, Number, Problem
 
 backward = scaled_gradient
@@ -52,11 +52,12 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     if problem.parts != "distance":
         found.append(_angles(squares, own, problem.angle_weight, beta, problem.trained))
     losses, slopes = zip(*found, strict=True)
-    share, gradient = problem.allocate()
-    share.copy_(sum(losses))
+    share, result_dtype = sum(losses[1:], losses[0]), compute_dtype(*arguments[:2])
     if problem.trained:
-        gradient.copy_(_laplacian(sum(slopes[1:], slopes[0]), students, own))
-    return share, gradient
+        gradient = _laplacian(sum(slopes[1:], slopes[0]), students, own)
+    else:
+        gradient = students.new_empty(0)
+    return share.to(result_dtype), gradient.to(result_dtype)
 
 
 def _penalty_beta(beta: Number, dtype: torch.dtype) -> Number:
@@ -85,19 +86,19 @@ def _distances(
 ) -> tuple[Tensor, Tensor]:
     """The own rows' share of the loss, and the slopes of the whole in the own rows [n, N] of Q."""
     n = squares.shape[-1]
+    n_pairs = n * (n - 1)
     distances = squares.clamp(min=LEAST_SQUARE).sqrt_()
     distances.diagonal(dim1=1, dim2=2).zero_()
-    means = distances.sum((1, 2), keepdim=True) / (n * (n - 1))
-    student, teacher = distances / means
-    difference = student.sub_(teacher).div_(beta)
-    slopes = difference.clamp(-1, 1)
-    loss = difference.sub_(slopes, alpha=0.5).mul_(slopes)[own].sum() * (beta * weight / n**2)
+    units = distances.sum((1, 2), keepdim=True).mul_(beta / n_pairs)
+    student, teacher = distances / units
+    loss = F.huber_loss(student[own], teacher[own], reduction="sum") * (beta * weight / n**2)
     if not trained:
-        return loss, slopes
-    mean, d = means[0], distances[0]
+        return loss, loss
+    slopes = student.sub_(teacher).clamp_(-1, 1)
+    d, unit = distances[0], units[0]
     # every distance moves the mean, and with it all penalties
-    of_mean = (slopes * d).sum() / (mean * (n * (n - 1)))
-    slopes = slopes[own].sub_(of_mean).div_(d[own].mul_(mean)).mul_(weight / n**2)
+    of_mean = (slopes * d).sum().div_(unit.squeeze() * (n_pairs / beta))
+    slopes = slopes[own].sub_(of_mean).div_(d[own]).mul_((beta * weight / n**2) / unit)
     return loss, slopes.masked_fill_(squares[0, own] < LEAST_SQUARE, 0)
 
 
@@ -141,15 +142,15 @@ def _angles(
     at_own = _sums(cosines, own, everyone, trained)
     loss = at_own.loss * (beta * weight / float(n) ** 3)
     if not trained:
-        return loss, at_own.v
-    with_own = at_own if own == everyone else _sums(cosines, everyone, own, trained)
-    # an edge (own, b) is an arm of the angles at b and at its own end, and faces the other vertices
+        return loss, loss
     r_squared = r[0].square().mul_(beta / 2)
-    slopes = (at_own.v - at_own.s.mul_(r_squared))[own]
-    if with_own is not at_own:
-        with_own.s.mul_(r_squared)
-    slopes += (with_own.v - with_own.s)[:, own].T
-    slopes -= with_own.u[own]
+    arms = arms_with_own = torch.addcmul(at_own.v, at_own.s, r_squared, value=-1)
+    with_own = at_own
+    if own != everyone:
+        with_own = _sums(cosines, everyone, own, trained)
+        arms_with_own = torch.addcmul(with_own.v, with_own.s, r_squared, value=-1)
+    # an edge (own, b) is an arm of the angles at both ends, and faces the other vertices
+    slopes = (arms[own] + arms_with_own[:, own].T).sub_(with_own.u[own])
     slopes[:, own].fill_diagonal_(0)
     return loss, slopes.mul_(weight / float(n) ** 3)
 
@@ -162,8 +163,7 @@ def _sums(cosines: _Cosines, vertices: slice, ends: slice, trained: bool) -> _Su
     n_blocks = 1 if n < 256 or ends != everyone else 2 if n < 512 else 4
     columns = _cut(everyone, -(-n // n_blocks))
     u, v, s = q.new_zeros(3, n, n if trained else 0)
-    loss = q.new_zeros((), dtype=None if q.device.type == "mps" else torch.float64)
-    nothing = q.new_zeros(1)
+    losses = [q.new_zeros(1)]
     most = _CHUNK_ELEMENTS.get(q.device.type, _LARGE_CHUNK)
     buffers = q.new_empty(2, max(most, n * n)).unbind()
     for i in columns if ends == everyone else [ends]:
@@ -172,7 +172,6 @@ def _sums(cosines: _Cosines, vertices: slice, ends: slice, trained: bool) -> _Su
                 continue  # mirrored
             mirrored = ends == everyone and k != i
             q_ik, teacher_q_ik = q[i, k], teacher_q[i, k]
-            of_block = []
             for j in _cut(vertices, max(1, most // max(1, q_ik.numel()))):
                 shape = j.stop - j.start, *q_ik.shape
                 x, w = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
@@ -180,7 +179,9 @@ def _sums(cosines: _Cosines, vertices: slice, ends: slice, trained: bool) -> _Su
                 torch.mul(teacher_q_ik, left[..., 3:], out=x).mul_(right[:, 2:3])
                 torch.mul(left[..., 1:2], right[:, :1], out=w)
                 x.addcmul_(w, q_ik).baddbmm_(left, right, beta=-0.5, alpha=0.5)  # A − B
-                of_block.append(F.huber_loss(x, nothing.expand_as(x), reduction="sum"))
+                losses += [F.huber_loss(x, losses[0].expand_as(x), reduction="sum")] * (
+                    1 + mirrored
+                )
                 if not trained:
                     continue
                 w.mul_(x.clamp_(-1, 1))
@@ -193,10 +194,10 @@ def _sums(cosines: _Cosines, vertices: slice, ends: slice, trained: bool) -> _Su
                     torch.sub(q[j, i, None], q_ik, out=x)
                     v[j, k].add_(w.sum(1))
                     s[j, k].add_(x.mul_(w).sum(1))
-            if of_block:
-                loss += torch.stack(of_block).sum(dtype=loss.dtype) * (2 if mirrored else 1)
             if mirrored and trained:
                 u[k, i] = u[i, k].T
+    wide = None if q.device.type == "mps" else torch.float64
+    loss = torch.stack(losses[1:]).sum(dtype=wide) if losses[1:] else losses[0].sum()
     return _Sums(loss, u, v, s.addcmul_(q, v) if trained else s)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gate import capture
-from losses import LOSSES
+from losses import LOSSES, RELATIONAL
 from meter import PeakMemory
 
 import fastkd
@@ -14,7 +14,7 @@ FUSED = [case for case in LOSSES if case.loss is not fastkd.logit_mse]
 
 def step(case, inputs):
     # not backward(): the gate's stand-in holds on to the gradient, which would make it a copy
-    loss = case(*inputs, reduction="mean")
+    loss = case(*inputs).mean()
     return torch.autograd.grad(loss, inputs[0])
 
 
@@ -35,8 +35,18 @@ def measured(case, inputs):
     return torch.cuda.max_memory_allocated() - before
 
 
-@pytest.mark.parametrize("case", FUSED, ids=str)
-@pytest.mark.parametrize("shape", [(4096, 32000), (8192, 8192), (4096, 1000), (8, 128256)], ids=str)
+PROBLEMS = [
+    pytest.param(case, shape, id=f"{case}-{shape}")
+    for cases, shapes in (
+        (FUSED, [(4096, 32000), (8192, 8192), (4096, 1000), (8, 128256)]),
+        (RELATIONAL, [(256, 512), (1024, 512), (2048, 100)]),
+    )
+    for case in cases
+    for shape in shapes
+]
+
+
+@pytest.mark.parametrize("case, shape", PROBLEMS)
 def test_metered_peak_is_the_measured_one(case, shape):
     inputs = case.inputs(shape[:1], shape[1], torch.bfloat16)
     expected = metered(case, inputs)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from exactness import assert_as_exact, assert_same, exact, results
-from losses import DEVICE, LOSSES, each_case, each_loss
+from losses import DEVICE, LOSSES, each_case, each_loss, each_relation
 
 import fastkd
 
@@ -37,6 +37,30 @@ def test_every_option(case):
 @each_shape
 def test_three_runs_agree_bit_for_bit(case, examples, n_cols):
     inputs = case.inputs(examples, n_cols, torch.bfloat16)
+    first, *others = (results(case, inputs) for _ in range(3))
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
+
+
+@each_relation
+@pytest.mark.parametrize("n, n_features", [(33, 17), (130, 64), (512, 100)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
+def test_relations_are_as_exact_as_the_formula(case, n, n_features, dtype):
+    inputs = case.inputs((n,), n_features, dtype)
+    with fastkd.backend("formula"):
+        yardstick, truth = results(case, inputs), results(case, exact(inputs))
+    # the law of cosines rounds about twice as much as the definition's directions
+    assert_as_exact(results(case, inputs), yardstick, truth, times=4)
+    high = results(lambda *xs: case(*xs, precision="high"), inputs)
+    assert_as_exact(high, yardstick, truth)
+
+
+@each_relation
+@pytest.mark.parametrize("n", [33, 512, 2048])
+def test_relations_of_three_runs_agree_bit_for_bit(case, n):
+    inputs = case.inputs((n,), 64, torch.bfloat16)
     first, *others = (results(case, inputs) for _ in range(3))
     for other in others:
         assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))

@@ -2,22 +2,28 @@
 
 import pytest
 import torch
-from losses import each_loss
+from losses import LOSSES, RELATIONAL
 
 pytestmark = pytest.mark.gpu
 # one launch, several programs for a row, and a program for each of many rows
-each_shape = pytest.mark.parametrize(
-    "examples, n_cols", [((64,), 1000), ((3,), 20011), ((150,), 8999)], ids=str
-)
+SHAPES = [((64,), 1000), ((3,), 20011), ((150,), 8999)]
+# one tile of pairs, and many
+PAIRS = [((20,), 33), ((300,), 64)]
+PROBLEMS = [
+    pytest.param(case, *shape, id=f"{case}-{shape}")
+    for cases, shapes in ((LOSSES, SHAPES), (RELATIONAL, PAIRS))
+    for case in cases
+    for shape in shapes
+]
+each_problem = pytest.mark.parametrize("case, examples, n_cols", PROBLEMS)
 
 
 def step(case, inputs):
-    loss = case(*inputs, reduction="mean")
+    loss = case(*inputs).mean()
     return loss, *torch.autograd.grad(loss, inputs[0])
 
 
-@each_loss
-@each_shape
+@each_problem
 def test_forward_and_backward_in_a_cuda_graph(case, examples, n_cols):
     inputs = case.inputs(examples, n_cols, torch.bfloat16)
     stream = torch.cuda.Stream()
@@ -38,18 +44,20 @@ def test_forward_and_backward_in_a_cuda_graph(case, examples, n_cols):
         assert torch.equal(replayed, expected)
 
 
-@each_loss
-@each_shape
+@each_problem
 @pytest.mark.parametrize("weighted", [False, True])
 def test_no_step_waits_for_the_gpu(case, examples, n_cols, weighted):
     inputs = case.inputs(examples, n_cols, torch.bfloat16)
-    temperature = torch.tensor(1.5, device=inputs[0].device)
+    number = torch.tensor(1.5, device=inputs[0].device)
     weights = torch.rand(examples, device=inputs[0].device).round()
-    options = dict(temperature=temperature, weights=weights) if weighted else {}
+    options = {}
+    if weighted and case in RELATIONAL:
+        options = dict(smooth_l1_beta=number)
+    elif weighted:
+        options = dict(temperature=number, weights=weights)
 
     def weighted_step():
-        loss = case(*inputs, reduction="mean", **options)
-        return torch.autograd.grad(loss, inputs[0])
+        return torch.autograd.grad(case(*inputs, **options).mean(), inputs[0])
 
     weighted_step()  # loading a kernel may wait
     torch.cuda.set_sync_debug_mode("error")
