@@ -14,7 +14,7 @@ from fastkd.relational import LEAST_LENGTH, LEAST_SQUARE
 TILE = tl.constexpr(32)  # of edges; other sizes bring spills or barriers into the loop
 _LEAST_SQUARE = tl.constexpr(LEAST_SQUARE)
 _LEAST_LENGTH = tl.constexpr(LEAST_LENGTH)
-_PARTS = tl.constexpr(1024)  # of a sum that one program adds at once
+_PARTS = tl.constexpr(512)  # of a sum that one program adds at once
 
 
 @triton.jit

@@ -78,7 +78,7 @@ RELATIONS = [
     fastkd.rkd_angle,
     partial(fastkd.rkd, smooth_l1_beta=0.2, normalize=True),
 ]
-ENGINES = ["formula", "portable"]
+ENGINES = ["formula", "portable", *(["triton"] if INTERPRETED else [])]
 
 
 def related_batch():
@@ -90,7 +90,7 @@ def related_batch():
 
 def train_part(rank, sizes, folder):
     """The losses and the gradients of all engines, from the first and from the last rank."""
-    if ENGINES[-1] == "triton" and INTERPRETED:
+    if INTERPRETED:
         import interpreter
 
         interpreter.correct()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exactness import assert_as_exact, assert_same, exact, in_dtype, results
-from losses import DEVICE, RELATIONAL, each_relation, embeddings, normal
+from losses import DEVICE, INTERPRETED, RELATIONAL, each_relation, embeddings, normal
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
@@ -12,7 +12,7 @@ from fastkd import _checks
 
 smoke = pytest.mark.smoke
 RKD = RELATIONAL[2]
-SHAPES = [(3, 2), (33, 2), (64, 5), (67, 33), (258, 7)]
+SHAPES = [(3, 2), (33, 2), (40, 33), (258, 7)]
 
 
 def assert_exact(case, inputs, times=4, **options):
@@ -38,6 +38,8 @@ def test_losses_are_those_computed_by_hand(case, engine):
 @each_relation
 @pytest.mark.parametrize("n, n_features", SHAPES, ids=str)
 def test_the_published_loss_and_gradient(case, n, n_features, engine):
+    if engine == "triton" and INTERPRETED and n > 100:
+        pytest.skip("takes long; blocks are the portable engine's")
     inputs = case.inputs((n,), n_features)
     assert_same(results(case, inputs), results(case.eager, inputs))
 
@@ -56,7 +58,7 @@ def test_relations_that_cannot_change(case, n, n_features, engine):
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
-@pytest.mark.parametrize("n, n_features", [(5, 37), (67, 33)], ids=str)
+@pytest.mark.parametrize("n, n_features", [(5, 37), (40, 33)], ids=str)
 def test_every_dtype(case, n, n_features, dtype, engine):
     inputs = case.inputs((n,), n_features, dtype)
     assert_exact(case, inputs)
@@ -283,7 +285,7 @@ def test_a_student_without_gradient(case, engine):
 @smoke
 @each_relation
 def test_two_runs_agree_bit_for_bit(case, engine):
-    inputs = case.inputs((70,), 5, torch.float32)
+    inputs = case.inputs((40,), 5, torch.float32)
     for first, second in zip(results(case, inputs), results(case, inputs), strict=True):
         assert torch.equal(first, second)
 
