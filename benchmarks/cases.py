@@ -27,6 +27,7 @@ class Family(NamedTuple):
     sizes: list[tuple[int, ...]]  # that a CPU takes seconds for at most
     gpu_sizes: list[tuple[int, ...]]
     compiled_sizes: list[tuple[int, ...]]  # where the launch sites choose another code
+    independent: bool = True  # the examples, N of them
 
 
 # rows and classes, or tokens and vocabulary: digits, CIFAR-100, ImageNet, Llama 2, Llama 3
@@ -51,6 +52,7 @@ RELATIONAL = Family(
     [*_RELATIONAL_SIZES, (4096, 512)],
     # several programs for a third of each tile's points, one
     [(2048, 1024), (1024, 512), (256, 512), (64, 128)],
+    independent=False,
 )
 
 

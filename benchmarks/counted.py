@@ -37,7 +37,7 @@ def bytes_per_entry() -> dict[str, list[list[float]]]:
     found: dict[str, list[list[float]]] = {}
     for case in FUSED:
         for n_cols in (ON_CHIP, 2 * ON_CHIP):
-            small, device = scaled_down((N_ROWS, n_cols))
+            small, device = scaled_down(case, (N_ROWS, n_cols))
             with device:
                 forward, backward, (_, gradient) = metered(case, small, torch.bfloat16)
             moved = (forward.traffic, forward.traffic + backward.traffic)

@@ -28,8 +28,10 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from cases import Case  # noqa: E402
 from counts import FUSED, compiled, metered, scaled_down  # noqa: E402
+from gate import Tensor  # noqa: E402
 from sass import analyse, count, disassemble  # noqa: E402
 from tables import Table  # noqa: E402
+from tile_work import work_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 DIRECTIONS = ("forward", "backward", "forward+backward")
@@ -127,11 +129,11 @@ def summary(floors: Sequence[Floor]) -> dict[str, Any]:
     low, high = sum(x.seconds for x in floors), sum(x.seconds_uncached for x in floors)
     return {
         "milliseconds": [round(1e3 * low, 6), round(1e3 * high, 6)],
-        "binds": longest.most_common(1)[0][0],
+        "binds": longest.most_common(1)[0][0] if longest else "–",  # no kernel of ours
     }
 
 
-def work_of(instructions: Mapping[str, float]) -> dict[str, float]:
+def classes_of(instructions: Mapping[str, float]) -> dict[str, float]:
     """Instructions counted by name, as sass.count does, by class."""
     work: Counter = Counter(all=instructions["instructions"])
     for name, kind in CLASS_OF.items():
@@ -157,15 +159,41 @@ def executed(
     return dict(total)
 
 
+def walked(
+    outside: Mapping[str, float], loops: Sequence[Mapping[str, float]], trips: float, started: float
+) -> dict[str, float]:
+    """Instructions of one warp on average, of which a part has work and walks over points.
+
+    The loop that does is the one that loads most, or several alike, of which each takes its share;
+    any other counts once.
+    """
+    most = max((loop["load_bytes"] for loop in loops), default=0)
+    walks = [loop for loop in loops if loop["load_bytes"] == most]
+    total: Counter[str] = Counter()
+    for part, times in [
+        (outside, started),
+        *((loop, trips / len(walks) if loop in walks else started) for loop in loops),
+    ]:
+        for name, number in part.items():
+            total[name] += number * times  # type: ignore[assignment]
+    return dict(total)
+
+
 def counts_of(launch: Any, loaded: float, unique: float, uncached: float) -> Counts:
     """Of a launch that the gate captured, and the bytes it moves."""
     instructions = disassemble(launch.asm["cubin"])[1]
     last_exit = max(k for k, i in enumerate(instructions) if i.name == "EXIT")
     subroutines = count(instructions[last_exit + 1 :])  # divisions by odd numbers: not executed
-    report = analyse(launch)
-    warps = prod(launch.grid) * report.warps
-    counted = executed(report.outside - subroutines, report.loops, loaded / (32 * warps))
-    return Counts(warps, work_of(counted), unique, uncached)
+    report, work, programs = analyse(launch), work_of(launch), prod(launch.grid)
+    warps, outside = programs * report.warps, report.outside - subroutines
+    if work is None:
+        counted = executed(outside, report.loops, loaded / (32 * warps))
+        return Counts(warps, classes_of(counted), unique, uncached)
+    counted = walked(outside, report.loops, work.trips / programs, work.programs / programs)
+    # how much the points of a walk share in a cache depends on N: what is asked for is derived
+    tensors = [x for x in launch.args.values() if isinstance(x, Tensor)]
+    touched = sum(prod(x.shape) * x.dtype.itemsize for x in tensors)
+    return Counts(warps, classes_of(counted), touched, touched + work.trips * work.bytes_per_trip)
 
 
 def bytes_per_entry() -> dict[str, Any]:
@@ -177,7 +205,7 @@ def bytes_per_entry() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for case in FUSED:
         for shape in case.family.compiled_sizes:
-            small, device = scaled_down(shape)
+            small, device = scaled_down(case, shape)
             with device:
                 *meters, _ = metered(case, small, torch.bfloat16)
             found.setdefault(case.name, {})[key_of(shape)] = [
@@ -285,9 +313,9 @@ def table(record: Mapping[str, Any]) -> Table:
             cells += [span(row[direction]["milliseconds"]), row[direction]["binds"]]
     first, *others = (device.name for device in DEVICES)
     return Table(
-        "The least microseconds for bfloat16 logits: modelled",
+        "The least microseconds for bfloat16 logits and embeddings: modelled",
         [
-            *("loss", "logits", f"{first} forward", "binds", "backward", "binds"),
+            *("loss", "shape", f"{first} forward", "binds", "backward", "binds"),
             *("both", "binds", *(x for name in others for x in (f"{name} both", "binds"))),
         ],
         [[*key, *cells] for key, cells in rows.items()],

@@ -221,7 +221,7 @@ def _distance(h, ht, r, counts, lengths_ptr, n_lengths, n, weight, beta, DTYPE: 
 
 
 @triton.jit
-def combine(
+def sum_splits(
     pairs_ptr, lengths_ptr, slopes_ptr, losses_ptr, of_means_ptr, loss_ptr,
     n, padded, n_lengths, n_tiles, n_splits, distance_weight, beta,
     ON_DEVICE: tl.constexpr, DISTANCE: tl.constexpr, TRAINED: tl.constexpr, DTYPE: tl.constexpr,

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastkd._engine import scaled_gradient
 from fastkd.kernels._launch import device_of, on_device
-from fastkd.kernels._relational_tiles import TILE, combine, edges, laplacian, squares
+from fastkd.kernels._relational_tiles import TILE, edges, laplacian, squares, sum_splits
 from fastkd.relational import Number, Problem
 
 backward = scaled_gradient
@@ -84,7 +84,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
             ANGLE=problem.parts != "distance", PART=problem.everyone is not None,
             num_warps=n_warps,
         )  # fmt: skip
-        combine[(n_tiles, n_tiles) if problem.trained else (1, 1)](
+        sum_splits[(n_tiles, n_tiles) if problem.trained else (1, 1)](
             **shared, **found, **parts, n_lengths=n_sides**2, loss_ptr=share, n_tiles=n_tiles,
             n_splits=n_splits, distance_weight=distance_weight, num_warps=n_warps,
         )  # fmt: skip

@@ -61,7 +61,7 @@ def of_call(run: Compiled) -> Tree:
 
 def of_traffic(case: Case, shape: tuple[int, ...]) -> Tree:
     """Bytes asked for, and each counted once per launch. In the interpreter."""
-    small, device = scaled_down(shape)
+    small, device = scaled_down(case, shape)
     with device:
         forward, backward, (_, gradient) = metered(case, small, torch.bfloat16)
     n = gradient.numel()

@@ -2,13 +2,15 @@
 
     run = compiled(case, shape, dtype, "sm_90")     launches and memory
     resources(run.launches[0], run.element_bytes)   registers, instructions and so on of a launch
-    small, device = scaled_down(shape)              under TRITON_INTERPRET=1
+    small, device = scaled_down(case, shape)        under TRITON_INTERPRET=1
     with device:
         metered(case, small, dtype)                 bytes moved
 
-Limit: a shape is scaled down by its first number, which must be that of independent examples.
+Of independent examples, the first number of a shape, a few stand for all. Where they are related a
+smaller problem is another one: its bytes are no measure of the whole, but of a change.
 """
 
+import contextlib
 import re
 import sys
 from collections.abc import Callable
@@ -20,6 +22,7 @@ import torch
 from gate import DEVICES, Launch, capture
 from meter import Meter, PeakMemory
 from sass import analyse
+from tile_work import work_of
 
 import fastkd
 from fastkd.kernels import _launch
@@ -28,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from cases import CASES, Case
 
+RELATED = (40, 24)  # examples and features, of more than one tile
 FUSED = [case for case in CASES if getattr(case.loss, "fused", True)]  # those with an engine
 
 
@@ -59,7 +63,10 @@ def compiled(case: Case, shape: tuple[int, ...], dtype: torch.dtype, target: str
 
 
 def resources(launch: Launch, element_bytes: int) -> dict[str, Any]:
-    """Instructions and special functions are for each element, one number for each sweep."""
+    """Instructions and special functions are for each element, one number for each sweep.
+
+    Of kernels that walk over points they are for each pair and point.
+    """
     if "amdgcn" in launch.asm:
         found = dict(re.findall(r"\.(\w+): +(\d+)\n", launch.asm["amdgcn"]))
         return {
@@ -67,10 +74,11 @@ def resources(launch: Launch, element_bytes: int) -> dict[str, Any]:
             "shared_bytes": launch.metadata.shared,
             "spills": int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"]),
         }
-    report = analyse(launch)
+    report, work = analyse(launch), work_of(launch)
     # what loads nothing itself, as the hardware's copies do, is counted for the thread
-    elements = [sweep["load_bytes"] / element_bytes or 1 for sweep in report.sweeps]
-    sweeps = list(zip(report.sweeps, elements, strict=True))
+    sweeps = [(sweep, sweep["load_bytes"] / element_bytes or 1) for sweep in report.sweeps]
+    if work and work.trips:
+        sweeps = [(report.main, work.per_trip / (32 * report.warps))]
     return {
         "registers": report.registers,
         "shared_bytes": report.shared_bytes,
@@ -82,8 +90,10 @@ def resources(launch: Launch, element_bytes: int) -> dict[str, Any]:
     }
 
 
-def scaled_down(shape: tuple[int, ...], n: int = 2) -> tuple[tuple[int, ...], Any]:
+def scaled_down(case: Case, shape: tuple[int, ...], n: int = 2) -> tuple[tuple[int, ...], Any]:
     """A few examples on so much of an H100 that each gets its share of the whole."""
+    if not case.family.independent:
+        return tuple(map(min, shape, RELATED)), contextlib.nullcontext()
     multiprocessors = DEVICES["sm_90"].multiprocessors * n // shape[0]
     device = _launch.Device(max(1, multiprocessors), False)
     # what the launch sites ask for, wherever they have it from

@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from counts import FUSED
-from floor import DEVICES, RESULTS, Counts, check, executed, floor, summary, work_of
+from floor import DEVICES, RESULTS, Counts, check, classes_of, executed, floor, summary
 
 H100, H200, A100 = DEVICES
 GIGABYTE = 1e9
@@ -42,7 +42,7 @@ def moving(unique, uncached=None):
 
 def working(**instructions):
     total = sum(instructions.values())
-    return IDLE._replace(warps=WARPS, work=work_of({"instructions": total, **instructions}))
+    return IDLE._replace(warps=WARPS, work=classes_of({"instructions": total, **instructions}))
 
 
 @pytest.mark.parametrize(

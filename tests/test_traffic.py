@@ -66,7 +66,7 @@ def test_every_access_is_inside_and_every_output_written_once(case, layout, pois
 
     for shape in case.family.compiled_sizes:
         # an odd number of columns, for which the launch sites still choose the same code
-        (n, *columns), device = scaled_down(shape, n=3)
+        (n, *columns), device = scaled_down(case, shape, n=3)
         with device:
             odd = (n, *((min(size, 10244) - 1) | 1 for size in columns))
             forward, backward, results = metered(case, odd, torch.bfloat16, lay_out)

@@ -1,0 +1,67 @@
+"""What kernels that walk over points do in one trip: their bytes do not tell, as a sweep's do.
+
+Each thread has some pairs of its program's tile, whose parts it loads for itself. A trip handles
+one point of every pair (of `squares`: DEPTH features).
+"""
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any, NamedTuple
+
+from fastkd.kernels._relational_tiles import TILE
+
+SIDE = TILE.value
+
+
+class Work(NamedTuple):
+    """Of one launch."""
+
+    per_trip: float  # pairs and points that a program handles in a trip
+    trips: float  # of all programs together
+    programs: float  # that have any
+    bytes_per_trip: float  # asked for by a program
+
+
+def upper(tiles: int) -> float:
+    """Programs that do not leave their work to the one above the diagonal."""
+    return tiles * (tiles + 1) / 2
+
+
+def squares(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
+    side, depth = x["SIDE"], x["DEPTH"]
+    programs = upper(grid[0])  # of each network
+    networks = [(x[f"{name}_width"], x[f"{name}_ptr"].dtype.itemsize) for name in NETWORKS]
+    trips = sum(programs * -(-width // depth) for width, _ in networks)
+    moved = sum(size for _, size in networks) / 2 * 2 * side * depth
+    return Work(side * side * depth, trips, 2 * programs, moved)
+
+
+def edges(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
+    tiles, _, splits = grid
+    programs = upper(tiles) * splits
+    trips = upper(tiles) * x["n"] if x["ANGLE"] else 0
+    return Work(SIDE * SIDE, trips, programs, 2 * 4 * SIDE * x["pairs_ptr"].dtype.itemsize)
+
+
+def sum_splits(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
+    programs, size = prod(grid), x["pairs_ptr"].dtype.itemsize
+    trips = programs * (x["n_splits"] - 1) if x["TRAINED"] else 0
+    return Work(SIDE * SIDE, trips, programs, SIDE * SIDE * size)
+
+
+def laplacian(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
+    rows, columns, programs = x["ROWS"], x["COLUMNS"], prod(grid)
+    moved = rows * x["slopes_ptr"].dtype.itemsize + columns * x["x_ptr"].dtype.itemsize
+    return Work(rows * columns, programs * x["n"], programs, moved)
+
+
+NETWORKS = ("student", "teacher")
+KERNELS: dict[str, Callable[..., Work]] = {
+    kernel.__name__: kernel for kernel in (squares, edges, sum_splits, laplacian)
+}
+
+
+def work_of(launch: Any) -> Work | None:
+    """None for a kernel that reads everything once."""
+    found = KERNELS.get(launch.name)
+    return found and found(launch.args, launch.grid)
