@@ -17,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 class Device(NamedTuple):
     multiprocessors: int
-    fast_log2: bool  # whether the target has the instruction
+    nvidia: bool  # log2 is an instruction there, and registers can be capped
 
 
 @functools.cache

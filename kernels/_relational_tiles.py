@@ -73,7 +73,8 @@ def _squares_of_tile(
     return total
 
 
-@triton.jit
+# all that varies with N is the same code
+@triton.jit(do_not_specialize=["n"])
 def squares(
     student_ptr, teacher_ptr, pairs_ptr, lengths_ptr, n, padded, student_stride, teacher_stride,
     student_width, teacher_width, beta,
@@ -120,140 +121,154 @@ def squares(
 
 
 @triton.jit
-def edges(
-    pairs_ptr, lengths_ptr, slopes_ptr, losses_ptr, of_means_ptr, n, padded, n_lengths,
-    first, n_own, per_split, distance_weight, angle_weight, beta,
-    ON_DEVICE: tl.constexpr, DISTANCE: tl.constexpr, ANGLE: tl.constexpr, TRAINED: tl.constexpr,
-    PART: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Programs (tile of a, tile of b, share of the third points): the loss, and the slopes g.
+def _relative_distances(h, ht, apart, lengths_ptr, n_lengths, n, beta, DTYPE: tl.constexpr):
+    """d of the student, the mean of all d in units of beta, and what the penalty is taken of."""
+    n_pairs = n.to(DTYPE) * (n - 1).to(DTYPE)
+    unit = beta * _total(lengths_ptr, n_lengths, DTYPE) / n_pairs
+    unit_t = beta * _total(lengths_ptr + n_lengths, n_lengths, DTYPE) / n_pairs
+    q, qt = 2 * beta * h, 2 * beta * ht
+    d = _root(tl.where(q < _LEAST_SQUARE, _LEAST_SQUARE, q), DTYPE)
+    t = _root(tl.where(qt < _LEAST_SQUARE, _LEAST_SQUARE, qt), DTYPE)
+    return d, unit, tl.where(apart, d / unit - t / unit_t, 0.0)
 
-    slopes: [splits, padded, padded], the place of b before that of a; losses: one for each program;
-    of_means: [tiles, tiles], sums of slope · distance. Of the whole batch a program above the
-    diagonal writes for that below; a PART of it has the edges of its own n_own rows from `first`.
+
+@triton.jit
+def _apart(i, j, n):
+    """Pairs of a tile that are two examples."""
+    a, b = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
+    return (a < n)[:, None] & (b < n)[None, :] & (a[:, None] != b[None, :])
+
+
+@triton.jit
+def _is_own(i, first, n_own):
+    """[TILE, 1], of the rows of a tile."""
+    a = i * TILE + tl.arange(0, TILE)
+    return ((a >= first) & (a < first + n_own))[:, None]
+
+
+@triton.jit(do_not_specialize=["n", "n_lengths", "first", "n_own"])
+def distances(
+    pairs_ptr, lengths_ptr, losses_ptr, of_means_ptr, n, padded, n_lengths, first, n_own,
+    distance_weight, beta, ON_DEVICE: tl.constexpr, PART: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Programs (tile, tile): the loss of the distances, of_means: sums of slope · distance."""
+    i, j = tl.program_id(0), tl.program_id(1)
+    place = i * tl.num_programs(1) + j
+    h_ptr = _pairs_at(pairs_ptr, i * TILE, j * TILE, padded, TILE, TILE)
+    h, ht = tl.load(h_ptr), tl.load(h_ptr + 2 * TILE)
+    beta_, size = number(beta, ON_DEVICE, DTYPE), n.to(DTYPE)
+    apart = _apart(i, j, n)
+    d, _, x = _relative_distances(h, ht, apart, lengths_ptr, n_lengths, n, beta_, DTYPE)
+    bent = _bent(x, DTYPE)
+    penalty = bent * (x - 0.5 * bent)
+    if PART:
+        penalty = tl.where(_is_own(i, first, n_own), penalty, 0.0)
+    scale = beta_ * number(distance_weight, ON_DEVICE, DTYPE) / (size * size)
+    tl.store(losses_ptr + place, tl.sum(penalty) * scale)
+    tl.store(of_means_ptr + place, tl.sum(tl.where(apart, bent * d, 0.0)))
+
+
+@triton.jit(do_not_specialize=["n", "first", "n_own", "per_split"])
+def edges(
+    pairs_ptr, slopes_ptr, losses_ptr, n, padded, first, n_own, per_split, angle_weight, beta,
+    ON_DEVICE: tl.constexpr, TRAINED: tl.constexpr, PART: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Programs (tile of a, tile of b, share of the third points): angles, their slopes g.
+
+    slopes: [splits, padded, padded], the place of b before that of a; losses: one for each program.
+    Of the whole batch a program above the diagonal writes for that below; a PART of it has the
+    edges of its own n_own rows from `first`.
     """
     i, j, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_tiles = tl.num_programs(1)
-    place = (split * n_tiles + i) * n_tiles + j
-    if not PART:
-        if j < i:
-            tl.store(losses_ptr + place, 0.0)
-            if DISTANCE:
-                tl.store(of_means_ptr + place, 0.0, mask=split == 0)
-            return
+    losses_ptr += (split * n_tiles + i) * n_tiles + j
+    start, stop = split * per_split, tl.minimum(split * per_split + per_split, n)
+    if PART:  # rows of others are not visited
+        stop = tl.where((i * TILE < first + n_own) & (i * TILE + TILE > first), stop, start)
+    elif j < i:
+        tl.store(losses_ptr, 0.0)
+        return
     lanes = tl.arange(0, TILE)
     h_ptr = _pairs_at(pairs_ptr, i * TILE, j * TILE, padded, TILE, TILE)
     h, r = tl.load(h_ptr), tl.load(h_ptr + TILE)
     ht, rt = tl.load(h_ptr + 2 * TILE), tl.load(h_ptr + 3 * TILE)
-    loss, slope = h * 0, h * 0
-    if ANGLE:
-        start, stop = split * per_split, tl.minimum(split * per_split + per_split, n)
-        if PART:  # rows of others are not visited
-            stop = tl.where((i * TILE < first + n_own) & (i * TILE + TILE > first), stop, start)
-        by_r, by_u = h * 0, h * 0
-        k, kt, half_r = h * r, ht * rt, 0.5 * r
-        row_ptr = pairs_ptr + start.to(tl.int64) * (4 * padded) + lanes
-        a_ptr, b_ptr = row_ptr + i * (4 * TILE), row_ptr + j * (4 * TILE)
-        for _ in range(start, stop):
-            ha, hb = tl.load(a_ptr)[:, None], tl.load(b_ptr)[None, :]
-            ra, rb = tl.load(a_ptr + TILE)[:, None], tl.load(b_ptr + TILE)[None, :]
-            hta, htb = tl.load(a_ptr + 2 * TILE)[:, None], tl.load(b_ptr + 2 * TILE)[None, :]
-            rta, rtb = tl.load(a_ptr + 3 * TILE)[:, None], tl.load(b_ptr + 3 * TILE)[None, :]
-            at_c = ra * rb
-            x = at_c * ((ha + hb) - h) - (rta * rtb) * ((hta + htb) - ht)
-            bent = _bent(x, DTYPE)
-            loss += bent * (x - 0.5 * bent)
-            if TRAINED:
-                u, ut = ha - hb, hta - htb
-                of_a = ra * _bent(ra * (k + r * u) - rta * (kt + rt * ut), DTYPE)
-                bent_b = _bent(rb * (k - r * u) - rtb * (kt - rt * ut), DTYPE)
-                by_r += half_r * (of_a + bent_b * rb)
-                by_r -= at_c * bent
-                by_u += u * (of_a - bent_b * rb)
-            a_ptr += 4 * padded
-            b_ptr += 4 * padded
-        beta_ = number(beta, ON_DEVICE, DTYPE)
-        size = n.to(DTYPE)
-        scale = number(angle_weight, ON_DEVICE, DTYPE) / (size * size * size)
-        loss *= beta_ * scale
+    k, kt, half_r = h * r, ht * rt, 0.5 * r
+    loss, by_r, by_u = h * 0, h * 0, h * 0
+    row_ptr = pairs_ptr + start.to(tl.int64) * (4 * padded) + lanes
+    a_ptr, b_ptr = row_ptr + i * (4 * TILE), row_ptr + j * (4 * TILE)
+    for _ in range(start, stop):
+        ha, hb = tl.load(a_ptr)[:, None], tl.load(b_ptr)[None, :]
+        ra, rb = tl.load(a_ptr + TILE)[:, None], tl.load(b_ptr + TILE)[None, :]
+        hta, htb = tl.load(a_ptr + 2 * TILE)[:, None], tl.load(b_ptr + 2 * TILE)[None, :]
+        rta, rtb = tl.load(a_ptr + 3 * TILE)[:, None], tl.load(b_ptr + 3 * TILE)[None, :]
+        at_c = ra * rb
+        x = at_c * ((ha + hb) - h) - (rta * rtb) * ((hta + htb) - ht)
+        bent = _bent(x, DTYPE)
+        loss += bent * (x - 0.5 * bent)
         if TRAINED:
-            slope = (by_r - beta_ * r * r * r * by_u) * scale
-    a, b = i * TILE + lanes, j * TILE + lanes
-    is_own = ((a >= first) & (a < first + n_own))[:, None] & (b >= 0)[None, :]
-    times = tl.where(i == j, 1.0, 2.0)
-    if DISTANCE:
-        apart = (a < n)[:, None] & (b < n)[None, :] & (a[:, None] != b[None, :])
-        penalty, by_d, of_mean = _distance(
-            h, ht, r, apart & (split == 0), lengths_ptr, n_lengths, n,
-            number(distance_weight, ON_DEVICE, DTYPE), number(beta, ON_DEVICE, DTYPE), DTYPE,
-        )  # fmt: skip
-        loss += penalty
-        slope += by_d
-        total = tl.sum(of_mean) if PART else tl.sum(of_mean) * times
-        tl.store(of_means_ptr + place, total, mask=split == 0)
-    total = tl.sum(tl.where(is_own, loss, 0.0)) if PART else tl.sum(loss) * times
-    tl.store(losses_ptr + place, total)
+            u, ut = ha - hb, hta - htb
+            of_a = ra * _bent(ra * (k + r * u) - rta * (kt + rt * ut), DTYPE)
+            bent_b = _bent(rb * (k - r * u) - rtb * (kt - rt * ut), DTYPE)
+            by_r += half_r * (of_a + bent_b * rb)
+            by_r -= at_c * bent
+            by_u += u * (of_a - bent_b * rb)
+        a_ptr += 4 * padded
+        b_ptr += 4 * padded
+    beta_, size = number(beta, ON_DEVICE, DTYPE), n.to(DTYPE)
+    scale = number(angle_weight, ON_DEVICE, DTYPE) / (size * size * size)
+    if PART:
+        loss = tl.where(_is_own(i, first, n_own), loss, 0.0)
+    else:
+        loss *= tl.where(i == j, 1.0, 2.0)
+    tl.store(losses_ptr, tl.sum(loss) * (beta_ * scale))
     if TRAINED:
-        slope = tl.where(a[:, None] == b[None, :], 0.0, slope)
+        slope = (by_r - beta_ * r * r * r * by_u) * scale
+        slope = tl.where(_apart(i, j, n), slope, 0.0)
         slopes_ptr += split.to(tl.int64) * padded * padded
-        mirrored_ptr = slopes_ptr + j.to(tl.int64) * TILE * padded + i * TILE
         within = lanes[:, None] * padded + lanes[None, :]
+        mirrored_ptr = slopes_ptr + j.to(tl.int64) * TILE * padded + i * TILE
         tl.store(mirrored_ptr + within, tl.trans(slope))
         if not PART:
             if i != j:
                 tl.store(slopes_ptr + i.to(tl.int64) * TILE * padded + j * TILE + within, slope)
 
 
-@triton.jit
-def _distance(h, ht, r, counts, lengths_ptr, n_lengths, n, weight, beta, DTYPE: tl.constexpr):
-    """Of the pairs that count: penalties, their slopes in Q for a mean that stands, slope · d."""
-    size = n.to(DTYPE)
-    scale, n_pairs = weight / (size * size), size * (size - 1)
-    unit = beta * _total(lengths_ptr, n_lengths, DTYPE) / n_pairs
-    unit_t = beta * _total(lengths_ptr + n_lengths, n_lengths, DTYPE) / n_pairs
-    q, qt = 2 * beta * h, 2 * beta * ht
-    d = _root(tl.where(q < _LEAST_SQUARE, _LEAST_SQUARE, q), DTYPE)
-    t = _root(tl.where(qt < _LEAST_SQUARE, _LEAST_SQUARE, qt), DTYPE)
-    x = tl.where(counts, d / unit - t / unit_t, 0.0)
-    bent = _bent(x, DTYPE)
-    slope = tl.where(q < _LEAST_SQUARE, 0.0, bent * r * (beta * scale / unit))
-    return bent * (x - 0.5 * bent) * (beta * scale), slope, tl.where(counts, bent * d, 0.0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_lengths", "n_tiles", "n_losses", "n_splits"])
 def sum_splits(
     pairs_ptr, lengths_ptr, slopes_ptr, losses_ptr, of_means_ptr, loss_ptr,
-    n, padded, n_lengths, n_tiles, n_splits, distance_weight, beta,
+    n, padded, n_lengths, n_tiles, n_losses, n_splits, distance_weight, beta,
     ON_DEVICE: tl.constexpr, DISTANCE: tl.constexpr, TRAINED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Programs (tile, tile) sum the splits in place; every distance moves the mean as well."""
+    """Programs (tile, tile): the slopes of the angles, summed in place, and of the distances."""
     i, j = tl.program_id(0), tl.program_id(1)
-    n_parts = n_tiles * n_tiles
     if i + j == 0:
-        loss = _total(losses_ptr, n_parts * n_splits, DTYPE)
+        loss = _total(losses_ptr, n_losses, DTYPE)
         tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
     if TRAINED:
         lanes = tl.arange(0, TILE)
         slope_ptr = slopes_ptr + i.to(tl.int64) * TILE * padded + j * TILE
         slope_ptr += lanes[:, None] * padded + lanes[None, :]
-        slope = tl.load(slope_ptr)
+        slope = tl.load(slope_ptr, mask=(lanes < n_splits * TILE)[:, None], other=0.0)
         split_ptr = slope_ptr
         for _ in range(1, n_splits):
             split_ptr += padded.to(tl.int64) * padded
             slope += tl.load(split_ptr)
         if DISTANCE:
-            beta_, size = number(beta, ON_DEVICE, DTYPE), n.to(DTYPE)
-            n_pairs = size * (size - 1)
-            mean = _total(lengths_ptr, n_lengths, DTYPE) / n_pairs
-            of_mean = _total(of_means_ptr, n_parts, DTYPE) / (mean * n_pairs)
-            scale = number(distance_weight, ON_DEVICE, DTYPE) / (size * size * mean)
             h_ptr = _pairs_at(pairs_ptr, i * TILE, j * TILE, padded, TILE, TILE)
-            h, r = tl.load(h_ptr), tl.load(h_ptr + TILE)
-            slope -= tl.where(2 * beta_ * h < _LEAST_SQUARE, 0.0, r * (of_mean * scale))
+            h, r, ht = tl.load(h_ptr), tl.load(h_ptr + TILE), tl.load(h_ptr + 2 * TILE)
+            beta_, size = number(beta, ON_DEVICE, DTYPE), n.to(DTYPE)
+            apart = _apart(i, j, n)
+            _, unit, x = _relative_distances(h, ht, apart, lengths_ptr, n_lengths, n, beta_, DTYPE)
+            # every distance moves the mean, and with it all penalties
+            of_mean = _total(of_means_ptr, n_tiles * n_tiles, DTYPE) * beta_
+            of_mean = of_mean / (unit * size * (size - 1))
+            scale = beta_ * number(distance_weight, ON_DEVICE, DTYPE) / (size * size * unit)
+            moved = apart & (2 * beta_ * h >= _LEAST_SQUARE)
+            slope += tl.where(moved, r * (_bent(x, DTYPE) - of_mean) * scale, 0.0)
         tl.store(slope_ptr, slope)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "first", "n_own"])
 def laplacian(
     x_ptr, slopes_ptr, gradient_ptr, n, padded, first, n_own, stride, width,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

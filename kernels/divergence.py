@@ -116,7 +116,7 @@ def _launch_whole_rows(
     columns = triton.next_power_of_2(n_cols)
     # as many rows as fill a program, as few as give every multiprocessor two programs
     device = device_of(problem.student)
-    most_warps = 32 if device.fast_log2 else 16  # 1024 threads: AMD's warps have 64
+    most_warps = 32 if device.nvidia else 16  # 1024 threads: AMD's warps have 64
     sharing = triton.cdiv(n_rows, 2 * device.multiprocessors)
     block = max(1, min(4096 // columns, triton.next_power_of_2(sharing)))
     with on_device(problem.student):
@@ -244,7 +244,7 @@ def _problem_arguments(problem: Problem, student: Rows, teacher: Rows) -> dict[s
         ON_DEVICE=on_device,
         DIVERGENCE=problem.divergence,
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
-        FAST=dtype == torch.float32 and device_of(problem.student).fast_log2,
+        FAST=dtype == torch.float32 and device_of(problem.student).nvidia,
     )
 
 

@@ -30,7 +30,14 @@ from torch import Tensor
 
 from fastkd._engine import scaled_gradient
 from fastkd.kernels._launch import device_of, on_device
-from fastkd.kernels._relational_tiles import TILE, edges, laplacian, squares, sum_splits
+from fastkd.kernels._relational_tiles import (
+    TILE,
+    distances,
+    edges,
+    laplacian,
+    squares,
+    sum_splits,
+)
 from fastkd.relational import Number, Problem
 
 backward = scaled_gradient
@@ -59,40 +66,49 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     new = student.new_empty
     pairs = new((padded, 4 * padded), dtype=dtype)
     lengths = new((2, n_sides, n_sides), dtype=dtype)
-    found = dict(
-        slopes_ptr=new((n_splits, padded, padded) if problem.trained else 0, dtype=dtype),
-        losses_ptr=new((n_splits, n_tiles, n_tiles), dtype=dtype),
-        of_means_ptr=new((n_tiles, n_tiles), dtype=dtype),
-    )
+    slopes = new((max(1, n_splits), padded, padded) if problem.trained else 0, dtype=dtype)
+    has_distance = problem.parts != "angle"
+    losses = new((has_distance + n_splits, n_tiles, n_tiles), dtype=dtype)
+    of_means = new((n_tiles, n_tiles), dtype=dtype)
     distance_weight, angle_weight, beta, by_pointer = _numbers(problem)
     shared = dict(
-        pairs_ptr=pairs, lengths_ptr=lengths, n=n, padded=padded, beta=beta,
-        ON_DEVICE=by_pointer, DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+        pairs_ptr=pairs, n=n, padded=padded, beta=beta, ON_DEVICE=by_pointer,
+        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
     )  # fmt: skip
-    parts = dict(DISTANCE=problem.parts != "angle", TRAINED=problem.trained)
+    means = dict(
+        lengths_ptr=lengths, n_lengths=n_sides**2, of_means_ptr=of_means,
+        distance_weight=distance_weight,
+    )  # fmt: skip
+    own = dict(first=problem.first, n_own=n_own)
     with on_device(student):
         squares[(n_sides, n_sides, 2)](
-            student_ptr=student, teacher_ptr=teacher,
+            student_ptr=student, teacher_ptr=teacher, lengths_ptr=lengths,
             student_stride=student.stride(0), teacher_stride=teacher.stride(0),
             student_width=student.shape[1], teacher_width=teacher.shape[1],
             **shared, SIDE=side, DEPTH=4, num_warps=n_warps * side // TILE.value,
         )  # fmt: skip
-        edges[(n_tiles, n_tiles, n_splits)](
-            **shared, **found, **parts, n_lengths=n_sides**2, first=problem.first, n_own=n_own,
-            per_split=triton.cdiv(n, n_splits),
-            distance_weight=distance_weight, angle_weight=angle_weight,
-            ANGLE=problem.parts != "distance", PART=problem.everyone is not None,
-            num_warps=n_warps,
-        )  # fmt: skip
+        if has_distance:
+            distances[(n_tiles, n_tiles)](
+                **shared, **means, **own, losses_ptr=losses[n_splits],
+                PART=problem.everyone is not None, num_warps=n_warps,
+            )  # fmt: skip
+        if n_splits:
+            edges[(n_tiles, n_tiles, n_splits)](
+                **shared, **own, slopes_ptr=slopes, losses_ptr=losses,
+                per_split=triton.cdiv(n, n_splits), angle_weight=angle_weight,
+                TRAINED=problem.trained, PART=problem.everyone is not None, num_warps=n_warps,
+                **_four_programs(student, dtype),
+            )  # fmt: skip
         sum_splits[(n_tiles, n_tiles) if problem.trained else (1, 1)](
-            **shared, **found, **parts, n_lengths=n_sides**2, loss_ptr=share, n_tiles=n_tiles,
-            n_splits=n_splits, distance_weight=distance_weight, num_warps=n_warps,
+            **shared, **means, slopes_ptr=slopes, losses_ptr=losses, loss_ptr=share,
+            n_tiles=n_tiles, n_losses=losses.numel(), n_splits=n_splits,
+            DISTANCE=has_distance, TRAINED=problem.trained, num_warps=n_warps,
         )  # fmt: skip
         if problem.trained and n_own:
             rows = TILE.value
             laplacian[(triton.cdiv(n_own, rows), triton.cdiv(student.shape[1], _FEATURES))](
-                x_ptr=student, slopes_ptr=found["slopes_ptr"], gradient_ptr=gradient, n=n,
-                padded=padded, first=problem.first, n_own=n_own, stride=student.stride(0),
+                x_ptr=student, slopes_ptr=slopes, gradient_ptr=gradient, n=n,
+                padded=padded, **own, stride=student.stride(0),
                 width=student.shape[1], DTYPE=shared["DTYPE"], ROWS=rows, COLUMNS=_FEATURES,
                 num_warps=n_warps,
             )  # fmt: skip
@@ -104,10 +120,16 @@ def _rows(embeddings: Tensor) -> Tensor:
     return embeddings if embeddings.stride(1) == 1 else embeddings.contiguous()
 
 
+def _four_programs(tensor: Tensor, dtype: torch.dtype) -> dict[str, int]:
+    """A few registers more, and a multiprocessor holds three."""
+    capped = device_of(tensor).nvidia and dtype == torch.float32
+    return {"maxnreg": 128} if capped else {}
+
+
 def _splits(problem: Problem, n_tiles: int) -> int:
     """How many programs share the third points of a tile: enough to fill the device."""
     if problem.parts == "distance":
-        return 1
+        return 0
     n_programs = n_tiles * (n_tiles + 1) // 2
     if problem.everyone is not None:
         n_programs = triton.cdiv(len(problem.student), TILE.value) * n_tiles

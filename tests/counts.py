@@ -78,7 +78,8 @@ def resources(launch: Launch, element_bytes: int) -> dict[str, Any]:
     # what loads nothing itself, as the hardware's copies do, is counted for the thread
     sweeps = [(sweep, sweep["load_bytes"] / element_bytes or 1) for sweep in report.sweeps]
     if work and work.trips:
-        sweeps = [(report.main, work.per_trip / (32 * report.warps))]
+        walk = max(report.loops, key=lambda loop: loop["load_bytes"])
+        sweeps = [(walk, work.per_trip / (32 * report.warps))]
     return {
         "registers": report.registers,
         "shared_bytes": report.shared_bytes,

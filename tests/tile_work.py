@@ -38,14 +38,17 @@ def squares(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
 
 def edges(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
     tiles, _, splits = grid
-    programs = upper(tiles) * splits
-    trips = upper(tiles) * x["n"] if x["ANGLE"] else 0
-    return Work(SIDE * SIDE, trips, programs, 2 * 4 * SIDE * x["pairs_ptr"].dtype.itemsize)
+    size = x["pairs_ptr"].dtype.itemsize
+    return Work(SIDE * SIDE, upper(tiles) * x["n"], upper(tiles) * splits, 2 * 4 * SIDE * size)
+
+
+def distances(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
+    return Work(SIDE * SIDE, 0, prod(grid), 0)
 
 
 def sum_splits(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
     programs, size = prod(grid), x["pairs_ptr"].dtype.itemsize
-    trips = programs * (x["n_splits"] - 1) if x["TRAINED"] else 0
+    trips = programs * max(0, x["n_splits"] - 1) if x["TRAINED"] else 0
     return Work(SIDE * SIDE, trips, programs, SIDE * SIDE * size)
 
 
@@ -57,7 +60,7 @@ def laplacian(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
 
 NETWORKS = ("student", "teacher")
 KERNELS: dict[str, Callable[..., Work]] = {
-    kernel.__name__: kernel for kernel in (squares, edges, sum_splits, laplacian)
+    kernel.__name__: kernel for kernel in (squares, distances, edges, sum_splits, laplacian)
 }
 
 
