@@ -32,10 +32,23 @@ def size_of(tensors: Sequence[Tensor]) -> int:
 def least_bytes(case: Case, inputs: Sequence[Tensor], direction: str) -> int:
     """What must move: the inputs in, in each direction, and the gradient out."""
     read = size_of(inputs)
-    return {
-        # a backward that is a step of its own reads the logits again
-        "divergence": read if direction == "forward" else 2 * read + inputs[0].nbytes,
-    }[case.family.name]
+    if direction == "forward":
+        return read
+    # a backward that is a step of its own reads the logits again
+    again = read if case.family.name == "divergence" else 0
+    return read + again + inputs[0].nbytes
+
+
+def least_flops(case: Case, shape: Sequence[int], direction: str) -> int:
+    """What must be computed where that, and not memory, takes the time."""
+    if case.family.name != "relational":
+        return 0
+    n, n_features = shape
+    # a difference, its square and the sum for each pair and network; in the gradient once more
+    pairs = n * n * n_features * (3 if direction == "forward" else 6)
+    # of a pair and a third example: a cosine in each network and its penalty; three with slopes
+    triples = n**3 // 2 * (14 if direction == "forward" else 50)
+    return pairs + (0 if case.name == "rkd_distance" else triples)
 
 
 class Problem(NamedTuple):
@@ -153,11 +166,15 @@ def compare(
     problem: Problem,
     losses: dict[str, Callable[..., Tensor]],
     device: Device,
-    copy_rate: float | None,
+    ceilings: dict[str, float],
 ) -> list[Row]:
     """A row for each implementation; what cannot run has a note in place of its time."""
     inputs = inputs_of(problem, device)
     moved = least_bytes(problem.case, inputs, problem.direction)
+    flops = least_flops(problem.case, problem.shape, problem.direction)
+    # milliseconds at the ceilings of this device
+    copy_rate, flop_rate = ceilings.get("copy_GBps"), ceilings.get("matmul_fp32_TFLOPs")
+    least = max(moved / copy_rate / 1e6, flops / flop_rate / 1e9) if copy_rate and flop_rate else 0
     ours: Tensor | None = None
     ready: dict[str, Ready] = {}
     notes: dict[str, str] = {}
@@ -180,6 +197,7 @@ def compare(
     head = {
         **problem.row,
         "bytes": moved,
+        "flops": flops,
     }
     rows = []
     for name in losses:
@@ -189,7 +207,7 @@ def compare(
         else:
             row |= times(batches[name], ours_by_round) | ready[name].row
             row["GBps"] = round(moved / row["milliseconds"] / 1e6, 2)
-            row["share_of_ceiling"] = round(row["GBps"] / copy_rate, 4) if copy_rate else None
+            row["share_of_ceiling"] = round(least / row["milliseconds"], 4) if least else None
         rows.append(row)
     return rows
 

@@ -143,8 +143,7 @@ def bench(run: Run, deadline: float) -> dict[str, Any]:
             run.device.forget()
             losses = comparison.implementations(problem.case, run.device, importable)
             wanted = {name: losses[name] for name in run.chosen(list(losses))}
-            rate = run.record["ceilings"].get("copy_GBps")
-            rows = comparison.compare(problem, wanted, run.device, rate)
+            rows = comparison.compare(problem, wanted, run.device, run.record["ceilings"])
         except Exception as error:
             rows = [problem.row | {"milliseconds": None, "note": comparison.sentence(error)}]
         for row in rows:

@@ -49,7 +49,7 @@ def share(rows: list[Row]) -> Any:
         axes.bar(places, [shares.get(op) or 0 for op in ops], 0.8 / len(names), label=name)
     axes.axhline(1, color="black", linewidth=0.5)
     axes.set_xticks([place + 0.4 for place in range(len(ops))], ops, rotation=20, ha="right")
-    axes.set_ylabel(f"least bytes / time, of the copy rate\n{'×'.join(map(str, largest))}")
+    axes.set_ylabel(f"least bytes or FLOPs / time, of the ceiling\n{'×'.join(map(str, largest))}")
     axes.legend(fontsize="small")
     return figure
 

@@ -77,7 +77,7 @@ def table(rows: Sequence[Row]) -> str:
     others = [x for x in dict.fromkeys(r.get("implementation", "") for r in rows) if x != "fastkd"]
     with_share = any(row.get("share_of_ceiling") for row in rows)
     columns = ["loss", "shape", "dtype", "direction", "fastkd, ms"]
-    columns += [*(["of the copy rate"] if with_share else []), *others]
+    columns += [*(["of the ceiling"] if with_share else []), *others]
     columns += ["memory", "eager's memory", ""]
     lines = []
     for key, members in sorted(problems(rows).items(), key=lambda item: place(item[0])):

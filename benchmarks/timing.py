@@ -6,6 +6,7 @@ All that the two do differently is here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 import statistics
 import subprocess
@@ -127,9 +128,9 @@ class Interpreter:
         return "sm_90"
 
     def sizes(self, family: Family) -> list[tuple[int, ...]]:
-        # long enough for every way to read a row
+        # long enough for every way to read a row; more than one tile of related examples
         return [
-            (2, *(min(size, 9000) for size in shape[1:]))
+            (2 if family.independent else 40, *(min(size, 9000) for size in shape[1:]))
             for shape in (family.sizes[0], family.sizes[-1])
         ]
 
@@ -182,17 +183,17 @@ def step_of(loss: Callable[..., Tensor], inputs: list[Tensor], direction: str) -
 
 
 def ceilings(device: Device) -> dict[str, float]:
-    """What this device reaches now: a large copy, and a large product of bfloat16 matrices."""
+    """What this device reaches now: a large copy, and large products of matrices."""
     source = torch.randn(device.copy_bytes // 4, device=device.name)
     target = torch.empty_like(source)
     copy = median(device, lambda: target.copy_(source), source.nbytes)
     size = device.matmul_size
-    left, right = torch.randn(2, size, size, device=device.name).bfloat16()
-    product = median(device, lambda: torch.mm(left, right), left.nbytes)
-    return {
-        "copy_GBps": 2 * source.nbytes / copy / 1e6,
-        "matmul_bf16_TFLOPs": 2 * size**3 / product / 1e9,
-    }
+    rates = {"copy_GBps": 2 * source.nbytes / copy / 1e6}
+    wide = torch.randn(2, size, size, device=device.name)  # in float32: PyTorch's default precision
+    for name, (left, right) in {"bf16": wide.bfloat16(), "fp32": wide}.items():
+        product = median(device, functools.partial(torch.mm, left, right), left.nbytes)
+        rates[f"matmul_{name}_TFLOPs"] = 2 * size**3 / product / 1e9
+    return rates
 
 
 def median(device: Device, step: Step, inputs_bytes: int) -> float:

@@ -22,6 +22,9 @@ TERMS, SWEEPS = "kernels/_divergence_terms.py", "kernels/_divergence_sweeps.py"
 TILES, LAUNCHES = "kernels/_tiles.py", "kernels/divergence.py"
 PORTABLE, SMALL = "fastkd/portable/divergence.py", "fastkd/portable/_small_divergence.py"
 LOSSES = "fastkd/divergence.py"
+PAIRS, RELATIONS = "kernels/_relational_tiles.py", "kernels/relational.py"
+PORTABLE_RELATIONS, RELATIONAL = "fastkd/portable/relational.py", "fastkd/relational.py"
+GROUP = "fastkd/_distributed.py"
 METER, GUARD, INTERPRETER = "tests/meter.py", "tests/guard.py", "tests/interpreter.py"
 GATE, SASS = "tests/gate.py", "tests/sass.py"
 COUNTS, BUDGETS = "tests/counts.py", "tests/budgets.py"
@@ -308,6 +311,81 @@ MUTANTS = [
     Mutant(BUDGETS, "not unique", "unique_bytes=[forward.floor / n", "unique_bytes=[forward.traffic / n"),
     Mutant(BUDGETS, "nothing recorded", "if options.write:", "if False:"),
     Mutant(BUDGETS, "nothing refused", "return 1 if n_worse else 0", "return 0"),
+    # relations: tiles of pairs
+    Mutant(PAIRS, "term dropped", "part += difference * difference", "part = difference * difference"),
+    Mutant(PAIRS, "term dropped", "total += part", "total = part"),
+    Mutant(PAIRS, "mask dropped", "inside = first + k < width", "inside = first + k < width + 1"),
+    Mutant(PAIRS, "off by one", "inside = first + k < width", "inside = first + k < width - 1"),
+    Mutant(PAIRS, "networks swapped", "if network == 0:", "if network == 1:"),
+    Mutant(PAIRS, "wrong place", "pairs_ptr += network * (2 * TILE)", "pairs_ptr += network * TILE"),
+    Mutant(PAIRS, "duplicate divided", "close = (distance < _LEAST_LENGTH) | (apart == 0)", "close = apart == 0"),
+    Mutant(PAIRS, "scale dropped", "* _quotient(0.5, number(beta, ON_DEVICE, DTYPE), DTYPE)", "* 0.5"),
+    Mutant(PAIRS, "least dropped", "length = _root(tl.where(q < _LEAST_SQUARE, _LEAST_SQUARE, q), DTYPE)", "length = distance"),
+    Mutant(PAIRS, "mirror not counted", "times = tl.where(i == j, 1.0, 2.0)", "times = 1.0"),
+    Mutant(PAIRS, "mirror dropped", "tl.store(mirrored_ptr, tl.trans(h))", "pass"),
+    Mutant(PAIRS, "mirror dropped", "tl.store(mirrored_ptr + TILE, tl.trans(r))", "pass"),
+    Mutant(PAIRS, "networks swapped", "lengths_ptr + n_lengths, n_lengths", "lengths_ptr, n_lengths"),
+    Mutant(PAIRS, "off by one", "n_pairs = n.to(DTYPE) * (n - 1).to(DTYPE)", "n_pairs = n.to(DTYPE) * n.to(DTYPE)"),
+    Mutant(PAIRS, "diagonal counted", "(b < n)[None, :] & (a[:, None] != b[None, :])", "(b < n)[None, :]"),
+    Mutant(PAIRS, "rows of others", "(a >= first) & (a < first + n_own)", "a < first + n_own"),
+    Mutant(PAIRS, "penalty quadratic", "penalty = bent * (x - 0.5 * bent)", "penalty = 0.5 * x * x"),
+    Mutant(PAIRS, "mean's part dropped", "tl.sum(tl.where(apart, bent * d, 0.0))", "0.0"),
+    Mutant(PAIRS, "sign flipped", "(_bent(x, DTYPE) - of_mean)", "(_bent(x, DTYPE) + of_mean)"),
+    Mutant(PAIRS, "least dropped", "moved = apart & (2 * beta_ * h >= _LEAST_SQUARE)", "moved = apart & (beta_ * h < -1)"),
+    Mutant(PAIRS, "point dropped", "for _ in range(start, stop):", "for _ in range(start + 1, stop):"),
+    Mutant(PAIRS, "split dropped", "start, stop = split * per_split,", "start, stop = split * 0,"),
+    Mutant(PAIRS, "sign flipped", "((ha + hb) - h) - (rta", "((ha - hb) - h) - (rta"),
+    Mutant(PAIRS, "teacher dropped", "- (rta * rtb) * ((hta + htb) - ht)", ""),
+    Mutant(PAIRS, "penalty quadratic", "loss += bent * (x - 0.5 * bent)", "loss += 0.5 * x * x"),
+    Mutant(PAIRS, "ends swapped", "u, ut = ha - hb, hta - htb", "u, ut = hb - ha, hta - htb"),
+    Mutant(PAIRS, "term dropped", "ra * (k + r * u)", "ra * k"),
+    Mutant(PAIRS, "sign flipped", "rb * (k - r * u)", "rb * (k + r * u)"),
+    Mutant(PAIRS, "term dropped", "half_r * (of_a + bent_b * rb)", "half_r * of_a"),
+    Mutant(PAIRS, "sign flipped", "by_r -= at_c * bent", "by_r += at_c * bent"),
+    Mutant(PAIRS, "sign flipped", "by_u += u * (of_a - bent_b * rb)", "by_u += u * (of_a + bent_b * rb)"),
+    Mutant(PAIRS, "scale dropped", "by_r - beta_ * r * r * r * by_u", "by_r - r * r * r * by_u"),
+    Mutant(PAIRS, "mirror not counted", "loss *= tl.where(i == j, 1.0, 2.0)", "loss *= 1.0"),
+    Mutant(PAIRS, "scale dropped", "tl.sum(loss) * (beta_ * scale)", "tl.sum(loss) * scale"),
+    Mutant(PAIRS, "transposition dropped", "mirrored_ptr + within, tl.trans(slope)", "mirrored_ptr + within, slope"),
+    Mutant(PAIRS, "split dropped", "slope += tl.load(split_ptr)", "slope += 0 * tl.load(split_ptr)"),
+    Mutant(PAIRS, "split dropped", "for _ in range(1, n_splits):", "for _ in range(2, n_splits):"),
+    Mutant(PAIRS, "gradient halved", "(2 * total).to(", "total.to("),
+    Mutant(PAIRS, "sign flipped", "(x - row[None, :])", "(x + row[None, :])"),
+    Mutant(PAIRS, "wrong stride", "slope_ptr += padded\n", "slope_ptr += n\n"),
+    Mutant(RELATIONS, "loss dropped", "n_losses=losses.numel()", "n_losses=n_tiles**2"),
+    Mutant(RELATIONS, "wrong rows", "own = dict(first=problem.first, n_own=n_own)", "own = dict(first=0, n_own=n_own)"),
+    Mutant(RELATIONS, "beta unbounded", "max(beta, least)", "beta"),
+    Mutant(RELATIONS, "weights swapped", "numbers = problem.distance_weight, problem.angle_weight, beta", "numbers = problem.angle_weight, problem.distance_weight, beta"),
+    # relations in PyTorch
+    Mutant(PORTABLE_RELATIONS, "mirror dropped", "squares + squares.mT", "squares + squares"),
+    Mutant(PORTABLE_RELATIONS, "off by one", "n_pairs = n * (n - 1)", "n_pairs = n * n"),
+    Mutant(PORTABLE_RELATIONS, "diagonal counted", "distances.diagonal(dim1=1, dim2=2).zero_()", "pass"),
+    Mutant(PORTABLE_RELATIONS, "mean's part dropped", "slopes[own].sub_(of_mean)", "slopes[own]"),
+    Mutant(PORTABLE_RELATIONS, "scale dropped", "mul_((beta * weight / n**2) / unit)", "mul_((weight / n**2) / unit)"),
+    Mutant(PORTABLE_RELATIONS, "least dropped", "slopes.masked_fill_(squares[0, own] < LEAST_SQUARE, 0)", "slopes"),
+    Mutant(PORTABLE_RELATIONS, "duplicate divided", "d.reciprocal().masked_fill_(d < LEAST_LENGTH, 0)", "d.clamp(min=1e-6).reciprocal()"),
+    Mutant(PORTABLE_RELATIONS, "scale dropped", "    d.div_(beta)\n", ""),
+    Mutant(PORTABLE_RELATIONS, "scale dropped", "    squares.div_(beta)\n", ""),
+    Mutant(PORTABLE_RELATIONS, "sign flipped", "ends[1].neg_()", "ends[1].abs_()"),
+    Mutant(PORTABLE_RELATIONS, "scale dropped", "mul_(beta / 2)", "mul_(1 / 2)"),
+    Mutant(PORTABLE_RELATIONS, "term dropped", ".sub_(with_own.u[own])", ""),
+    Mutant(PORTABLE_RELATIONS, "transposition dropped", "arms_with_own[:, own].T", "arms_with_own[:, own].T * 0"),
+    Mutant(PORTABLE_RELATIONS, "diagonal counted", "slopes[:, own].fill_diagonal_(0)", "slopes[:, own].fill_diagonal_(9)"),
+    Mutant(PORTABLE_RELATIONS, "teacher dropped", "torch.mul(teacher_q_ik, left[..., 3:], out=x)", "torch.mul(q_ik, left[..., 3:], out=x)"),
+    Mutant(PORTABLE_RELATIONS, "mirror not counted", "losses += [loss, loss] if mirrored else [loss]", "losses += [loss]"),
+    Mutant(PORTABLE_RELATIONS, "clamp dropped", "w.mul_(x.clamp_(-1, 1))", "w.mul_(x)"),
+    Mutant(PORTABLE_RELATIONS, "term dropped", "v[j, i].add_(w.sum(2))", "pass"),
+    Mutant(PORTABLE_RELATIONS, "mirror dropped", "v[j, k].add_(w.sum(1))", "pass"),
+    Mutant(PORTABLE_RELATIONS, "mirror dropped", "s[j, k].add_(x.mul_(w).sum(1))", "pass"),
+    Mutant(PORTABLE_RELATIONS, "mirror dropped", "u[k, i] = u[i, k].T", "pass"),
+    Mutant(PORTABLE_RELATIONS, "term dropped", "s.addcmul_(q, v) if trained", "s if trained"),
+    Mutant(PORTABLE_RELATIONS, "sign flipped", "addmm_(slopes, centred, alpha=-1)", "addmm_(slopes, centred, alpha=1)"),
+    Mutant(RELATIONAL, "weight ignored", "if not isinstance(angle_weight, Tensor) and angle_weight == 0:", "if not isinstance(angle_weight, Tensor) and angle_weight != 0:"),
+    Mutant(RELATIONAL, "one example", "if len(teacher) < 2:", "if len(teacher) < 1:"),
+    Mutant(RELATIONAL, "share returned", "_distributed.summed(share, group)", "share"),
+    Mutant(GROUP, "ranks forgotten", "scaled = loss * dist.get_world_size(group)", "scaled = loss * 1"),
+    Mutant(GROUP, "wrong rows", "sum(n_rows[: dist.get_rank(group)])", "sum(n_rows[: dist.get_rank(group) + 1])"),
+    Mutant(GROUP, "padding kept", "part[:n] for part", "part for part"),
 ]  # fmt: skip
 
 
@@ -362,6 +440,13 @@ def selections(mutant: Mutant) -> Iterator[list[str]]:
     """What to run, the quickest to notice first."""
     if mutant.file in TESTS_OF_TOOLS:
         yield from TESTS_OF_TOOLS[mutant.file]
+        return
+    if mutant.file in (PAIRS, RELATIONS, PORTABLE_RELATIONS, RELATIONAL, GROUP):
+        if mutant.file not in (PORTABLE_RELATIONS, GROUP):
+            yield ["tests/test_relational.py", "-m", "smoke", "-k", "triton"]
+        if mutant.file != GROUP:
+            yield ["tests/test_relational.py", "-m", "smoke", "-k", "portable"]
+        yield ["tests/test_distributed.py", "-k", "relations and 3"]
         return
     engine: list[str] = []
     if mutant.file.startswith("kernels"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from guard import Guard
-from losses import DEVICE, LOSSES
+from losses import DEVICE, LOSSES, RELATIONAL
 
 from fastkd.kernels import divergence as kernels
 from fastkd.kernels._launch import Device
@@ -23,6 +23,18 @@ def test_every_access_is_inside(case, n_cols, multiprocessors, monkeypatch):
     guard = Guard()
     student, teacher = (guard.surround(x.detach(), gap=3) for x in inputs[:2])
     loss = case(student.requires_grad_(), teacher, *inputs[2:], reduction="mean")
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    guard.check()
+
+
+@pytest.mark.parametrize("case", RELATIONAL[:3], ids=str)
+def test_every_access_to_embeddings_is_inside(case):
+    inputs = case.inputs((37,), 19, torch.bfloat16)
+    guard = Guard()
+    student, teacher = (guard.surround(x.detach(), gap=3) for x in inputs)
+    loss = case(student.requires_grad_(), teacher)
     (gradient,) = torch.autograd.grad(loss, student)
     assert loss.isfinite()
     assert gradient.isfinite().all()
