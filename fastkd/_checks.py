@@ -34,8 +34,10 @@ def logits(student: Tensor, teacher: Tensor) -> None:
             f"student_logits and teacher_logits need one shape, "
             f"got {_shape(student)} and {_shape(teacher)}: {advice}"
         )
-    same_device(student_logits=student, teacher_logits=teacher)
-    constant_teacher(teacher_logits=teacher)
+    if student.device != teacher.device:
+        same_device(student_logits=student, teacher_logits=teacher)
+    if teacher.requires_grad:
+        constant_teacher(teacher_logits=teacher)
 
 
 def embeddings(student: Tensor, teacher: Tensor) -> None:

@@ -112,8 +112,7 @@ def choose(tensors: Sequence[Tensor]) -> str:
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where an input is float64, else float32."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
 def is_differentiated(tensor: Tensor) -> bool:
@@ -283,8 +282,40 @@ def _made_for_inference(x: Any) -> bool:
     return isinstance(x, Tensor) and not torch.compiler.is_compiling() and x.is_inference()
 
 
-def _batched_by_autograd(x: Tensor | None) -> bool:
-    return x is not None and torch._C._functorch.is_legacy_batchedtensor(x)
+def is_plain_on_cpu(student: Tensor, teacher: Tensor) -> bool:
+    """Whether PyTorch's own calls on a CPU do: none traces, maps or subclasses these tensors."""
+    return (
+        not torch.compiler.is_compiling()
+        and _backend in ("auto", "portable")
+        and student.is_cpu
+        and teacher.is_cpu
+        and type(student) is Tensor
+        and type(teacher) is Tensor
+        and not _transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def refuse_batches(*upstream: Tensor | None) -> None:
+    for x in upstream:
+        if x is not None and torch._C._functorch.is_legacy_batchedtensor(x):
+            raise RuntimeError(_BATCHED_BY_AUTOGRAD)
+
+
+class FirstOrder(torch.autograd.Function):
+    """A backward as a node of its own: its derivative is an error, not a wrong number."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise RuntimeError(_SECOND_ORDER.format("Double backward"))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(_SECOND_ORDER.format("Forward-mode AD"))
 
 
 _engines: dict[str, Engine] = {}
@@ -298,24 +329,10 @@ def _differentiable(
     The compiler cannot see an Engine in a closure either: it is looked up by its family's name.
     """
 
-    class Gradient(torch.autograd.Function):
-        """The backward as a node of its own: its derivative is an error, not a wrong number."""
-
+    class Gradient(FirstOrder):
         @staticmethod
         def forward(*arguments: Any) -> Tensor:
             return _engines[family].backward(*arguments)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            pass
-
-        @staticmethod
-        def backward(ctx: Any, *upstream: Any) -> Any:
-            raise RuntimeError(_SECOND_ORDER.format("Double backward"))
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise RuntimeError(_SECOND_ORDER.format("Forward-mode AD"))
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
@@ -356,8 +373,8 @@ def _differentiable(
             gradient = _engines[family].backward
             # grad mode is on in a backward only under create_graph=True, and vmap may map over it
             eager = not torch.compiler.is_compiling()
-            if eager and any(map(_batched_by_autograd, upstream)):
-                raise RuntimeError(_BATCHED_BY_AUTOGRAD)
+            if eager:
+                refuse_batches(*upstream)
             if eager and (torch.is_grad_enabled() or _transforms_active()):
                 gradient = Gradient.apply
             return gradient(*upstream, statistics, *tensors, *ctx.scalars_and_options), *nothing

@@ -16,12 +16,19 @@ from fastkd import _checks, _engine
 _REDUCTION = {"weights": None, "normalizer": None, "reduction": "mean"}
 
 
-def loss(check: Callable[..., None], fused: Callable[..., Tensor] | None = None) -> Callable:
+def loss(
+    check: Callable[..., None],
+    fused: Callable[..., Tensor] | None = None,
+    *,
+    shortcut: Callable[..., Tensor | None],
+) -> Callable:
     """Decorate a formula: (student, teacher, *, options) -> one loss for each example.
 
-    check   what the two tensors must satisfy
-    fused   (loss's name, engine's name, student, teacher, keep, **options) -> the same rows by an
-            engine; without it the loss is its formula everywhere
+    check     what the two tensors must satisfy
+    fused     (loss's name, engine's name, student, teacher, keep, **options) -> the same rows by an
+              engine; without it the loss is its formula everywhere
+    shortcut  (loss's name, student, teacher, keep, divisor, **options) -> the same rows or, if
+              there is a divisor, their sum through it; None where it does not lead there
     """
 
     def decorate(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -47,7 +54,13 @@ def loss(check: Callable[..., None], fused: Callable[..., Tensor] | None = None)
             student, teacher = arguments
             if weights is not None:
                 _checks.weights(weights, student.shape[:-1], student.device)
-            losses = rows(formula, fused, student, teacher, kept(weights), options)
+            keep = kept(weights)
+            divisor = known_divisor(student, weights, normalizer, reduction)
+            losses = shortcut(formula.__name__, student, teacher, keep, divisor, **options)
+            if losses is None:
+                losses = rows(formula, fused, student, teacher, keep, options)
+            elif divisor is not None:
+                return losses
             return reduce(losses, weights, normalizer, reduction)
 
         return _public(compute, formula, fused, signature, _REDUCTION)
@@ -143,6 +156,17 @@ def kept(weights: Tensor | None) -> Tensor | None:
     if weights is None or weights.dtype == torch.bool:
         return weights
     return weights.detach() != 0
+
+
+def known_divisor(
+    student: Tensor, weights: Tensor | None, normalizer: Any, reduction: str
+) -> float | None:
+    """The number that the sum of the losses is divided by; None if it is not that simple."""
+    if weights is not None or reduction == "none" or isinstance(normalizer, Tensor):
+        return None
+    if reduction == "sum":
+        return 1.0
+    return student.shape[:-1].numel() if normalizer is None else normalizer or 1.0
 
 
 def reduce(losses: Tensor, weights: Tensor | None, normalizer: Any, reduction: str) -> Tensor:

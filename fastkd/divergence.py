@@ -11,6 +11,7 @@ The teacher is a constant. Logits of −∞ in both are a masked vocabulary: the
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import _checks
-from fastkd._engine import Engine, choose, compute_dtype
-from fastkd._loss import kept, loss, reduce, rows
+from fastkd._engine import Engine, _module, choose, compute_dtype, is_plain_on_cpu
+from fastkd._loss import kept, known_divisor, loss, reduce, rows
 
 Number = float | Tensor
 
@@ -81,6 +82,13 @@ def _is(option: Number, end: int) -> bool:
     return not isinstance(option, Tensor) and option == end
 
 
+def _mixture_and_name(divergence: str, weight: dict[str, float]) -> tuple[float, str]:
+    mixture = next(iter(weight.values()), 0.0)
+    if _is(mixture, 0) or _is(mixture, 1):  # a look-up alone would make torch.compile burn it in
+        divergence = _ENDS.get((divergence, mixture), divergence)
+    return mixture, divergence
+
+
 def _fused(
     divergence: str,
     engine: str,
@@ -93,15 +101,44 @@ def _fused(
     labels: Tensor | None = None,
     **weight: float,
 ) -> Any:
-    mixture = next(iter(weight.values()), 0.0)
-    if _is(mixture, 0) or _is(mixture, 1):  # a look-up alone would make torch.compile burn it in
-        divergence = _ENDS.get((divergence, mixture), divergence)
+    mixture, divergence = _mixture_and_name(divergence, weight)
     scale = temperature**2 if scale_t2 else 1.0
     losses, cross_entropies, _ = _engine(
         engine, student, teacher, labels, None, keep,
         temperature, temperature, mixture, scale, divergence,
     )  # fmt: skip
     return losses if labels is None else (losses, cross_entropies)
+
+
+def _shortcut(
+    divergence: str,
+    student: Tensor,
+    teacher: Tensor,
+    keep: Tensor | None,
+    divisor: float | None,
+    *,
+    temperature: float,
+    scale_t2: bool,
+    labels: Tensor | None = None,
+    alpha: float = 0.0,
+    **weight: float,
+) -> Any:
+    """For few logits; with labels and a divisor the sum of α CE + (1 − α) D."""
+    if not is_plain_on_cpu(student, teacher):
+        return None
+    small = _module("divergence", "portable")._small_divergence
+    mixture, divergence = _mixture_and_name(divergence, weight)
+    if not small.suits(student, temperature, mixture):
+        return None
+    scale, ce_scale = temperature**2 if scale_t2 else 1.0, 1.0
+    if divisor is not None:
+        scale, ce_scale = (1 - alpha) * scale / divisor, alpha / divisor
+    arguments = small.Arguments(
+        teacher, labels, keep, float(temperature), float(mixture), scale, ce_scale, divergence,
+        is_summed=divisor is not None,
+    )  # fmt: skip
+    losses = small.losses(student, arguments)
+    return losses if losses is None or len(losses) == 2 else losses[0]
 
 
 def _check(
@@ -130,7 +167,7 @@ def _scaled(losses: Tensor, temperature: float, scale_t2: bool) -> Tensor:
     return temperature**2 * losses if scale_t2 else losses
 
 
-@loss(_check, _fused)
+@loss(_check, _fused, shortcut=_shortcut)
 def forward_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -148,7 +185,7 @@ def forward_kl(
     return _scaled(_expectation(log_p.exp(), log_p - log_q), temperature, scale_t2)
 
 
-@loss(_check, _fused)
+@loss(_check, _fused, shortcut=_shortcut)
 def reverse_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -166,7 +203,7 @@ def reverse_kl(
     return _scaled(_expectation(log_q.exp(), log_q - log_p), temperature, scale_t2)
 
 
-@loss(_check, _fused)
+@loss(_check, _fused, shortcut=_shortcut)
 def jensen_shannon(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -194,7 +231,7 @@ def jensen_shannon(
     return _scaled(divergence, temperature, scale_t2)
 
 
-@loss(_check, _fused)
+@loss(_check, _fused, shortcut=_shortcut)
 def skew_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -219,7 +256,7 @@ def skew_kl(
     return _scaled(_expectation(p, log_p - log_m), temperature, scale_t2)
 
 
-@loss(_check, _fused)
+@loss(_check, _fused, shortcut=_shortcut)
 def skew_reverse_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -244,7 +281,7 @@ def skew_reverse_kl(
     return _scaled(_expectation(q, log_q - log_m), temperature, scale_t2)
 
 
-@loss(_check, _fused)
+@loss(_check, _fused, shortcut=_shortcut)
 def symmetric_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -267,7 +304,7 @@ def symmetric_kl(
     return _scaled(forward + reverse, temperature, scale_t2)
 
 
-@loss(_check, _fused)
+@loss(_check, _fused, shortcut=_shortcut)
 def total_variation(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -285,7 +322,7 @@ def total_variation(
     return _scaled(0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1), temperature, scale_t2)
 
 
-@loss(_check, _fused)
+@loss(_check, _fused, shortcut=_shortcut)
 def soft_cross_entropy(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -303,7 +340,35 @@ def soft_cross_entropy(
     return _scaled(_expectation(log_p.exp(), -log_q), temperature, scale_t2)
 
 
-@loss(_check)
+_MEAN = 1  # how the function below F.mse_loss, which checks all again, calls the reduction
+
+
+def _mse_shortcut(
+    _: str,
+    student: Tensor,
+    teacher: Tensor,
+    keep: Tensor | None,
+    divisor: float | None,
+    *,
+    temperature: float,
+    scale_t2: bool,
+) -> Tensor | None:
+    """PyTorch's own mean of all, where a look at it costs nothing; not of infinities."""
+    if divisor is None or not is_plain_on_cpu(student, teacher) or isinstance(temperature, Tensor):
+        return None
+    if student.dtype != torch.float32 or teacher.dtype != torch.float32:
+        dtype = compute_dtype(student, teacher)
+        student, teacher = student.to(dtype), teacher.to(dtype)
+    loss = torch._C._nn.mse_loss(student, teacher.detach(), _MEAN)  # type: ignore[arg-type]
+    if not math.isfinite(loss.item()):
+        return None
+    scale = student.shape[:-1].numel() / divisor
+    if not scale_t2:
+        scale = scale / temperature**2
+    return loss if scale == 1 else loss * scale
+
+
+@loss(_check, shortcut=_mse_shortcut)
 def logit_mse(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -386,8 +451,21 @@ def kd(
     if counted is not None:
         labels = labels.masked_fill(~counted, -1)
     distilled = keep if distill_ignored else counted
+    # all in one, if both terms are there and divided by the same number
+    one_divisor = None
+    is_one_sum = labelled is None and not return_parts and not isinstance(alpha, Tensor)
+    if is_one_sum and not _is(alpha, 0) and not _is(alpha, 1):
+        one_divisor = known_divisor(student_logits, weights, normalizer, reduction)
+    both = _shortcut(
+        divergence, student_logits, teacher_logits, distilled, one_divisor,
+        labels=labels, alpha=alpha, **options,
+    )  # fmt: skip
+    if both is not None and one_divisor is not None:
+        return both
     engine = choose((student_logits, teacher_logits))
-    if engine == "formula":
+    if both is not None:
+        divergences, cross_entropies = both
+    elif engine == "formula":
         # here, not in each term: the sum of their gradients is rounded once
         student_logits = student_logits.to(compute_dtype(student_logits, teacher_logits))
         divergences = rows(

@@ -157,10 +157,11 @@ def test_retained_graph(case, engine):
 
 @fused
 @a_few
-def test_logits_overwritten_before_the_backward_are_noticed(case, engine):
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_logits_overwritten_before_the_backward_are_noticed(case, reduction, engine):
     student, *others = case.inputs((3,), 7)
     logits = student * 1
-    loss = case(logits, *others).sum()
+    loss = case(logits, *others, reduction=reduction).sum()
     logits.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -195,11 +196,15 @@ def test_logits_of_an_autocast_layer(case, engine):
 
 @smoke
 @a_few
-def test_double_backward_works_or_says_how(case, engine):
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_double_backward_works_or_says_how(case, reduction, engine):
     student, *others = case.inputs((2,), 5)
-    (gradient,) = torch.autograd.grad(case(student, *others).sum(), student, create_graph=True)
+    loss = case(student, *others, reduction=reduction).sum()
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
     if engine == "formula":
-        assert torch.autograd.gradgradcheck(lambda x: case(x, *others), [student])
+        assert torch.autograd.gradgradcheck(
+            lambda x: case(x, *others, reduction=reduction), [student]
+        )
     else:
         with pytest.raises(RuntimeError, match=r'Double backward .* fastkd.backend\("formula"\)'):
             gradient.square().sum().backward()
@@ -220,6 +225,31 @@ def test_forward_mode_works_or_says_how(case, engine):
     else:
         with pytest.raises(RuntimeError, match=r'Forward-mode AD .* fastkd.backend\("formula"\)'):
             tangent()
+
+
+@fused
+@a_few
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_dual_tensors_say_how(case, reduction, engine):
+    student, *others = case.inputs((2,), 5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(student, normal(2, 5, seed=3))
+        with pytest.raises(RuntimeError, match="Forward-mode AD"):
+            case(dual, *others, reduction=reduction)
+
+
+@a_few
+def test_vmap_of_a_backward(case, engine):
+    """As a loop over upstream gradients, of a loss made before."""
+    student, *others = case.inputs((3,), 7)
+    losses = case(student, *others)
+
+    def gradient(upstream):
+        return torch.autograd.grad(losses, student, upstream, retain_graph=True)[0]
+
+    upstreams = normal(2, 3, dtype=losses.dtype)
+    found = torch.func.vmap(gradient)(upstreams)
+    assert_same([found], [torch.stack([gradient(x) for x in upstreams])])
 
 
 def warnings_of_fastkd(recorded):

@@ -54,6 +54,20 @@ def test_masked_vocabulary(case, whose, dtype, engine):
     assert_same([gradient], [truth], tolerance=accuracy)
 
 
+@smoke
+@each_case
+@pytest.mark.parametrize("whose", ["student and teacher", "student"])
+def test_masked_vocabulary_in_a_mean(case, whose, engine):
+    """The mean of the rows, also where that is infinite, and its gradient."""
+    inputs = masked_inputs(case, whose, torch.float64)
+    student = inputs[0]
+    rows, mean = case(*inputs), case(*inputs, reduction="mean")
+    assert_same([mean], [rows.mean()])
+    if mean.isfinite():
+        found, expected = (torch.autograd.grad(x, student)[0] for x in (mean, rows.mean()))
+        assert_same([found], [expected])
+
+
 @each_softmaxed
 def test_infinities_are_where_the_definition_has_them(case, engine):
     """In words, for reading: who excludes what the other allows."""

@@ -51,7 +51,11 @@ def test_the_mean_is_the_default(case, engine):
 
 
 @each_loss
-@pytest.mark.parametrize("normalizer", [1e6, 7, torch.tensor(2.5, device=DEVICE)], ids=str)
+@pytest.mark.parametrize(
+    "normalizer",
+    [1e6, pytest.param(7, marks=smoke), torch.tensor(2.5, device=DEVICE)],
+    ids=str,
+)
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
 def test_a_normalizer_replaces_the_divisor(case, normalizer, weights, engine):
     """1e6: the gradients of a large batch are small, zeros are no better for it."""

@@ -35,14 +35,6 @@ def allocate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(*Problem) -> rows of divergence · scale, rows of cross-entropy at T = 1, statistics."""
     problem = _problem(arguments)
-    if _small_divergence.suits(problem):
-        outputs = _small_divergence.forward(problem)
-        if outputs is not None:
-            return outputs
-    return _forward(problem)
-
-
-def _forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     labels, offset, keep, temperature, teacher_temperature, weight, scale, name = problem[2:]
     losses, cross_entropies, statistics = problem.allocate(_N_STATISTICS)
     table, dtype = statistics.view(-1, _N_STATISTICS), statistics.dtype
@@ -67,8 +59,6 @@ def backward(
 ) -> Tensor:
     """Σ upstream · ∂losses + Σ ce_upstream · ∂cross_entropies with respect to the student."""
     problem = _problem(arguments)
-    if statistics.ndim > problem.student.ndim:
-        return _small_divergence.backward(upstream, ce_upstream, statistics, problem)
     gradient = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
     _fill(gradient, upstream, ce_upstream, statistics, problem)
     return gradient
@@ -86,7 +76,7 @@ def value_and_gradient(
     afterwards: `in_place` writes the gradient over the student.
     """
     problem = _problem(arguments)
-    losses, cross_entropies, statistics = _forward(problem)
+    losses, cross_entropies, statistics = forward(*problem)
     gradient = problem.student
     if not in_place:
         gradient = torch.empty_like(gradient, memory_format=torch.contiguous_format)
