@@ -21,10 +21,12 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-from cases import Case, T  # noqa: E402
+from cases import DIVERGENCE, RELATIONAL, Case, T  # noqa: E402
 from counts import FUSED, compiled, metered, resources, scaled_down  # noqa: E402
 from tables import Table  # noqa: E402
 
+LOGITS = [case for case in FUSED if case.family is DIVERGENCE]
+RELATIONS = [case for case in FUSED if case.family is RELATIONAL]
 N_ROWS = 4096
 ON_CHIP, LONG = 8192, 128256  # the longest rows read once for every divergence; Llama 3
 
@@ -35,7 +37,7 @@ def bytes_per_entry() -> dict[str, list[list[float]]]:
 
     correct()
     found: dict[str, list[list[float]]] = {}
-    for case in FUSED:
+    for case in LOGITS:
         for n_cols in (ON_CHIP, 2 * ON_CHIP):
             small, device = scaled_down(case, (N_ROWS, n_cols))
             with device:
@@ -47,14 +49,21 @@ def bytes_per_entry() -> dict[str, list[list[float]]]:
 
 def call(case: Case, n_cols: int, target: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Launches and memory of many rows, and each of the kernels."""
-    run = compiled(case, (N_ROWS, n_cols), torch.bfloat16, target)
+    return counts_of(case, (N_ROWS, n_cols), n_cols, target)
+
+
+def counts_of(
+    case: Case, shape: tuple[int, ...], columns: Any, target: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    run = compiled(case, shape, torch.bfloat16, target)
     total = {
         "loss": case.name,
-        "columns": n_cols,
+        "columns": columns,
         "launches": [run.n_forward, len(run.launches)],
         "peak_extra_memory": [
             round(x / run.trained_bytes, 3) for x in (run.forward_bytes, run.peak_bytes)
         ],
+        "peak_extra_bytes": run.peak_bytes,
     }
     kernels = []
     for launch in run.launches:
@@ -62,7 +71,7 @@ def call(case: Case, n_cols: int, target: str) -> tuple[dict[str, Any], list[dic
         kernels.append(
             {
                 "loss": case.name,
-                "columns": n_cols,
+                "columns": columns,
                 "target": target,
                 "kernel": launch.name,
                 "registers": found["registers"],
@@ -85,12 +94,19 @@ def count(targets: Sequence[str]) -> dict[str, Any]:
     )
     moved = json.loads(metered.stdout)
     losses, kernels = [], []
-    for case in FUSED:
+    for case in LOGITS:
         for n_cols, each in zip((ON_CHIP, LONG), moved[case.name], strict=True):
             for target in targets:
                 total, found = call(case, n_cols, target)
                 kernels += found
             losses.append({**total, "bytes_per_entry": each})
+    relations: dict[str, list[Any]] = {"losses": [], "kernels": []}
+    for case in RELATIONS:
+        for shape in case.family.compiled_sizes:
+            for target in targets:
+                total, found = counts_of(case, shape, "×".join(map(str, shape)), target)
+                relations["kernels"] += found if shape == (1024, 512) else []
+            relations["losses"].append(total)
     return {
         "schema": 1,
         "label": "counted",
@@ -100,6 +116,7 @@ def count(targets: Sequence[str]) -> dict[str, Any]:
         "temperature": T,
         "losses": losses,
         "kernels": kernels,
+        "relations": relations,
     }
 
 
@@ -141,7 +158,37 @@ def tables(record: dict[str, Any]) -> list[Table]:
             f"torch {record['torch']}, triton {record['triton']}, T = {record['temperature']:g}.",
         ],
     )
-    return [one, two]
+    relations = record["relations"]
+    three = Table(
+        "bfloat16 embeddings N×D, forward + backward: counted",
+        ["loss", "N×D", "launches", "extra memory, MB", "in N² floats"],
+        [
+            [
+                row["loss"], row["columns"], row["launches"][1] + 1,
+                f"{row['peak_extra_bytes'] / 1e6:.1f}",
+                f"{row['peak_extra_bytes'] / 4 / int(row['columns'].split('×')[0]) ** 2:.1f}",
+            ]
+            for row in relations["losses"]
+        ],
+        ["launches: kernels, and PyTorch's product with the upstream in the backward."],
+    )  # fmt: skip
+    four = Table(
+        "The kernels of relations at 1024×512: counted",
+        [
+            *("loss", "N×D", "target", "kernel", "registers", "spills", "warps per SM"),
+            *("instructions", "MUFU"),
+        ],
+        [
+            [", ".join(map(str, x)) if isinstance(x, list) else x for x in row.values()]
+            for row in relations["kernels"]
+        ],
+        [
+            "instructions: of the main loop, for each pair and feature (squares, laplacian), each "
+            "pair and third point (edges), each pair and split (sum_splits); of distances, which "
+            "has no loop but sums, for a thread.",
+        ],
+    )
+    return [one, two, three, four]
 
 
 def main() -> None:
