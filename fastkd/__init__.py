@@ -2,6 +2,7 @@
 
 from fastkd._engine import backend
 from fastkd._version import __version__
+from fastkd.correlation import correlation_congruence, dist_kd, pkt, similarity_preserving
 from fastkd.divergence import (
     forward_kl,
     jensen_shannon,
@@ -15,14 +16,18 @@ from fastkd.divergence import (
     total_variation,
 )
 from fastkd.modules import (
+    CorrelationCongruenceLoss,
+    DISTLoss,
     ForwardKLLoss,
     JensenShannonLoss,
     KDLoss,
     LogitMSELoss,
+    PKTLoss,
     ReverseKLLoss,
     RKDAngleLoss,
     RKDDistanceLoss,
     RKDLoss,
+    SimilarityPreservingLoss,
     SkewKLLoss,
     SkewReverseKLLoss,
     SoftCrossEntropyLoss,
@@ -32,14 +37,18 @@ from fastkd.modules import (
 from fastkd.relational import rkd, rkd_angle, rkd_distance
 
 __all__ = [
+    "CorrelationCongruenceLoss",
+    "DISTLoss",
     "ForwardKLLoss",
     "JensenShannonLoss",
     "KDLoss",
     "LogitMSELoss",
+    "PKTLoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",
     "RKDLoss",
     "ReverseKLLoss",
+    "SimilarityPreservingLoss",
     "SkewKLLoss",
     "SkewReverseKLLoss",
     "SoftCrossEntropyLoss",
@@ -47,14 +56,18 @@ __all__ = [
     "TotalVariationLoss",
     "__version__",
     "backend",
+    "correlation_congruence",
+    "dist_kd",
     "forward_kl",
     "jensen_shannon",
     "kd",
     "logit_mse",
+    "pkt",
     "reverse_kl",
     "rkd",
     "rkd_angle",
     "rkd_distance",
+    "similarity_preserving",
     "skew_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",

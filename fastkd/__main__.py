@@ -77,6 +77,10 @@ def _embeddings(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(67, n, generator=generator).to(device, dtype) for n in (33, 65)]
 
 
+def _embeddings_of_one_width(device: str, dtype: torch.dtype) -> list[Tensor]:
+    return [embeddings[:, :33] for embeddings in _embeddings(device, dtype)]
+
+
 # every public loss and what it is checked with
 LOSSES: dict[Callable[..., Tensor], Callable[[str, torch.dtype], list[Tensor]]] = {
     fastkd.forward_kl: _logits,
@@ -92,6 +96,10 @@ LOSSES: dict[Callable[..., Tensor], Callable[[str, torch.dtype], list[Tensor]]] 
     fastkd.rkd_distance: _embeddings,
     fastkd.rkd_angle: _embeddings,
     fastkd.rkd: _embeddings,
+    fastkd.similarity_preserving: _embeddings,
+    fastkd.pkt: _embeddings,
+    fastkd.correlation_congruence: _embeddings_of_one_width,
+    fastkd.dist_kd: _logits,
 }
 # relative; engine and formula round differently, and bfloat16 gradients have 8 bits
 # eager PyTorch itself errs by 2e-5 in float32
@@ -118,9 +126,9 @@ def _doctor() -> int:
                 cannot_run.pop(loss, None)
                 wrong = _wrong(loss, inputs, device)
                 n_wrong += wrong is not None
-                print(f"  {loss.__name__:20}{engine:10}{wrong or 'ok'}")
+                print(f"  {loss.__name__:24}{engine:10}{wrong or 'ok'}")
             else:
-                print(f"  {loss.__name__:20}cannot run")
+                print(f"  {loss.__name__:24}cannot run")
             reasons.append(reason)
         for reason in filter(None, dict.fromkeys(reasons)):  # many losses have the same
             print(f"  {reason}")
@@ -153,15 +161,17 @@ def _engine_and_reason(loss: Callable[..., Tensor], device: str) -> tuple[str | 
     """What computes the loss, None if nothing can, and why it is nothing better."""
     if getattr(loss, "fused", True) is None:
         return "formula", f"formula: {loss.__name__} is computed as it is defined, without engine"
-    tensors = [torch.empty(0, device=device)]
+    tensors, has_kernels = [torch.empty(0, device=device)], getattr(loss, "has_kernels", True)
     try:
-        engine = _engine.choose(tensors)
+        engine = _engine.choose(tensors, has_kernels)
     except RuntimeError as error:
         return None, str(error)
     if engine == "triton":
         return engine, ""
     if _engine._backend == engine:
         return engine, f'{engine}: FASTKD_BACKEND asks for it; "auto" takes the best engine'
+    if not has_kernels:
+        return engine, f"{engine}: the best engine of losses that have no kernels"
     obstacle = _engine.triton_obstacle(tensors)
     return engine, f"{engine}, not triton: {obstacle or 'Triton would only interpret the kernels'}"
 

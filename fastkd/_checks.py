@@ -152,6 +152,12 @@ def at_least_0(**options: Any) -> None:
             raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
 
 
+def at_least_1(**options: Any) -> None:
+    for name, value in options.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
 def one_of(known: Sequence[str], **option: Any) -> None:
     for name, value in option.items():
         if value not in known:

@@ -40,8 +40,9 @@ _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambd
 class backend(contextlib.ContextDecorator):
     """Choose what computes the losses in a `with` block: ``with fastkd.backend("formula"): ...``
 
-    "auto" takes the best engine that can run, "triton" and "portable" insist on one, "formula" runs
-    the definition itself (any order of derivative, most memory). The environment variable
+    "auto" takes the best engine that can run, "triton" and "portable" insist on one (losses that
+    have no kernels take the portable one in any case), "formula" runs the definition itself (any
+    order of derivative, most memory). The environment variable
     FASTKD_BACKEND sets the default. The choice holds for the process, not for a thread.
     Raises ValueError for another name; a loss raises RuntimeError where the engine cannot run.
     """
@@ -95,8 +96,10 @@ def triton_obstacle(tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
-def choose(tensors: Sequence[Tensor]) -> str:
+def choose(tensors: Sequence[Tensor], has_kernels: bool = True) -> str:
     """The engine for these tensors: "triton", "portable" or "formula"."""
+    if not has_kernels:
+        return "formula" if _backend == "formula" else "portable"
     if _backend == "triton":
         obstacle = triton_obstacle(tensors)
         if obstacle:

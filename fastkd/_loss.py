@@ -68,12 +68,18 @@ def loss(
     return decorate
 
 
-def batch_loss(check: Callable[..., None], fused: Callable[..., Tensor], **added: Any) -> Callable:
+def batch_loss(
+    check: Callable[..., None],
+    fused: Callable[..., Tensor],
+    has_kernels: bool = True,
+    **added: Any,
+) -> Callable:
     """Decorate a formula: (student, teacher, *, options) -> one loss for the batch as a whole.
 
-    check   what the two tensors and the options must satisfy
-    fused   (formula, engine's name, student, teacher, **options) -> the same by an engine
-    added   options that the function has beside those of the formula, with their defaults
+    check        what the two tensors and the options must satisfy
+    fused        (formula, engine's name, student, teacher, **options) -> the same by an engine
+    has_kernels  for a GPU; without them the portable engine computes the loss everywhere
+    added        options beside those of the formula, with their defaults
     """
 
     def decorate(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -89,8 +95,10 @@ def batch_loss(check: Callable[..., None], fused: Callable[..., Tensor], **added
             _checks.options(options, defaults, formula.__name__)
             options = defaults | options
             check(*arguments, **options)
-            return fused(formula, _engine.choose(arguments), *arguments, **options)
+            engine = _engine.choose(arguments, has_kernels)
+            return fused(formula, engine, *arguments, **options)
 
+        compute.has_kernels = has_kernels  # type: ignore[attr-defined]
         return _public(compute, formula, fused, signature, added)
 
     return decorate

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import _checks, divergence, relational
+from fastkd import _checks, correlation, divergence, relational
 from fastkd._engine import backend
 
 _OF_A_BATCH = ("weights", "normalizer")  # keyword arguments that are not options
@@ -165,4 +165,32 @@ class RKDLoss(_Loss, function=relational.rkd):
     """distance_weight · rkd_distance + angle_weight · rkd_angle, the module of `fastkd.rkd`.
 
     Park et al., Relational Knowledge Distillation, 2019. arXiv:1904.05068
+    """
+
+
+class SimilarityPreservingLoss(_Loss, function=correlation.similarity_preserving):
+    """(1/N²) Σ_ij (G_ij / ‖G_i‖ − T_ij / ‖T_i‖)², the module of `fastkd.similarity_preserving`.
+
+    Tung and Mori, Similarity-Preserving Knowledge Distillation, 2019. arXiv:1907.09682
+    """
+
+
+class PKTLoss(_Loss, function=correlation.pkt):
+    """(1/N²) Σ_ij p_ij log((p_ij + ε) / (q_ij + ε)), the module of `fastkd.pkt`.
+
+    Passalis and Tefas, Probabilistic Knowledge Transfer, 2018. arXiv:1803.10837
+    """
+
+
+class CorrelationCongruenceLoss(_Loss, function=correlation.correlation_congruence):
+    """Σ_i |s_i − t_i| · |s_i+1 − t_i+1| / (N−1), the module of `fastkd.correlation_congruence`.
+
+    Peng et al., Correlation Congruence for Knowledge Distillation, 2019. arXiv:1904.01802
+    """
+
+
+class DISTLoss(_Loss, function=correlation.dist_kd):
+    """T² [β (1 − mean ρ(q_i, p_i)) + γ (1 − mean ρ(q_·v, p_·v))], the module of `fastkd.dist_kd`.
+
+    Huang et al., Knowledge Distillation from A Stronger Teacher, 2022. arXiv:2205.10536
     """

@@ -60,6 +60,7 @@ def test_a_healthy_cpu(monkeypatch, capsys):
     assert torch.__version__ in page
     assert fastkd.__version__ in page
     assert page.count("not triton") == 1  # the reason that all share, once
+    assert page.count("portable: the best engine of losses that have no kernels") == 1
 
 
 def test_without_triton_the_reason_says_so(monkeypatch, capsys):
@@ -141,6 +142,7 @@ def test_a_backend_that_can_run_on_no_device_explains():
     assert result.returncode == 1, result.stderr
     assert lines_of(result.stdout)["forward_kl"] == ["cannot", "run"]
     assert lines_of(result.stdout)["logit_mse"] == ["formula", "ok"]
+    assert lines_of(result.stdout)["pkt"] == ["portable", "ok"]  # has no kernels
     assert "triton (FASTKD_BACKEND: triton)" in result.stdout
     assert 'fastkd.backend("triton") cannot run here: ' in result.stdout
     assert 'Use "auto" or "portable"' in result.stdout

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import divergence, modules
+from fastkd import correlation, divergence, modules, relational
 
 OPTIONS = {  # none of them a default
     fastkd.ForwardKLLoss: dict(temperature=2.0, scale_t2=False),
@@ -21,8 +21,22 @@ OPTIONS = {  # none of them a default
     fastkd.SoftCrossEntropyLoss: dict(temperature=2.0, reduction="sum"),
     fastkd.LogitMSELoss: dict(temperature=2.0, scale_t2=False),
     fastkd.KDLoss: dict(alpha=0.2, temperature=2.0, divergence="skew_kl", skew=0.3),
+    fastkd.RKDDistanceLoss: dict(normalize=True, smooth_l1_beta=0.3),
+    fastkd.RKDAngleLoss: dict(normalize=True, smooth_l1_beta=0.3),
+    fastkd.RKDLoss: dict(distance_weight=1.0, angle_weight=3.0, normalize=True),
+    fastkd.SimilarityPreservingLoss: {},
+    fastkd.PKTLoss: {},
+    fastkd.CorrelationCongruenceLoss: dict(form="kernel", gamma=0.7, order=3),
+    fastkd.DISTLoss: dict(beta=2.0, gamma=0.5, temperature=4.0),
 }
 OF_A_BATCH = {"weights", "normalizer"}
+
+
+def takes_weights(module):
+    """As losses do that have a value for each example."""
+    return OF_A_BATCH <= set(inspect.signature(module.function).parameters)
+
+
 every_module = pytest.mark.parametrize("module", OPTIONS, ids=lambda module: module.__name__)
 
 
@@ -50,6 +64,8 @@ def assert_same(got, expected):
     ids=["plain", "weights", "normalizer"],
 )
 def test_a_module_is_its_function(module, of_the_batch):
+    if of_the_batch and not takes_weights(module):
+        pytest.skip("one number for the batch as a whole")
     options = dict(OPTIONS[module])
     if "normalizer" in of_the_batch:
         options.pop("reduction", None)
@@ -69,7 +85,7 @@ def test_defaults_are_those_of_the_function(module):
     assert_same(value_and_gradient(module(), tensors), value_and_gradient(module.function, tensors))
 
 
-def test_every_divergence_has_one_module_and_all_are_exported():
+def test_every_loss_has_one_module_and_all_are_exported():
     classes = [
         value
         for value in vars(modules).values()
@@ -80,10 +96,11 @@ def test_every_divergence_has_one_module_and_all_are_exported():
     functions = [module.function for module in classes]
     public = [
         value
-        for name, value in vars(divergence).items()
-        if name in fastkd.__all__ and value.__module__ == divergence.__name__
+        for family in (divergence, relational, correlation)
+        for name, value in vars(family).items()
+        if name in fastkd.__all__ and value.__module__ == family.__name__
     ]
-    assert len(public) == 10
+    assert len(public) == len(OPTIONS) == len(classes) == 17
     assert all(functions.count(function) == 1 for function in public)
     assert all(getattr(fastkd, module.__name__, None) is module for module in classes)
     assert {module.__name__ for module in classes} <= set(fastkd.__all__)
@@ -99,7 +116,7 @@ def test_signatures_are_those_of_the_function(module):
     assert set(OPTIONS[module]) <= {p.name for p in options}
     of_call = inspect.signature(module().forward).parameters
     assert [*of_call.values()] == [p for p in of_function.values() if p not in options]
-    assert OF_A_BATCH <= set(of_call)
+    assert (OF_A_BATCH <= set(of_call)) == takes_weights(module)
 
 
 @every_module
@@ -119,8 +136,8 @@ def test_copies_and_pickles_give_the_same(module):
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert type(twin) is module
         assert_same(value_and_gradient(twin, tensors), expected)
-    twin.options["temperature"] = 9.0  # a copy has its own options
-    assert loss.options["temperature"] != 9.0
+    twin.options["alpha"] = 9.0  # a copy has its own options
+    assert loss.options.get("alpha") != 9.0
 
 
 def test_repr_shows_the_options():
@@ -172,6 +189,8 @@ def test_compiles_without_a_break(module, engine):
         (fastkd.KDLoss, dict(divergence="kl"), ValueError, "forward_kl, .* got 'kl'"),
         (fastkd.JensenShannonLoss, dict(beta=2), ValueError, "beta .* got 2"),
         (fastkd.SymmetricKLLoss, dict(weight=-1), ValueError, "weight .* got -1"),
+        (fastkd.CorrelationCongruenceLoss, dict(form="rbf"), ValueError, "\"kernel\", got 'rbf'"),
+        (fastkd.DISTLoss, dict(temperature=0), ValueError, "above 0, got 0"),
         (fastkd.ReverseKLLoss, dict(reduction="avg"), ValueError, "\"mean\".* got 'avg'"),
     ],
 )
