@@ -55,6 +55,18 @@ RELATIONAL = Family(
     independent=False,
 )
 
+# features of a layer, of a small and of a large batch; rows and classes for DIST
+_CORRELATION_SIZES = [(64, 128), (256, 1000), (256, 16384), (2048, 512)]
+CORRELATION = Family(
+    "correlation",
+    ("N", "D"),
+    lambda shape: shape[0] * max(shape),
+    _CORRELATION_SIZES,
+    _CORRELATION_SIZES,
+    [],  # PyTorch's kernels
+    independent=False,
+)
+
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     log_q = F.log_softmax(student / T, dim=-1)
@@ -160,4 +172,13 @@ CASES = [
     Case(RELATIONAL, fastkd.rkd_distance, published.rkd_distance, options={}),
     Case(RELATIONAL, fastkd.rkd_angle, published.rkd_angle, options={}),
     Case(RELATIONAL, fastkd.rkd, published.rkd, options={}),
+    Case(CORRELATION, fastkd.similarity_preserving, published.similarity_preserving, options={}),
+    Case(CORRELATION, fastkd.pkt, published.pkt, options={}),
+    Case(
+        CORRELATION,
+        fastkd.correlation_congruence,
+        published.correlation_congruence,
+        options={"form": "kernel"},
+    ),
+    Case(CORRELATION, fastkd.dist_kd, published.dist_kd),
 ]

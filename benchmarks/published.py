@@ -1,10 +1,12 @@
-"""Relational distillation as its authors' code and its followers compute it, for comparison.
+"""Losses between relations as their authors' code computes them, for comparison.
 
 Distances come from a Gram matrix and are divided by the mean of the positive ones, angles from all
 N² directions at once: N² D and N³ numbers for each network, and several of them for autograd.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -61,3 +63,39 @@ def rkd_angle_from_gram(student: Tensor, teacher: Tensor) -> Tensor:
     with torch.no_grad():
         target = _cosines_from_gram(teacher)
     return F.smooth_l1_loss(_cosines_from_gram(student), target)
+
+
+def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
+    s, t = (F.normalize(x @ x.T) for x in (student, teacher))
+    return (s - t).square().sum() / len(student) ** 2
+
+
+def _probabilities(x: Tensor) -> Tensor:
+    x = x / (x.norm(dim=1, keepdim=True) + 1e-7)
+    similarity = (x @ x.T + 1) / 2
+    return similarity / similarity.sum(1, keepdim=True)
+
+
+def pkt(student: Tensor, teacher: Tensor) -> Tensor:
+    q, p = _probabilities(student), _probabilities(teacher)
+    return (p * ((p + 1e-7) / (q + 1e-7)).log()).mean()
+
+
+def _taylor(x: Tensor) -> Tensor:
+    """A Gaussian kernel with gamma = 0.4, to the second order."""
+    cosines = F.normalize(x) @ F.normalize(x).T
+    return math.exp(-0.8) * (1 + 0.8 * cosines + 0.8**2 / 2 * cosines.square())
+
+
+def correlation_congruence(student: Tensor, teacher: Tensor) -> Tensor:
+    return (_taylor(student) - _taylor(teacher)).square().sum() / len(student) ** 2
+
+
+def _pearson(x: Tensor, y: Tensor) -> Tensor:
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    return torch.einsum("iv,iv->i", x, y) / (x.norm(dim=1) * y.norm(dim=1) + 1e-8)
+
+
+def dist_kd(student: Tensor, teacher: Tensor) -> Tensor:
+    q, p = F.softmax(student / 2, dim=1), F.softmax(teacher / 2, dim=1)
+    return 2**2 * (2 - _pearson(q, p).mean() - _pearson(q.T, p.T).mean())

@@ -32,7 +32,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from cases import CASES, Case
 
 RELATED = (40, 24)  # examples and features, of more than one tile
-FUSED = [case for case in CASES if getattr(case.loss, "fused", True)]  # those with an engine
+FUSED = [  # those with kernels
+    case
+    for case in CASES
+    if getattr(case.loss, "fused", True) and getattr(case.loss, "has_kernels", True)
+]
 
 
 class Compiled(NamedTuple):

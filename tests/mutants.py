@@ -25,6 +25,7 @@ LOSSES = "fastkd/divergence.py"
 PAIRS, RELATIONS = "kernels/_relational_tiles.py", "kernels/relational.py"
 PORTABLE_RELATIONS, RELATIONAL = "fastkd/portable/relational.py", "fastkd/relational.py"
 GROUP = "fastkd/_distributed.py"
+CORRELATIONS, CORRELATION = "fastkd/portable/correlation.py", "fastkd/correlation.py"
 METER, GUARD, INTERPRETER = "tests/meter.py", "tests/guard.py", "tests/interpreter.py"
 GATE, SASS = "tests/gate.py", "tests/sass.py"
 COUNTS, BUDGETS = "tests/counts.py", "tests/budgets.py"
@@ -396,6 +397,25 @@ MUTANTS = [
     Mutant(GROUP, "ranks forgotten", "scaled = loss * dist.get_world_size(group)", "scaled = loss * 1"),
     Mutant(GROUP, "wrong rows", "sum(n_rows[: dist.get_rank(group)])", "sum(n_rows[: dist.get_rank(group) + 1])"),
     Mutant(GROUP, "padding kept", "part[:n] for part", "part for part"),
+    # correlations in PyTorch
+    Mutant(CORRELATIONS, "sign flipped", "alpha=2)", "alpha=-2)"),
+    Mutant(CORRELATIONS, "transposition dropped", "torch.add(slopes, slopes.T, out=own)", "torch.add(slopes, slopes, out=own)"),
+    Mutant(CORRELATIONS, "transposition dropped", "gradient.addmm_(slopes.T, x[rows])", "pass"),
+    Mutant(CORRELATIONS, "projection dropped", "along[:, None], value=-1)", "along[:, None], value=0)"),
+    Mutant(CORRELATIONS, "scale dropped", "slopes.div_(squared)", "pass"),
+    Mutant(CORRELATIONS, "no direction", "lengths.masked_fill_(lengths < LEAST_LENGTH, math.inf)", "lengths"),
+    Mutant(CORRELATIONS, "mean's part dropped", "slopes.sub_(mean).div_(-totals)", "slopes.div_(-totals)"),
+    Mutant(CORRELATIONS, "off by one", "_exponential(own, order - 1, out=other)", "_exponential(own, order, out=other)"),
+    Mutant(CORRELATIONS, "term dropped", "torch.add(before, after, out=gradient[rows])", "torch.add(before, 0, out=gradient[rows])"),
+    Mutant(CORRELATIONS, "sign flipped", "differences[1:-1].sign_()", "differences[1:-1].sign_().neg_()"),
+    Mutant(CORRELATIONS, "off by one", "_total(losses) / max(n - 1, 1)", "_total(losses) / n"),
+    Mutant(CORRELATIONS, "means not moved", "means.add_(shift, alpha=share)", "pass"),
+    Mutant(CORRELATIONS, "chunks not joined", " + _moments(shift[:1], shift[1:], 0) * (rows.start * share)", ""),
+    Mutant(CORRELATIONS, "T² dropped", "squared = temperature * temperature", "squared = temperature"),
+    Mutant(CORRELATIONS, "weights swapped", "-temperature * beta / n, -temperature * gamma / n_classes", "-temperature * gamma / n, -temperature * beta / n_classes"),
+    Mutant(CORRELATIONS, "term dropped", "slopes.addcmul_(p.sub_(means[1]), b_columns)", "pass"),
+    Mutant(CORRELATIONS, "softmax's part dropped", "slopes.sub_(torch.mul(slopes, q, out=product).sum(1, keepdim=True))", "slopes"),
+    Mutant(CORRELATION, "empty batch", "if not student.numel():", "if False:"),
 ]  # fmt: skip
 
 
@@ -457,6 +477,9 @@ def selections(mutant: Mutant) -> Iterator[list[str]]:
         if mutant.file != GROUP:
             yield ["tests/test_relational.py", "-m", "smoke", "-k", "portable"]
         yield ["tests/test_distributed.py", "-k", "relations and 3"]
+        return
+    if mutant.file in (CORRELATIONS, CORRELATION):
+        yield ["tests/test_correlation.py", "-k", "not compile"]
         return
     engine: list[str] = []
     if mutant.file.startswith("kernels"):

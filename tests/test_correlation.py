@@ -58,13 +58,14 @@ def published_congruence(student, teacher, form="sequential", gamma=0.4, order=2
 
 
 def published_dist(student, teacher, beta=1.0, gamma=1.0, temperature=1.0):
-    def pearson(a, b):
-        a, b = a - a.mean(1).unsqueeze(1), b - b.mean(1).unsqueeze(1)
-        return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
+    def agreement(x, y, dim):
+        x, y = (z - z.mean(dim, keepdim=True) for z in (x, y))
+        lengths = (z.square().sum(dim).sqrt() for z in (x, y))
+        return (torch.mul(x, y).sum(dim) / (math.prod(lengths) + 1e-8)).mean()
 
-    q, p = ((x / temperature).softmax(dim=1) for x in (student, teacher))
-    inter, intra = 1 - pearson(q, p).mean(), 1 - pearson(q.t(), p.t()).mean()
-    return beta * temperature**2 * inter + gamma * temperature**2 * intra
+    q, p = (torch.softmax(z / temperature, -1) for z in (student, teacher))
+    total = beta * (1 - agreement(q, p, 1)) + gamma * (1 - agreement(q, p, 0))
+    return temperature**2 * total
 
 
 def embeddings_of_one_width(examples, n_features, *rest):
