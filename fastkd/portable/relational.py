@@ -179,9 +179,8 @@ def _sums(cosines: _Cosines, vertices: slice, ends: slice, trained: bool) -> _Su
                 torch.mul(teacher_q_ik, left[..., 3:], out=x).mul_(right[:, 2:3])
                 torch.mul(left[..., 1:2], right[:, :1], out=w)
                 x.addcmul_(w, q_ik).baddbmm_(left, right, beta=-0.5, alpha=0.5)  # A − B
-                losses += [F.huber_loss(x, losses[0].expand_as(x), reduction="sum")] * (
-                    1 + mirrored
-                )
+                loss = F.huber_loss(x, losses[0].expand_as(x), reduction="sum")
+                losses += [loss, loss] if mirrored else [loss]
                 if not trained:
                     continue
                 w.mul_(x.clamp_(-1, 1))
