@@ -24,11 +24,11 @@ from torch import Tensor
 from fastkd import _checks
 from fastkd._engine import Engine, compute_dtype, is_differentiated
 from fastkd._loss import batch_loss, by_formula
+from fastkd.relational import directions
 
 Number = float | Tensor
 
-# as published, but for a length below the least, which the published losses divide by it
-LEAST_LENGTH = 1e-12
+# as published
 PKT_EPSILON = 1e-7  # of the lengths and of the probabilities
 PEARSON_EPSILON = 1e-8  # of the product of the deviations
 
@@ -92,14 +92,6 @@ def _rows_of_logits(logits: Tensor) -> Tensor:
     return logits.reshape(-1, logits.shape[-1])
 
 
-def _directions(rows: Tensor, epsilon: float = 0.0) -> Tensor:
-    """Rows divided by their length + epsilon; 0 for those without one."""
-    squares = rows.square().sum(1, keepdim=True)
-    none = squares < LEAST_LENGTH**2
-    # selected first: where a root is 0 its slope is infinite
-    return torch.where(none, 0, rows / (torch.where(none, 1, squares).sqrt() + epsilon))
-
-
 # --------------------------------------------------------------------------- similarity preserving
 
 
@@ -113,7 +105,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
 
     Tung and Mori, Similarity-Preserving Knowledge Distillation, 2019. arXiv:1907.09682
     """
-    s, t = (_directions(_rows(x) @ _rows(x).T) for x in (student, teacher))
+    s, t = (directions(_rows(x) @ _rows(x).T) for x in (student, teacher))
     return (s - t).square().sum() / len(student) ** 2
 
 
@@ -137,8 +129,8 @@ def pkt(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _neighbours(features: Tensor) -> Tensor:
     """[N, N], the probability of each example to be the neighbour of the one of the row."""
-    directions = _directions(_rows(features), PKT_EPSILON)
-    similarities = (directions @ directions.T + 1) / 2
+    unit = directions(_rows(features), PKT_EPSILON)
+    similarities = (unit @ unit.T + 1) / 2
     return similarities / similarities.sum(1, keepdim=True)
 
 
@@ -182,7 +174,7 @@ def correlation_congruence(
     if form == "sequential":
         differences = (_rows(student) - _rows(teacher)).abs()
         return (differences[:-1] * differences[1:]).sum() / max(len(student) - 1, 1)
-    s, t = (_kernel(_directions(_rows(x)), gamma, order) for x in (student, teacher))
+    s, t = (_kernel(directions(_rows(x)), gamma, order) for x in (student, teacher))
     return (s - t).square().sum() / len(student) ** 2
 
 

@@ -119,8 +119,8 @@ def _fused(
         loss = loss.to(result_dtype)
         return loss if group is None else _distributed.before_averaging(loss, loss, group)
     if normalize:
-        student, teacher = (F.normalize(_rows(x).to(dtype)) for x in (student, teacher))
-        everyone = None if everyone is None else F.normalize(_rows(everyone).to(dtype))
+        student, teacher = (directions(_rows(x).to(dtype)) for x in (student, teacher))
+        everyone = None if everyone is None else directions(_rows(everyone).to(dtype))
     distance_weight, angle_weight = _WEIGHTS.get(formula.__name__) or weights.values()
     share, _ = _engine(
         engine, _rows(student), _rows(teacher), None if everyone is None else _rows(everyone),
@@ -231,4 +231,12 @@ def rkd(
 
 
 def _prepared(embeddings: Tensor, normalize: bool) -> Tensor:
-    return F.normalize(_rows(embeddings)) if normalize else _rows(embeddings)
+    return directions(_rows(embeddings)) if normalize else _rows(embeddings)
+
+
+def directions(rows: Tensor, epsilon: float = 0.0) -> Tensor:
+    """Rows divided by their length + epsilon; 0, and without gradient, for those without one."""
+    squares = rows.square().sum(1, keepdim=True)
+    none = squares < LEAST_LENGTH**2
+    # selected first: where a root is 0 its slope is infinite
+    return torch.where(none, 0, rows / (torch.where(none, 1, squares).sqrt() + epsilon))

@@ -222,7 +222,7 @@ def edges(
         loss *= tl.where(i == j, 1.0, 2.0)
     tl.store(losses_ptr, tl.sum(loss) * (beta_ * scale))
     if TRAINED:
-        slope = (by_r - beta_ * r * r * r * by_u) * scale
+        slope = (by_r - beta_ * (r * (r * (r * by_u)))) * scale  # r³ alone may vanish
         slope = tl.where(_apart(i, j, n), slope, 0.0)
         slopes_ptr += split.to(tl.int64) * padded * padded
         within = lanes[:, None] * padded + lanes[None, :]

@@ -141,7 +141,10 @@ def _numbers(problem: Problem) -> tuple[Any, Any, Any, bool]:
     """Weight of the distances, weight of the angles, beta; whether they are passed by pointer."""
     least = _LEAST_BETA[problem.dtype]  # 0 turns linear at once
     beta = problem.smooth_l1_beta
-    beta = beta.clamp(min=least) if isinstance(beta, Tensor) else max(beta, least)
+    if isinstance(beta, Tensor):
+        beta = beta.to(problem.dtype).clamp(min=least)
+    else:
+        beta = max(beta, least)
     numbers = problem.distance_weight, problem.angle_weight, beta
     # a Python float reaches a kernel as float32
     if problem.dtype == torch.float64 or any(isinstance(x, Tensor) for x in numbers):

@@ -354,7 +354,7 @@ MUTANTS = [
     Mutant(PAIRS, "term dropped", "half_r * (of_a + bent_b * rb)", "half_r * of_a"),
     Mutant(PAIRS, "sign flipped", "by_r -= at_c * bent", "by_r += at_c * bent"),
     Mutant(PAIRS, "sign flipped", "by_u += u * (of_a - bent_b * rb)", "by_u += u * (of_a + bent_b * rb)"),
-    Mutant(PAIRS, "scale dropped", "by_r - beta_ * r * r * r * by_u", "by_r - r * r * r * by_u"),
+    Mutant(PAIRS, "scale dropped", "by_r - beta_ * (r * (r * (r * by_u)))", "by_r - r * (r * (r * by_u))"),
     Mutant(PAIRS, "mirror not counted", "loss *= tl.where(i == j, 1.0, 2.0)", "loss *= 1.0"),
     Mutant(PAIRS, "scale dropped", "tl.sum(loss) * (beta_ * scale)", "tl.sum(loss) * scale"),
     Mutant(PAIRS, "transposition dropped", "mirrored_ptr + within, tl.trans(slope)", "mirrored_ptr + within, slope"),
@@ -365,7 +365,7 @@ MUTANTS = [
     Mutant(PAIRS, "wrong stride", "slope_ptr += padded\n", "slope_ptr += n\n"),
     Mutant(RELATIONS, "loss dropped", "n_losses=losses.numel()", "n_losses=n_tiles**2"),
     Mutant(RELATIONS, "wrong rows", "own = dict(first=problem.first, n_own=n_own)", "own = dict(first=0, n_own=n_own)"),
-    Mutant(RELATIONS, "beta unbounded", "max(beta, least)", "beta"),
+    Mutant(RELATIONS, "beta unbounded", "beta = max(beta, least)", "pass"),
     Mutant(RELATIONS, "weights swapped", "numbers = problem.distance_weight, problem.angle_weight, beta", "numbers = problem.angle_weight, problem.distance_weight, beta"),
     # relations in PyTorch
     Mutant(PORTABLE_RELATIONS, "mirror dropped", "squares + squares.mT", "squares + squares"),

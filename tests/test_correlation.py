@@ -248,6 +248,15 @@ def test_a_uniform_row_correlates_with_nothing(engine):
 
 @smoke
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_teacher_that_does_not_vary_over_the_batch(dtype, engine):
+    """Views of one image: nothing between examples is to be learned."""
+    student, teacher = DIST.inputs((50,), 7, dtype)
+    teacher = teacher[:1].expand(50, 7)
+    truth = results(published_dist, exact([student, teacher]))
+    assert_same(results(fastkd.dist_kd, [student, teacher]), truth, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_saturated_and_masked_logits(dtype, engine):
     student, teacher = (1000 * x.detach() for x in DIST.inputs((9,), 8, dtype))
     for x in (student, teacher):

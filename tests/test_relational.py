@@ -110,6 +110,37 @@ def test_normalized_embeddings(case, engine):
 
 
 @each_relation
+def test_normalized_embeddings_without_a_length(case, engine):
+    """They have no direction, and get no gradient from one."""
+    student, teacher = (x.detach() for x in case.inputs((9,), 5))
+    student[[2, 4]] = 0
+    loss, gradient = results(
+        lambda *x: case(*x, normalize=True), [student.requires_grad_(), teacher]
+    )
+    assert loss.isfinite() and not gradient[[2, 4]].any()
+    assert gradient[0].any() and gradient.abs().max() < 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_numbers_given_as_half_precision_tensors(dtype, engine):
+    """They are numbers: the loss is not computed in their precision."""
+    inputs = RKD.inputs((40,), 5)
+    options = dict(distance_weight=2.0, angle_weight=4.0, smooth_l1_beta=0.0)
+    tensors = {name: torch.tensor(x, dtype=dtype, device=DEVICE) for name, x in options.items()}
+    found = results(lambda *x: RKD(*x, **tensors), inputs)
+    assert_same(found, results(lambda *x: RKD(*x, **options), inputs), tolerance=1e-6)
+
+
+@each_relation
+@pytest.mark.parametrize("size", [1e-3, 1e10])
+def test_the_size_of_the_embeddings_does_not_matter(case, size, engine):
+    student, teacher = case.inputs((9,), 5, torch.float32)
+    scaled = (size * student.detach()).requires_grad_()
+    (loss, gradient), expected = results(case, [scaled, teacher]), results(case, [student, teacher])
+    assert_same([loss, size * gradient], expected, tolerance=2e-6)
+
+
+@each_relation
 def test_normalized_half_precision_is_not_rounded_in_between(case, engine):
     inputs = case.inputs((9,), 5, torch.bfloat16)
     found = case(*inputs, normalize=True)

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from fastkd._engine import scaled_gradient
-from fastkd.correlation import LEAST_LENGTH, PEARSON_EPSILON, PKT_EPSILON, Number, Problem, falloff
+from fastkd.correlation import PEARSON_EPSILON, PKT_EPSILON, Number, Problem, falloff
+from fastkd.relational import LEAST_LENGTH
 
 backward = scaled_gradient
 
@@ -42,6 +43,10 @@ def allocate(*arguments: Any) -> tuple[Tensor, Tensor]:
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """(*Problem) -> the loss and its gradient."""
     problem = Problem(*arguments)
+    beta, gamma, temperature = (
+        x.to(problem.dtype) if isinstance(x, Tensor) else x for x in problem[2:5]
+    )
+    problem = problem._replace(beta=beta, gamma=gamma, temperature=temperature)
     loss, gradient = problem.allocate()
     compute = {"sequential": _sequential, "dist_kd": _dist}.get(problem.name, _relations)
     loss.copy_(compute(problem, gradient))
@@ -221,7 +226,7 @@ def _dist(problem: Problem, gradient: Tensor) -> Tensor:
         # of a row the mean is 1 / V: a row that is uniform has a deviation of 0
         torch.sub(q, 1 / n_classes, out=a)
         of_rows.append(_moments(a, torch.sub(p, 1 / n_classes, out=b), 1, product))
-        new_means = torch.stack([q.mean(0), p.mean(0)])
+        new_means = torch.stack([_means(q, product), _means(p, product)])
         torch.sub(q, new_means[0], out=a)
         new = _moments(a, torch.sub(p, new_means[1], out=b), 0, product)
         if rows.start == 0:
@@ -250,6 +255,11 @@ def _dist(problem: Problem, gradient: Tensor) -> Tensor:
         slopes.addcmul_(torch.sub(q, means[0], out=product), a_columns)
         q.mul_(slopes.sub_(torch.mul(slopes, q, out=product).sum(1, keepdim=True)))
     return loss
+
+
+def _means(rows: Tensor, product: Tensor) -> Tensor:
+    """Of columns; of one that does not vary exactly, or its deviation would not be 0."""
+    return torch.sub(rows, rows[0], out=product).mean(0).add_(rows[0])
 
 
 def _softmax(logits: Tensor, temperature: Number, scaled: Tensor, out: Tensor) -> None:

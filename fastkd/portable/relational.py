@@ -41,16 +41,19 @@ def allocate(*arguments: Any) -> tuple[Tensor, Tensor]:
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """(*Problem) -> the own rows' share of the loss, and the gradient of the whole loss in them."""
     problem = Problem(*arguments)
-    dtype = problem.dtype
+    dtype = _dtype(problem)
     own = slice(problem.first, problem.first + len(problem.student))
     students = problem.students.to(dtype)
     squares = _squared_distances(students, problem.teacher.to(dtype))
     beta = _penalty_beta(problem.smooth_l1_beta, dtype)
+    distance_weight, angle_weight = (
+        x.to(dtype) if isinstance(x, Tensor) else x for x in problem[3:5]
+    )
     found = []
     if problem.parts != "angle":
-        found.append(_distances(squares, own, problem.distance_weight, beta, problem.trained))
+        found.append(_distances(squares, own, distance_weight, beta, problem.trained))
     if problem.parts != "distance":
-        found.append(_angles(squares, own, problem.angle_weight, beta, problem.trained))
+        found.append(_angles(squares, own, angle_weight, beta, problem.trained))
     losses, slopes = zip(*found, strict=True)
     share, result_dtype = sum(losses[1:], losses[0]), compute_dtype(*arguments[:2])
     if problem.trained:
@@ -58,6 +61,12 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     else:
         gradient = students.new_empty(0)
     return share.to(result_dtype), gradient.to(result_dtype)
+
+
+def _dtype(problem: Problem) -> torch.dtype:
+    """float64 where products of matrices would be TF32: they cancel."""
+    on_cuda = problem.student.device.type == "cuda"
+    return torch.float64 if on_cuda and torch.backends.cuda.matmul.allow_tf32 else problem.dtype
 
 
 def _penalty_beta(beta: Number, dtype: torch.dtype) -> Number:
@@ -207,6 +216,4 @@ def _cut(whole: slice, size: int) -> list[slice]:
 def _laplacian(slopes: Tensor, x: Tensor, own: slice) -> Tensor:
     """dx_a = 2 Σ_b slopes_ab (x_a − x_b) for the own rows."""
     centred = x - x.mean(0)  # it sees differences alone: the less there is to cancel, the better
-    if x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        centred, slopes = centred.double(), slopes.double()
     return (slopes.sum(1, keepdim=True) * centred[own]).addmm_(slopes, centred, alpha=-1).mul_(2)
