@@ -60,7 +60,7 @@ def published_congruence(student, teacher, form="sequential", gamma=0.4, order=2
 def published_dist(student, teacher, beta=1.0, gamma=1.0, temperature=1.0):
     def agreement(x, y, dim):
         x, y = (z - z.mean(dim, keepdim=True) for z in (x, y))
-        lengths = (z.square().sum(dim).sqrt() for z in (x, y))
+        lengths = (torch.linalg.vector_norm(z, dim=dim) for z in (x, y))
         return (torch.mul(x, y).sum(dim) / (math.prod(lengths) + 1e-8)).mean()
 
     q, p = (torch.softmax(z / temperature, -1) for z in (student, teacher))
