@@ -1,6 +1,7 @@
 """Training with a part of the batch on each rank; a module that their processes can import."""
 
 import itertools
+import os
 from functools import partial
 
 import torch
@@ -50,6 +51,11 @@ def labelled_and_soft(student, teacher, labels, weights):
     return fastkd.kd(student, teacher, labels, normalizer=total)
 
 
+def _leave():
+    """Without C++'s own end of a process, which aborts if a thread of gloo is still about."""
+    os._exit(0)
+
+
 LOSSES = [mean_of_all, mean_of_kept, labelled_and_soft]
 
 
@@ -69,6 +75,7 @@ def train_half(rank, folder):
             torch.save(gradients, f"{folder}/gradients.pt")
     finally:
         dist.destroy_process_group()
+    _leave()
 
 
 # the examples of each rank: last batches are uneven, and a rank may have none
@@ -111,3 +118,4 @@ def train_part(rank, sizes, folder):
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
+    _leave()
