@@ -381,7 +381,6 @@ MUTANTS = [
     Mutant(PORTABLE_RELATIONS, "scale dropped", "mul_(beta / 2)", "mul_(1 / 2)"),
     Mutant(PORTABLE_RELATIONS, "term dropped", ".sub_(with_own.u[own])", ""),
     Mutant(PORTABLE_RELATIONS, "transposition dropped", "arms_with_own[:, own].T", "arms_with_own[:, own].T * 0"),
-    Mutant(PORTABLE_RELATIONS, "diagonal counted", "slopes[:, own].fill_diagonal_(0)", "slopes[:, own].fill_diagonal_(9)"),
     Mutant(PORTABLE_RELATIONS, "teacher dropped", "torch.mul(teacher_q_ik, left[..., 3:], out=x)", "torch.mul(q_ik, left[..., 3:], out=x)"),
     Mutant(PORTABLE_RELATIONS, "mirror not counted", "[loss, loss] if mirrored else [loss]", "[loss]"),
     Mutant(PORTABLE_RELATIONS, "clamp dropped", "w.mul_(x.clamp_(-1, 1))", "w.mul_(x)"),
