@@ -397,11 +397,11 @@ MUTANTS = [
     Mutant(GROUP, "wrong rows", "sum(n_rows[: dist.get_rank(group)])", "sum(n_rows[: dist.get_rank(group) + 1])"),
     Mutant(GROUP, "padding kept", "part[:n] for part", "part for part"),
     # correlations in PyTorch
-    Mutant(CORRELATIONS, "sign flipped", "alpha=2)", "alpha=-2)"),
+    Mutant(CORRELATIONS, "sign flipped", "alpha=2 * share", "alpha=-2 * share"),
     Mutant(CORRELATIONS, "transposition dropped", "torch.add(slopes, slopes.T, out=own)", "torch.add(slopes, slopes, out=own)"),
-    Mutant(CORRELATIONS, "transposition dropped", "gradient.addmm_(slopes.T, x[rows])", "pass"),
+    Mutant(CORRELATIONS, "transposition dropped", "gradient.addmm_(slopes.T, x[rows], alpha=share)", "pass"),
     Mutant(CORRELATIONS, "projection dropped", "along[:, None], value=-1)", "along[:, None], value=0)"),
-    Mutant(CORRELATIONS, "scale dropped", "slopes.div_(squared)", "pass"),
+    Mutant(CORRELATIONS, "scale dropped", "return _total(losses) * share", "return _total(losses)"),
     Mutant(CORRELATIONS, "no direction", "lengths.masked_fill_(lengths < LEAST_LENGTH, math.inf)", "lengths"),
     Mutant(CORRELATIONS, "mean's part dropped", "slopes.sub_(mean).div_(-totals)", "slopes.div_(-totals)"),
     Mutant(CORRELATIONS, "off by one", "_exponential(own, order - 1, out=other)", "_exponential(own, order, out=other)"),
@@ -414,6 +414,39 @@ MUTANTS = [
     Mutant(CORRELATIONS, "weights swapped", "-temperature * beta / n, -temperature * gamma / n_classes", "-temperature * gamma / n, -temperature * beta / n_classes"),
     Mutant(CORRELATIONS, "term dropped", "slopes.addcmul_(p.sub_(means[1]), b_columns)", "pass"),
     Mutant(CORRELATIONS, "softmax's part dropped", "slopes.sub_(torch.mul(slopes, q, out=product).sum(1, keepdim=True))", "slopes"),
+    Mutant(CORRELATIONS, "off by one", "stop = start + around.stop - around.start", "stop = start + around.stop - around.start - 1"),
+    Mutant(CORRELATIONS, "off by one", "min(rows.stop + 1, n)", "min(rows.stop, n)"),
+    Mutant(CORRELATIONS, "off by one", "max(rows.start - 1, 0)", "rows.start"),
+    Mutant(CORRELATIONS, "off by one", "shape = min(size, n_rows - start), n_columns", "shape = min(size, n_rows - start - 1), n_columns"),
+    Mutant(CORRELATIONS, "mask dropped", "sizes[:start].zero_()", "pass"),
+    Mutant(CORRELATIONS, "mask dropped", "sizes[stop:].zero_()", "pass"),
+    Mutant(CORRELATIONS, "mask dropped", "a.masked_fill_(deviation == 0, 0)", "a"),
+    Mutant(CORRELATIONS, "term dropped", "gradient[rows].addmm_(slopes, x, alpha=share)", "pass"),
+    Mutant(CORRELATIONS, "term dropped", "lengths[rows] * divisors[rows]", "lengths[rows] * lengths[rows]"),
+    Mutant(CORRELATIONS, "term dropped", "slopes.div_(divisors).div_(divisors[rows, None])", "slopes.div_(divisors)"),
+    Mutant(CORRELATIONS, "term dropped", "        gradient.zero_()", "        gradient.fill_(1e-3)"),
+    Mutant(CORRELATIONS, "wrong divisor", "_lengths(y) + epsilon", "_lengths(y)"),
+    Mutant(CORRELATIONS, "wrong divisor", "teacher.div_(_lengths(teacher)[:, None])", "teacher.div_(lengths)"),
+    Mutant(CORRELATIONS, "term dropped", "difference.addcmul_(own, along, value=-1)", "difference"),
+    Mutant(CORRELATIONS, "sign flipped", ".sub_(own).neg_()", ".sub_(own)"),
+    Mutant(CORRELATIONS, "sign flipped", "div_(-totals)", "div_(totals)"),
+    Mutant(CORRELATIONS, "term dropped", "out=product).sub_(PKT_EPSILON)  # p", "out=product)"),
+    Mutant(CORRELATIONS, "term dropped", "torch.sub(difference, PKT_EPSILON, out=slopes)", "slopes.copy_(difference)"),
+    Mutant(CORRELATIONS, "term dropped", "product.mul_(logs).sub_(difference).sum()", "product.mul_(logs).sum()"),
+    Mutant(CORRELATIONS, "term dropped", ".sum() * (factor * factor)", ".sum() * factor"),
+    Mutant(CORRELATIONS, "off by one", "range(order, 0, -1)", "range(order - 1, 0, -1)"),
+    Mutant(CORRELATIONS, "wrong row", "torch.mul(own, after, out=product)", "torch.mul(own, own, out=product)"),
+    Mutant(CORRELATIONS, "term dropped", "torch.sub(q, 1 / n_classes, out=a)", "a.copy_(q)"),
+    Mutant(CORRELATIONS, "term dropped", "* (rows.start * share)", "* rows.start"),
+    Mutant(CORRELATIONS, "term dropped", "means.add_(shift, alpha=share)", "means.add_(shift)"),
+    Mutant(CORRELATIONS, "T² dropped", "-temperature * beta / n,", "-beta / n,"),
+    Mutant(CORRELATIONS, "stale chunk", "if len(chunks) > 1:", "if len(chunks) > 1e9:"),
+    Mutant(CORRELATIONS, "term dropped", "p.sub_(means[1])", "p"),
+    Mutant(CORRELATIONS, "term dropped", "torch.sub(q, means[0], out=product), a", "q, a"),
+    Mutant(CORRELATIONS, "term dropped", " + PEARSON_EPSILON", ""),
+    Mutant(CORRELATIONS, "sign flipped", "a = -(both", "a = (both"),
+    Mutant(CORRELATIONS, "statistics swapped", "* (teacher_deviation * b)", "* (deviation * b)"),
+    Mutant(CORRELATIONS, "centre dropped", "torch.sub(rows, rows[0], out=product).mean(0).add_(rows[0])", "rows.mean(0)"),
     Mutant(CORRELATION, "empty batch", "if not student.numel():", "if False:"),
 ]  # fmt: skip
 
@@ -478,6 +511,7 @@ def selections(mutant: Mutant) -> Iterator[list[str]]:
         yield ["tests/test_distributed.py", "-k", "relations and 3"]
         return
     if mutant.file in (CORRELATIONS, CORRELATION):
+        yield ["tests/test_correlation.py", "-m", "smoke", "-k", "portable"]
         yield ["tests/test_correlation.py", "-k", "not compile"]
         return
     engine: list[str] = []

@@ -80,7 +80,7 @@ def _relations(problem: Problem, gradient: Tensor) -> Tensor:
     """The loss of the Gram matrices' rows, and in `gradient` what their slopes make of it."""
     x, y = (features.to(problem.dtype) for features in problem[:2])
     (n, width), name = x.shape, problem.name
-    of_cosines, squared = name != "similarity_preserving", float(n) ** 2
+    of_cosines, share = name != "similarity_preserving", 1 / float(n) ** 2
     if of_cosines:
         epsilon = PKT_EPSILON if name == "pkt" else 0.0
         lengths = _lengths(x)
@@ -101,22 +101,21 @@ def _relations(problem: Problem, gradient: Tensor) -> Tensor:
         losses.append(loss)
         if not problem.trained:
             continue
-        slopes.div_(squared)
         if of_cosines:
             slopes.div_(divisors).div_(divisors[rows, None])
         if name == "kernel":  # H = Hᵀ
-            gradient[rows].addmm_(slopes, x, alpha=2)
+            gradient[rows].addmm_(slopes, x, alpha=2 * share)
         elif len(own) == n:
-            gradient.addmm_(torch.add(slopes, slopes.T, out=own), x)
+            gradient.addmm_(torch.add(slopes, slopes.T, out=own), x, alpha=share)
         else:
-            gradient[rows].addmm_(slopes, x)
-            gradient.addmm_(slopes.T, x[rows])
+            gradient[rows].addmm_(slopes, x, alpha=share)
+            gradient.addmm_(slopes.T, x[rows], alpha=share)
     if problem.trained and of_cosines:
         for rows, (product, *_) in _chunks(scratch, n, width):
             along = torch.mul(x[rows], gradient[rows], out=product).sum(1)
             along.div_(lengths[rows] * divisors[rows])
             gradient[rows].addcmul_(x[rows], along[:, None], value=-1)
-    return _total(losses) / squared
+    return _total(losses) * share
 
 
 def _lengths(rows: Tensor) -> Tensor:
