@@ -1,4 +1,4 @@
-"""Plots of a GPU run: the share of the ceiling, time against each axis, memory."""
+"""Plots of a record: time and memory against each axis, of a GPU the share of its ceiling too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 from cases import CASES
-from report import ORDER
+from report import ORDER, rows_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -20,13 +20,16 @@ BOTH_WAYS = "forward+backward"
 
 def draw(record: dict[str, Any], stem: Path) -> list[Path]:
     """As <stem>-<what it shows>.png; what was not measured is not drawn."""
-    rows = [row for row in record["rows"] if row.get("milliseconds")]
+    rows = [row for row in rows_of(record) if row.get("milliseconds")]
     rows = [row for row in rows if row["direction"] == BOTH_WAYS]
     if not rows:
         return []
     title = f"{record['device']}, {BOTH_WAYS}: {record['label']}"
+    plots = {"time": time, "memory": memory}
+    if any(row.get("share_of_ceiling") for row in rows):
+        plots["share"] = share
     files = []
-    for what, plot in (("share", share), ("time", time), ("memory", memory)):
+    for what, plot in plots.items():
         figure = plot([row for row in rows if row["dtype"] == rows[0]["dtype"]])
         figure.suptitle(f"{title}, {rows[0]['dtype']}")
         figure.tight_layout()

@@ -1,7 +1,8 @@
-"""The README's tables of what was measured: python benchmarks/report.py [--check]
+"""The README's tables of what was measured: python benchmarks/report.py [--check | --plots]
 
 Reads the records in benchmarks/results. A row is stale when the code that it is a figure of has
-changed since; `--check` lists those and exits 1. Records of dry runs are no measurements.
+changed since; `--check` lists those and exits 1. `--plots` draws each record beside it. Records of
+dry runs are no measurements.
 """
 
 from __future__ import annotations
@@ -26,9 +27,14 @@ Row = dict[str, Any]
 
 def records(folder: Path) -> list[dict[str, Any]]:
     """The measured ones, the oldest first."""
-    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    measured = [record for record in found if record.get("label") == "measured"]
-    return sorted(measured, key=lambda record: record.get("utc", ""))
+    found = [json.loads(file.read_text()) for file in files(folder)]
+    return sorted(found, key=lambda record: record.get("utc", ""))
+
+
+def files(folder: Path) -> list[Path]:
+    """Of what was measured."""
+    found = {file: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    return [file for file, record in found.items() if record.get("label") == "measured"]
 
 
 def is_of_gpu(record: dict[str, Any]) -> bool:
@@ -172,7 +178,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", nargs="?", type=Path, default=RESULTS, help="folder of records")
     parser.add_argument("--check", action="store_true", help="exit 1 where a row is stale")
+    parser.add_argument("--plots", action="store_true", help="draw each record, as PNGs beside it")
     options = parser.parse_args()
+    if options.plots:
+        import plots  # which imports this module
+
+        for file in files(options.results):
+            print(*plots.draw(json.loads(file.read_text()), file.with_suffix("")), sep="\n")
+        return 0
     found = records(options.results)
     if options.check:
         stale = [row for record in found for row in rows_of(record) if row["stale"]]

@@ -62,3 +62,7 @@ def test_a_run_writes_its_record(tmp_path):
         assert row["peak_extra_bytes"] is None or row["peak_extra_bytes"] > 0
         assert row["implementation"] != "fastkd" or row["ratio"] == 1
     assert "| forward_kl | 4×8 |" in file.with_suffix(".md").read_text()
+    report = [sys.executable, "benchmarks/report.py", "--plots", str(tmp_path)]
+    drawn = subprocess.run(report, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert drawn.split() == [f"{file.with_suffix('')}-{what}.png" for what in ("time", "memory")]
+    assert all(Path(png).stat().st_size > 10_000 for png in drawn.split())
