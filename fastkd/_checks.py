@@ -64,6 +64,39 @@ def embeddings(student: Tensor, teacher: Tensor) -> None:
     constant_teacher(teacher=teacher)
 
 
+def matrices(**tensors: Tensor) -> None:
+    """Embeddings [N, D] of any N, with one D, on one device."""
+    (first, first_tensor), *_ = tensors.items()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape [N, D], got {type(tensor).__name__}")
+        if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
+            raise TypeError(
+                f"{name} must hold floating-point embeddings (float16, bfloat16, float32 or "
+                f"float64, dense), got {tensor.dtype}, {tensor.layout}"
+            )
+        if tensor.ndim != 2 or tensor.shape[1] == 0:
+            raise ValueError(
+                f"{name} needs the shape [N, D] with D ≥ 1, an embedding for each of N examples, "
+                f"got {_shape(tensor)}: flatten or pool it"
+            )
+        if tensor.shape[1] != first_tensor.shape[1]:
+            raise ValueError(
+                f"{first} and {name} need one D, got {_shape(first_tensor)} and {_shape(tensor)}: "
+                "project one of them"
+            )
+        if tensor is not first_tensor:
+            same_device(**{first: first_tensor, name: tensor})
+
+
+def same_examples(**tensors: Tensor) -> None:
+    (first, a), (second, b) = tensors.items()
+    if len(a) != len(b):
+        raise ValueError(
+            f"{first} and {second} need the same examples: one N, got {_shape(a)} and {_shape(b)}"
+        )
+
+
 def labels(labels: Tensor, student: Tensor, ignore_index: int) -> bool:
     """Class indices (...), one for each row of logits (..., V); True if known not to be ignored."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
@@ -156,6 +189,20 @@ def at_least_1(**options: Any) -> None:
     for name, value in options.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def number(above: float = -math.inf, **options: Any) -> None:
+    """A finite number, or a 0-dim tensor, which may be learnt."""
+    for name, value in options.items():
+        if isinstance(value, Tensor):
+            if value.ndim != 0 or value.is_complex():
+                raise ValueError(
+                    f"{name} must be a number or a 0-dim tensor, got {_shape(value)} of "
+                    f"{value.dtype}: take its only element, for example with .squeeze()"
+                )
+        elif not _ordered(-math.inf, value, math.inf) or not above < value < math.inf:
+            bound = f" above {above:g}" if above > -math.inf else ""
+            raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
 
 
 def one_of(known: Sequence[str], **option: Any) -> None:

@@ -30,6 +30,29 @@ def gathered(tensors: Sequence[Tensor], group: Any) -> tuple[list[Tensor], int]:
     return wholes, sum(n_rows[: dist.get_rank(group)])
 
 
+def shared(rows: Tensor, group: Any) -> tuple[Tensor, int]:
+    """The rows of all ranks, and where the own ones begin; gradients are summed over the ranks."""
+    (whole,), first = gathered([rows], group)
+    return _Shared.apply(rows, whole, first, group), first
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, whole: Tensor, first: int, group: Any) -> Tensor:
+        ctx.own, ctx.group = slice(first, first + len(rows)), group
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        # ranks hold any number of rows: what reduce_scatter does not take
+        return summed(upstream, ctx.group)[ctx.own], None, None, None
+
+
+def by_name(name: str) -> Any:
+    """An op takes no process group, but its name."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
 def summed(share: Tensor, group: Any) -> Tensor:
     """The sum of the shares of all ranks; no gradient passes."""
     total = share.detach().clone()

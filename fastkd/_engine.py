@@ -159,16 +159,18 @@ _BATCHED_BY_AUTOGRAD = (
 class Engine:
     """The differentiable op of a family: ``engine(backend, *tensors, *scalars, *options)``.
 
-    tensors   schema of the tensor arguments, for example "Tensor student, Tensor? labels"; the
-              first one gets a gradient
+    tensors   schema of the tensor arguments, for example "Tensor student, Tensor? labels"
     scalars   names of the numbers that vary at run time (floats or 0-dim tensors)
     options   schema of what selects code, for example "str divergence"
     rowwise   names of the tensors that start with the example dimensions: none, if the losses are
               of the batch as a whole
     n_losses  of `forward`
+    n_trained of the tensors, the first ones: each gets a gradient
 
     The engine's modules have `forward`, `backward` and `allocate`, the empty outputs of `forward`:
-    the losses, and the statistics that `backward` needs, which get no gradient.
+    the losses, and the statistics that `backward` needs, which get no gradient. Where more than one
+    tensor is trained, they have `allocate_gradients` too: one for each, of no elements for those
+    that are not asked for.
     """
 
     def __init__(
@@ -176,24 +178,25 @@ class Engine:
         family: str,
         *,
         tensors: str,
-        scalars: str,
+        scalars: str = "",
         options: str,
         rowwise: Sequence[str] = (),
         n_losses: int = 1,
+        n_trained: int = 1,
     ) -> None:
-        self.family, self.n_losses = family, n_losses
-        self.n_scalars, self.n_options = len(scalars.split(",")), len(options.split(","))
+        self.family, self.n_losses, self.n_trained = family, n_losses, n_trained
+        numbers = [f"Tensor {name.strip()}" for name in scalars.split(",") if name]
+        self.n_scalars, self.n_options = len(numbers), len(options.split(","))
         names = [tensor.split()[-1] for tensor in tensors.split(",")]
         self.rowwise = [name in rowwise for name in names]
-        numbers = ", ".join(f"Tensor {name.strip()}" for name in scalars.split(","))
-        arguments = f"{tensors}, {numbers}, {options}, str backend"
+        arguments = ", ".join([tensors, *numbers, options, "str backend"])
         upstream = ", ".join(f"Tensor? upstream_{i}" for i in range(n_losses))
-        outputs = ", ".join(["Tensor"] * (n_losses + 1))
+        outputs, gradients = (", ".join(["Tensor"] * n) for n in (n_losses + 1, n_trained))
         # the compiler's cache on disk knows an op by its name: another release, another name
         release = __version__.replace(".", "_")
         forward, backward = (f"{family}_{way}_{release}" for way in ("forward", "backward"))
         _library.define(f"{forward}({arguments}) -> ({outputs})")
-        _library.define(f"{backward}({upstream}, Tensor statistics, {arguments}) -> Tensor")
+        _library.define(f"{backward}({upstream}, Tensor statistics, {arguments}) -> ({gradients})")
         # `backward` has the upstream and the statistics before the arguments of `forward`
         for name, direction, first in (
             (forward, "forward", 0),
@@ -209,24 +212,29 @@ class Engine:
         )
         torch.library.register_fake(
             f"fastkd::{backward}",
-            lambda *xs: torch.empty_like(xs[n_losses + 1], memory_format=torch.contiguous_format),
+            lambda *xs: _empty_gradients(family, n_trained, xs[n_losses + 1 :]),
             lib=_library,
         )
         self.opaque_forward = getattr(torch.ops.fastkd, forward).default
         self.opaque_backward = getattr(torch.ops.fastkd, backward).default
         _engines[family] = self
-        self._function, self._traced_function = _differentiable(family, self.rowwise, n_losses)
+        self._function, self._traced_function = _differentiable(
+            family, self.rowwise, n_losses, n_trained
+        )
 
     def __call__(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
             traced = self._scalars_as_tensors((*arguments, backend))
-            if torch.is_grad_enabled() and arguments[0].requires_grad:
+            trained = arguments[: self.n_trained]
+            if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
                 return self._traced_function.apply(*traced)
             return self.opaque_forward(*traced)  # the compiler would call `forward` with a context
         if _transforms_active():
             return self._function.apply(*arguments, backend)
         if not torch.is_grad_enabled():  # engines prepare a backward for what requires a gradient
-            arguments = (arguments[0].detach(), *arguments[1:])
+            trained = arguments[: self.n_trained]
+            detached = [None if x is None else x.detach() for x in trained]
+            arguments = (*detached, *arguments[self.n_trained :])
         # what `apply` does without torch.func: binding the signature would cost more than a launch
         function: Any = super(torch.autograd.Function, self._function)
         return function.apply(*arguments, backend)
@@ -236,7 +244,7 @@ class Engine:
             return self.opaque_forward(*self._scalars_as_tensors(arguments))
         return _call(_module(self.family, arguments[-1]).forward, arguments[0], arguments)
 
-    def backward(self, *arguments: Any) -> Tensor:
+    def backward(self, *arguments: Any) -> Any:
         if _traced(arguments):
             return self.opaque_backward(*self._scalars_as_tensors(arguments))
         trained = arguments[self.n_losses + 1]
@@ -269,6 +277,12 @@ def _run(family: str, direction: str, first: int, *arguments: Any) -> Any:
     with torch.no_grad():
         plain = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
         return _call(body, arguments[first], plain)
+
+
+def _empty_gradients(family: str, n_trained: int, arguments: Sequence[Any]) -> Any:
+    if n_trained > 1:
+        return _module(family, arguments[-1]).allocate_gradients(*arguments[:-1])
+    return torch.empty_like(arguments[0], memory_format=torch.contiguous_format)
 
 
 def _traced(arguments: Sequence[Any]) -> bool:
@@ -325,7 +339,7 @@ _engines: dict[str, Engine] = {}
 
 
 def _differentiable(
-    family: str, rowwise: Sequence[bool], n_losses: int
+    family: str, rowwise: Sequence[bool], n_losses: int, n_trained: int
 ) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
     """The function of a family for eager mode, and for torch.compile, which refuses any `jvp`.
 
@@ -340,7 +354,8 @@ def _differentiable(
         @staticmethod
         def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
             rows = [any(rowwise)] * (n_losses + 1) + [*rowwise]
-            return _batched(Gradient, rows, info.batch_size, in_dims, arguments), 0
+            gradients = _batched(Gradient, rows, info.batch_size, in_dims, arguments)
+            return gradients, 0 if n_trained == 1 else (0,) * n_trained
 
     class TracedLoss(torch.autograd.Function):
         @staticmethod
@@ -370,9 +385,9 @@ def _differentiable(
             # the compiler fills in zeros, even for rows (..., 0) that were not asked for
             rank = tensors[0].ndim
             upstream = tuple(None if x is None or x.ndim == rank else x for x in upstream[:-1])
-            nothing = [None] * (len(rowwise) + len(ctx.scalars_and_options) - 1)
+            nothing = [None] * (len(rowwise) + len(ctx.scalars_and_options) - n_trained)
             if all(x is None for x in upstream):
-                return None, *nothing
+                return *[None] * n_trained, *nothing
             gradient = _engines[family].backward
             # grad mode is on in a backward only under create_graph=True, and vmap may map over it
             eager = not torch.compiler.is_compiling()
@@ -380,7 +395,11 @@ def _differentiable(
                 refuse_batches(*upstream)
             if eager and (torch.is_grad_enabled() or _transforms_active()):
                 gradient = Gradient.apply
-            return gradient(*upstream, statistics, *tensors, *ctx.scalars_and_options), *nothing
+            found = gradient(*upstream, statistics, *tensors, *ctx.scalars_and_options)
+            if n_trained == 1:
+                return found, *nothing
+            wanted = ctx.needs_input_grad[:n_trained]
+            return *(x if w else None for x, w in zip(found, wanted, strict=True)), *nothing
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:

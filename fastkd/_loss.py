@@ -95,7 +95,8 @@ def batch_loss(
             _checks.options(options, defaults, formula.__name__)
             options = defaults | options
             check(*arguments, **options)
-            engine = _engine.choose(arguments, has_kernels)
+            tensors_given = [x for x in arguments if isinstance(x, Tensor)]
+            engine = _engine.choose(tensors_given, has_kernels)
             return fused(formula, engine, *arguments, **options)
 
         compute.has_kernels = has_kernels  # type: ignore[attr-defined]
