@@ -67,6 +67,18 @@ CORRELATION = Family(
     independent=False,
 )
 
+# batches of a GPU, and global ones; widths of projections and of encoders
+CONTRASTIVE = Family(
+    "contrastive",
+    ("N", "D"),
+    lambda shape: shape[0] ** 2,
+    [(1024, 256), (4096, 256), (8192, 64), (8192, 256), (8192, 512)],
+    [*product((1024, 4096, 8192, 16384, 32768, 65536), (64, 256, 512, 1024))],
+    [],  # PyTorch's kernels
+    independent=False,
+)
+SIMILARITY = CONTRASTIVE._replace(name="similarity")
+
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     log_q = F.log_softmax(student / T, dim=-1)
@@ -143,6 +155,31 @@ def logits_and_labels(
     return [*logits(shape, dtype, device), labels.to(device)]
 
 
+def towers(n_numbers: int) -> Callable[..., list[Tensor]]:
+    """Normalised embeddings of both, a scale and a bias."""
+
+    def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        pair = [F.normalize(x.detach()).requires_grad_() for x in logits(shape, dtype, device)]
+        return [*pair, *torch.tensor([10.0, -10.0], device=device)[:n_numbers]]
+
+    return inputs
+
+
+def both_trained(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    return [x.requires_grad_() for x in logits(shape, dtype, device)]
+
+
+def views(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """N of them, of half as many examples."""
+    return both_trained((shape[0] // 2, *shape[1:]), dtype, device)
+
+
+def features_and_labels(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"
+) -> list[Tensor]:
+    return [logits(shape, dtype, device)[0], torch.arange(shape[0], device=device) % 100]
+
+
 class Case(NamedTuple):
     family: Family
     loss: Callable[..., Any]
@@ -181,4 +218,10 @@ CASES = [
         options={"form": "kernel"},
     ),
     Case(CORRELATION, fastkd.dist_kd, published.dist_kd),
+    Case(CONTRASTIVE, fastkd.info_nce, published.info_nce, both_trained, {}),
+    Case(CONTRASTIVE, fastkd.clip_contrastive, published.clip_contrastive, towers(1), {}),
+    Case(CONTRASTIVE, fastkd.siglip, published.siglip, towers(2), {}),
+    Case(CONTRASTIVE, fastkd.nt_xent, published.nt_xent, views, {}),
+    Case(CONTRASTIVE, fastkd.sup_con, published.sup_con, features_and_labels, {}),
+    Case(SIMILARITY, fastkd.similarity_kl, published.similarity_kl, options={}),
 ]

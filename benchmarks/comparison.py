@@ -30,13 +30,13 @@ def size_of(tensors: Sequence[Tensor]) -> int:
 
 
 def least_bytes(case: Case, inputs: Sequence[Tensor], direction: str) -> int:
-    """What must move: the inputs in, in each direction, and the gradient out."""
+    """What must move: the inputs in, in each direction, and the gradients out."""
     read = size_of(inputs)
     if direction == "forward":
         return read
     # a backward that is a step of its own reads the logits again
     again = read if case.family.name == "divergence" else 0
-    return read + again + inputs[0].nbytes
+    return read + again + sum(x.nbytes for x in inputs if x.requires_grad)
 
 
 def least_flops(case: Case, shape: Sequence[int], direction: str) -> int:

@@ -1,4 +1,4 @@
-"""Losses between relations as their authors' code computes them, for comparison.
+"""Losses of a batch as a whole as their authors' code computes them, for comparison.
 
 Distances come from a Gram matrix and are divided by the mean of the positive ones, angles from all
 N² directions at once: N² D and N³ numbers for each network, and several of them for autograd.
@@ -99,3 +99,43 @@ def _pearson(x: Tensor, y: Tensor) -> Tensor:
 def dist_kd(student: Tensor, teacher: Tensor) -> Tensor:
     q, p = F.softmax(student / 2, dim=1), F.softmax(teacher / 2, dim=1)
     return 2**2 * (2 - _pearson(q, p).mean() - _pearson(q.T, p.T).mean())
+
+
+def info_nce(query: Tensor, key: Tensor) -> Tensor:
+    logits = F.normalize(query) @ F.normalize(key).T / 0.07
+    return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
+
+
+def clip_contrastive(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    own = torch.arange(len(image), device=image.device)
+    of_images = F.cross_entropy(scale * image @ text.T, own)
+    return (of_images + F.cross_entropy(scale * text @ image.T, own)) / 2
+
+
+def siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    signs = 2 * torch.eye(len(image), device=image.device, dtype=image.dtype) - 1
+    return -F.logsigmoid(signs * (scale * image @ text.T + bias)).sum() / len(image)
+
+
+def nt_xent(view1: Tensor, view2: Tensor) -> Tensor:
+    z = F.normalize(torch.cat([view1, view2]))
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = (z @ z.T / 0.5).masked_fill(own, -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(view1)))
+
+
+def sup_con(features: Tensor, labels: Tensor) -> Tensor:
+    z = F.normalize(features)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = z @ z.T / 0.1
+    logits = logits - logits.detach().amax(1, keepdim=True)
+    positive = ((labels[:, None] == labels) & ~own).to(z.dtype)
+    log_p = logits - (logits.exp() * ~own).sum(1, keepdim=True).log()
+    counts = positive.sum(1)
+    means = (positive * log_p).sum(1) / counts.clamp(min=1)
+    return -means.sum() / (counts > 0).sum()
+
+
+def similarity_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    s, t = (F.normalize(x) @ F.normalize(x).T / 0.07 for x in (student, teacher))
+    return F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean")

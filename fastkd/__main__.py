@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
@@ -81,6 +82,16 @@ def _embeddings_of_one_width(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [embeddings[:, :33] for embeddings in _embeddings(device, dtype)]
 
 
+def _pairs(device: str, dtype: torch.dtype) -> list[Tensor]:
+    pairs = [F.normalize(x) for x in _embeddings_of_one_width(device, dtype)]
+    return [*pairs, torch.tensor(5.0, device=device), torch.tensor(-2.0, device=device)]
+
+
+def _classes(device: str, dtype: torch.dtype) -> list[Tensor]:
+    features, _ = _embeddings(device, dtype)
+    return [features, torch.arange(len(features), device=device) % 7]
+
+
 # every public loss and what it is checked with
 LOSSES: dict[Callable[..., Tensor], Callable[[str, torch.dtype], list[Tensor]]] = {
     fastkd.forward_kl: _logits,
@@ -100,6 +111,12 @@ LOSSES: dict[Callable[..., Tensor], Callable[[str, torch.dtype], list[Tensor]]] 
     fastkd.pkt: _embeddings,
     fastkd.correlation_congruence: _embeddings_of_one_width,
     fastkd.dist_kd: _logits,
+    fastkd.info_nce: _embeddings_of_one_width,
+    fastkd.clip_contrastive: _pairs,
+    fastkd.siglip: _pairs,
+    fastkd.nt_xent: _embeddings_of_one_width,
+    fastkd.sup_con: _classes,
+    fastkd.similarity_kl: _embeddings,
 }
 # relative; engine and formula round differently, and bfloat16 gradients have 8 bits
 # eager PyTorch itself errs by 2e-5 in float32

@@ -48,9 +48,14 @@ class _Shared(torch.autograd.Function):
         return summed(upstream, ctx.group)[ctx.own], None, None, None
 
 
-def by_name(name: str) -> Any:
-    """An op takes no process group, but its name."""
-    return dist.distributed_c10d._resolve_process_group(name)
+def log_sum_exp(of_ranks: Tensor, group: str) -> Tensor:
+    """Of what each rank has, with the name of the group: an op takes no group."""
+    ranks = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    largest = of_ranks.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, ranks)
+    # −inf − −inf would be no number
+    largest = largest.clamp(min=torch.finfo(largest.dtype).min)
+    return largest + summed((of_ranks - largest).exp(), ranks).log()
 
 
 def summed(share: Tensor, group: Any) -> Tensor:

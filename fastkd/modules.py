@@ -3,7 +3,8 @@
 ``fastkd.KDLoss(temperature=2.0)(student_logits, teacher_logits, labels)`` is
 ``fastkd.kd(student_logits, teacher_logits, labels, temperature=2.0)``. A module has the options of
 its function and takes at the call what belongs to a batch: the tensors, `weights`, `normalizer`.
-It has no parameters. Its `options` may be changed later, for example to anneal the temperature.
+It has no parameters, and no state but the queue of `InfoNCELoss`. Its `options` may be changed
+later, for example to anneal the temperature.
 """
 
 from __future__ import annotations
@@ -16,10 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import _checks, correlation, divergence, relational
+from fastkd import (
+    _checks,
+    _distributed,
+    contrastive,
+    correlation,
+    divergence,
+    relational,
+    similarity,
+)
 from fastkd._engine import backend
 
-_OF_A_BATCH = ("weights", "normalizer")  # keyword arguments that are not options
+# keyword arguments that are not options
+_OF_A_BATCH = ("weights", "normalizer", "student_keys", "teacher_keys")
 
 
 class _Loss(nn.Module):
@@ -37,7 +47,9 @@ class _Loss(nn.Module):
         cls.function = staticmethod(function)
         cls.defaults = {p.name: p.default for p in options}
         batch = [p for p in parameters if p not in options]
-        cls.__init__ = _with_signature(cls.__init__, options)  # type: ignore[method-assign]
+        own = inspect.signature(cls.__init__).parameters.values()
+        own_options = [p for p in own if p.kind is p.KEYWORD_ONLY]
+        cls.__init__ = _with_signature(cls.__init__, options + own_options)  # type: ignore[method-assign]
         cls.forward = _with_signature(cls.forward, batch)  # type: ignore[method-assign]
 
     def __init__(self, **options: Any) -> None:
@@ -58,9 +70,14 @@ class _Loss(nn.Module):
         """Let the function judge them now, on an empty batch, and not in the first step."""
         numbers = [option for option in self.options.values() if isinstance(option, Tensor)]
         device = numbers[0].device if numbers else "cpu"
-        batch = [torch.empty(0, 1, device=device)] * 2
-        if "labels" in inspect.signature(self.function).parameters:
-            batch.append(torch.empty(0, dtype=torch.int64, device=device))
+        other: dict[str, Any] = {"labels": torch.empty(0, dtype=torch.int64, device=device)}
+        other |= dict.fromkeys(("logit_scale", "logit_bias"), 1.0)
+        needed = [
+            p.name
+            for p in inspect.signature(self.function).parameters.values()
+            if p.kind is p.POSITIONAL_OR_KEYWORD and (p.default is p.empty or p.name == "labels")
+        ]
+        batch = [other.get(name, torch.empty(0, 1, device=device)) for name in needed]
         with backend("formula"):  # whether an engine can run depends on the batches to come
             self.function(*batch, **self.options)
 
@@ -193,4 +210,95 @@ class DISTLoss(_Loss, function=correlation.dist_kd):
     """T² [β (1 − mean ρ(q_i, p_i)) + γ (1 − mean ρ(q_·v, p_·v))], the module of `fastkd.dist_kd`.
 
     Huang et al., Knowledge Distillation from A Stronger Teacher, 2022. arXiv:2205.10536
+    """
+
+
+class InfoNCELoss(_Loss, function=contrastive.info_nce):
+    """(1/N) Σ_i −log e^{s₊} / (e^{s₊} + λ Σ e^{s₋}), the module of `fastkd.info_nce`.
+
+    `queue_size` keys of the batches before are negatives too, the oldest leave first: a buffer that
+    is saved with the state and grows until it is full. In training a call adds its own keys, with a
+    `group` those of all ranks.
+
+    The queue: He et al., Momentum Contrast, 2020, arXiv:1911.05722
+
+    van den Oord et al., 2018, arXiv:1807.03748; decoupled: Yeh et al., 2022, arXiv:2110.06848
+    """
+
+    queue: Tensor
+
+    def __init__(self, *, queue_size: int = 0, **options: Any) -> None:
+        _checks.at_least_0(queue_size=queue_size)
+        self.queue_size = queue_size
+        super().__init__(**options)
+        self.register_buffer("queue", torch.empty(0, 0))
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, negatives: Tensor | None = None
+    ) -> Tensor:
+        """The function with these options, and the queue among the negatives."""
+        if not self.queue_size:
+            return self.function(query, key, negatives, **self.options)
+        queue = (self.queue if len(self.queue) else key.detach()[:0]).to(key)
+        bank = queue if negatives is None else torch.cat([negatives, queue])
+        loss = self.function(query, key, bank, **self.options)
+        if self.training:
+            self._add(queue, key.detach())
+        return loss
+
+    @torch.no_grad()
+    def _add(self, queue: Tensor, keys: Tensor) -> None:
+        if self.options["group"] is not None:
+            (keys,), _ = _distributed.gathered([keys], self.options["group"])
+        self.queue = torch.cat([queue, keys])[-self.queue_size :]
+
+    def _check_options(self) -> None:
+        if self.queue_size and not self.options["in_batch_negatives"]:
+            with backend("formula"):
+                self.function(*[torch.empty(0, 1)] * 3, **self.options)
+        else:
+            super()._check_options()
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        saved = state.get(f"{prefix}queue")
+        if saved is not None:  # it has any number of keys
+            self.queue = torch.empty_like(saved, device=self.queue.device)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        return f"queue_size={self.queue_size}, {super().extra_repr()}"
+
+
+class ClipLoss(_Loss, function=contrastive.clip_contrastive):
+    """½ (CE of the rows + CE of the columns), the module of `fastkd.clip_contrastive`.
+
+    Radford et al., Learning Transferable Visual Models, 2021. arXiv:2103.00020
+    """
+
+
+class SigLipLoss(_Loss, function=contrastive.siglip):
+    """(1/N) Σ_ij softplus(−y_ij (scale · ⟨image_i, text_j⟩ + bias)), the module of `fastkd.siglip`.
+
+    Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023. arXiv:2303.15343
+    """
+
+
+class NTXentLoss(_Loss, function=contrastive.nt_xent):
+    """(1/2N) Σ_i −log e^{s_i₊} / Σ_{j≠i} e^{s_ij}, the module of `fastkd.nt_xent`.
+
+    Chen et al., A Simple Framework for Contrastive Learning (SimCLR), 2020. arXiv:2002.05709
+    """
+
+
+class SupConLoss(_Loss, function=contrastive.sup_con):
+    """mean_i (1/|P_i|) Σ_{p∈P_i} −log e^{s_ip} / Σ_{j≠i} e^{s_ij}, the module of `fastkd.sup_con`.
+
+    Khosla et al., Supervised Contrastive Learning, 2020. arXiv:2004.11362
+    """
+
+
+class SimilarityKLLoss(_Loss, function=similarity.similarity_kl):
+    """(1/N) Σ_i KL(softmax_j t_ij ‖ softmax_j s_ij), the module of `fastkd.similarity_kl`.
+
+    Fang et al., SEED, 2021, arXiv:2101.04731; Yang et al., CLIP-KD, 2024, arXiv:2307.12732
     """

@@ -95,7 +95,53 @@ def related_batch():
     return features, teacher
 
 
-def train_part(rank, sizes, folder):
+def of_relation(relation):
+    def of_part(model, features, teacher, first, **options):
+        return relation(model(features), teacher, **options)
+
+    return of_part
+
+
+def of_towers(loss):
+    """The views of both towers go through the network at once: DDP wants one forward."""
+
+    def of_part(model, features, teacher, first, **options):
+        rows = model(torch.cat([features, features.square()]))
+        return loss(*rows.chunk(2), teacher, first, **options)
+
+    return of_part
+
+
+def unit(x):
+    return torch.nn.functional.normalize(x)
+
+
+def classes(first, rows):
+    return torch.tensor([3, 1, 3, 7, 1, 3, 0, 7, 3])[first : first + len(rows)]
+
+
+BANK = normal(4, 11, seed=8).cpu()
+SCALE = torch.tensor(3.0, dtype=torch.float64)
+CONTRASTS = [
+    lambda a, b, t, first, **o: fastkd.info_nce(a, b, BANK, margin=0.1, **o),
+    lambda a, b, t, first, **o: fastkd.info_nce(a, b, symmetric=True, decoupled=True, **o),
+    lambda a, b, t, first, **o: fastkd.info_nce(a, b, BANK, in_batch_negatives=False, **o),
+    lambda a, b, t, first, **o: fastkd.clip_contrastive(unit(a), unit(b), SCALE, **o),
+    lambda a, b, t, first, **o: fastkd.siglip(unit(a), unit(b), SCALE, -SCALE, **o),
+    lambda a, b, t, first, **o: fastkd.nt_xent(a, b, **o),
+    lambda a, b, t, first, **o: fastkd.sup_con(a, classes(first, a), **o),
+    lambda a, b, t, first, **o: fastkd.similarity_kl(a, t, mask_self=True, **o),
+    lambda a, b, t, first, **o: fastkd.similarity_kl(
+        a, t, student_keys=b, teacher_keys=t.square(), symmetric=True, **o
+    ),
+]
+FAMILIES = {
+    "relations": [*map(of_relation, RELATIONS)],
+    "contrasts": [*map(of_towers, CONTRASTS)],
+}
+
+
+def train_part(rank, sizes, folder, family):
     """The losses and the gradients of all engines, from the first and from the last rank."""
     if INTERPRETED:
         import interpreter
@@ -109,10 +155,10 @@ def train_part(rank, sizes, folder):
         start = sum(sizes[:rank])
         features, teacher = (x[start : start + sizes[rank]] for x in related_batch())
         found = []
-        for relation, engine in itertools.product(RELATIONS, ENGINES):
+        for loss_of_part, engine in itertools.product(FAMILIES[family], ENGINES):
             model = DistributedDataParallel(network())
             with fastkd.backend(engine):
-                loss = relation(model(features), teacher, group=dist.group.WORLD)
+                loss = loss_of_part(model, features, teacher, start, group=dist.group.WORLD)
             loss.backward()
             found.append((loss.detach(), model.module.weight.grad))
         torch.save(found, f"{folder}/{rank}.pt")

@@ -7,9 +7,9 @@ import torch
 import torch.multiprocessing as multiprocessing
 from data_parallel import (
     ENGINES,
+    FAMILIES,
     LOSSES,
     PARTS,
-    RELATIONS,
     WEIGHTS,
     WORLD,
     batch,
@@ -35,15 +35,16 @@ def test_ranks_train_as_one_process(tmp_path):
 
 
 @pytest.mark.parametrize("world", PARTS)
-def test_relations_between_ranks(world, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_between_ranks(family, world, tmp_path):
     """Every rank gets the loss of the whole batch, and DDP's average is the whole gradient."""
-    multiprocessing.spawn(train_part, (PARTS[world], str(tmp_path)), nprocs=world)
+    arguments = PARTS[world], str(tmp_path), family
+    multiprocessing.spawn(train_part, arguments, nprocs=world)
     expected = []
-    for relation, _ in itertools.product(RELATIONS, ENGINES):
+    for loss_of_part, _ in itertools.product(FAMILIES[family], ENGINES):
         model = network()
-        features, teacher = related_batch()
         with fastkd.backend("formula"):
-            loss = relation(model(features), teacher)
+            loss = loss_of_part(model, *related_batch(), 0)
         loss.backward()
         expected.append((loss.detach(), model.weight.grad))
     for rank in range(world):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import correlation, divergence, modules, relational
+from fastkd import contrastive, correlation, divergence, modules, relational, similarity
 
 OPTIONS = {  # none of them a default
     fastkd.ForwardKLLoss: dict(temperature=2.0, scale_t2=False),
@@ -28,8 +28,15 @@ OPTIONS = {  # none of them a default
     fastkd.PKTLoss: {},
     fastkd.CorrelationCongruenceLoss: dict(form="kernel", gamma=0.7, order=3),
     fastkd.DISTLoss: dict(beta=2.0, gamma=0.5, temperature=4.0),
+    fastkd.InfoNCELoss: dict(temperature=0.3, negative_weight=0.5, symmetric=True, margin=0.2),
+    fastkd.ClipLoss: {},
+    fastkd.SigLipLoss: {},
+    fastkd.NTXentLoss: dict(temperature=0.3),
+    fastkd.SupConLoss: dict(temperature=0.3, anchors="all"),
+    fastkd.SimilarityKLLoss: dict(student_temperature=0.3, teacher_temperature=0.2, mask_self=True),
 }
 OF_A_BATCH = {"weights", "normalizer"}
+KEYS = {"student_keys", "teacher_keys"}
 
 
 def takes_weights(module):
@@ -44,6 +51,12 @@ def batch(module):
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 5, 11, generator=generator)
     tensors = [student.requires_grad_(), teacher]
+    if module is fastkd.SupConLoss:
+        return [student, torch.tensor([3, 0, 3, 0, 5])]
+    if module is fastkd.ClipLoss:
+        return [*tensors, 0.5]
+    if module is fastkd.SigLipLoss:
+        return [*tensors, 0.5, -1.0]
     return [*tensors, torch.tensor([3, 0, -100, 10, 5])] if module is fastkd.KDLoss else tensors
 
 
@@ -96,11 +109,11 @@ def test_every_loss_has_one_module_and_all_are_exported():
     functions = [module.function for module in classes]
     public = [
         value
-        for family in (divergence, relational, correlation)
+        for family in (divergence, relational, correlation, contrastive, similarity)
         for name, value in vars(family).items()
         if name in fastkd.__all__ and value.__module__ == family.__name__
     ]
-    assert len(public) == len(OPTIONS) == len(classes) == 17
+    assert len(public) == len(OPTIONS) == len(classes) == 23
     assert all(functions.count(function) == 1 for function in public)
     assert all(getattr(fastkd, module.__name__, None) is module for module in classes)
     assert {module.__name__ for module in classes} <= set(fastkd.__all__)
@@ -111,8 +124,9 @@ def test_every_loss_has_one_module_and_all_are_exported():
 def test_signatures_are_those_of_the_function(module):
     of_function = inspect.signature(module.function).parameters
     options = [p for name, p in of_function.items() if p.kind == p.KEYWORD_ONLY]
-    options = [p for p in options if p.name not in OF_A_BATCH]
-    assert [*inspect.signature(module).parameters.values()] == options
+    options = [p for p in options if p.name not in OF_A_BATCH | KEYS]
+    own = [p for p in inspect.signature(module).parameters.values() if p.name != "queue_size"]
+    assert own == options
     assert set(OPTIONS[module]) <= {p.name for p in options}
     of_call = inspect.signature(module().forward).parameters
     assert [*of_call.values()] == [p for p in of_function.values() if p not in options]

@@ -1,0 +1,123 @@
+"""Chunks of a matrix of similarities, S = scale · Q Kᵀ, and gradients from its slopes.
+
+dQ = scale · G K, dK = scale · Gᵀ Q and dscale = Σ ⟨q_i, (G K)_i⟩ for slopes G in S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_CHUNK_ELEMENTS = {"cpu": 1 << 22}  # 16 MB of float32, what a CPU's last cache holds
+_LARGE_CHUNK = 1 << 24  # elsewhere a chunk must pay for its launches
+_LARGEST = 60.0  # exp of it, times the keys, is a float32 number, and so is exp(-60)
+_LEAST_SUM = 1e-25  # below, exponentials that count may have been flushed to 0
+
+
+class Similarities:
+    """Of queries and keys, or of the queries among each other; `wanted`: what gets a gradient."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        scale: Tensor,
+        *,
+        dtype: torch.dtype,
+        first: int,
+        wanted: str,
+    ) -> None:
+        self.q, self.scale, self.first = query.to(dtype), scale.to(dtype), first
+        self.k = self.q if key is None else key.to(dtype)
+        self.is_square, self.wanted = key is None, wanted.split()
+        # of one matrix that is both, the two are one gradient
+        trains_key = ("query" if key is None else "key") in self.wanted
+        self.dq = torch.empty_like(self.q) if {"query", "scale"} & {*self.wanted} else None
+        self.dk = torch.zeros_like(self.k) if trains_key else None
+
+    def buffer(self) -> Tensor:
+        """For a chunk of rows."""
+        n, m = len(self.q), len(self.k)
+        elements = _CHUNK_ELEMENTS.get(self.q.device.type, _LARGE_CHUNK)
+        n_chunks = max(1, -(-n * m // elements))
+        return self.q.new_empty(min(n, max(1, -(-n // n_chunks))), m)
+
+    def chunks(self, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of S, one chunk after the other in the same buffer."""
+        n, step = len(self.q), len(buffer)
+        for start in range(0, n, step or 1):
+            rows = slice(start, min(start + step, n))
+            yield rows, self.rows(rows, buffer)
+
+    def rows(self, rows: slice, buffer: Tensor) -> Tensor:
+        part = buffer[: rows.stop - rows.start]
+        return torch.mm(self.q[rows] * self.scale, self.k.mT, out=part)
+
+    def left_out(self, rows: slice, part: Tensor) -> Tensor | None:
+        """The own pairs, on a diagonal of these rows."""
+        if self.first < 0:
+            return None
+        start = self.first + rows.start
+        return part[:, start : start + len(part)].diagonal()
+
+    def shift(self) -> float | None:
+        """What S exceeds by _LARGEST at most; None where the exponentials need maxima.
+
+        So on a GPU, which a look at the values would wait for.
+        """
+        if not self.q.is_cpu or not len(self.q) or not len(self.k):
+            return None
+        longest = [torch.linalg.vector_norm(x, dim=1).max() for x in (self.q, self.k)]
+        bound = (self.scale.abs() * longest[0] * longest[1]).item()
+        return max(0.0, bound - _LARGEST) if bound < 4 * _LARGEST else None
+
+    def exponentials(self, rows: slice, part: Tensor, shift: float) -> Tensor:
+        """exp(S − shift) in place, 0 for what is left out."""
+        if shift:
+            part.sub_(shift)
+        left_out = self.left_out(rows, part.exp_())
+        if left_out is not None:
+            left_out.zero_()
+        return part
+
+    def add(self, rows: slice, slopes: Tensor, of_rows: Tensor | None = None) -> None:
+        """Of the loss in these rows of S: `slopes`, each row of them times its `of_rows`."""
+        if self.dq is not None:
+            torch.mm(slopes, self.k, out=self.dq[rows])
+            if of_rows is not None:
+                self.dq[rows].mul_(of_rows[:, None])
+        if self.dk is not None:
+            q = self.q[rows] if of_rows is None else self.q[rows] * of_rows[:, None]
+            self.dk.addmm_(slopes.mT, q)
+
+    def reset(self) -> None:
+        """Forget what was added."""
+        if self.dk is not None:
+            self.dk.zero_()
+
+    def gradients(self) -> list[Tensor]:
+        """What is wanted of query, key and scale; the last to ask: it is computed in place."""
+        found = []
+        if "scale" in self.wanted and self.dq is not None:
+            found.append((self.q * self.dq).sum().view(1))
+        if not self.is_square and self.dk is not None:
+            found.insert(0, self.dk.mul_(self.scale).flatten())
+        if "query" in self.wanted and self.dq is not None:
+            if self.is_square and self.dk is not None:
+                self.dq += self.dk
+            found.insert(0, self.dq.mul_(self.scale).flatten())
+        return found
+
+
+def are_large(sums: Tensor) -> bool:
+    """Whether sums of shifted exponentials have lost nothing that counts."""
+    return not sums.numel() or bool(sums.min() > _LEAST_SUM)
+
+
+def split(statistics: Tensor, gradients: tuple[Tensor, ...], upstream: Tensor) -> None:
+    """The gradients that the forward made, one after another, times `upstream`."""
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, made in zip(gradients, statistics.split(sizes), strict=True):
+        torch.mul(made.view_as(gradient), upstream, out=gradient)

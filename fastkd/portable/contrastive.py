@@ -1,0 +1,208 @@
+"""Contrastive losses in PyTorch, for any device, without the matrix of similarities.
+
+Rows of S = scale · Q Kᵀ are computed in chunks that stay in the cache. With n_i and c_j the
+log-sum-exps of its rows and columns and φ' the slopes of the loss in them, the gradient in S is
+
+    G_ij = w_i φ'(n_i − a_i) exp(S_ij − n_i) + w_j φ'(c_j − a_j) exp(S_ij − c_j) = e_ij (u_i + v_j),
+
+dQ = scale · G K, dK = scale · Gᵀ Q and dscale = Σ ⟨q_i, (G K)_i⟩. Rows know u as soon as they are
+complete: one pass makes loss and gradient. Columns know v after all rows: a second pass follows,
+unless one chunk is all. Where |S| is known to be small exponentials need no maximum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd import _distributed
+from fastkd.contrastive import Problem
+from fastkd.portable._similarities import Similarities, are_large, split
+
+_LINEAR = 50.0  # from where a softplus is its argument, in float64 too
+
+
+def allocate(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """What `forward` returns, empty."""
+    return Problem(*arguments).allocate()
+
+
+def allocate_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    """What `backward` returns, empty."""
+    return Problem(*arguments).allocate_gradients()
+
+
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """(*Problem) -> the own rows' share of the loss, and the gradients of it, one after another."""
+    problem = Problem(*arguments)
+    similarities = Similarities(
+        problem.query, problem.key, problem.scale,
+        dtype=problem.dtype, first=problem.first, wanted=problem.wanted,
+    )  # fmt: skip
+    loss, of_anchors = _LOSSES[problem.form](problem, similarities)
+    wanted = [of_anchors] if "anchors" in similarities.wanted else []
+    return loss, torch.cat([*similarities.gradients(), *wanted, loss.new_empty(0)])
+
+
+def backward(upstream: Tensor, statistics: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Each gradient, in the dtype of its tensor."""
+    gradients = Problem(*arguments).allocate_gradients()
+    split(statistics, gradients, upstream)
+    return gradients
+
+
+def _pairs(problem: Problem, similarities: Similarities) -> tuple[Tensor, Tensor]:
+    """Σ_i w_i Σ_j softplus(S_ij − a_i), and its gradient in a."""
+    dtype = problem.dtype
+    anchors, weights = problem.anchors.to(dtype), problem.weights.to(dtype)
+    losses, of_anchors = torch.zeros_like(weights), torch.zeros_like(weights)
+    buffer = similarities.buffer()
+    penalties = torch.empty_like(buffer)
+    for rows, x in similarities.chunks(buffer):
+        x.sub_(anchors[rows, None])
+        left_out = similarities.left_out(rows, x)
+        if left_out is not None:
+            left_out.fill_(-torch.inf)
+        of_pairs = penalties[: len(x)]
+        F.softplus(x, threshold=_LINEAR, out=of_pairs)  # type: ignore[call-arg]
+        losses[rows] = of_pairs.sum(1)
+        if problem.wanted:
+            x.sigmoid_()
+            of_anchors[rows] = x.sum(1).mul_(-weights[rows])
+            similarities.add(rows, x, weights[rows])
+    return losses @ weights, of_anchors
+
+
+def _log_sum_exps(problem: Problem, similarities: Similarities) -> tuple[Tensor, Tensor]:
+    """Σ_i w_i φ(n_i − a_i) and, with anchors of keys, Σ_j w_j φ(c_j − a_j); its gradient in a."""
+    shift, found = similarities.shift(), None
+    if shift is not None:
+        if problem.key_anchors is None:
+            found = _of_rows(problem, similarities, shift)
+        else:
+            found = _of_both(problem, similarities, len(problem.key_anchors), shift)
+    if found is None:
+        similarities.reset()
+        found = _with_maxima(problem, similarities)
+    return found
+
+
+_LOSSES = {"pairs": _pairs, "softplus": _log_sum_exps, "linear": _log_sum_exps}
+
+
+def _of_rows(
+    problem: Problem, similarities: Similarities, shift: float
+) -> tuple[Tensor, Tensor] | None:
+    """In one pass; None where a sum shows that some exponentials were too small."""
+    loss = similarities.q.new_zeros(())
+    of_anchors = similarities.q.new_empty(len(similarities.q))
+    for rows, part in similarities.chunks(similarities.buffer()):
+        sums = similarities.exponentials(rows, part, shift).sum(1)
+        if not are_large(sums):
+            return None
+        share, slopes = _penalty(problem, shift + sums.log(), rows)
+        loss += share
+        if problem.wanted:
+            torch.neg(slopes, out=of_anchors[rows])
+            similarities.add(rows, part, slopes.div_(sums))
+    return loss, of_anchors
+
+
+def _of_both(
+    problem: Problem, similarities: Similarities, n_columns: int, shift: float
+) -> tuple[Tensor, Tensor] | None:
+    """In two passes, or one where all rows fit; None as above."""
+    buffer, q = similarities.buffer(), similarities.q
+    row_sums, column_sums = q.new_empty(len(q)), q.new_zeros(n_columns)
+    everything = slice(0, len(q))
+    for rows, part in similarities.chunks(buffer):
+        similarities.exponentials(rows, part, shift)
+        torch.sum(part, 1, out=row_sums[rows])
+        column_sums += part[:, :n_columns].sum(0)
+    if not are_large(row_sums) or not are_large(column_sums):
+        return None
+    of_columns = _over_ranks(shift + column_sums.log(), problem.group)
+    loss, slopes = _penalty(problem, shift + row_sums.log(), everything)
+    share, column_slopes = _column_penalty(problem, of_columns)
+    of_anchors = -slopes - column_slopes[_own(problem)]
+    if problem.wanted:
+        u, v = slopes.div_(row_sums), q.new_zeros(buffer.shape[1])
+        v[:n_columns] = column_slopes.mul_(torch.exp(shift - of_columns))
+        factors, kept = torch.empty_like(buffer), len(buffer) == len(q)
+        for rows, part in [(everything, buffer)] if kept else similarities.chunks(buffer):
+            e = part if kept else similarities.exponentials(rows, part, shift)
+            slopes_of_rows = torch.add(u[rows, None], v, out=factors[: len(e)]).mul_(e)
+            similarities.add(rows, slopes_of_rows)
+    return loss + share, of_anchors
+
+
+def _with_maxima(problem: Problem, similarities: Similarities) -> tuple[Tensor, Tensor]:
+    """With a maximum for each row and column: for any numbers, and without a look at them."""
+    buffer, n = similarities.buffer(), len(similarities.q)
+    n_columns = 0 if problem.key_anchors is None else len(problem.key_anchors)
+    of_rows = similarities.q.new_empty(n)
+    largest = similarities.q.new_full((n_columns,), -torch.inf)
+    sums = torch.zeros_like(largest)
+    lowest = torch.finfo(problem.dtype).min  # −inf − −inf would be no number
+
+    def chunks() -> Iterator[tuple[slice, Tensor]]:
+        for rows, part in similarities.chunks(buffer):
+            left_out = similarities.left_out(rows, part)
+            if left_out is not None:
+                left_out.fill_(-torch.inf)
+            yield rows, part
+
+    for rows, part in chunks():
+        of_rows[rows] = part.logsumexp(1)
+        if n_columns:
+            part = part[:, :n_columns]
+            new = torch.maximum(largest, part.amax(0)).clamp_(min=lowest)
+            sums.mul_((largest - new).exp_()).add_((part - new).exp_().sum(0))
+            largest = new
+    loss, slopes = _penalty(problem, of_rows, slice(0, n))
+    of_anchors, of_columns, column_slopes = -slopes, largest, largest
+    if n_columns:
+        of_columns = _over_ranks(largest + sums.log(), problem.group)
+        share, column_slopes = _column_penalty(problem, of_columns)
+        loss, of_anchors = loss + share, of_anchors - column_slopes[_own(problem)]
+    if not problem.wanted:
+        return loss, of_anchors
+    for rows, part in chunks():
+        by_columns = (part[:, :n_columns] - of_columns.clamp(min=lowest)).exp_()
+        part.sub_(of_rows[rows, None].clamp(min=lowest)).exp_().mul_(slopes[rows, None])
+        part[:, :n_columns] += by_columns.mul_(column_slopes)
+        similarities.add(rows, part)
+    return loss, of_anchors
+
+
+def _own(problem: Problem) -> slice:
+    return slice(problem.first, problem.first + len(problem.query))
+
+
+def _penalty(problem: Problem, log_sums: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """The share of the loss of these rows, and the slopes in their log-sum-exps."""
+    weights = problem.weights[rows].to(problem.dtype)
+    return _of_form(problem.form, log_sums - problem.anchors[rows].to(problem.dtype), weights)
+
+
+def _column_penalty(problem: Problem, log_sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the own columns the share of the loss, of all of them the slopes."""
+    assert problem.key_anchors is not None and problem.key_weights is not None
+    weights, own = problem.key_weights.to(problem.dtype), _own(problem)
+    odds = log_sums - problem.key_anchors.to(problem.dtype)
+    _, slopes = _of_form(problem.form, odds, weights)
+    return _of_form(problem.form, odds[own], weights[own])[0], slopes
+
+
+def _of_form(form: str, odds: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    if form == "softplus":
+        return F.softplus(odds, threshold=_LINEAR) @ weights, odds.sigmoid() * weights
+    return odds @ weights, weights.clone()
+
+
+def _over_ranks(log_sums: Tensor, group: str) -> Tensor:
+    return _distributed.log_sum_exp(log_sums, group) if group else log_sums
