@@ -16,7 +16,6 @@ An example without negatives has no loss. Half precision is computed in float32 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import _checks, _distributed
-from fastkd._engine import Engine, compute_dtype, is_differentiated, without_autocast
+from fastkd._engine import Engine, compute_dtype, is_differentiated
 from fastkd._loss import batch_loss
-
-Number = float | Tensor
+from fastkd._pairs import (
+    Number,
+    empty_gradients,
+    empty_statistics,
+    everyone,
+    in_batches,
+    nothing,
+    of_all_ranks,
+    own_left_out,
+    scale_of,
+    softplus,
+)
 
 
 class Problem(NamedTuple):
@@ -61,19 +70,12 @@ class Problem(NamedTuple):
 
     def allocate(self) -> tuple[Tensor, Tensor]:
         """Empty: the loss, and all gradients in a row."""
-        n_elements = sum(x.numel() for x in self.allocate_gradients())
-        loss = self.query.new_empty((), dtype=self.dtype)
-        return loss, loss.new_empty(n_elements)
+        return empty_statistics(self.allocate_gradients(), self.dtype)
 
     def allocate_gradients(self) -> tuple[Tensor, ...]:
         """Empty, one for each trained tensor."""
-        wanted, nothing = self.wanted.split(), self.query.new_empty(0)
-        trained = (self.query, self.key, self.scale, self.anchors)
-        return tuple(
-            nothing
-            if x is None or name not in wanted
-            else torch.empty_like(x, memory_format=torch.contiguous_format)
-            for name, x in zip(("query", "key", "scale", "anchors"), trained, strict=True)
+        return empty_gradients(
+            self.wanted, query=self.query, key=self.key, scale=self.scale, anchors=self.anchors
         )
 
 
@@ -115,42 +117,6 @@ def _computed(
     return loss
 
 
-def _whole(share: Tensor, group: Any) -> Tensor:
-    if group is None:
-        return share
-    return _distributed.before_averaging(share, _distributed.summed(share, group), group)
-
-
-def _everyone(rows: Tensor, group: Any) -> tuple[Tensor, int]:
-    """The rows of all ranks, with gradients, and the place of the first own one."""
-    return (rows, 0) if group is None else _distributed.shared(rows, group)
-
-
-def _scale(temperature: Number, like: Tensor) -> Tensor:
-    return 1 / torch.as_tensor(temperature, dtype=like.dtype, device=like.device)
-
-
-def _similarities(query: Tensor, key: Tensor) -> Tensor:
-    return query @ key.mT
-
-
-def _own_left_out(similarities: Tensor) -> Tensor:
-    own = torch.eye(*similarities.shape, dtype=torch.bool, device=similarities.device)
-    return similarities.masked_fill(own, -torch.inf)
-
-
-def _nothing(*tensors: Any) -> Tensor:
-    """The loss of no examples, on the graph of all that is trained."""
-    dtype = compute_dtype(*(x for x in tensors[:2] if isinstance(x, Tensor)))
-    parts = [x.to(dtype).sum() * 0 for x in tensors if isinstance(x, Tensor)]
-    return torch.stack(parts).sum()
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp x), with the slope of the definition everywhere."""
-    return -F.logsigmoid(-x)
-
-
 # ----------------------------------------------------------------------------------------- InfoNCE
 
 
@@ -161,12 +127,11 @@ def _check_info_nce(
     *,
     temperature: Number,
     negative_weight: Number,
-    normalize: bool,
     symmetric: bool,
     margin: Number,
-    decoupled: bool,
     in_batch_negatives: bool,
     group: Any,
+    **_: bool,
 ) -> None:
     bank = {} if negatives is None else {"negatives": negatives}
     _checks.matrices(query=query, key=key, **bank)
@@ -183,8 +148,8 @@ def _check_info_nce(
     _checks.process_group(group)
 
 
+@in_batches
 def _fused_info_nce(
-    formula: Callable[..., Tensor],
     engine: str,
     query: Tensor,
     key: Tensor,
@@ -199,35 +164,25 @@ def _fused_info_nce(
     in_batch_negatives: bool,
     group: Any,
 ) -> Tensor:
-    dtype = compute_dtype(query, key)
-    query, key = query.to(dtype), key.to(dtype)
-    bank = query[:0] if negatives is None else negatives.to(dtype)
-    with without_autocast(query.device):
-        if engine == "formula":
-            query, key = _everyone(query, group)[0], _everyone(key, group)[0]
-            return formula(
-                query, key, bank, temperature=temperature, negative_weight=negative_weight,
-                normalize=normalize, symmetric=symmetric, margin=margin, decoupled=decoupled,
-                in_batch_negatives=in_batch_negatives,
-            )  # fmt: skip
-        if normalize:
-            query, key, bank = F.normalize(query), F.normalize(key), F.normalize(bank)
-        keys, first = _everyone(key, group)
-        n = len(keys)
-        if not n or not len(bank) + (n - 1 if in_batch_negatives else 0):
-            return _nothing(query, key, bank, temperature, negative_weight, margin)
-        scale = _scale(temperature, query)
-        anchors = ((query * key).sum(1) - margin) * scale - _log(negative_weight)
-        if not in_batch_negatives:
-            keys, first = bank, -1
-        elif len(bank):
-            keys = torch.cat([keys, bank])
-        weights = query.new_full((len(query),), (0.5 if symmetric else 1) / n)
-        share = _computed(
-            engine, query, keys, scale, anchors, weights, first=first, group=group,
-            form="linear" if decoupled else "softplus", n_columns=n if symmetric and n > 1 else 0,
-        )  # fmt: skip
-        return _whole(share, group)
+    bank = query[:0] if negatives is None else negatives
+    if normalize:
+        query, key, bank = F.normalize(query), F.normalize(key), F.normalize(bank)
+    keys, first = everyone(key, group)
+    n = len(keys)
+    if not n or not len(bank) + (n - 1 if in_batch_negatives else 0):
+        return nothing(query, key, bank, temperature, negative_weight, margin)
+    scale = scale_of(temperature, query)
+    anchors = ((query * key).sum(1) - margin) * scale - _log(negative_weight)
+    if not in_batch_negatives:
+        keys, first = bank, -1
+    elif len(bank):
+        keys = torch.cat([keys, bank])
+    weights = query.new_full((len(query),), (0.5 if symmetric else 1) / n)
+    share = _computed(
+        engine, query, keys, scale, anchors, weights, first=first, group=group,
+        form="linear" if decoupled else "softplus", n_columns=n if symmetric and n > 1 else 0,
+    )  # fmt: skip
+    return of_all_ranks(share, group)
 
 
 def _log(number: Number) -> Number:
@@ -262,13 +217,13 @@ def info_nce(
     if normalize:
         query, key = F.normalize(query), F.normalize(key)
         negatives = None if negatives is None else F.normalize(negatives)
-    similarities = _similarities(query, key) / temperature
+    similarities = query @ key.mT / temperature
     positive = similarities.diagonal() - margin / temperature
-    others = _own_left_out(similarities) if in_batch_negatives else similarities[:, :0]
-    bank = [] if negatives is None else [_similarities(query, negatives) / temperature]
+    others = own_left_out(similarities) if in_batch_negatives else similarities[:, :0]
+    bank = [] if negatives is None else [query @ negatives.mT / temperature]
     n_others = len(query) - 1 if in_batch_negatives else 0
     if not len(query) or not n_others + sum(x.shape[1] for x in bank):
-        return _nothing(query, key, *bank, temperature, negative_weight, margin)
+        return nothing(query, key, *bank, temperature, negative_weight, margin)
 
     def against(negative: Tensor) -> Tensor:
         odds = negative + _log(negative_weight) - positive
@@ -299,8 +254,8 @@ def _check_clip(
     _checks.process_group(group)
 
 
+@in_batches
 def _fused_clip(
-    formula: Callable[..., Tensor],
     engine: str,
     image: Tensor,
     text: Tensor,
@@ -309,38 +264,41 @@ def _fused_clip(
     *,
     group: Any,
 ) -> Tensor:
-    dtype = compute_dtype(image, text)
-    image, text = image.to(dtype), text.to(dtype)
-    with without_autocast(image.device):
-        if engine == "formula":
-            pair = _everyone(image, group)[0], _everyone(text, group)[0]
-            return formula(*pair, logit_scale, logit_bias)
-        keys, first = _everyone(text, group)
-        n = len(keys)
-        scale = torch.as_tensor(logit_scale, dtype=dtype, device=image.device)
-        bias = (
-            image.new_zeros(())
-            if logit_bias is None
-            else torch.as_tensor(logit_bias, dtype=dtype, device=image.device)
-        )
-        if formula.__name__ == "siglip":
-            if not n:
-                return _nothing(image, text, scale, bias)
-            own = (image * text).sum(1) * scale + bias
-            weights = image.new_full((len(image),), 1 / n)
-            share = softplus(-own).sum() / n + _computed(
-                engine, image, keys, scale, -bias.expand(len(image)), weights,
-                first=first, form="pairs",
-            )  # fmt: skip
-            return _whole(share, group)
-        if n < 2:
-            return _nothing(image, text, scale, bias)
-        weights = image.new_full((len(image),), 0.5 / n)
-        share = _computed(
-            engine, image, keys, scale, (image * text).sum(1) * scale, weights,
-            first=first, form="softplus", n_columns=n, group=group,
-        )  # fmt: skip
-        return _whole(share + 0 * bias, group)  # which cancels
+    texts, first = everyone(text, group)
+    n, scale = len(texts), image.new_tensor(1) * logit_scale
+    if n < 2:
+        return nothing(image, text, scale, logit_bias)
+    weights = image.new_full((len(image),), 0.5 / n)
+    share = _computed(
+        engine, image, texts, scale, (image * text).sum(1) * scale, weights,
+        first=first, form="softplus", n_columns=n, group=group,
+    )  # fmt: skip
+    if logit_bias is not None:
+        share = share + 0 * logit_bias  # it cancels, but is on the graph
+    return of_all_ranks(share, group)
+
+
+@in_batches
+def _fused_siglip(
+    engine: str,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Number,
+    logit_bias: Number,
+    *,
+    group: Any,
+) -> Tensor:
+    texts, first = everyone(text, group)
+    n, one = len(texts), image.new_tensor(1)
+    scale, bias = one * logit_scale, one * logit_bias
+    if not n:
+        return nothing(image, text, scale, bias)
+    own = (image * text).sum(1) * scale + bias
+    weights = image.new_full((len(image),), 1 / n)
+    others = _computed(
+        engine, image, texts, scale, -bias.expand(len(image)), weights, first=first, form="pairs"
+    )
+    return of_all_ranks(softplus(-own).sum() / n + others, group)
 
 
 @batch_loss(_check_clip, _fused_clip, has_kernels=False, group=None)
@@ -356,15 +314,15 @@ def clip_contrastive(
     Radford et al., Learning Transferable Visual Models, 2021. arXiv:2103.00020
     """
     if not len(image):
-        return _nothing(image, text, logit_scale, logit_bias)
-    logits = logit_scale * _similarities(image, text)
+        return nothing(image, text, logit_scale, logit_bias)
+    logits = logit_scale * image @ text.mT
     if logit_bias is not None:
         logits = logits + logit_bias
     own = torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.mT, own)) / 2
 
 
-@batch_loss(_check_clip, _fused_clip, has_kernels=False, group=None)
+@batch_loss(_check_clip, _fused_siglip, has_kernels=False, group=None)
 def siglip(image: Tensor, text: Tensor, logit_scale: Number, logit_bias: Number) -> Tensor:
     """(1/N) Σ_ij softplus(−y_ij (scale · ⟨image_i, text_j⟩ + bias)): each pair by itself.
 
@@ -375,8 +333,8 @@ def siglip(image: Tensor, text: Tensor, logit_scale: Number, logit_bias: Number)
     Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023. arXiv:2303.15343
     """
     if not len(image):
-        return _nothing(image, text, logit_scale, logit_bias)
-    logits = logit_scale * _similarities(image, text) + logit_bias
+        return nothing(image, text, logit_scale, logit_bias)
+    logits = logit_scale * image @ text.mT + logit_bias
     signs = 2 * torch.eye(len(image), dtype=logits.dtype, device=logits.device) - 1
     return softplus(-signs * logits).sum() / len(image)
 
@@ -391,8 +349,8 @@ def _check_nt_xent(view1: Tensor, view2: Tensor, *, temperature: Number, group: 
     _checks.process_group(group)
 
 
+@in_batches
 def _fused_nt_xent(
-    formula: Callable[..., Tensor],
     engine: str,
     view1: Tensor,
     view2: Tensor,
@@ -400,25 +358,19 @@ def _fused_nt_xent(
     temperature: Number,
     group: Any,
 ) -> Tensor:
-    dtype = compute_dtype(view1, view2)
-    view1, view2 = view1.to(dtype), view2.to(dtype)
-    with without_autocast(view1.device):
-        if engine == "formula":
-            pair = _everyone(view1, group)[0], _everyone(view2, group)[0]
-            return formula(*pair, temperature=temperature)
-        view1, view2 = F.normalize(view1), F.normalize(view2)
-        both = torch.cat([view1, view2])
-        everyone, first = _everyone(both, group)
-        if not len(everyone):
-            return _nothing(view1, view2, temperature)
-        scale = _scale(temperature, both)
-        positives = ((view1 * view2).sum(1) * scale).repeat(2)
-        weights = both.new_full((len(both),), 1 / len(everyone))
-        share = _computed(
-            engine, both, None if group is None else everyone, scale, positives, weights,
-            first=first, form="linear",
-        )  # fmt: skip
-        return _whole(share, group)
+    view1, view2 = F.normalize(view1), F.normalize(view2)
+    both = torch.cat([view1, view2])
+    views, first = everyone(both, group)
+    if not len(views):
+        return nothing(view1, view2, temperature)
+    scale = scale_of(temperature, both)
+    positives = ((view1 * view2).sum(1) * scale).repeat(2)
+    weights = both.new_full((len(both),), 1 / len(views))
+    share = _computed(
+        engine, both, None if group is None else views, scale, positives, weights,
+        first=first, form="linear",
+    )  # fmt: skip
+    return of_all_ranks(share, group)
 
 
 @batch_loss(_check_nt_xent, _fused_nt_xent, has_kernels=False, group=None)
@@ -433,9 +385,9 @@ def nt_xent(view1: Tensor, view2: Tensor, *, temperature: Number = 0.5) -> Tenso
     """
     n = len(view1)
     if not n:
-        return _nothing(view1, view2, temperature)
+        return nothing(view1, view2, temperature)
     views = F.normalize(torch.cat([view1, view2]))
-    logits = _own_left_out(_similarities(views, views) / temperature)
+    logits = own_left_out(views @ views.mT / temperature)
     other = torch.arange(2 * n, device=views.device).roll(n)
     return F.cross_entropy(logits, other)
 
@@ -458,8 +410,8 @@ def _check_sup_con(
     _checks.process_group(group)
 
 
+@in_batches
 def _fused_sup_con(
-    formula: Callable[..., Tensor],
     engine: str,
     features: Tensor,
     labels: Tensor,
@@ -468,34 +420,25 @@ def _fused_sup_con(
     anchors: str,
     group: Any,
 ) -> Tensor:
-    features = features.to(compute_dtype(features, features))
-    with without_autocast(features.device):
-        all_labels, n_own = labels, len(features)
-        if group is not None:
-            (all_labels,), _ = _distributed.gathered([labels], group)
-        if engine == "formula":
-            everyone, _ = _everyone(features, group)
-            return formula(everyone, all_labels, temperature=temperature, anchors=anchors)
-        features = F.normalize(features)
-        everyone, first = _everyone(features, group)
-        if len(everyone) < 2:
-            return _nothing(features, temperature)
-        scale = _scale(temperature, features)
-        place, own = _places(all_labels), slice(first, first + n_own)
-        sums = torch.zeros_like(everyone).index_add(0, place, everyone)
-        n_alike = torch.zeros_like(all_labels, dtype=features.dtype)
-        n_alike = n_alike.index_add(0, place, torch.ones_like(n_alike))[place] - 1
-        # the positives are those of the own class, without oneself
-        alike = (features * (sums[place[own]] - features)).sum(1)
-        alike = alike * scale / n_alike[own].clamp(min=1)
-        is_anchor = n_alike > 0
-        n_anchors = is_anchor.sum().clamp(min=1) if anchors == "with_positive" else len(everyone)
-        weights = is_anchor[own].to(features.dtype) / n_anchors
-        share = _computed(
-            engine, features, None if group is None else everyone, scale, alike,
-            weights, first=first, form="linear",
-        )  # fmt: skip
-        return _whole(share, group)
+    features = F.normalize(features)
+    whole, first = everyone(features, group)
+    if len(whole) < 2:
+        return nothing(features, temperature)
+    scale, own = scale_of(temperature, features), slice(first, first + len(features))
+    place = _places(everyone(labels, group)[0])
+    sums = torch.zeros_like(whole).index_add(0, place, whole)
+    n_alike = torch.zeros_like(place, dtype=features.dtype)
+    n_alike = n_alike.index_add(0, place, torch.ones_like(n_alike))[place] - 1
+    # the positives are those of the own class, without oneself
+    alike = (features * (sums[place[own]] - features)).sum(1)
+    alike = alike * scale / n_alike[own].clamp(min=1)
+    is_anchor = n_alike > 0
+    n_anchors = is_anchor.sum().clamp(min=1) if anchors == "with_positive" else len(whole)
+    share = _computed(
+        engine, features, None if group is None else whole, scale, alike,
+        is_anchor[own].to(features.dtype) / n_anchors, first=first, form="linear",
+    )  # fmt: skip
+    return of_all_ranks(share, group)
 
 
 def _places(labels: Tensor) -> Tensor:
@@ -525,10 +468,10 @@ def sup_con(
     """
     n = len(features)
     if n < 2:
-        return _nothing(features, temperature)
+        return nothing(features, temperature)
     z = F.normalize(features)
-    similarities = _similarities(z, z) / temperature
-    log_sums = _own_left_out(similarities).logsumexp(1)
+    similarities = z @ z.mT / temperature
+    log_sums = own_left_out(similarities).logsumexp(1)
     alike = (labels[:, None] == labels).fill_diagonal_(False)
     n_alike = alike.sum(1)
     losses = log_sums - torch.where(alike, similarities, 0).sum(1) / n_alike.clamp(min=1)

@@ -16,7 +16,15 @@ from torch import Tensor
 from fastkd import _checks, _distributed
 from fastkd._engine import Engine, compute_dtype, is_differentiated, without_autocast
 from fastkd._loss import batch_loss
-from fastkd.contrastive import Number
+from fastkd._pairs import (
+    Number,
+    empty_gradients,
+    empty_statistics,
+    everyone,
+    nothing,
+    of_all_ranks,
+    scale_of,
+)
 
 
 class Problem(NamedTuple):
@@ -42,19 +50,11 @@ class Problem(NamedTuple):
 
     def allocate(self) -> tuple[Tensor, Tensor]:
         """Empty: the loss, and all gradients in a row."""
-        n_elements = sum(x.numel() for x in self.allocate_gradients())
-        loss = self.query.new_empty((), dtype=self.dtype)
-        return loss, loss.new_empty(n_elements)
+        return empty_statistics(self.allocate_gradients(), self.dtype)
 
     def allocate_gradients(self) -> tuple[Tensor, ...]:
         """Empty, one for each trained tensor."""
-        wanted, nothing = self.wanted.split(), self.query.new_empty(0)
-        return tuple(
-            nothing
-            if x is None or name not in wanted
-            else torch.empty_like(x, memory_format=torch.contiguous_format)
-            for name, x in zip(("query", "key", "scale"), self[:3], strict=True)
-        )
+        return empty_gradients(self.wanted, query=self.query, key=self.key, scale=self.scale)
 
 
 _engine = Engine(
@@ -120,10 +120,8 @@ def _fused(
 ) -> Tensor:
     dtype = compute_dtype(student, teacher)
 
-    def of_all_ranks(x: Tensor | None) -> tuple[Tensor | None, int]:
-        if x is None or group is None:
-            return x, 0
-        return _distributed.shared(x, group)
+    def whole(x: Tensor | None) -> tuple[Tensor | None, int]:
+        return (None, 0) if x is None else everyone(x, group)
 
     with without_autocast(student.device):
         student, teacher = (F.normalize(x.to(dtype)) for x in (student, teacher.detach()))
@@ -132,19 +130,17 @@ def _fused(
             teacher_keys = F.normalize(teacher_keys.detach().to(dtype))
         if engine == "formula":
             student_keys, teacher_keys = (
-                of_all_ranks(student_keys)[0],
-                of_all_ranks(teacher_keys)[0],
+                whole(student_keys)[0],
+                whole(teacher_keys)[0],
             )
             return formula(
-                of_all_ranks(student)[0], of_all_ranks(teacher)[0],
+                everyone(student, group)[0], everyone(teacher, group)[0],
                 student_keys=student_keys, teacher_keys=teacher_keys,
                 student_temperature=student_temperature, teacher_temperature=teacher_temperature,
                 symmetric=symmetric, mask_self=mask_self,
             )  # fmt: skip
-        scale, teacher_scale = (
-            1 / torch.as_tensor(x, dtype=dtype, device=student.device)
-            for x in (student_temperature, teacher_temperature)
-        )
+        scale = scale_of(student_temperature, student)
+        teacher_scale = scale_of(teacher_temperature, student).detach()
 
         def of_rows(
             query: Tensor, key: Tensor | None, teacher_query: Tensor, teacher_key: Tensor | None
@@ -152,16 +148,16 @@ def _fused(
             """The own share of the mean over all rows."""
             if group is not None and key is None:  # the own queries are a part of the keys
                 key, teacher_key = query, teacher_query
-            (key, first), (teacher_key, _) = of_all_ranks(key), of_all_ranks(teacher_key)
+            (key, first), (teacher_key, _) = whole(key), whole(teacher_key)
             n = len(query)
             if group is not None:
                 n = int(_distributed.summed(torch.tensor(n, device=query.device), group))
             if not n or len(query if key is None else key) - mask_self < 1:
-                return (query.sum() + scale + (0 if key is None else key.sum())) * 0
+                return nothing(query, scale, key)
             trained = {"query": query, "key": key, "scale": scale}
             wanted = [x for x, y in trained.items() if y is not None and is_differentiated(y)]
             loss, _ = _engine(
-                engine, query, key, scale, teacher_query, teacher_key, teacher_scale.detach(),
+                engine, query, key, scale, teacher_query, teacher_key, teacher_scale,
                 first if mask_self else -1, " ".join(wanted),
             )  # fmt: skip
             return loss / n
@@ -171,9 +167,7 @@ def _fused(
             # of the queries among each other the columns are the rows
             if student_keys is not None and teacher_keys is not None:
                 share = (share + of_rows(student_keys, student, teacher_keys, teacher)) / 2
-        if group is None:
-            return share
-        return _distributed.before_averaging(share, _distributed.summed(share, group), group)
+        return of_all_ranks(share, group)
 
 
 @batch_loss(_check, _fused, has_kernels=False, group=None)

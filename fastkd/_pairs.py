@@ -1,0 +1,90 @@
+"""What the losses between queries and keys share: batches over ranks, gradients, empty batches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd import _distributed
+from fastkd._engine import compute_dtype, without_autocast
+
+Number = float | Tensor
+
+
+def in_batches(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of (engine, *tensors, **options) a `fused` for `batch_loss`; the first two are the batch.
+
+    All come in what is computed in, without autocast. The formula gets those of all ranks: the
+    gradients of the ranks then add up to their number times the batch's, as they shall.
+    """
+
+    @functools.wraps(run)
+    def fused(
+        formula: Callable[..., Tensor], engine: str, *tensors: Any, group: Any, **options: Any
+    ) -> Tensor:
+        dtype = compute_dtype(*tensors[:2])
+        batch = [
+            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors
+        ]
+        with without_autocast(batch[0].device):
+            if engine == "formula":
+                whole = [everyone(x, group)[0] for x in batch[:2]]
+                return formula(*whole, *batch[2:], **options)
+            return run(engine, *batch, group=group, **options)
+
+    return fused
+
+
+def everyone(rows: Tensor, group: Any) -> tuple[Tensor, int]:
+    """The rows of all ranks, with gradients, and the place of the first own one."""
+    return (rows, 0) if group is None else _distributed.shared(rows, group)
+
+
+def of_all_ranks(share: Tensor, group: Any) -> Tensor:
+    """The loss of the whole batch, with the gradient of the own share of it."""
+    if group is None:
+        return share
+    return _distributed.before_averaging(share, _distributed.summed(share, group), group)
+
+
+def scale_of(temperature: Number, like: Tensor) -> Tensor:
+    return 1 / torch.as_tensor(temperature, dtype=like.dtype, device=like.device)
+
+
+def own_left_out(similarities: Tensor) -> Tensor:
+    own = torch.eye(*similarities.shape, dtype=torch.bool, device=similarities.device)
+    return similarities.masked_fill(own, -torch.inf)
+
+
+def nothing(*trained: Any) -> Tensor:
+    """The loss of no examples, on the graph of all that is trained."""
+    tensors = [x for x in trained if isinstance(x, Tensor)]
+    dtype = compute_dtype(*tensors[:2])
+    return torch.stack([x.to(dtype).sum() * 0 for x in tensors]).sum()
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp x), with the slope of the definition everywhere."""
+    return -F.logsigmoid(-x)
+
+
+def empty_gradients(wanted: str, **trained: Tensor | None) -> tuple[Tensor, ...]:
+    """One for each, of no elements where it is not wanted."""
+    like = next(x for x in trained.values() if x is not None)
+    return tuple(
+        like.new_empty(0)
+        if x is None or name not in wanted.split()
+        else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for name, x in trained.items()
+    )
+
+
+def empty_statistics(gradients: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The loss, and all gradients in a row."""
+    loss = gradients[0].new_empty((), dtype=dtype)
+    return loss, loss.new_empty(sum(x.numel() for x in gradients))
