@@ -14,13 +14,15 @@ from fastkd import _distributed
 from fastkd._engine import compute_dtype, without_autocast
 
 Number = float | Tensor
+SHORTEST = 1e-12  # what F.normalize divides by at least
 
 
 def in_batches(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Of (engine, *tensors, **options) a `fused` for `batch_loss`; the first two are the batch.
 
-    All come in what is computed in, without autocast. The formula gets those of all ranks: the
-    gradients of the ranks then add up to their number times the batch's, as they shall.
+    All come in what is computed in, without autocast, and `half` tells what the embeddings were
+    in, which products may use. The formula gets those of all ranks: the gradients of the ranks then
+    add up to their number times the batch's, as they shall.
     """
 
     @functools.wraps(run)
@@ -35,7 +37,8 @@ def in_batches(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
             if engine == "formula":
                 whole = [everyone(x, group)[0] for x in batch[:2]]
                 return formula(*whole, *batch[2:], **options)
-            return run(engine, *batch, group=group, **options)
+            embeddings = [x for x in tensors if isinstance(x, Tensor) and x.ndim == 2]
+            return run(engine, *batch, half=half_of(*embeddings), group=group, **options)
 
     return fused
 
@@ -54,6 +57,18 @@ def of_all_ranks(share: Tensor, group: Any) -> Tensor:
 
 def scale_of(temperature: Number, like: Tensor) -> Tensor:
     return 1 / torch.as_tensor(temperature, dtype=like.dtype, device=like.device)
+
+
+def half_of(*embeddings: Tensor) -> str:
+    """The name of the half precision of all of them, or nothing."""
+    dtypes = {x.dtype for x in embeddings}
+    is_half = dtypes == {torch.bfloat16} or dtypes == {torch.float16}
+    return str(dtypes.pop()).removeprefix("torch.") if is_half else ""
+
+
+def cosines(x: Tensor, y: Tensor) -> Tensor:
+    """Of each row and its partner, as F.normalize has lengths."""
+    return F.cosine_similarity(x, y, dim=1, eps=SHORTEST)
 
 
 def own_left_out(similarities: Tensor) -> Tensor:

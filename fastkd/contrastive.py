@@ -27,6 +27,7 @@ from fastkd._engine import Engine, compute_dtype, is_differentiated
 from fastkd._loss import batch_loss
 from fastkd._pairs import (
     Number,
+    cosines,
     empty_gradients,
     empty_statistics,
     everyone,
@@ -42,7 +43,8 @@ from fastkd._pairs import (
 class Problem(NamedTuple):
     """Queries against keys: the arguments that every function of an engine of this family takes.
 
-    With S = scale · Q Kᵀ and all sums without the own pairs the loss is, by its form,
+    With S = scale · Q Kᵀ, of rows divided by their lengths if `normalize`, and all sums without the
+    own pairs the loss is, by its form,
 
     softplus  Σ_i w_i softplus(n_i − a_i)   n_i = log Σ_j exp S_ij
     linear    Σ_i w_i (n_i − a_i)
@@ -60,6 +62,8 @@ class Problem(NamedTuple):
     key_weights: Tensor | None
     form: str
     first: int  # the own pair of query i is key first + i; -1: it has none
+    normalize: bool
+    half: str  # "bfloat16" or "float16", if that holds all queries and keys without rounding
     wanted: str  # of query, key, scale and anchors: what gets a gradient
     group: str  # the name of the process group over whose ranks columns are summed, or nothing
 
@@ -83,7 +87,7 @@ _engine = Engine(
     "contrastive",
     tensors="Tensor query, Tensor? key, Tensor scale, Tensor anchors, Tensor weights, "
     "Tensor? key_anchors, Tensor? key_weights",
-    options="str form, int first, str wanted, str group",
+    options="str form, int first, bool normalize, str half, str wanted, str group",
     n_trained=4,
 )
 
@@ -98,6 +102,8 @@ def _computed(
     *,
     form: str,
     first: int,
+    half: str,
+    normalize: bool = True,
     n_columns: int = 0,
     group: Any = None,
 ) -> Tensor:
@@ -110,9 +116,10 @@ def _computed(
         key_weights = weights.new_full((n_columns,), 0.5 / n_columns)
     trained = {"query": query, "key": key, "scale": scale, "anchors": anchors}
     wanted = [name for name, x in trained.items() if x is not None and is_differentiated(x)]
+    over = group.group_name if group is not None and n_columns else ""
     loss, _ = _engine(
-        engine, query, key, scale, anchors, weights, key_anchors, key_weights, form, first,
-        " ".join(wanted), group.group_name if group is not None and n_columns else "",
+        engine, query, key, scale, anchors, weights, key_anchors, key_weights,
+        form, first, normalize, half, " ".join(wanted), over,
     )  # fmt: skip
     return loss
 
@@ -162,25 +169,26 @@ def _fused_info_nce(
     margin: Number,
     decoupled: bool,
     in_batch_negatives: bool,
+    half: str,
     group: Any,
 ) -> Tensor:
     bank = query[:0] if negatives is None else negatives
-    if normalize:
-        query, key, bank = F.normalize(query), F.normalize(key), F.normalize(bank)
     keys, first = everyone(key, group)
     n = len(keys)
     if not n or not len(bank) + (n - 1 if in_batch_negatives else 0):
         return nothing(query, key, bank, temperature, negative_weight, margin)
     scale = scale_of(temperature, query)
-    anchors = ((query * key).sum(1) - margin) * scale - _log(negative_weight)
+    own = cosines(query, key) if normalize else (query * key).sum(1)
+    anchors = (own - margin) * scale - _log(negative_weight)
     if not in_batch_negatives:
         keys, first = bank, -1
     elif len(bank):
         keys = torch.cat([keys, bank])
     weights = query.new_full((len(query),), (0.5 if symmetric else 1) / n)
     share = _computed(
-        engine, query, keys, scale, anchors, weights, first=first, group=group,
-        form="linear" if decoupled else "softplus", n_columns=n if symmetric and n > 1 else 0,
+        engine, query, keys, scale, anchors, weights, first=first, half=half, group=group,
+        normalize=normalize, form="linear" if decoupled else "softplus",
+        n_columns=n if symmetric and n > 1 else 0,
     )  # fmt: skip
     return of_all_ranks(share, group)
 
@@ -262,6 +270,7 @@ def _fused_clip(
     logit_scale: Number,
     logit_bias: Number | None = None,
     *,
+    half: str,
     group: Any,
 ) -> Tensor:
     texts, first = everyone(text, group)
@@ -271,7 +280,7 @@ def _fused_clip(
     weights = image.new_full((len(image),), 0.5 / n)
     share = _computed(
         engine, image, texts, scale, (image * text).sum(1) * scale, weights,
-        first=first, form="softplus", n_columns=n, group=group,
+        first=first, form="softplus", half=half, normalize=False, n_columns=n, group=group,
     )  # fmt: skip
     if logit_bias is not None:
         share = share + 0 * logit_bias  # it cancels, but is on the graph
@@ -286,6 +295,7 @@ def _fused_siglip(
     logit_scale: Number,
     logit_bias: Number,
     *,
+    half: str,
     group: Any,
 ) -> Tensor:
     texts, first = everyone(text, group)
@@ -296,8 +306,9 @@ def _fused_siglip(
     own = (image * text).sum(1) * scale + bias
     weights = image.new_full((len(image),), 1 / n)
     others = _computed(
-        engine, image, texts, scale, -bias.expand(len(image)), weights, first=first, form="pairs"
-    )
+        engine, image, texts, scale, -bias.expand(len(image)), weights,
+        first=first, form="pairs", half=half, normalize=False,
+    )  # fmt: skip
     return of_all_ranks(softplus(-own).sum() / n + others, group)
 
 
@@ -356,19 +367,19 @@ def _fused_nt_xent(
     view2: Tensor,
     *,
     temperature: Number,
+    half: str,
     group: Any,
 ) -> Tensor:
-    view1, view2 = F.normalize(view1), F.normalize(view2)
     both = torch.cat([view1, view2])
     views, first = everyone(both, group)
     if not len(views):
         return nothing(view1, view2, temperature)
     scale = scale_of(temperature, both)
-    positives = ((view1 * view2).sum(1) * scale).repeat(2)
+    positives = (cosines(view1, view2) * scale).repeat(2)
     weights = both.new_full((len(both),), 1 / len(views))
     share = _computed(
         engine, both, None if group is None else views, scale, positives, weights,
-        first=first, form="linear",
+        first=first, form="linear", half=half,
     )  # fmt: skip
     return of_all_ranks(share, group)
 
@@ -418,25 +429,26 @@ def _fused_sup_con(
     *,
     temperature: Number,
     anchors: str,
+    half: str,
     group: Any,
 ) -> Tensor:
-    features = F.normalize(features)
     whole, first = everyone(features, group)
     if len(whole) < 2:
         return nothing(features, temperature)
     scale, own = scale_of(temperature, features), slice(first, first + len(features))
     place = _places(everyone(labels, group)[0])
-    sums = torch.zeros_like(whole).index_add(0, place, whole)
+    z = F.normalize(whole)
+    sums = torch.zeros_like(z).index_add(0, place, z)
     n_alike = torch.zeros_like(place, dtype=features.dtype)
     n_alike = n_alike.index_add(0, place, torch.ones_like(n_alike))[place] - 1
     # the positives are those of the own class, without oneself
-    alike = (features * (sums[place[own]] - features)).sum(1)
+    alike = (z[own] * (sums[place[own]] - z[own])).sum(1)
     alike = alike * scale / n_alike[own].clamp(min=1)
     is_anchor = n_alike > 0
     n_anchors = is_anchor.sum().clamp(min=1) if anchors == "with_positive" else len(whole)
     share = _computed(
         engine, features, None if group is None else whole, scale, alike,
-        is_anchor[own].to(features.dtype) / n_anchors, first=first, form="linear",
+        is_anchor[own].to(features.dtype) / n_anchors, first=first, form="linear", half=half,
     )  # fmt: skip
     return of_all_ranks(share, group)
 

@@ -21,6 +21,7 @@ from fastkd._pairs import (
     empty_gradients,
     empty_statistics,
     everyone,
+    half_of,
     nothing,
     of_all_ranks,
     scale_of,
@@ -31,7 +32,7 @@ class Problem(NamedTuple):
     """The arguments that every function of an engine of this family takes.
 
     The loss is Σ_i KL(softmax_j T_ij ‖ softmax_j S_ij) with S = scale · Q Kᵀ of the student and T
-    that of the teacher.
+    that of the teacher, of rows divided by their lengths.
     """
 
     query: Tensor  # [n, D], the student's
@@ -41,6 +42,8 @@ class Problem(NamedTuple):
     teacher_key: Tensor | None
     teacher_scale: Tensor
     first: int  # key first + i is query i itself and left out; -1: none is
+    half: str  # "bfloat16" or "float16", if that holds the student's without rounding
+    teacher_half: str
     wanted: str  # of query, key and scale: what gets a gradient
 
     @property
@@ -61,7 +64,7 @@ _engine = Engine(
     "similarity",
     tensors="Tensor query, Tensor? key, Tensor scale, "
     "Tensor teacher_query, Tensor? teacher_key, Tensor teacher_scale",
-    options="int first, str wanted",
+    options="int first, str half, str teacher_half, str wanted",
     n_trained=3,
 )
 
@@ -119,15 +122,19 @@ def _fused(
     group: Any,
 ) -> Tensor:
     dtype = compute_dtype(student, teacher)
+    half, teacher_half = (
+        half_of(*(x for x in network if x is not None))
+        for network in ((student, student_keys), (teacher, teacher_keys))
+    )
 
     def whole(x: Tensor | None) -> tuple[Tensor | None, int]:
         return (None, 0) if x is None else everyone(x, group)
 
     with without_autocast(student.device):
-        student, teacher = (F.normalize(x.to(dtype)) for x in (student, teacher.detach()))
+        student, teacher = student.to(dtype), teacher.detach().to(dtype)
         if student_keys is not None and teacher_keys is not None:
-            student_keys = F.normalize(student_keys.to(dtype))
-            teacher_keys = F.normalize(teacher_keys.detach().to(dtype))
+            student_keys = student_keys.to(dtype)
+            teacher_keys = teacher_keys.detach().to(dtype)
         if engine == "formula":
             student_keys, teacher_keys = (
                 whole(student_keys)[0],
@@ -158,7 +165,7 @@ def _fused(
             wanted = [x for x, y in trained.items() if y is not None and is_differentiated(y)]
             loss, _ = _engine(
                 engine, query, key, scale, teacher_query, teacher_key, teacher_scale,
-                first if mask_self else -1, " ".join(wanted),
+                first if mask_self else -1, half, teacher_half, " ".join(wanted),
             )  # fmt: skip
             return loss / n
 

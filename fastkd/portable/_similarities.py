@@ -1,6 +1,7 @@
 """Chunks of a matrix of similarities, S = scale · Q Kᵀ, and gradients from its slopes.
 
-dQ = scale · G K, dK = scale · Gᵀ Q and dscale = Σ ⟨q_i, (G K)_i⟩ for slopes G in S.
+dQ = scale · G K, dK = scale · Gᵀ Q and dscale = Σ ⟨q_i, (G K)_i⟩ for slopes G in S. Of rows that
+are divided by their lengths gradients lose their part along the row, and are divided too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from fastkd._pairs import SHORTEST
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 22}  # 16 MB of float32, what a CPU's last cache holds
 _LARGE_CHUNK = 1 << 24  # elsewhere a chunk must pay for its launches
@@ -27,10 +30,14 @@ class Similarities:
         *,
         dtype: torch.dtype,
         first: int,
+        normalize: bool,
         wanted: str,
     ) -> None:
-        self.q, self.scale, self.first = query.to(dtype), scale.to(dtype), first
-        self.k = self.q if key is None else key.to(dtype)
+        self.scale, self.first = scale.to(dtype), first
+        self.q, self.q_lengths = _units(query.to(dtype), normalize)
+        self.k, self.k_lengths = self.q, self.q_lengths
+        if key is not None:
+            self.k, self.k_lengths = _units(key.to(dtype), normalize)
         self.is_square, self.wanted = key is None, wanted.split()
         # of one matrix that is both, the two are one gradient
         trains_key = ("query" if key is None else "key") in self.wanted
@@ -103,12 +110,28 @@ class Similarities:
         if "scale" in self.wanted and self.dq is not None:
             found.append((self.q * self.dq).sum().view(1))
         if not self.is_square and self.dk is not None:
-            found.insert(0, self.dk.mul_(self.scale).flatten())
+            found.insert(0, _of_lengths(self.dk.mul_(self.scale), self.k, self.k_lengths))
         if "query" in self.wanted and self.dq is not None:
             if self.is_square and self.dk is not None:
                 self.dq += self.dk
-            found.insert(0, self.dq.mul_(self.scale).flatten())
-        return found
+            found.insert(0, _of_lengths(self.dq.mul_(self.scale), self.q, self.q_lengths))
+        return [x.flatten() for x in found]
+
+
+def _units(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Rows divided by their lengths, and these."""
+    if not normalize:
+        return rows, None
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=SHORTEST)
+    return rows / lengths, lengths
+
+
+def _of_lengths(gradients: Tensor, units: Tensor, lengths: Tensor | None) -> Tensor:
+    """From gradients in the units, in place, those in the rows that they were made of."""
+    if lengths is None:
+        return gradients
+    along = torch.linalg.vecdot(gradients, units)[:, None]
+    return gradients.addcmul_(units, along, value=-1).div_(lengths)
 
 
 def are_large(sums: Tensor) -> bool:

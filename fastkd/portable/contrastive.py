@@ -41,7 +41,8 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem = Problem(*arguments)
     similarities = Similarities(
         problem.query, problem.key, problem.scale,
-        dtype=problem.dtype, first=problem.first, wanted=problem.wanted,
+        dtype=problem.dtype, first=problem.first, normalize=problem.normalize,
+        wanted=problem.wanted,
     )  # fmt: skip
     loss, of_anchors = _LOSSES[problem.form](problem, similarities)
     wanted = [of_anchors] if "anchors" in similarities.wanted else []

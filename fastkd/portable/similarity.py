@@ -31,7 +31,9 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """(*Problem) -> the sum of the rows' losses, and the gradients of it, one after another."""
     problem = Problem(*arguments)
     student, teacher = (
-        Similarities(*network, dtype=problem.dtype, first=problem.first, wanted=wanted)
+        Similarities(
+            *network, dtype=problem.dtype, first=problem.first, normalize=True, wanted=wanted
+        )
         for network, wanted in ((problem[:3], problem.wanted), (problem[3:6], ""))
     )
     shifts = student.shift(), teacher.shift()
