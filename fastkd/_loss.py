@@ -95,8 +95,9 @@ def batch_loss(
             _checks.options(options, defaults, formula.__name__)
             options = defaults | options
             check(*arguments, **options)
-            tensors_given = [x for x in arguments if isinstance(x, Tensor)]
-            engine = _engine.choose(tensors_given, has_kernels)
+            # not labels, nor a temperature
+            embeddings = [x for x in arguments if isinstance(x, Tensor) and x.ndim > 1]
+            engine = _engine.choose(embeddings, has_kernels)
             return fused(formula, engine, *arguments, **options)
 
         compute.has_kernels = has_kernels  # type: ignore[attr-defined]

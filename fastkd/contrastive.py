@@ -197,7 +197,7 @@ def _log(number: Number) -> Number:
     return number.log() if isinstance(number, Tensor) else math.log(number)
 
 
-@batch_loss(_check_info_nce, _fused_info_nce, has_kernels=False, group=None)
+@batch_loss(_check_info_nce, _fused_info_nce, group=None)
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -312,7 +312,7 @@ def _fused_siglip(
     return of_all_ranks(softplus(-own).sum() / n + others, group)
 
 
-@batch_loss(_check_clip, _fused_clip, has_kernels=False, group=None)
+@batch_loss(_check_clip, _fused_clip, group=None)
 def clip_contrastive(
     image: Tensor, text: Tensor, logit_scale: Number, logit_bias: Number | None = None
 ) -> Tensor:
@@ -333,7 +333,7 @@ def clip_contrastive(
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.mT, own)) / 2
 
 
-@batch_loss(_check_clip, _fused_siglip, has_kernels=False, group=None)
+@batch_loss(_check_clip, _fused_siglip, group=None)
 def siglip(image: Tensor, text: Tensor, logit_scale: Number, logit_bias: Number) -> Tensor:
     """(1/N) Σ_ij softplus(−y_ij (scale · ⟨image_i, text_j⟩ + bias)): each pair by itself.
 
@@ -384,7 +384,7 @@ def _fused_nt_xent(
     return of_all_ranks(share, group)
 
 
-@batch_loss(_check_nt_xent, _fused_nt_xent, has_kernels=False, group=None)
+@batch_loss(_check_nt_xent, _fused_nt_xent, group=None)
 def nt_xent(view1: Tensor, view2: Tensor, *, temperature: Number = 0.5) -> Tensor:
     """(1/2N) Σ_i −log e^{s_i₊} / Σ_{j≠i} e^{s_ij}: of 2N views each finds the other one.
 
@@ -461,7 +461,7 @@ def _places(labels: Tensor) -> Tensor:
     return is_new.cumsum(0)[order.argsort()]
 
 
-@batch_loss(_check_sup_con, _fused_sup_con, has_kernels=False, group=None)
+@batch_loss(_check_sup_con, _fused_sup_con, group=None)
 def sup_con(
     features: Tensor,
     labels: Tensor,

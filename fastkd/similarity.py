@@ -177,7 +177,7 @@ def _fused(
         return of_all_ranks(share, group)
 
 
-@batch_loss(_check, _fused, has_kernels=False, group=None)
+@batch_loss(_check, _fused, group=None)
 def similarity_kl(
     student: Tensor,
     teacher: Tensor,

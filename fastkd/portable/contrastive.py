@@ -105,7 +105,7 @@ def _of_rows(
         sums = similarities.exponentials(rows, part, shift).sum(1)
         if not are_large(sums):
             return None
-        share, slopes = _penalty(problem, shift + sums.log(), rows)
+        share, slopes = penalty(problem, shift + sums.log(), rows)
         loss += share
         if problem.wanted:
             torch.neg(slopes, out=of_anchors[rows])
@@ -126,10 +126,10 @@ def _of_both(
         column_sums += part[:, :n_columns].sum(0)
     if not are_large(row_sums) or not are_large(column_sums):
         return None
-    of_columns = _over_ranks(shift + column_sums.log(), problem.group)
-    loss, slopes = _penalty(problem, shift + row_sums.log(), everything)
-    share, column_slopes = _column_penalty(problem, of_columns)
-    of_anchors = -slopes - column_slopes[_own(problem)]
+    of_columns = over_ranks(shift + column_sums.log(), problem.group)
+    loss, slopes = penalty(problem, shift + row_sums.log(), everything)
+    share, column_slopes = column_penalty(problem, of_columns)
+    of_anchors = -slopes - column_slopes[own_columns(problem)]
     if problem.wanted:
         u, v = slopes.div_(row_sums), q.new_zeros(buffer.shape[1])
         v[:n_columns] = column_slopes.mul_(torch.exp(shift - of_columns))
@@ -164,12 +164,12 @@ def _with_maxima(problem: Problem, similarities: Similarities) -> tuple[Tensor, 
             new = torch.maximum(largest, part.amax(0)).clamp_(min=lowest)
             sums.mul_((largest - new).exp_()).add_((part - new).exp_().sum(0))
             largest = new
-    loss, slopes = _penalty(problem, of_rows, slice(0, n))
+    loss, slopes = penalty(problem, of_rows, slice(0, n))
     of_anchors, of_columns, column_slopes = -slopes, largest, largest
     if n_columns:
-        of_columns = _over_ranks(largest + sums.log(), problem.group)
-        share, column_slopes = _column_penalty(problem, of_columns)
-        loss, of_anchors = loss + share, of_anchors - column_slopes[_own(problem)]
+        of_columns = over_ranks(largest + sums.log(), problem.group)
+        share, column_slopes = column_penalty(problem, of_columns)
+        loss, of_anchors = loss + share, of_anchors - column_slopes[own_columns(problem)]
     if not problem.wanted:
         return loss, of_anchors
     for rows, part in chunks():
@@ -180,20 +180,20 @@ def _with_maxima(problem: Problem, similarities: Similarities) -> tuple[Tensor, 
     return loss, of_anchors
 
 
-def _own(problem: Problem) -> slice:
+def own_columns(problem: Problem) -> slice:
     return slice(problem.first, problem.first + len(problem.query))
 
 
-def _penalty(problem: Problem, log_sums: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+def penalty(problem: Problem, log_sums: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """The share of the loss of these rows, and the slopes in their log-sum-exps."""
     weights = problem.weights[rows].to(problem.dtype)
     return _of_form(problem.form, log_sums - problem.anchors[rows].to(problem.dtype), weights)
 
 
-def _column_penalty(problem: Problem, log_sums: Tensor) -> tuple[Tensor, Tensor]:
+def column_penalty(problem: Problem, log_sums: Tensor) -> tuple[Tensor, Tensor]:
     """Of the own columns the share of the loss, of all of them the slopes."""
     assert problem.key_anchors is not None and problem.key_weights is not None
-    weights, own = problem.key_weights.to(problem.dtype), _own(problem)
+    weights, own = problem.key_weights.to(problem.dtype), own_columns(problem)
     odds = log_sums - problem.key_anchors.to(problem.dtype)
     _, slopes = _of_form(problem.form, odds, weights)
     return _of_form(problem.form, odds[own], weights[own])[0], slopes
@@ -205,5 +205,5 @@ def _of_form(form: str, odds: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return odds @ weights, weights.clone()
 
 
-def _over_ranks(log_sums: Tensor, group: str) -> Tensor:
+def over_ranks(log_sums: Tensor, group: str) -> Tensor:
     return _distributed.log_sum_exp(log_sums, group) if group else log_sums
