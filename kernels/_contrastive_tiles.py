@@ -65,7 +65,7 @@ def log_sums(
     low, high = split * per_split, tl.minimum(split * per_split + per_split, m)
     largest_ptr += program.to(tl.int64) * n_paired
     sums_ptr += program.to(tl.int64) * n_paired
-    for step in range(0, tl.cdiv(n_padded // ROWS - program, tl.num_programs(0))):
+    for step in range(tl.cdiv(n_padded // ROWS - program, tl.num_programs(0))):
         row, is_first = (program + step * tl.num_programs(0)) * ROWS, step == 0
         if PAIRED:
             tl.debug_barrier()  # what the block before stored is read
@@ -83,7 +83,7 @@ def log_sums(
                 row, column, n, m, n_paired, own, is_first,
                 False, OWN, FACTORS, VALUES, PAIRED, PRECISION, DTYPE, ROWS, COLUMNS, DEPTH,
             )  # fmt: skip
-        for k in range(0, n_looked_at + (high > end * COLUMNS)):
+        for k in range(n_looked_at + (high > end * COLUMNS)):
             column = tl.where(k < n_looked_at, looked_at + k, end) * COLUMNS
             largest, total, values = _absorb(
                 largest, total, values, x, scales, y_ptr, y_factors_ptr, largest_ptr, sums_ptr,
@@ -107,7 +107,7 @@ def column_log_sums(
     exist = places < n_paired
     largest = tl.load(largest_ptr + places, mask=exist, other=LOWEST)
     total = tl.load(sums_ptr + places, mask=exist, other=0.0)
-    for part in range(1, n_parts):
+    for _ in range(1, n_parts):
         largest_ptr += n_paired
         sums_ptr += n_paired
         of_part = tl.load(largest_ptr + places, mask=exist, other=LOWEST)
@@ -189,7 +189,7 @@ def softplus_sums(
             total, slopes, values, x, scales, anchors, y_ptr, y_factors_ptr, row, column,
             n, m, own, False, OWN, FACTORS, VALUES, PRECISION, DTYPE, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
-    for k in range(0, n_looked_at + (high > end * COLUMNS)):
+    for k in range(n_looked_at + (high > end * COLUMNS)):
         column = tl.where(k < n_looked_at, looked_at + k, end) * COLUMNS
         total, slopes, values = _add_penalties(
             total, slopes, values, x, scales, anchors, y_ptr, y_factors_ptr, row, column,
@@ -254,7 +254,7 @@ def weighed_sums(
             row, column, n, m, own, False, OWN, FACTORS, PAIRS, BOTH,
             PRECISION, DTYPE, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
-    for k in range(0, n_looked_at + (high > end * COLUMNS)):
+    for k in range(n_looked_at + (high > end * COLUMNS)):
         column = tl.where(k < n_looked_at, looked_at + k, end) * COLUMNS
         values = _add_slopes(
             values, x, scales, of_rows, y_ptr, y_factors_ptr, of_columns_ptr, weights_ptr,

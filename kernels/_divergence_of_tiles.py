@@ -70,7 +70,7 @@ def divergences(
             y_ptr, y_factors_ptr, y_t_ptr, y_t_factors_ptr, row, column, n, m, own,
             False, OWN, FACTORS, FACTORS_T, PRECISION, DTYPE, ROWS, COLUMNS, DEPTH, DEPTH_T,
         )  # fmt: skip
-    for k in range(0, n_looked_at + (high > end * COLUMNS)):
+    for k in range(n_looked_at + (high > end * COLUMNS)):
         column = tl.where(k < n_looked_at, looked_at + k, end) * COLUMNS
         largest, total, largest_t, total_t, differences = _add_divergence(
             largest, total, largest_t, total_t, differences, x, scales, x_t, scales_t,
@@ -148,7 +148,7 @@ def weighed_differences(
             row, column, n, m, own, False, OWN, FACTORS, FACTORS_T, BY_ROWS, BY_COLUMNS,
             PRECISION, DTYPE, ROWS, COLUMNS, DEPTH, DEPTH_T,
         )  # fmt: skip
-    for k in range(0, n_looked_at + (high > end * COLUMNS)):
+    for k in range(n_looked_at + (high > end * COLUMNS)):
         column = tl.where(k < n_looked_at, looked_at + k, end) * COLUMNS
         values = _add_differences(
             values, x, scales, x_t, scales_t, of_rows, of_rows_t,

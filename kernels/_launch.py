@@ -18,13 +18,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 class Device(NamedTuple):
     multiprocessors: int
     nvidia: bool  # log2 is an instruction there, and registers can be capped
+    generation: int = 9  # of NVIDIA's: 8 Ampere and Ada, 9 Hopper, 10 Blackwell
 
 
 @functools.cache
 def _describe(active: Any, index: int) -> Device:
-    properties = active.utils.get_device_properties(index)
-    nvidia = active.get_current_target().backend == "cuda"
-    return Device(properties["multiprocessor_count"], nvidia)
+    properties, target = active.utils.get_device_properties(index), active.get_current_target()
+    if target.backend != "cuda":
+        return Device(properties["multiprocessor_count"], False, 0)
+    return Device(properties["multiprocessor_count"], True, target.arch // 10)
 
 
 def device_of(tensor: Tensor) -> Device:

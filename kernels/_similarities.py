@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd._pairs import SHORTEST
-from fastkd.kernels._launch import INTERPRETED, device_of
+from fastkd.kernels._launch import INTERPRETED, Device, device_of
 
 ROWS_TOGETHER = 128  # a multiple of the sides of all tiles
 _WIDEST_HALF, _WIDEST_TF32 = 256, 128  # of tiles whose sums stay in registers
@@ -27,6 +27,10 @@ class Tiling(NamedTuple):
     columns: int
     stages: int
     warps: int
+
+    def narrow(self) -> Tiling:
+        """For kernels that need more registers for each pair."""
+        return self._replace(columns=min(self.columns, 8 * self.warps))
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -49,25 +53,40 @@ def tiling(rows: Tensor, width: int, half: str, dtype: torch.dtype) -> Tiling | 
     if half:
         if depth > _WIDEST_HALF:
             return None
-        product = getattr(torch, half)
-        if not device.nvidia and not INTERPRETED:  # 64 KB of shared memory
-            return Tiling(product, dtype, depth, 64, 64 if depth <= 128 else 32, 1, 4)
         few = triton.cdiv(len(rows), 128) < device.multiprocessors
-        columns = 128 if depth <= 128 else 64
-        return Tiling(product, dtype, depth, 64 if few else 128, columns, 2, 4 if few else 8)
+        return Tiling(getattr(torch, half), dtype, depth, *_sides(depth, device, few))
     if depth > _WIDEST_TF32 or not _may_be_rounded(device.nvidia):
         return None
     return Tiling(dtype, dtype, depth, 64, 64, 2, 4)
 
 
-def of_two(tiles: Tiling | None, other: Tiling | None) -> tuple[Tiling, Tiling] | None:
+def _sides(depth: int, device: Device, few: bool) -> tuple[int, int, int, int]:
+    """Rows, columns, stages and warps whose sums stay in registers: the compiler tells which do."""
+    wide = depth > 128
+    if device.generation == 9:  # warps of one group share a product of 64 rows
+        columns = 64 if wide else 128
+        return (64, columns, 2, 4) if few else (128, columns, 2, 8)
+    if device.generation == 10:
+        return (64, 64, 1, 8) if wide else (64, 64, 2, 4)
+    if device.nvidia:
+        return (64, 64, 2, 8) if wide else (64, 64, 2, 4)
+    return 64, 32 if wide else 64, 1, 4  # 64 KB of shared memory
+
+
+def of_two(
+    rows: Tensor, tiles: Tiling | None, other: Tiling | None
+) -> tuple[Tiling, Tiling] | None:
     """For products of two networks, whose tiles are on chip together."""
     if tiles is None or other is None:
         return None
-    most = 64 if max(tiles.depth, other.depth) <= 128 else 32
-    rows, columns = min(tiles.rows, other.rows, 64), min(tiles.columns, other.columns, most)
-    tiles = tiles._replace(rows=rows, columns=columns, warps=4)
-    return tiles, other._replace(rows=rows, columns=columns, warps=4)
+    device = device_of(rows)
+    if max(tiles.depth, other.depth) <= 128:
+        tiles = tiles._replace(rows=min(tiles.rows, 64), columns=min(tiles.columns, 64), warps=4)
+    elif device.generation in (9, 10):
+        tiles = tiles._replace(rows=128, columns=32, stages=2, warps=8)
+    else:
+        tiles = tiles._replace(rows=64, columns=32, stages=1, warps=4)
+    return tiles, other
 
 
 def _may_be_rounded(nvidia: bool) -> bool:

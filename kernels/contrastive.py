@@ -118,11 +118,12 @@ class _Sweeps:
         problem, x, dtype = self.problem, self.x, self.problem.dtype
         anchors = padded(problem.anchors.to(dtype) * LOG2E.value, x)
         weights = problem.weights.to(dtype)
-        n_shares, per_share = shares(x, self.y, self.tiles)
+        tiles = self.tiles.narrow()
+        n_shares, per_share = shares(x, self.y, tiles)
         sums = weights.new_empty((2, n_shares, len(x.matrix)))
         values = self._values(x, n_shares if self.trains_rows else 0)
-        softplus_sums[len(x.matrix) // self.tiles.rows, n_shares](
-            **self._sides(x, self.y, per_share), anchors_ptr=anchors, sums_ptr=sums[0],
+        softplus_sums[len(x.matrix) // tiles.rows, n_shares](
+            **self._sides(x, self.y, per_share, tiles), anchors_ptr=anchors, sums_ptr=sums[0],
             slopes_ptr=sums[1], values_ptr=values, VALUES=self.trains_rows,
         )  # fmt: skip
         of_pairs, slopes = sums.sum(1)[:, : len(weights)]
@@ -139,7 +140,7 @@ class _Sweeps:
 
     def _log_sums(self, n_columns: int, values_too: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Of rows, the values weighed by their softmax, of columns."""
-        x, y, tiles = self.x, self.y, self.tiles
+        x, y, tiles = self.x, self.y, self.tiles.narrow() if n_columns else self.tiles
         n_blocks = len(x.matrix) // tiles.rows
         n_shares, per_share = shares(x, y, tiles)
         # each program has its own sums of columns: no more of them than run at once
@@ -151,7 +152,7 @@ class _Sweeps:
         values = self._values(x, n_shares if values_too else 0)
         parts = found.new_empty((2, n_programs, n_columns))
         log_sums[n_programs, n_shares](
-            **self._sides(x, y, per_share), log_sums_ptr=found, values_ptr=values,
+            **self._sides(x, y, per_share, tiles), log_sums_ptr=found, values_ptr=values,
             largest_ptr=parts[0], sums_ptr=parts[1], n_paired=n_columns,
             VALUES=values_too, PAIRED=n_columns > 0,
         )  # fmt: skip
@@ -179,7 +180,7 @@ class _Sweeps:
         n_shares, per_share = shares(x, y, self.tiles)
         values = self._values(x, n_shares)
         weighed_sums[len(x.matrix) // self.tiles.rows, n_shares](
-            **self._sides(x, y, per_share, swapped=x is not self.x),
+            **self._sides(x, y, per_share, self.tiles, swapped=x is not self.x),
             of_rows_ptr=of_columns if of_rows is None else of_rows, of_columns_ptr=of_columns,
             weights_ptr=of_columns if weights is None else weights, values_ptr=values,
             PAIRS=weights is not None, BOTH=of_rows is not None,
@@ -189,7 +190,9 @@ class _Sweeps:
     def _values(self, x: Side, n_shares: int) -> Tensor:
         return self.scale.new_empty((n_shares, len(x.matrix), self.tiles.depth))
 
-    def _sides(self, x: Side, y: Side, per_share: int, swapped: bool = False) -> dict[str, Any]:
+    def _sides(
+        self, x: Side, y: Side, per_share: int, tiles: Tiling, swapped: bool = False
+    ) -> dict[str, Any]:
         first = self.problem.first
         return dict(
             x_ptr=x.matrix, y_ptr=y.matrix, scale_ptr=self.scale,
@@ -197,7 +200,7 @@ class _Sweeps:
             y_factors_ptr=y.matrix if y.factors is None else y.factors,
             n=len(x.rows), n_padded=len(x.matrix), m=len(y.rows), per_split=per_share,
             own=-first if swapped else first, OWN=first >= 0, FACTORS=x.factors is not None,
-            **self.tiles.constants,
+            **tiles.constants,
         )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem = Problem(*arguments)
     query, teacher, dtype = problem.query, problem.teacher_query, problem.dtype
     tiles = of_two(
+        query,
         tiling(query, query.shape[1], problem.half, dtype),
         tiling(teacher, teacher.shape[1], problem.teacher_half, dtype),
     )
