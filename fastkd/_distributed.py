@@ -67,5 +67,16 @@ def summed(share: Tensor, group: Any) -> Tensor:
 
 def before_averaging(loss: Tensor, value: Tensor, group: Any) -> Tensor:
     """`value`, with the gradient of `loss` times the ranks: DDP's mean takes the factor out."""
-    scaled = loss * dist.get_world_size(group)
-    return scaled + (value - scaled).detach()
+    return _Valued.apply(loss * dist.get_world_size(group), value)
+
+
+class _Valued(torch.autograd.Function):
+    """Another value, the same gradient: a difference of the two would lose infinities."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return upstream, None

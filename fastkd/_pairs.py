@@ -56,7 +56,16 @@ def of_all_ranks(share: Tensor, group: Any) -> Tensor:
 
 
 def scale_of(temperature: Number, like: Tensor) -> Tensor:
-    return 1 / torch.as_tensor(temperature, dtype=like.dtype, device=like.device)
+    return 1 / number_like(temperature, like)
+
+
+def logarithm(number: Number, like: Tensor) -> Tensor:
+    return number_like(number, like).log()
+
+
+def number_like(number: Number, like: Tensor) -> Tensor:
+    """A tensor: a product, since a copy from the host waits and a compiler would burn it in."""
+    return like.new_ones(()) * number
 
 
 def half_of(*embeddings: Tensor) -> str:
@@ -79,8 +88,8 @@ def own_left_out(similarities: Tensor) -> Tensor:
 def nothing(*trained: Any) -> Tensor:
     """The loss of no examples, on the graph of all that is trained."""
     tensors = [x for x in trained if isinstance(x, Tensor)]
-    dtype = compute_dtype(*tensors[:2])
-    return torch.stack([x.to(dtype).sum() * 0 for x in tensors]).sum()
+    dtype, device = compute_dtype(*tensors[:2]), tensors[0].device
+    return torch.stack([x.sum().to(device, dtype) * 0 for x in tensors]).sum()
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ An example without negatives has no loss. Half precision is computed in float32 
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +31,7 @@ from fastkd._pairs import (
     empty_statistics,
     everyone,
     in_batches,
+    logarithm,
     nothing,
     of_all_ranks,
     own_left_out,
@@ -62,6 +62,7 @@ class Problem(NamedTuple):
     key_weights: Tensor | None
     form: str
     first: int  # the own pair of query i is key first + i; -1: it has none
+    two_views: bool  # queries are two views of each example, own pairs those with the other too
     normalize: bool
     half: str  # "bfloat16" or "float16", if that holds all queries and keys without rounding
     wanted: str  # of query, key, scale and anchors: what gets a gradient
@@ -87,7 +88,7 @@ _engine = Engine(
     "contrastive",
     tensors="Tensor query, Tensor? key, Tensor scale, Tensor anchors, Tensor weights, "
     "Tensor? key_anchors, Tensor? key_weights",
-    options="str form, int first, bool normalize, str half, str wanted, str group",
+    options="str form, int first, bool two_views, bool normalize, str half, str wanted, str group",
     n_trained=4,
 )
 
@@ -103,6 +104,7 @@ def _computed(
     form: str,
     first: int,
     half: str,
+    two_views: bool = False,
     normalize: bool = True,
     n_columns: int = 0,
     group: Any = None,
@@ -114,12 +116,14 @@ def _computed(
         if group is not None:
             (key_anchors,), _ = _distributed.gathered([key_anchors], group)
         key_weights = weights.new_full((n_columns,), 0.5 / n_columns)
+    if key is query:  # the compiler refuses a tensor twice
+        key = key.view_as(key)
     trained = {"query": query, "key": key, "scale": scale, "anchors": anchors}
     wanted = [name for name, x in trained.items() if x is not None and is_differentiated(x)]
     over = group.group_name if group is not None and n_columns else ""
     loss, _ = _engine(
         engine, query, key, scale, anchors, weights, key_anchors, key_weights,
-        form, first, normalize, half, " ".join(wanted), over,
+        form, first, two_views, normalize, half, " ".join(wanted), over,
     )  # fmt: skip
     return loss
 
@@ -179,10 +183,10 @@ def _fused_info_nce(
         return nothing(query, key, bank, temperature, negative_weight, margin)
     scale = scale_of(temperature, query)
     own = cosines(query, key) if normalize else (query * key).sum(1)
-    anchors = (own - margin) * scale - _log(negative_weight)
+    anchors = (own - margin) * scale - logarithm(negative_weight, query)
     if not in_batch_negatives:
         keys, first = bank, -1
-    elif len(bank):
+    elif negatives is not None:
         keys = torch.cat([keys, bank])
     weights = query.new_full((len(query),), (0.5 if symmetric else 1) / n)
     share = _computed(
@@ -191,10 +195,6 @@ def _fused_info_nce(
         n_columns=n if symmetric and n > 1 else 0,
     )  # fmt: skip
     return of_all_ranks(share, group)
-
-
-def _log(number: Number) -> Number:
-    return number.log() if isinstance(number, Tensor) else math.log(number)
 
 
 @batch_loss(_check_info_nce, _fused_info_nce, group=None)
@@ -234,7 +234,7 @@ def info_nce(
         return nothing(query, key, *bank, temperature, negative_weight, margin)
 
     def against(negative: Tensor) -> Tensor:
-        odds = negative + _log(negative_weight) - positive
+        odds = negative + logarithm(negative_weight, negative) - positive
         return (odds if decoupled else softplus(odds)).mean()
 
     loss = against(torch.cat([others, *bank], 1).logsumexp(1))
@@ -274,7 +274,7 @@ def _fused_clip(
     group: Any,
 ) -> Tensor:
     texts, first = everyone(text, group)
-    n, scale = len(texts), image.new_tensor(1) * logit_scale
+    n, scale = len(texts), image.new_ones(()) * logit_scale
     if n < 2:
         return nothing(image, text, scale, logit_bias)
     weights = image.new_full((len(image),), 0.5 / n)
@@ -299,7 +299,7 @@ def _fused_siglip(
     group: Any,
 ) -> Tensor:
     texts, first = everyone(text, group)
-    n, one = len(texts), image.new_tensor(1)
+    n, one = len(texts), image.new_ones(())
     scale, bias = one * logit_scale, one * logit_bias
     if not n:
         return nothing(image, text, scale, bias)
@@ -372,14 +372,14 @@ def _fused_nt_xent(
 ) -> Tensor:
     both = torch.cat([view1, view2])
     views, first = everyone(both, group)
-    if not len(views):
+    if len(views) <= 2:
         return nothing(view1, view2, temperature)
     scale = scale_of(temperature, both)
     positives = (cosines(view1, view2) * scale).repeat(2)
     weights = both.new_full((len(both),), 1 / len(views))
     share = _computed(
         engine, both, None if group is None else views, scale, positives, weights,
-        first=first, form="linear", half=half,
+        first=first, form="softplus", two_views=True, half=half,
     )  # fmt: skip
     return of_all_ranks(share, group)
 
@@ -438,7 +438,11 @@ def _fused_sup_con(
     scale, own = scale_of(temperature, features), slice(first, first + len(features))
     place = _places(everyone(labels, group)[0])
     z = F.normalize(whole)
-    sums = torch.zeros_like(z).index_add(0, place, z)
+    sums = torch.zeros_like(z)
+    if z.is_cuda:  # index_add would add in any order
+        sums = sums.index_put((place,), z, accumulate=True)
+    else:
+        sums = sums.index_add(0, place, z)
     n_alike = torch.zeros_like(place, dtype=features.dtype)
     n_alike = n_alike.index_add(0, place, torch.ones_like(n_alike))[place] - 1
     # the positives are those of the own class, without oneself

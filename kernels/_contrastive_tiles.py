@@ -6,6 +6,7 @@ import triton.language as tl
 from fastkd.kernels._similarity_tiles import (
     LOWEST,
     left_out,
+    other_views_out,
     rows_of,
     scales_of,
     similarities,
@@ -17,16 +18,18 @@ from fastkd.kernels._tiles import LN2
 
 @triton.jit
 def _absorb(
-    largest, total, values, x, scales, y_ptr, y_factors_ptr, largest_ptr, sums_ptr,
+    largest, total, values, x, scales, others, y_ptr, y_factors_ptr, largest_ptr, sums_ptr,
     row, column, n, m, n_paired, own, is_first,
-    MASKED: tl.constexpr, OWN: tl.constexpr, FACTORS: tl.constexpr, VALUES: tl.constexpr,
-    PAIRED: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    MASKED: tl.constexpr, OWN: tl.constexpr, VIEWS: tl.constexpr, FACTORS: tl.constexpr,
+    VALUES: tl.constexpr, PAIRED: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     y = tl.load(rows_of(y_ptr, column, COLUMNS, DEPTH))
     s = similarities(x, y, scales, y_factors_ptr, column, FACTORS, PRECISION, COLUMNS, DTYPE)
     if MASKED:
         s = left_out(s, row, column, n, m, own, PAIRED, OWN, ROWS, COLUMNS)
+    if VIEWS:
+        s = other_views_out(s, others, column, COLUMNS)
     risen = tl.maximum(largest, tl.max(s, 1))
     e, shrunk = tl.exp2(s - risen[:, None]), tl.exp2(largest - risen)
     total = total * shrunk + tl.sum(e, 1)
@@ -50,10 +53,10 @@ def _absorb(
 # all that varies with N and M is the same code
 @triton.jit(do_not_specialize=["n", "m", "per_split", "n_paired", "own"])
 def log_sums(
-    x_ptr, y_ptr, x_factors_ptr, y_factors_ptr, scale_ptr,
+    x_ptr, y_ptr, x_factors_ptr, y_factors_ptr, scale_ptr, others_ptr,
     log_sums_ptr, values_ptr, largest_ptr, sums_ptr, n, n_padded, m, per_split, n_paired, own,
-    OWN: tl.constexpr, FACTORS: tl.constexpr, VALUES: tl.constexpr, PAIRED: tl.constexpr,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    OWN: tl.constexpr, VIEWS: tl.constexpr, FACTORS: tl.constexpr, VALUES: tl.constexpr,
+    PAIRED: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Programs (some tiles of rows, share of the columns): log2 Σ_j exp2 S_ij for each share.
@@ -71,6 +74,9 @@ def log_sums(
             tl.debug_barrier()  # what the block before stored is read
         x = tl.load(rows_of(x_ptr, row, ROWS, DEPTH))
         scales = scales_of(scale_ptr, x_factors_ptr, row, FACTORS, ROWS, DTYPE)
+        others = scales
+        if VIEWS:
+            others = tl.load(others_ptr + row + tl.arange(0, ROWS))
         largest, total = tl.full([ROWS], LOWEST, DTYPE), tl.zeros([ROWS], DTYPE)
         values = tl.zeros([ROWS, DEPTH], DTYPE)
         first, looked_at, n_looked_at, end = tiles_of(
@@ -79,16 +85,20 @@ def log_sums(
         for k in range(first, end - n_looked_at):
             column = tl.where(k < looked_at, k, k + n_looked_at) * COLUMNS
             largest, total, values = _absorb(
-                largest, total, values, x, scales, y_ptr, y_factors_ptr, largest_ptr, sums_ptr,
+                largest, total, values, x, scales, others, y_ptr, y_factors_ptr,
+                largest_ptr, sums_ptr,
                 row, column, n, m, n_paired, own, is_first,
-                False, OWN, FACTORS, VALUES, PAIRED, PRECISION, DTYPE, ROWS, COLUMNS, DEPTH,
+                False, OWN, VIEWS, FACTORS, VALUES, PAIRED,
+                PRECISION, DTYPE, ROWS, COLUMNS, DEPTH,
             )  # fmt: skip
         for k in range(n_looked_at + (high > end * COLUMNS)):
             column = tl.where(k < n_looked_at, looked_at + k, end) * COLUMNS
             largest, total, values = _absorb(
-                largest, total, values, x, scales, y_ptr, y_factors_ptr, largest_ptr, sums_ptr,
+                largest, total, values, x, scales, others, y_ptr, y_factors_ptr,
+                largest_ptr, sums_ptr,
                 row, column, n, m, n_paired, own, is_first,
-                True, OWN, FACTORS, VALUES, PAIRED, PRECISION, DTYPE, ROWS, COLUMNS, DEPTH,
+                True, OWN, VIEWS, FACTORS, VALUES, PAIRED,
+                PRECISION, DTYPE, ROWS, COLUMNS, DEPTH,
             )  # fmt: skip
         rows = row + tl.arange(0, ROWS)
         tl.store(log_sums_ptr + split * n_padded + rows, largest + tl.log2(total))
@@ -204,16 +214,18 @@ def softplus_sums(
 
 @triton.jit
 def _add_slopes(
-    values, x, scales, of_rows, y_ptr, y_factors_ptr, of_columns_ptr, weights_ptr,
+    values, x, scales, others, of_rows, y_ptr, y_factors_ptr, of_columns_ptr, weights_ptr,
     row, column, n, m, own,
-    MASKED: tl.constexpr, OWN: tl.constexpr, FACTORS: tl.constexpr, PAIRS: tl.constexpr,
-    BOTH: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    MASKED: tl.constexpr, OWN: tl.constexpr, VIEWS: tl.constexpr, FACTORS: tl.constexpr,
+    PAIRS: tl.constexpr, BOTH: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     y = tl.load(rows_of(y_ptr, column, COLUMNS, DEPTH))
     s = similarities(x, y, scales, y_factors_ptr, column, FACTORS, PRECISION, COLUMNS, DTYPE)
     if MASKED:
         s = left_out(s, row, column, n, m, own, False, OWN, ROWS, COLUMNS)
+    if VIEWS:
+        s = other_views_out(s, others, column, COLUMNS)
     places = column + tl.arange(0, COLUMNS)
     if PAIRS:
         slopes, _ = _sigmoid(s - tl.load(of_columns_ptr + places)[None, :])
@@ -227,9 +239,9 @@ def _add_slopes(
 
 @triton.jit(do_not_specialize=["n", "m", "per_split", "own"])
 def weighed_sums(
-    x_ptr, y_ptr, x_factors_ptr, y_factors_ptr, scale_ptr, of_rows_ptr, of_columns_ptr,
-    weights_ptr, values_ptr, n, n_padded, m, per_split, own,
-    OWN: tl.constexpr, FACTORS: tl.constexpr, PAIRS: tl.constexpr,
+    x_ptr, y_ptr, x_factors_ptr, y_factors_ptr, scale_ptr, others_ptr, of_rows_ptr,
+    of_columns_ptr, weights_ptr, values_ptr, n, n_padded, m, per_split, own,
+    OWN: tl.constexpr, VIEWS: tl.constexpr, FACTORS: tl.constexpr, PAIRS: tl.constexpr,
     BOTH: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -242,7 +254,9 @@ def weighed_sums(
     low, high = split * per_split, tl.minimum(split * per_split + per_split, m)
     x = tl.load(rows_of(x_ptr, row, ROWS, DEPTH))
     scales = scales_of(scale_ptr, x_factors_ptr, row, FACTORS, ROWS, DTYPE)
-    of_rows = scales
+    others, of_rows = scales, scales
+    if VIEWS:
+        others = tl.load(others_ptr + row + tl.arange(0, ROWS))
     if BOTH:
         of_rows = tl.load(of_rows_ptr + row + tl.arange(0, ROWS))
     values = tl.zeros([ROWS, DEPTH], DTYPE)
@@ -250,15 +264,15 @@ def weighed_sums(
     for k in range(first, end - n_looked_at):
         column = tl.where(k < looked_at, k, k + n_looked_at) * COLUMNS
         values = _add_slopes(
-            values, x, scales, of_rows, y_ptr, y_factors_ptr, of_columns_ptr, weights_ptr,
-            row, column, n, m, own, False, OWN, FACTORS, PAIRS, BOTH,
+            values, x, scales, others, of_rows, y_ptr, y_factors_ptr, of_columns_ptr,
+            weights_ptr, row, column, n, m, own, False, OWN, VIEWS, FACTORS, PAIRS, BOTH,
             PRECISION, DTYPE, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
     for k in range(n_looked_at + (high > end * COLUMNS)):
         column = tl.where(k < n_looked_at, looked_at + k, end) * COLUMNS
         values = _add_slopes(
-            values, x, scales, of_rows, y_ptr, y_factors_ptr, of_columns_ptr, weights_ptr,
-            row, column, n, m, own, True, OWN, FACTORS, PAIRS, BOTH,
+            values, x, scales, others, of_rows, y_ptr, y_factors_ptr, of_columns_ptr,
+            weights_ptr, row, column, n, m, own, True, OWN, VIEWS, FACTORS, PAIRS, BOTH,
             PRECISION, DTYPE, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
     values_ptr += split.to(tl.int64) * n_padded * DEPTH

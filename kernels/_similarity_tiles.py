@@ -56,6 +56,12 @@ def weighed(
 
 
 @triton.jit
+def other_views_out(s, others, column, COLUMNS: tl.constexpr):
+    """−∞ for the pairs of a row and the other view of its example."""
+    return tl.where(others[:, None] == column + tl.arange(0, COLUMNS)[None, :], -INFINITY, s)
+
+
+@triton.jit
 def left_out(
     s, row, column, n, m, own, EDGES: tl.constexpr, OWN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

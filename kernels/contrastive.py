@@ -61,6 +61,7 @@ class _Sweeps:
         self.x = side(problem.query.to(dtype), problem.normalize, tiles)
         key = problem.key
         self.y = self.x if key is None else side(key.to(dtype), problem.normalize, tiles)
+        self.others = self._other_views() if problem.two_views else {}
         self.trains_rows = bool({"query", "scale"} & {*self.wanted})
         self.trains_columns = key is not None and "key" in self.wanted
 
@@ -152,8 +153,8 @@ class _Sweeps:
         values = self._values(x, n_shares if values_too else 0)
         parts = found.new_empty((2, n_programs, n_columns))
         log_sums[n_programs, n_shares](
-            **self._sides(x, y, per_share, tiles), log_sums_ptr=found, values_ptr=values,
-            largest_ptr=parts[0], sums_ptr=parts[1], n_paired=n_columns,
+            **self._sides(x, y, per_share, tiles), **self._views(x), log_sums_ptr=found,
+            values_ptr=values, largest_ptr=parts[0], sums_ptr=parts[1], n_paired=n_columns,
             VALUES=values_too, PAIRED=n_columns > 0,
         )  # fmt: skip
         of_columns = found.new_empty(n_columns)
@@ -180,12 +181,26 @@ class _Sweeps:
         n_shares, per_share = shares(x, y, self.tiles)
         values = self._values(x, n_shares)
         weighed_sums[len(x.matrix) // self.tiles.rows, n_shares](
-            **self._sides(x, y, per_share, self.tiles, swapped=x is not self.x),
+            **self._sides(x, y, per_share, self.tiles, swapped=x is not self.x), **self._views(x),
             of_rows_ptr=of_columns if of_rows is None else of_rows, of_columns_ptr=of_columns,
             weights_ptr=of_columns if weights is None else weights, values_ptr=values,
             PAIRS=weights is not None, BOTH=of_rows is not None,
         )  # fmt: skip
         return values.sum(0) if n_shares > 1 else values[0]
+
+    def _other_views(self) -> dict[int, Tensor]:
+        """Of each side, for each row the place of the other view of its example; −1: none."""
+        n, first = len(self.x.rows), self.problem.first
+        places = torch.arange(n, device=self.scale.device, dtype=torch.int32).roll(-(n // 2))
+        others = {id(self.x): padded(places + first, self.x, -1)}
+        if self.y is not self.x:
+            of_keys = padded(places[:0], self.y, -1)
+            of_keys[first : first + n] = places
+            others[id(self.y)] = of_keys
+        return others
+
+    def _views(self, x: Side) -> dict[str, Any]:
+        return dict(others_ptr=self.others.get(id(x), x.matrix), VIEWS=bool(self.others))
 
     def _values(self, x: Side, n_shares: int) -> Tensor:
         return self.scale.new_empty((n_shares, len(x.matrix), self.tiles.depth))

@@ -30,10 +30,11 @@ class Similarities:
         *,
         dtype: torch.dtype,
         first: int,
+        two_views: bool = False,
         normalize: bool,
         wanted: str,
     ) -> None:
-        self.scale, self.first = scale.to(dtype), first
+        self.scale, self.first, self.two_views = scale.to(dtype), first, two_views
         self.q, self.q_lengths = _units(query.to(dtype), normalize)
         self.k, self.k_lengths = self.q, self.q_lengths
         if key is not None:
@@ -62,12 +63,20 @@ class Similarities:
         part = buffer[: rows.stop - rows.start]
         return torch.mm(self.q[rows] * self.scale, self.k.mT, out=part)
 
-    def left_out(self, rows: slice, part: Tensor) -> Tensor | None:
-        """The own pairs, on a diagonal of these rows."""
-        if self.first < 0:
-            return None
-        start = self.first + rows.start
-        return part[:, start : start + len(part)].diagonal()
+    def leave_out(self, rows: slice, part: Tensor, value: float) -> Tensor:
+        """The own pairs, on diagonals of these rows, become `value`."""
+        n, start = len(self.q), self.first + rows.start
+        if self.first >= 0:
+            part[:, start : start + len(part)].diagonal().fill_(value)
+        if self.two_views:  # the other view is half of the own queries away
+            half = n // 2
+            for first, last, other in ((0, half, half), (half, n, -half)):
+                low, high = max(rows.start, first), min(rows.stop, last)
+                if low < high:
+                    of_view = part[low - rows.start : high - rows.start]
+                    place = self.first + low + other
+                    of_view[:, place : place + len(of_view)].diagonal().fill_(value)
+        return part
 
     def shift(self) -> float | None:
         """What S exceeds by _LARGEST at most; None where the exponentials need maxima.
@@ -84,10 +93,7 @@ class Similarities:
         """exp(S − shift) in place, 0 for what is left out."""
         if shift:
             part.sub_(shift)
-        left_out = self.left_out(rows, part.exp_())
-        if left_out is not None:
-            left_out.zero_()
-        return part
+        return self.leave_out(rows, part.exp_(), 0.0)
 
     def add(self, rows: slice, slopes: Tensor, of_rows: Tensor | None = None) -> None:
         """Of the loss in these rows of S: `slopes`, each row of them times its `of_rows`."""

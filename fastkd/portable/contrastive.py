@@ -41,8 +41,8 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem = Problem(*arguments)
     similarities = Similarities(
         problem.query, problem.key, problem.scale,
-        dtype=problem.dtype, first=problem.first, normalize=problem.normalize,
-        wanted=problem.wanted,
+        dtype=problem.dtype, first=problem.first, two_views=problem.two_views,
+        normalize=problem.normalize, wanted=problem.wanted,
     )  # fmt: skip
     loss, of_anchors = _LOSSES[problem.form](problem, similarities)
     wanted = [of_anchors] if "anchors" in similarities.wanted else []
@@ -65,9 +65,7 @@ def _pairs(problem: Problem, similarities: Similarities) -> tuple[Tensor, Tensor
     penalties = torch.empty_like(buffer)
     for rows, x in similarities.chunks(buffer):
         x.sub_(anchors[rows, None])
-        left_out = similarities.left_out(rows, x)
-        if left_out is not None:
-            left_out.fill_(-torch.inf)
+        similarities.leave_out(rows, x, -torch.inf)
         of_pairs = penalties[: len(x)]
         F.softplus(x, threshold=_LINEAR, out=of_pairs)  # type: ignore[call-arg]
         losses[rows] = of_pairs.sum(1)
@@ -152,10 +150,7 @@ def _with_maxima(problem: Problem, similarities: Similarities) -> tuple[Tensor, 
 
     def chunks() -> Iterator[tuple[slice, Tensor]]:
         for rows, part in similarities.chunks(buffer):
-            left_out = similarities.left_out(rows, part)
-            if left_out is not None:
-                left_out.fill_(-torch.inf)
-            yield rows, part
+            yield rows, similarities.leave_out(rows, part, -torch.inf)
 
     for rows, part in chunks():
         of_rows[rows] = part.logsumexp(1)

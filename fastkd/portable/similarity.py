@@ -58,9 +58,7 @@ def _divergence(
 ) -> Tensor:
     """Of these rows; leaves P in s and R in t."""
     torch.sub(t, s, out=difference)
-    left_out = student.left_out(rows, difference)
-    if left_out is not None:
-        left_out.zero_()
+    student.leave_out(rows, difference, 0.0)
     largest, sums = [], []
     for network, x, shift in ((student, s, shifts[0]), (teacher, t, shifts[1])):
         if shift is not None:
@@ -71,14 +69,13 @@ def _divergence(
                 continue
             del largest[-1], sums[-1]
             network.rows(rows, x)
-        left_out = network.left_out(rows, x)
-        if left_out is not None:
-            left_out.fill_(-torch.inf)
+        network.leave_out(rows, x, -torch.inf)
         largest.append(x.amax(1, keepdim=True))
         sums.append(x.sub_(largest[-1]).exp_().sum(1, keepdim=True))
         x.div_(sums[-1])
     # the difference of the log-sum-exps first, and not of each: they are large and alike
-    log_sums = (largest[0] - largest[1]) + (sums[0] / sums[1]).log()
+    # and their quotient by its root, which stays a float32 number where it does not
+    log_sums = (largest[0] - largest[1]) + 2 * (sums[0].sqrt() / sums[1].sqrt()).log()
     return torch.linalg.vecdot(t, difference.add_(log_sums))
 
 
