@@ -12,15 +12,18 @@ import peers
 import torch
 from cases import CASES
 from meter import PeakMemory
-from timing import step_of
+from timing import Found, disagreement, step_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
 CAN_COMPILE = CUDA or shutil.which("g++") is not None
 COMPILED = 256 * 1000  # numbers at once; below, no training wins back the time of the compilation
+MOST_COMPILED = 1 << 26  # from here on a CPU takes as long for the eager expression compiled
 LARGE = 1 << 24  # numbers of a problem that a CPU takes seconds for
+HUGE = 1 << 30  # and half a minute
 COPIES = 6  # that eager and its backward have of their largest temporary
+UNSEEN = ("torch.compile", "torch linear_cross_entropy")  # their buffers on a CPU
 DIRECTIONS = ["forward", "forward+backward"]
 PEERS, _ = peers.available()
 
@@ -34,7 +37,7 @@ def pytest_generate_tests(metafunc):
         (case, size)
         for case in CASES
         if case.name in only and option("family") in (None, case.family.name)
-        for size in chosen or (case.family.gpu_sizes if CUDA else case.family.sizes)
+        for size in chosen or (case.family.gpu_sizes if CUDA else case.sizes)
         if chosen or not option("quick") or case.family.temporary(size) < LARGE
     ]
     names = [f"{case.name}-{'x'.join(map(str, size))}" for case, size in problems]
@@ -43,10 +46,10 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("direction", DIRECTIONS)
 
 
-def fits(n_bytes: int) -> bool:
-    """Whether a CPU has room; a GPU says so itself."""
+def fits(largest: int) -> bool:
+    """Whether a CPU has room for several of its bytes; a GPU says so itself."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return CUDA or n_bytes < 0.75 * memory
+    return CUDA or COPIES * largest < 0.75 * memory
 
 
 def test_loss(benchmark, request, case, size, dtype, direction):
@@ -54,43 +57,51 @@ def test_loss(benchmark, request, case, size, dtype, direction):
     quick = request.config.getoption("quick")
     n_numbers = case.family.temporary(size)
     inputs = case.inputs(size, dtype, DEVICE)
-    losses = {"fastkd": case.fastkd}
-    if fits(COPIES * n_numbers * dtype.itemsize):
-        losses["eager"] = case.eager
-    if "eager" in losses and CAN_COMPILE and n_numbers >= COMPILED and not quick:
+    losses = {"eager": case.eager}
+    if CAN_COMPILE and COMPILED <= n_numbers < MOST_COMPILED and not quick:
         torch.compiler.reset()
         losses["torch.compile"] = torch.compile(case.eager, dynamic=False)
-    if "eager" in losses:  # none of them takes less
-        losses |= {name: peer[case.name] for name, peer in PEERS.items() if case.name in peer}
-    steps, peaks = {}, {}
-    for name, loss in losses.items():
+    losses |= {name: peer[case.name] for name, peer in PEERS.items() if case.name in peer}
+    numbers = {name: peers.TEMPORARIES.get(name, case.family.temporary)(size) for name in losses}
+    losses = {name: loss for name, loss in losses.items() if fits(numbers[name] * dtype.itemsize)}
+    steps, peaks, ours = {}, {}, None
+    for name, loss in [("fastkd", case.fastkd), *losses.items()]:
         step = step_of(loss, inputs, direction)
         try:
-            if CUDA or name == "torch.compile":
-                step()  # compiles
-            if CUDA or name != "torch.compile":  # whose buffers on a CPU cannot be seen
-                peaks[name] = peak(step, inputs[0])
-            steps[name] = step
+            if CUDA or name in UNSEEN:
+                value = step()  # compiles
+            if CUDA or name not in UNSEEN:
+                peaks[name], value = peak(step, inputs[0])
         except torch.OutOfMemoryError:
             pass  # what does not fit has no row
         except Exception:
             if name in ("fastkd", "eager"):  # the peers with kernels need a GPU
                 raise
-    inputs[0].grad = None
+        else:
+            steps[name] = step
+            found = Found(value, inputs[0].grad)
+            ours = ours or found
+            # another convention is off by more than rounding
+            wrong = disagreement(found, ours, 1e-3 if dtype == torch.float32 else 0.2)
+            if wrong and name != "eager":
+                raise ValueError(f"{case.name} of {name} is another loss: {wrong}")
+        inputs[0].grad = found = None
+    ours = None
 
     is_long = n_numbers >= LARGE and not CUDA
-    repeats, n_rounds = 1, 3
+    repeats, n_rounds = dict.fromkeys(steps, 1), 2 if n_numbers >= HUGE else 3
     if not is_long:
-        fastest = min(seconds_of(step, 1) for step in steps.values())
-        repeats = max(1, min(200, int(0.01 / fastest)))
-        n_rounds = 3 if quick else 21
+        once = {name: seconds_of(step, 1) for name, step in steps.items()}
+        repeats = {name: max(1, min(200, int(0.01 / once[name]))) for name in steps}
+        # a peer a hundred times as slow shall not take the time of all others
+        n_rounds = 3 if quick else max(3, min(21, int(5 / sum(once.values()))))
     seconds = {name: [] for name in steps}
 
     def one_round():
         for name, step in steps.items():
             if not is_long:
                 step()  # pays for what the one before left in the caches and in the allocator
-            seconds[name].append(seconds_of(step, repeats))
+            seconds[name].append(seconds_of(step, repeats[name]))
 
     # pytest-benchmark would time one implementation after the other: it gets whole rounds
     benchmark.pedantic(one_round, rounds=n_rounds)
@@ -114,17 +125,17 @@ def seconds_of(step, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def peak(step, student) -> int:
-    """The most bytes that a step allocates at once, its gradient included."""
+def peak(step, student) -> tuple[int, torch.Tensor]:
+    """The most bytes that a step allocates at once, its gradient included; and the loss."""
     if not CUDA:
         with PeakMemory() as memory:
-            step()
-        return memory.peak_bytes
+            value = step()
+        return memory.peak_bytes, value
     student.grad = None
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    step()
-    return torch.cuda.max_memory_allocated() - before
+    value = step()
+    return torch.cuda.max_memory_allocated() - before, value
 
 
 def synchronise() -> None:

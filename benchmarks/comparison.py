@@ -6,7 +6,6 @@ all of them. The most telling problems come first: a run that is short of time k
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import statistics
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from cases import Case
 from provenance import hash_of_sources
-from timing import DIRECTIONS, Batch, Device, Step, step_of
+from timing import DIRECTIONS, Batch, Device, Found, Step, difference, disagreement, step_of
 from torch import Tensor
 
 import fastkd
@@ -41,9 +40,14 @@ def least_bytes(case: Case, inputs: Sequence[Tensor], direction: str) -> int:
 
 def least_flops(case: Case, shape: Sequence[int], direction: str) -> int:
     """What must be computed where that, and not memory, takes the time."""
-    if case.family.name != "relational":
+    if case.family.name not in ("contrastive", "similarity", "relational"):
         return 0
     n, n_features = shape
+    if case.family.name != "relational":
+        # products of matrices: the similarities of each network, and a gradient of either side
+        product = 2 * n * n * n_features
+        n_networks = 2 if case.family.name == "similarity" else 1
+        return product * (n_networks if direction == "forward" else n_networks + 2)
     # a difference, its square and the sum for each pair and network; in the gradient once more
     pairs = n * n * n_features * (3 if direction == "forward" else 6)
     # of a pair and a third example: a cosine in each network and its penalty; three with slopes
@@ -138,19 +142,22 @@ class Ready(NamedTuple):
     row: Row
 
 
-def prepared(step: Step, inputs: list[Tensor], ours: Tensor | None, device: Device) -> Ready:
-    """Compiled, warm, and looked at: its memory, and whether its gradient is ours."""
+def prepared(
+    step: Step, inputs: list[Tensor], ours: Found | None, device: Device
+) -> tuple[Ready, Found]:
+    """Compiled, warm, and looked at: its memory, and whether its value and gradient are ours."""
     began = time.perf_counter()
-    step()
+    value = step()
     device.synchronise()
     row: Row = {"first_call_seconds": round(time.perf_counter() - began, 3)}
-    if ours is not None and inputs[0].grad is not None:
-        norm = functools.partial(torch.linalg.vector_norm, dtype=torch.float32)
-        difference = float(norm(inputs[0].grad - ours) / norm(ours))
-        row["gradient_difference"] = difference
-        if not difference < 0.2:  # half precision alone is far below
-            row["note"] = f"its gradient differs from fastkd's by {difference:.0%}"
-    inputs[0].grad = None
+    found = Found(value, inputs[0].grad)
+    if ours is not None:
+        if found.gradient is not None and ours.gradient is not None:
+            row["gradient_difference"] = difference(found.gradient, ours.gradient)
+        if note := disagreement(found, ours, 0.2):  # half precision alone is far below
+            row["note"] = note
+    ours = ours or found
+    inputs[0].grad = found = None
     row["peak_extra_bytes"] = device.peak(step)
     device.synchronise()
     began = time.perf_counter()
@@ -159,7 +166,7 @@ def prepared(step: Step, inputs: list[Tensor], ours: Tensor | None, device: Devi
     device.synchronise()
     calls = int(device.seconds_of_batch / (time.perf_counter() - began))
     # more launches than that would not fit into the queue
-    return Ready(step, max(device.calls, min(20, calls)), host, row)
+    return Ready(step, max(device.calls, min(20, calls)), host, row), ours
 
 
 def compare(
@@ -173,9 +180,11 @@ def compare(
     moved = least_bytes(problem.case, inputs, problem.direction)
     flops = least_flops(problem.case, problem.shape, problem.direction)
     # milliseconds at the ceilings of this device
-    copy_rate, flop_rate = ceilings.get("copy_GBps"), ceilings.get("matmul_fp32_TFLOPs")
+    is_product = problem.case.family.name in ("contrastive", "similarity")
+    rate = "bf16" if is_product and problem.dtype.itemsize == 2 else "fp32"
+    copy_rate, flop_rate = ceilings.get("copy_GBps"), ceilings.get(f"matmul_{rate}_TFLOPs")
     least = max(moved / copy_rate / 1e6, flops / flop_rate / 1e9) if copy_rate and flop_rate else 0
-    ours: Tensor | None = None
+    ours: Found | None = None
     ready: dict[str, Ready] = {}
     notes: dict[str, str] = {}
     with fastkd.backend("triton"):
@@ -183,9 +192,9 @@ def compare(
             inputs[0].grad = None
             try:
                 step = step_of(loss, inputs, problem.direction)
-                ready[name] = prepared(step, inputs, ours, device)
+                ready[name], found = prepared(step, inputs, ours, device)
                 if name == "fastkd":
-                    ours = inputs[0].grad
+                    ours = found
             except Exception as error:  # its row says so, the others go on
                 notes[name] = sentence(error)
         ours = inputs[0].grad = None

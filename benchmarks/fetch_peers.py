@@ -20,6 +20,9 @@ PACKAGES = [
     *("flash-linear-attention==0.6.0", "fla-core==0.6.0", "einops"),
     "quack-kernels==0.6.5",
     "torchdistill==1.1.5",
+    *("open_clip_torch==3.3.0", "lightly==1.6.0", "info-nce-pytorch==0.1.4"),
+    *("pytorch-metric-learning==2.9.0", "tqdm"),
+    "cut-cross-entropy==25.1.1",
 ]
 
 

@@ -4,16 +4,23 @@ Each takes what the case takes and gives the case's loss: the mean over rows, ti
 library lacks is added outside, as its users must: liger-kernel takes log-probabilities or
 probabilities, TRL knows no T², flash-linear-attention and quack have the cross-entropy of `kd`
 alone (its divergence is the eager one). Divergences of hidden states are no peers of these.
-torchdistill takes the outputs of modules by their paths.
+torchdistill takes the outputs of modules by their paths. A cross-entropy with a linear layer is an
+InfoNCE whose weights are the keys.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
+import math
+import sys
+import types
 from collections.abc import Callable
+from typing import Any
 
 import cases
+import torch
 import torch.nn.functional as F
 from cases import T
 from torch import Tensor
@@ -43,12 +50,14 @@ def liger() -> dict[str, Loss]:
         # a copy: its cross-entropy writes the gradient over the logits that it gets
         return 0.5 * cross_entropy(student.clone(), labels) + 0.5 * forward_kl(student, teacher)
 
+    fused = modules.LigerFusedLinearCrossEntropyLoss()
     return {
         "forward_kl": forward_kl,
         "reverse_kl": mixture(1.0),
         "jensen_shannon": mixture(0.5),
         "total_variation": total_variation,
         "kd": kd,
+        "info_nce": _info_nce(lambda query, key, own: fused(key, query, own)),
     }
 
 
@@ -90,19 +99,108 @@ def torchdistill() -> dict[str, Loss]:
     }
 
 
+def open_clip() -> dict[str, Loss]:
+    module = _alone("open_clip.loss")
+    return {"clip_contrastive": module.ClipLoss(), "siglip": module.SigLipLoss()}
+
+
+def pytorch_metric_learning() -> dict[str, Loss]:
+    losses = importlib.import_module("pytorch_metric_learning.losses")
+
+    def views(temperature: float, **options: bool) -> Loss:
+        # of one positive each it is the loss of NTXentLoss, without its N³ numbers
+        return losses.SelfSupervisedLoss(losses.SupConLoss(temperature), **options)
+
+    return {
+        "info_nce": views(0.07, symmetric=False),
+        "nt_xent": views(0.5),
+        "sup_con": losses.SupConLoss(0.1),  # averages over anchors with a positive, as ours
+    }
+
+
+def pytorch_metric_learning_pairs() -> dict[str, Loss]:
+    losses = importlib.import_module("pytorch_metric_learning.losses")
+    return {
+        "info_nce": losses.SelfSupervisedLoss(losses.NTXentLoss(0.07), symmetric=False),
+        "nt_xent": losses.SelfSupervisedLoss(losses.NTXentLoss(0.5)),
+    }
+
+
+def lightly() -> dict[str, Loss]:
+    _alone("lightly.models.modules.memory_bank")  # which the loss imports
+    return {"nt_xent": _alone("lightly.loss.ntx_ent_loss").NTXentLoss(0.5)}
+
+
+def info_nce_pytorch() -> dict[str, Loss]:
+    return {"info_nce": importlib.import_module("info_nce").InfoNCE(0.07)}
+
+
+def torch_linear_cross_entropy() -> dict[str, Loss]:
+    options = torch.nn.LinearCrossEntropyOptions()  # without any it is the eager expression
+
+    def fused(query: Tensor, key: Tensor, own: Tensor) -> Tensor:
+        return F.linear_cross_entropy(query, key, own, options=options)
+
+    return {"info_nce": _info_nce(fused)}
+
+
+def cut_cross_entropy() -> dict[str, Loss]:
+    module = importlib.import_module("cut_cross_entropy")
+    return {"info_nce": _info_nce(module.linear_cross_entropy)}
+
+
+def _info_nce(fused: Loss) -> Loss:
+    """Of a linear layer and its cross-entropy, without a temperature and a length of its own."""
+
+    def info_nce(query: Tensor, key: Tensor) -> Tensor:
+        own = torch.arange(len(query), device=query.device)
+        return fused(F.normalize(query) / 0.07, F.normalize(key), own)
+
+    return info_nce
+
+
+def _alone(name: str) -> Any:
+    """A module without what its packages import, which is much more than a loss needs."""
+    parts = name.split(".")
+    for package in (".".join(parts[:i]) for i in range(1, len(parts))):
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {package!r}")
+        if package not in sys.modules:
+            empty = types.ModuleType(package)
+            empty.__path__ = list(spec.submodule_search_locations or [])
+            empty.__spec__ = spec
+            sys.modules[package] = empty
+    return importlib.import_module(name)
+
+
 def _kd(cross_entropy: Loss) -> Loss:
     return lambda student, teacher, labels: (
         0.5 * cross_entropy(student, labels) + 0.5 * cases.forward_kl(student, teacher)
     )
 
 
-# the name on PyPI
+# by the name on PyPI; after a space, which of its losses
 PEERS: dict[str, Callable[[], dict[str, Loss]]] = {
     "liger-kernel": liger,
     "trl": trl,
     "flash-linear-attention": flash_linear_attention,
     "quack-kernels": quack,
     "torchdistill": torchdistill,
+    "open_clip_torch": open_clip,
+    "pytorch-metric-learning": pytorch_metric_learning,
+    "pytorch-metric-learning NTXentLoss": pytorch_metric_learning_pairs,
+    "lightly": lightly,
+    "info-nce-pytorch": info_nce_pytorch,
+    "torch linear_cross_entropy": torch_linear_cross_entropy,
+    "cut-cross-entropy": cut_cross_entropy,
+}
+NEED_A_GPU = ("liger-kernel", "flash-linear-attention", "quack-kernels", "cut-cross-entropy")
+# numbers in the largest temporary of those that take more or less than eager PyTorch
+TEMPORARIES: dict[str, Callable[[tuple[int, ...]], int]] = {
+    "pytorch-metric-learning": lambda shape: 2 * shape[0] ** 2,  # indices of pairs, as int64
+    "pytorch-metric-learning NTXentLoss": lambda shape: shape[0] ** 3,
+    "torch linear_cross_entropy": math.prod,
 }
 
 
@@ -112,7 +210,7 @@ def available() -> tuple[dict[str, dict[str, Loss]], dict[str, str]]:
     for name, peer in PEERS.items():
         try:
             losses[name] = peer()
-            found[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name.split()[0])
         except Exception as error:  # whatever an import may raise
             found[name] = f"cannot be imported: {type(error).__name__}: {error}"[:300]
     return losses, found

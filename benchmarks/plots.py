@@ -62,23 +62,24 @@ def time(rows: list[Row]) -> Any:
 
 
 def memory(rows: list[Row]) -> Any:
-    return against_axes(rows, lambda row: (row["peak_extra_bytes"] or 0) / 2**20, "peak, MiB")
+    rows = [row for row in rows if row["peak_extra_bytes"]]
+    return against_axes(rows, lambda row: row["peak_extra_bytes"] / 2**20, "peak, MiB")
 
 
 def against_axes(rows: list[Row], value: Callable[[Row], float], label: str) -> Any:
-    """The loss that was measured at most shapes, along each axis from its largest problem."""
+    """The loss that was measured at most shapes, along each axis where it was at most."""
     op = max(ORDER, key=lambda op: len({tuple(row["shape"]) for row in rows if row["op"] == op}))
     rows = [row for row in rows if row["op"] == op]
-    largest = max((row["shape"] for row in rows), key=math.prod)
     names = next(case.family.axes for case in CASES if case.name == op)
-    figure, panels = plt.subplots(1, len(largest), figsize=(5 * len(largest), 4), squeeze=False)
+    figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
     for axis, axes in enumerate(panels[0]):
+        origin = densest(axis, [row["shape"] for row in rows])
         for name in dict.fromkeys(row["implementation"] for row in rows):
             mine = [row for row in rows if row["implementation"] == name]
-            points = sorted(along(axis, largest, mine, value))
+            points = sorted(along(axis, origin, mine, value))
             axes.loglog(*zip(*points, strict=True), "o-", label=name) if points else None
         fixed = (
-            f"{n} = {x}" for i, (n, x) in enumerate(zip(names, largest, strict=True)) if i != axis
+            f"{n} = {x}" for i, (n, x) in enumerate(zip(names, origin, strict=True)) if i != axis
         )
         axes.set_xlabel(", ".join([names[axis], *fixed]))
         axes.set_ylabel(f"{op}, {label}")
@@ -86,10 +87,19 @@ def against_axes(rows: list[Row], value: Callable[[Row], float], label: str) -> 
     return figure
 
 
+def densest(axis: int, shapes: list[list[int]]) -> list[int]:
+    """The largest shape of a line of most shapes along this axis."""
+    lines: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for shape in shapes:
+        lines.setdefault((*shape[:axis], *shape[axis + 1 :]), set()).add(tuple(shape))
+    line = max(lines.values(), key=lambda line: (len(line), max(map(math.prod, line))))
+    return list(max(line))
+
+
 def along(
-    axis: int, largest: list[int], rows: list[Row], value: Callable[[Row], float]
+    axis: int, origin: list[int], rows: list[Row], value: Callable[[Row], float]
 ) -> Iterator[tuple[int, float]]:
     for row in rows:
         shape = row["shape"]
-        if all(a == b for i, (a, b) in enumerate(zip(shape, largest, strict=True)) if i != axis):
+        if all(a == b for i, (a, b) in enumerate(zip(shape, origin, strict=True)) if i != axis):
             yield shape[axis], value(row)

@@ -21,7 +21,7 @@ from provenance import processor
 from torch import Tensor
 
 DIRECTIONS = ("forward+backward", "forward")
-Step = Callable[[], object]
+Step = Callable[[], Any]
 
 
 class Batch(NamedTuple):
@@ -171,15 +171,42 @@ def versions() -> dict[str, str]:
 
 
 def step_of(loss: Callable[..., Tensor], inputs: list[Tensor], direction: str) -> Step:
-    def forward() -> None:
+    def forward() -> Tensor:
         with torch.no_grad():
-            loss(*inputs)
+            return loss(*inputs)
 
-    def both() -> None:
+    def both() -> Tensor:
         inputs[0].grad = None
-        loss(*inputs).backward()
+        value = loss(*inputs)
+        value.backward()
+        return value.detach()
 
     return forward if direction == "forward" else both
+
+
+class Found(NamedTuple):
+    """What a step computed."""
+
+    value: Tensor
+    gradient: Tensor | None
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Relative, by norm; of what is 0, absolute."""
+    norm = functools.partial(torch.linalg.vector_norm, dtype=torch.float32)
+    return float(norm(found - expected) / (norm(expected) or 1))
+
+
+def disagreement(found: Found, ours: Found, tolerance: float) -> str:
+    """In which way it is not fastkd's loss; nothing where it is."""
+    if not difference(found.value, ours.value) < tolerance:
+        return f"its loss is {found.value:.7g}, fastkd's {ours.value:.7g}"
+    if found.gradient is not None and ours.gradient is not None:
+        off = difference(found.gradient, ours.gradient)
+        if not off < tolerance:
+            norms = (f"{torch.linalg.vector_norm(x.gradient):.4g}" for x in (found, ours))
+            return "its gradient, of norm {}, is off fastkd's, {}, by {:.2%}".format(*norms, off)
+    return ""
 
 
 def ceilings(device: Device) -> dict[str, float]:

@@ -16,8 +16,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import comparison  # noqa: E402
 import peers  # noqa: E402
+import plots  # noqa: E402
 import provenance  # noqa: E402
 import report  # noqa: E402
+import timing  # noqa: E402
 from cases import CASES  # noqa: E402
 
 
@@ -199,7 +201,12 @@ def test_every_loss_has_its_least_bytes(case):
     trained = tensors if case.family.name == "contrastive" else tensors // 2
     assert both == read + again + 2 * trained
     flops = [comparison.least_flops(case, (8, 16), way) for way in ("forward", "forward+backward")]
-    assert flops == sorted(flops) and all(flops) == (case.family.name == "relational")
+    # in products of all queries with all keys, or of slopes with either
+    products = {"contrastive": (1, 3), "similarity": (2, 4)}
+    if case.family.name in products:
+        assert flops == [2 * 8 * 8 * 16 * n for n in products[case.family.name]]
+    else:
+        assert flops == sorted(flops) and all(flops) == (case.family.name == "relational")
 
 
 def losses_of_peers():
@@ -213,15 +220,37 @@ def losses_of_peers():
 @pytest.mark.parametrize("loss, name, op", losses_of_peers())
 def test_a_peer_computes_the_same_loss(loss, name, op):
     """Where it is installed; with a GPU, or in float64 what needs none."""
-    dtype = torch.float64 if name == "trl" else torch.float32
+    needs_gpu = name in peers.NEED_A_GPU
+    dtype = torch.float32 if needs_gpu else torch.float64
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and name != "trl":
+    if device == "cpu" and needs_gpu:
         pytest.skip(f"{name} needs a GPU")
     (case,) = (case for case in CASES if case.name == op)
     found = []
     for function in (case.eager, loss):
-        inputs = case.inputs((6, 50), dtype, device)
+        inputs = case.inputs((120, 50), dtype, device)  # some of a class of their own, others not
         value = function(*inputs)
         value.backward()
-        found.append([value.detach(), inputs[0].grad])
+        gradients = [x.grad for x in inputs if x.grad is not None]
+        found.append([value.detach(), *gradients])
     assert_same(found[1], found[0], tolerance=1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_another_loss_is_noticed():
+    value, gradient = torch.tensor(2.0), torch.tensor([3.0, 4.0])
+    ours = timing.Found(value, gradient)
+    rounded = timing.Found(value * (1 + 1e-6), gradient * (1 - 1e-6))
+    assert not timing.disagreement(rounded, ours, 1e-3)
+    assert not timing.disagreement(timing.Found(value, None), ours, 1e-3)
+    of_a_sum = timing.disagreement(timing.Found(value * 8, gradient * 8), ours, 1e-3)
+    assert of_a_sum == "its loss is 16, fastkd's 2"
+    without_a_side = timing.disagreement(timing.Found(value, gradient / 2), ours, 1e-3)
+    assert without_a_side == "its gradient, of norm 2.5, is off fastkd's, 5, by 50.00%"
+    assert timing.disagreement(timing.Found(value * torch.nan, gradient), ours, 1e-3)
+
+
+def test_a_plot_follows_the_line_of_most_shapes():
+    widths = [[4096, d] for d in (64, 256, 512)]
+    batches = [[n, 256] for n in (1024, 4096, 8192, 16384)]
+    shapes = [*widths, *batches, [65536, 64]]
+    assert [plots.densest(axis, shapes) for axis in (0, 1)] == [[16384, 256], [4096, 512]]
