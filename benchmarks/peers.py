@@ -127,8 +127,9 @@ def pytorch_metric_learning_pairs() -> dict[str, Loss]:
 
 
 def lightly() -> dict[str, Loss]:
-    _alone("lightly.models.modules.memory_bank")  # which the loss imports
-    return {"nt_xent": _alone("lightly.loss.ntx_ent_loss").NTXentLoss(0.5)}
+    # of a memory bank, which is off
+    others = ["lightly.models", "lightly.models.modules", "lightly.models.utils"]
+    return {"nt_xent": _alone("lightly.loss.ntx_ent_loss", *others).NTXentLoss(0.5)}
 
 
 def info_nce_pytorch() -> dict[str, Loss]:
@@ -159,18 +160,17 @@ def _info_nce(fused: Loss) -> Loss:
     return info_nce
 
 
-def _alone(name: str) -> Any:
-    """A module without what its packages import, which is much more than a loss needs."""
+def _alone(name: str, *others: str) -> Any:
+    """A module with its packages and others left empty: they import much more than a loss needs."""
     parts = name.split(".")
-    for package in (".".join(parts[:i]) for i in range(1, len(parts))):
-        spec = importlib.util.find_spec(package)
+    for left_empty in [*(".".join(parts[:i]) for i in range(1, len(parts))), *others]:
+        if left_empty in sys.modules:
+            continue
+        spec = importlib.util.find_spec(left_empty)
         if spec is None:
-            raise ModuleNotFoundError(f"No module named {package!r}")
-        if package not in sys.modules:
-            empty = types.ModuleType(package)
-            empty.__path__ = list(spec.submodule_search_locations or [])
-            empty.__spec__ = spec
-            sys.modules[package] = empty
+            raise ModuleNotFoundError(f"No module named {left_empty!r}")
+        sys.modules[left_empty] = module = types.ModuleType(left_empty)
+        module.__spec__, module.__path__ = spec, list(spec.submodule_search_locations or [])
     return importlib.import_module(name)
 
 
