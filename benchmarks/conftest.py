@@ -91,7 +91,9 @@ def rows(info: dict) -> list[dict]:
         ratios = [
             theirs / ours for theirs, ours in zip(seconds, info["rounds"]["fastkd"], strict=True)
         ]
-        quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+        quartiles = 3 * ratios  # of one round
+        if len(ratios) > 1:
+            quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
         found.append(
             {
                 **{key: info[key] for key in ("loss", "shape", "dtype", "direction")},
@@ -156,7 +158,7 @@ def times(row: dict | None) -> str:
     if row is None:
         return "–"
     low, high = row["ratio_quartiles"]
-    return f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{row['ratio']:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low < high else "")
 
 
 def eager_sources(family: str) -> str:

@@ -200,7 +200,7 @@ NEED_A_GPU = ("liger-kernel", "flash-linear-attention", "quack-kernels", "cut-cr
 TEMPORARIES: dict[str, Callable[[tuple[int, ...]], int]] = {
     "pytorch-metric-learning": lambda shape: 2 * shape[0] ** 2,  # indices of pairs, as int64
     "pytorch-metric-learning NTXentLoss": lambda shape: shape[0] ** 3,
-    "torch linear_cross_entropy": math.prod,
+    **dict.fromkeys(("torch linear_cross_entropy", "liger-kernel", "cut-cross-entropy"), math.prod),
 }
 
 

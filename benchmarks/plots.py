@@ -74,10 +74,11 @@ def against_axes(rows: list[Row], value: Callable[[Row], float], label: str) -> 
     figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
     for axis, axes in enumerate(panels[0]):
         origin = densest(axis, [row["shape"] for row in rows])
-        for name in dict.fromkeys(row["implementation"] for row in rows):
+        for i, name in enumerate(dict.fromkeys(row["implementation"] for row in rows)):
             mine = [row for row in rows if row["implementation"] == name]
             points = sorted(along(axis, origin, mine, value))
-            axes.loglog(*zip(*points, strict=True), "o-", label=name) if points else None
+            if points:  # ours, and then eager's, above others where lines meet
+                axes.loglog(*zip(*points, strict=True), "o-", label=name, zorder=10 - i / 100)
         fixed = (
             f"{n} = {x}" for i, (n, x) in enumerate(zip(names, origin, strict=True)) if i != axis
         )

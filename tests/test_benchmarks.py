@@ -15,6 +15,7 @@ import fastkd
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import bench  # noqa: E402
 from cases import CASES  # noqa: E402
 
 
@@ -39,6 +40,16 @@ def test_what_is_compared_is_the_same_loss(case, size):
         value.backward()
         results.append([value.detach(), inputs[0].grad])
     assert_same(*results)
+
+
+def test_what_does_not_fit_is_not_compared(monkeypatch):
+    monkeypatch.setattr(bench, "fits", lambda largest: bench.COPIES * largest < 16 << 30)
+    (case,) = (case for case in CASES if case.name == "info_nce")
+    fused = {"torch linear_cross_entropy", "liger-kernel", "cut-cross-entropy"} & {*bench.PEERS}
+    assert {*bench.implementations(case, (65536, 64), torch.float32, True)} == {"fastkd", *fused}
+    found = {*bench.implementations(case, (1024, 64), torch.float32, True)}
+    assert {"fastkd", "eager", *fused} <= found
+    assert "pytorch-metric-learning NTXentLoss" not in found  # of N³ numbers
 
 
 def test_a_run_writes_its_record(tmp_path):
