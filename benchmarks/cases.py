@@ -77,9 +77,8 @@ CONTRASTIVE = Family(
     [],  # PyTorch's kernels
     independent=False,
 )
-# the other widths, and batches whose similarities fit into no memory: minutes for a CPU
-_BY_WIDTH, _LARGE_BATCHES = [(4096, 64), (4096, 512), (4096, 1024)], [(16384, 256), (32768, 256)]
-_LARGEST_BATCH = (65536, 64)
+# of one loss the other widths, and batches whose similarities fit into no memory
+_SERIES = [(4096, 64), (4096, 512), (4096, 1024), (16384, 256), (32768, 256), (65536, 64)]
 SIMILARITY = CONTRASTIVE._replace(name="similarity")
 
 
@@ -189,7 +188,7 @@ class Case(NamedTuple):
     eager: Callable[..., Tensor]
     inputs: Callable[..., list[Tensor]] = logits  # (shape, dtype, device); the first is trained
     options: Mapping[str, Any] = MappingProxyType({"temperature": T})
-    more_sizes: Sequence[tuple[int, ...]] = ()  # that a CPU takes minutes for
+    more_sizes: Sequence[tuple[int, ...]] = ()  # of a CPU
 
     @property
     def name(self) -> str:
@@ -233,7 +232,7 @@ CASES = [
         published.info_nce,
         both_trained,
         {},
-        [*_BY_WIDTH, *_LARGE_BATCHES, _LARGEST_BATCH],
+        _SERIES,
     ),
     Case(
         CONTRASTIVE,
@@ -241,7 +240,7 @@ CASES = [
         published.clip_contrastive,
         towers(1),
         {},
-        [_LARGEST_BATCH],
+        _SERIES[-1:],
     ),
     Case(CONTRASTIVE, fastkd.siglip, published.siglip, towers(2), {}),
     Case(CONTRASTIVE, fastkd.nt_xent, published.nt_xent, views, {}),

@@ -7,6 +7,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from operator import itemgetter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ sys.path[:0] = [str(HERE), str(ROOT / "tests")]
 
 import published  # noqa: E402
 from cases import CASES, T  # noqa: E402
+from peers import PEERS  # noqa: E402
 from provenance import commit, device, hash_of_sources  # noqa: E402
 from tables import Table  # noqa: E402
 
@@ -56,6 +58,7 @@ def write(family: str, measured: list[dict], option: Callable) -> None:
         "commit": commit(),
         "sources": hash_of_sources(family, ENGINE),
         "temperature": T,
+        "peers": versions({name for info in measured for name in info["rounds"]}),
         "rows": [row for info in measured for row in rows(info)],
     }
     table(record).show()
@@ -64,7 +67,7 @@ def write(family: str, measured: list[dict], option: Callable) -> None:
     results = option("results") or HERE / "results"
     results.mkdir(exist_ok=True)
     file = results / f"{'-'.join(record['device'].lower().split())}-{family}.json"
-    record["rows"] = sorted(kept_rows(file, record) + record["rows"], key=place)
+    add_earlier(file, record)
     file.write_text(json.dumps(record, indent=1) + "\n")
     file.with_suffix(".md").write_text(table(record).markdown() + eager_sources(family))
     print(f"written: {file} and, for a page, {file.with_suffix('.md').name}")
@@ -74,14 +77,20 @@ def place(row: dict) -> tuple:
     return [case.name for case in CASES].index(row["loss"]), row["shape"], row["dtype"]
 
 
-def kept_rows(file: Path, record: dict) -> list[dict]:
-    """Of an earlier run of other benchmarks on the same code: a long run may come in parts."""
+def versions(implementations: set[str]) -> dict[str, str]:
+    """Of the peers."""
+    return {name: metadata.version(name.split()[0]) for name in sorted(implementations & {*PEERS})}
+
+
+def add_earlier(file: Path, record: dict) -> None:
+    """The rows of other benchmarks on the same code: a long run may come in parts."""
     old = json.loads(file.read_text()) if file.exists() else {}
-    if any(old.get(key) != record[key] for key in ("schema", "sources", "torch", "temperature")):
-        return []
-    key = itemgetter("loss", "shape", "dtype", "direction")
-    new = [key(row) for row in record["rows"]]
-    return [row for row in old["rows"] if key(row) not in new]
+    problem = itemgetter("loss", "shape", "dtype", "direction")
+    new = [problem(row) for row in record["rows"]]
+    if all(old.get(key) == record[key] for key in ("schema", "sources", "torch", "temperature")):
+        record["rows"] += [row for row in old["rows"] if problem(row) not in new]
+        record["peers"] = old.get("peers", {}) | record["peers"]
+    record["rows"].sort(key=place)
 
 
 def rows(info: dict) -> list[dict]:
@@ -146,6 +155,7 @@ def table(record: dict) -> Table:
             "memory: peak beyond the inputs, in times the student's; a backward makes as much.",
             f"commit {record['commit']}, sources {record['sources']}, load {record['load']}."
             + ("" if compiled else " torch.compile was not run: small sizes, --quick or no g++."),
+            *(f"{name} {version}" for name, version in record["peers"].items()),
         ],
     )
 

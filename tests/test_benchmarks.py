@@ -66,6 +66,7 @@ def test_a_run_writes_its_record(tmp_path):
     record = json.loads(file.read_text())
     assert (record["schema"], record["label"], record["threads"]) == (1, "measured", 1)
     assert {"device", "torch", "commit", "sources", "temperature", "load"} < record.keys()
+    assert record["peers"].keys() <= {row["implementation"] for row in record["rows"]}
     for row in record["rows"]:
         assert row["loss"] == "forward_kl" and row["shape"] == [4, 8]
         assert row["implementation"] in ("fastkd", "eager", "torch.compile")
