@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import fastkd
 from fastkd._engine import choose
+from fastkd.demo import training
+from fastkd.demo.training import N_TRAIN, load_images, per_cent, rows_of_student, train
 
-N_TRAIN, N_STUDENT, N_LABELLED = 1147, 250, 50  # of 1797 images; 650 are for the test
+N_LABELLED = 50  # of the images of a student
 IGNORED = -100  # the label of an image without label, as in torch
-BATCH, LEARNING_RATE, TEACHER_STEPS = 128, 6e-3, 500
 
 
 class Output(NamedTuple):
@@ -113,6 +113,23 @@ def kd_and_rkd(student: Output, teacher: Output, labels: Tensor) -> Tensor:
     return kd()(student, teacher, labels) + fastkd.rkd(student.features, teacher.features)
 
 
+def contrast(student: Output, teacher: Output) -> Tensor:
+    """A student's features find the teacher's of the same image among all of the batch.
+
+    Others of the same class are negatives too. The widths agree: no projection is trained.
+    """
+    return 4 * fastkd.info_nce(student.features, teacher.features, temperature=0.2)
+
+
+def contrastive(student: Output, teacher: Output, labels: Tensor) -> Tensor:
+    supervised = F.cross_entropy(student.logits, labels, ignore_index=IGNORED)
+    return supervised + contrast(student, teacher)
+
+
+def kd_and_contrastive(student: Output, teacher: Output, labels: Tensor) -> Tensor:
+    return kd()(student, teacher, labels) + contrast(student, teacher)
+
+
 class Method(NamedTuple):
     name: str
     loss: Loss
@@ -125,7 +142,8 @@ class Method(NamedTuple):
             return "PyTorch"
         if getattr(self.uses, "fused", True) is None:
             return "formula"
-        return choose([torch.empty(0, device=device)])
+        tensors = [torch.empty(0, device=device)]
+        return choose(tensors, getattr(self.uses, "has_kernels", True))
 
 
 TEACHER = Method("teacher", no_teacher, all_labels=True)
@@ -145,6 +163,8 @@ METHODS = [
     Method("logit MSE", logit_mse, fastkd.logit_mse),
     Method("relational KD", rkd, fastkd.rkd),
     Method("KD + relational KD", kd_and_rkd, fastkd.rkd),
+    Method("contrastive KD", contrastive, fastkd.info_nce),
+    Method("KD + contrastive KD", kd_and_contrastive, fastkd.info_nce),
     NO_TEACHER._replace(all_labels=True),
     KD._replace(all_labels=True),
 ]
@@ -152,22 +172,14 @@ METHODS = [
 # --------------------------------------------------------------------------------------- training
 
 
-def train(model: Classifier, loss: Loss, data: Data, steps: int, seed: int) -> Tensor:
-    """The loop of every model. Returns the loss of each step."""
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    generator = torch.Generator().manual_seed(seed)
-    losses = []
-    for _ in range(steps):
-        rows = torch.randint(len(data.images), (BATCH,), generator=generator)
+def fit(model: Classifier, loss: Loss, data: Data, steps: int, seed: int) -> Tensor:
+    """The loss of each step."""
+
+    def of_batch(rows: Tensor) -> Tensor:
         images, labels, teacher = data.take(rows)
-        value = loss(model(images), teacher, labels)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(value.detach())
-    return torch.stack(losses).cpu()
+        return loss(model(images), teacher, labels)
+
+    return train(model, of_batch, len(data.images), steps, seed)
 
 
 class Fit(NamedTuple):
@@ -185,7 +197,7 @@ def experiment(seeds: int, steps: int, device: str = "cpu") -> Iterator[Fit]:
     data, test = load(device)
     torch.manual_seed(0)
     teacher = new_teacher().to(device)
-    losses = train(teacher, no_teacher, data, TEACHER_STEPS, seed=0)
+    losses = fit(teacher, no_teacher, data, training.TEACHER_STEPS, seed=0)
     teacher.eval()
     with torch.no_grad():
         data = data._replace(teacher=teacher(data.images))
@@ -197,18 +209,15 @@ def experiment(seeds: int, steps: int, device: str = "cpu") -> Iterator[Fit]:
             torch.manual_seed(seed)
             student = new_student().to(device)
             seen = data if method.all_labels else few_labels(data, seed)
-            losses = train(student, method.loss, seen, steps, seed)
+            losses = fit(student, method.loss, seen, steps, seed)
             predicted = predict(student, test)
             accuracy, agreement = predicted == test.labels, predicted == answers
             yield Fit(method, seed, per_cent(accuracy), per_cent(agreement), losses)
 
 
 def load(device: str) -> tuple[Data, Data]:
-    """Training and test images in a fixed random order."""
-    pixels, digits = load_digits(return_X_y=True)
-    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
-    images = torch.from_numpy(pixels)[order].float().view(-1, 1, 8, 8).to(device) / 16
-    labels = torch.from_numpy(digits)[order].to(device)
+    """Those for training and for the test."""
+    images, labels = load_images(device)
     return (
         Data(images[:N_TRAIN], labels[:N_TRAIN]),
         Data(images[N_TRAIN:], labels[N_TRAIN:]),
@@ -217,8 +226,7 @@ def load(device: str) -> tuple[Data, Data]:
 
 def few_labels(data: Data, seed: int) -> Data:
     """What a student sees: other images and other labels for each seed."""
-    order = torch.randperm(N_TRAIN, generator=torch.Generator().manual_seed(seed))
-    few = data.take(order[:N_STUDENT])
+    few = data.take(rows_of_student(seed))
     few.labels[N_LABELLED:] = IGNORED
     return few
 
@@ -226,7 +234,3 @@ def few_labels(data: Data, seed: int) -> Data:
 def predict(model: Classifier, data: Data) -> Tensor:
     with torch.no_grad():
         return model(data.images).logits.argmax(-1)
-
-
-def per_cent(right: Tensor) -> float:
-    return 100 * right.double().mean().item()
