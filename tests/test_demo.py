@@ -1,22 +1,27 @@
 """The demo, small: it trains, reports honestly, and fails where fastkd and eager PyTorch differ."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import fastkd
 from fastkd import __main__ as program
 from fastkd._engine import choose
 
 digits = pytest.importorskip("fastkd.demo.digits", reason="needs the extra `demo`")
 report = pytest.importorskip("fastkd.demo.report", reason="needs the extra `demo`")
+training = pytest.importorskip("fastkd.demo.training", reason="needs the extra `demo`")
+two_towers = pytest.importorskip("fastkd.demo.two_towers", reason="needs the extra `demo`")
 
 STEPS = 12
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(digits, "TEACHER_STEPS", 30)
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(training, "TEACHER_STEPS", 30)
+    monkeypatch.setenv("COLUMNS", "80")
 
 
 def keep_methods(monkeypatch, *methods):
@@ -29,18 +34,24 @@ def fits(seeds=1, steps=STEPS):
     return teacher, students
 
 
-def test_prints_and_writes_the_table_the_check_and_the_plot(tmp_path, capsys):
+def test_prints_and_writes_the_tables_the_check_and_the_plot(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
     arguments = ["demo", "--seeds", "1", "--steps", str(STEPS), "--out", str(out)]
     assert program.main(arguments) == 0
     printed, written = capsys.readouterr().out, (out / "digits.md").read_text(encoding="utf-8")
     for text in (printed, written):
-        for method in digits.METHODS:
-            assert method.name in text
+        names = [method.name for method in (*digits.METHODS, *two_towers.METHODS)]
+        for word in (*names, *report.HEADER, *report.TOWERS_HEADER):  # 80 columns hold all of them
+            assert word in text
         assert "Check passed" in text
     rows = [line.split("|")[1:-1] for line in written.splitlines() if line.startswith("| ")]
-    assert len(rows) == len(digits.METHODS) + 4  # two tables, each with its header and rule
-    assert {len(row) for row in rows} == {len(report.HEADER)}
+    n_digits = len(digits.METHODS) + 4  # two tables, each with its header and rule
+    of_towers = rows[n_digits:]
+    assert {len(row) for row in rows[:n_digits]} == {len(report.HEADER)}
+    assert {len(row) for row in of_towers} == {len(report.TOWERS_HEADER)}
+    assert [row[0].strip() for row in of_towers] == [
+        *("two towers", "---", "teacher", "student alone", "student distilled")
+    ]
     cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
     engines = [cells[name][-1] for name in ("no teacher", "KD, skew KL", "logit MSE")]
     assert engines == ["PyTorch", choose([torch.empty(0)]), "formula"]
@@ -100,7 +111,7 @@ def test_students_see_few_labels_and_the_teacher_of_their_own_images():
     images = data.images.flatten(1)
     data = data._replace(teacher=digits.Output(images[:, :10], images))
     few = digits.few_labels(data, seed=1)
-    assert len(few.images) == digits.N_STUDENT
+    assert len(few.images) == training.N_STUDENT
     assert (few.labels != digits.IGNORED).sum() == digits.N_LABELLED
     assert torch.equal(few.teacher.features, few.images.flatten(1))
     assert (data.labels >= 0).all()  # the labels of the others are not overwritten
@@ -145,3 +156,98 @@ def test_gains_are_paired_and_wins_counted(monkeypatch):
     alone, taught = report.table(students, all_labels=False, device="cpu")
     assert alone[:5] == ["no teacher", "80.0 ± 10.0", "", "", "95.0"]
     assert taught[:5] == ["KD, forward KL", "86.3 ± 5.5", "+6.3 ± 6.4", "2/3", "95.0"]
+
+
+def test_losses_without_kernels_name_the_engine_that_they_have():
+    with fastkd.backend("triton"):  # which a CPU has only for kernels that are interpreted
+        uses = SimpleNamespace(has_kernels=False)
+        assert digits.Method("", digits.contrastive, uses).engine("cpu") == "portable"
+
+
+def test_contrastive_distillation_finds_the_teachers_features():
+    generator = torch.Generator().manual_seed(0)
+    logits, others = torch.randn(2, 6, 10, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([3, -100, 1, -100, -100, 9])
+    student, teacher = digits.Output(logits, 1 - logits), digits.Output(others, others)
+    cosines = F.normalize(student.features) @ F.normalize(teacher.features).mT
+    contrast = 4 * F.cross_entropy(cosines / 0.2, torch.arange(6))
+    for loss, supervised in (
+        (digits.contrastive, digits.no_teacher),
+        (digits.kd_and_contrastive, digits.KD.loss),
+    ):
+        expected = supervised(student, teacher, labels) + contrast
+        torch.testing.assert_close(loss(student, teacher, labels), expected)
+
+
+# ------------------------------------------------------------------------------------- two towers
+
+
+def halves(n=6, width=4, seed=0, scale=10.0):
+    generator = torch.Generator().manual_seed(seed)
+    upper, lower = F.normalize(torch.randn(2, n, width, generator=generator).double(), dim=-1)
+    return two_towers.Halves(upper, lower, torch.tensor(scale, dtype=torch.float64))
+
+
+def test_towers_see_their_half_alone():
+    images, model = training.load_images("cpu")[0][:3], two_towers.new_teacher().eval()
+    before = model(images)
+    images[:, :, 4:] = 0
+    after = model(images)
+    assert torch.equal(before.upper, after.upper)
+    assert not torch.isclose(before.lower, after.lower).all(1).any()
+
+
+def test_recall_counts_both_directions():
+    own = torch.eye(4)
+    assert two_towers.recall(two_towers.Halves(own, own, torch.tensor(1.0))) == (100.0, 100.0)
+    lower = torch.tensor([[1, 0, 0, 0], [0.9, 0.5, 0, 0], [0, 0, 1, 0], [0, 0.6, 0.9, 0.8]])
+    assert two_towers.recall(two_towers.Halves(own, lower, torch.tensor(1.0))) == (75.0, 50.0)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it():
+    same, other = halves(scale=10.0), halves(width=7, seed=1)
+    alone = two_towers.alone(same, same)
+    torch.testing.assert_close(two_towers.distilled(same, same), alone)  # both temperatures: 0.1
+    assert two_towers.distilled(same, other) > alone + 0.1
+
+
+def test_the_teacher_of_the_towers_is_a_constant_and_the_scale_is_trained():
+    student, teacher = halves(), halves(width=7, seed=1)
+    trained = [x.requires_grad_() for x in student]
+    for loss in (two_towers.alone, two_towers.distilled):
+        for gradient in torch.autograd.grad(loss(student, teacher), trained):
+            assert gradient.isfinite().all() and gradient.any()
+
+
+def test_towers_learn_and_the_same_seed_gives_the_same_numbers():
+    images = training.load_images("cpu")[0][:200]
+    torch.manual_seed(0)
+    teacher = two_towers.embed(two_towers.new_teacher(), images)
+    curves = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        student = two_towers.new_student()
+        curves.append(two_towers.fit(student, two_towers.distilled, images, teacher, 30, seed))
+    assert torch.equal(curves[0], curves[1])
+    assert not torch.equal(curves[0], curves[2])
+    assert curves[0][-5:].mean() < 0.9 * curves[0][:5].mean()
+
+
+def test_gains_of_towers_are_over_the_student_alone():
+    recalls = {
+        two_towers.TEACHER: [(50.0, 60.0)],
+        two_towers.ALONE: [(10.0, 20.0), (30.0, 20.0)],
+        two_towers.DISTILLED: [(20.0, 20.0), (20.0, 20.0)],
+    }
+    rows = report.towers_table(
+        [
+            two_towers.Fit(method, seed, *pair)
+            for method, pairs in recalls.items()
+            for seed, pair in enumerate(pairs)
+        ]
+    )
+    assert rows == [
+        ["teacher", "50.0", "60.0", "", ""],
+        ["student alone", "20.0 ± 14.1", "20.0 ± 0.0", "", ""],
+        ["student distilled", "20.0 ± 0.0", "20.0 ± 0.0", "+0.0 ± 7.1", "1/2"],
+    ]
