@@ -19,6 +19,7 @@ from fastkd.divergence import (
 from fastkd.modules import (
     ClipLoss,
     CorrelationCongruenceLoss,
+    DINOLoss,
     DISTLoss,
     ForwardKLLoss,
     InfoNCELoss,
@@ -42,11 +43,13 @@ from fastkd.modules import (
     TotalVariationLoss,
 )
 from fastkd.relational import rkd, rkd_angle, rkd_distance
+from fastkd.self_distillation import dino
 from fastkd.similarity import similarity_kl
 
 __all__ = [
     "ClipLoss",
     "CorrelationCongruenceLoss",
+    "DINOLoss",
     "DISTLoss",
     "ForwardKLLoss",
     "InfoNCELoss",
@@ -72,6 +75,7 @@ __all__ = [
     "backend",
     "clip_contrastive",
     "correlation_congruence",
+    "dino",
     "dist_kd",
     "forward_kl",
     "info_nce",

@@ -92,6 +92,12 @@ def _classes(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [features, torch.arange(len(features), device=device) % 7]
 
 
+def _crops(device: str, dtype: torch.dtype) -> list[Tensor]:
+    student, teacher = _logits(device, dtype)
+    crops = [torch.stack([student, teacher.flip(1), student.flip(1)]), teacher.expand(2, -1, -1)]
+    return [*crops, teacher[0]]
+
+
 # every public loss and what it is checked with
 LOSSES: dict[Callable[..., Tensor], Callable[[str, torch.dtype], list[Tensor]]] = {
     fastkd.forward_kl: _logits,
@@ -117,6 +123,7 @@ LOSSES: dict[Callable[..., Tensor], Callable[[str, torch.dtype], list[Tensor]]] 
     fastkd.nt_xent: _embeddings_of_one_width,
     fastkd.sup_con: _classes,
     fastkd.similarity_kl: _embeddings,
+    fastkd.dino: _crops,
 }
 # relative; engine and formula round differently, and bfloat16 gradients have 8 bits
 # eager PyTorch itself errs by 2e-5 in float32

@@ -89,6 +89,56 @@ def matrices(**tensors: Tensor) -> None:
             same_device(**{first: first_tensor, name: tensor})
 
 
+def crops(**views: Any) -> None:
+    """[n_crops, B, K] or sequences of [B, K], of one B and K, on one device."""
+    found: list[tuple[str, Tensor]] = []
+    for name, view in views.items():
+        n_dims = 3 if isinstance(view, Tensor) else 2
+        crops = [view] if isinstance(view, Tensor) else view
+        needed = (
+            f"{name} needs crops: a tensor [n_crops, B, K] or a list or tuple of tensors [B, K]"
+        )
+        if not isinstance(crops, (list, tuple)) or not all(isinstance(x, Tensor) for x in crops):
+            raise TypeError(f"{needed}, got {type(view).__name__}")
+        for crop in crops:
+            if crop.dtype not in _FLOATS or crop.layout is not torch.strided:
+                raise TypeError(
+                    f"{name} must hold floating-point outputs (float16, bfloat16, float32 or "
+                    f"float64, dense), got {crop.dtype}, {crop.layout}"
+                )
+            if crop.ndim != n_dims or crop.shape[-1] == 0:
+                raise ValueError(
+                    f"{needed}, with K ≥ 1, got {_shape(crop)}; crops that lie one after the other "
+                    "in [n_crops · B, K] are .unflatten(0, (n_crops, B))"
+                )
+            found.append((name, crop))
+        if not len(view):
+            raise ValueError(f"{needed}, got no crop")
+    first_name, first = found[0]
+    for name, crop in found:
+        if crop.shape[-2:] != first.shape[-2:]:
+            raise ValueError(
+                f"all crops need the same B images and K outputs, got {_shape(first)} in "
+                f"{first_name} and {_shape(crop)} in {name}"
+            )
+        if crop.device != first.device:
+            raise ValueError(
+                f"{first_name} is on {first.device}, {name} on {crop.device}: move them together"
+            )
+
+
+def center(center: Any, like: Tensor) -> None:
+    """One number for each of the outputs (..., K) of a teacher, on its device."""
+    if not isinstance(center, Tensor):
+        raise TypeError(f"center must be a tensor of shape [K], got {type(center).__name__}")
+    if center.shape != like.shape[-1:] or center.dtype not in _FLOATS:
+        raise ValueError(
+            f"center needs one floating-point number for each of K = {like.shape[-1]} outputs, got "
+            f"{_shape(center)} of {center.dtype}"
+        )
+    same_device(teacher=like, center=center)
+
+
 def same_examples(**tensors: Tensor) -> None:
     (first, a), (second, b) = tensors.items()
     if len(a) != len(b):
@@ -166,11 +216,11 @@ def _is_tensor(name: str, value: Any) -> bool:
     return True
 
 
-def temperature(value: Any) -> None:
-    if _is_tensor("temperature", value):
+def temperature(value: Any, name: str = "temperature") -> None:
+    if _is_tensor(name, value):
         return
     if not _ordered(0, value, math.inf) or value == 0 or value == math.inf:
-        raise ValueError(f"temperature must be a finite number above 0, got {value!r}")
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
 def fraction(**option: float) -> None:

@@ -3,8 +3,8 @@
 ``fastkd.KDLoss(temperature=2.0)(student_logits, teacher_logits, labels)`` is
 ``fastkd.kd(student_logits, teacher_logits, labels, temperature=2.0)``. A module has the options of
 its function and takes at the call what belongs to a batch: the tensors, `weights`, `normalizer`.
-It has no parameters, and no state but the queue of `InfoNCELoss`. Its `options` may be changed
-later, for example to anneal the temperature.
+It has no parameters, and no state but the queue of `InfoNCELoss` and the centre of `DINOLoss`. Its
+`options` may be changed later, for example to anneal the temperature.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from fastkd import (
     correlation,
     divergence,
     relational,
+    self_distillation,
     similarity,
 )
-from fastkd._engine import backend
+from fastkd._engine import backend, compute_dtype
 
 # keyword arguments that are not options
 _OF_A_BATCH = ("weights", "normalizer", "student_keys", "teacher_keys")
+_OF_A_MODULE = ("center",)  # tensors that are a module's own state
 
 
 class _Loss(nn.Module):
@@ -37,6 +39,7 @@ class _Loss(nn.Module):
 
     function: Callable[..., Any]
     defaults: dict[str, Any]
+    empty_shape: tuple[int, ...] = (0, 1)  # of a tensor of no examples
 
     def __init_subclass__(cls, function: Callable[..., Any] | None = None, **rest: Any) -> None:
         super().__init_subclass__(**rest)
@@ -46,10 +49,11 @@ class _Loss(nn.Module):
         options = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _OF_A_BATCH]
         cls.function = staticmethod(function)
         cls.defaults = {p.name: p.default for p in options}
-        batch = [p for p in parameters if p not in options]
-        own = inspect.signature(cls.__init__).parameters.values()
-        own_options = [p for p in own if p.kind is p.KEYWORD_ONLY]
-        cls.__init__ = _with_signature(cls.__init__, options + own_options)  # type: ignore[method-assign]
+        batch = [p for p in parameters if p not in options and p.name not in _OF_A_MODULE]
+        _, *own = inspect.signature(cls.__init__).parameters.values()
+        own = [p for p in own if p.kind is not p.VAR_KEYWORD]
+        at_construction = sorted(options + own, key=lambda p: p.kind)  # without a name first
+        cls.__init__ = _with_signature(cls.__init__, at_construction)  # type: ignore[method-assign]
         cls.forward = _with_signature(cls.forward, batch)  # type: ignore[method-assign]
 
     def __init__(self, **options: Any) -> None:
@@ -77,7 +81,7 @@ class _Loss(nn.Module):
             for p in inspect.signature(self.function).parameters.values()
             if p.kind is p.POSITIONAL_OR_KEYWORD and (p.default is p.empty or p.name == "labels")
         ]
-        batch = [other.get(name, torch.empty(0, 1, device=device)) for name in needed]
+        batch = [other.get(name, torch.empty(self.empty_shape, device=device)) for name in needed]
         with backend("formula"):  # whether an engine can run depends on the batches to come
             self.function(*batch, **self.options)
 
@@ -302,3 +306,49 @@ class SimilarityKLLoss(_Loss, function=similarity.similarity_kl):
 
     Fang et al., SEED, 2021, arXiv:2101.04731; Yang et al., CLIP-KD, 2024, arXiv:2307.12732
     """
+
+
+class DINOLoss(_Loss, function=self_distillation.dino):
+    """mean_tv H(softmax((t − c) / T_t), softmax(s_v / T_s)), the module of `fastkd.dino`.
+
+    It keeps the centre c [K], K = `n_prototypes`: a buffer that is saved with the state. A call in
+    training has the loss of the centre that the calls before left, and then moves it to
+    m c + (1 − m) mean t with m = `center_momentum`, the mean over all crops of the teacher and all
+    images, with a `group` those of all ranks.
+
+    Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021. arXiv:2104.14294
+    """
+
+    center: Tensor
+    empty_shape = (2, 0, 1)
+
+    def __init__(self, n_prototypes: int, *, center_momentum: float = 0.9, **options: Any) -> None:
+        _checks.at_least_1(n_prototypes=n_prototypes)
+        _checks.fraction(center_momentum=center_momentum)
+        self.center_momentum = center_momentum
+        super().__init__(**options)
+        self.register_buffer("center", torch.zeros(n_prototypes))
+
+    def forward(  # type: ignore[override]
+        self, student: self_distillation.Crops, teacher: self_distillation.Crops
+    ) -> Tensor:
+        """The function with these options and the centre, which in training moves afterwards."""
+        loss = self.function(student, teacher, self.center, **self.options)
+        if self.training:
+            self._move_center(self_distillation.constant(teacher))
+        return loss
+
+    @torch.no_grad()
+    def _move_center(self, teacher: Tensor) -> None:
+        total = teacher.sum((0, 1), dtype=compute_dtype(self.center))
+        n = total.new_full((1,), len(teacher) * teacher.shape[1])
+        if self.options["group"] is not None:
+            total, n = _distributed.summed(torch.cat([total, n]), self.options["group"]).split(
+                [len(total), 1]
+            )
+        rate = torch.where(n > 0, 1 - self.center_momentum, 0)  # no images: no mean
+        self.center.lerp_((total / n.clamp(min=1)).to(self.center), rate.to(self.center))
+
+    def extra_repr(self) -> str:
+        own = f"n_prototypes={len(self.center)}, center_momentum={self.center_momentum}"
+        return f"{own}, {super().extra_repr()}"

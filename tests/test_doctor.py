@@ -92,7 +92,7 @@ def test_a_wrong_value_fails(monkeypatch, capsys):
     assert status == 1
     assert "float32: its value is" in lines_of(page)["reverse_kl"][1]
     assert lines_of(page)["logit_mse"] == ["formula", "ok"]
-    assert "9 wrong" in page
+    assert "10 wrong" in page
 
 
 def test_a_wrong_gradient_fails(monkeypatch, capsys):

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import contrastive, correlation, divergence, modules, relational, similarity
+from fastkd import (
+    contrastive,
+    correlation,
+    divergence,
+    modules,
+    relational,
+    self_distillation,
+    similarity,
+)
 
 OPTIONS = {  # none of them a default
     fastkd.ForwardKLLoss: dict(temperature=2.0, scale_t2=False),
@@ -34,9 +42,15 @@ OPTIONS = {  # none of them a default
     fastkd.NTXentLoss: dict(temperature=0.3),
     fastkd.SupConLoss: dict(temperature=0.3, anchors="all"),
     fastkd.SimilarityKLLoss: dict(student_temperature=0.3, teacher_temperature=0.2, mask_self=True),
+    fastkd.DINOLoss: dict(student_temperature=0.3, teacher_temperature=0.2, skip_same_view=False),
 }
 OF_A_BATCH = {"weights", "normalizer"}
 KEYS = {"student_keys", "teacher_keys"}
+OF_A_MODULE = {"queue_size", "n_prototypes", "center_momentum", "center"}
+
+
+def make(module, **options):
+    return module(11, **options) if module is fastkd.DINOLoss else module(**options)
 
 
 def takes_weights(module):
@@ -53,6 +67,8 @@ def batch(module):
     tensors = [student.requires_grad_(), teacher]
     if module is fastkd.SupConLoss:
         return [student, torch.tensor([3, 0, 3, 0, 5])]
+    if module is fastkd.DINOLoss:
+        return [x.unflatten(0, (5, 1)) for x in tensors]
     if module is fastkd.ClipLoss:
         return [*tensors, 0.5]
     if module is fastkd.SigLipLoss:
@@ -83,19 +99,21 @@ def test_a_module_is_its_function(module, of_the_batch):
     if "normalizer" in of_the_batch:
         options.pop("reduction", None)
     tensors = batch(module)
-    got = value_and_gradient(module(**options), tensors, **of_the_batch)
+    got = value_and_gradient(make(module, **options), tensors, **of_the_batch)
     assert_same(got, value_and_gradient(module.function, tensors, **options, **of_the_batch))
     assert got[1].any()
     for name in options:  # each of them arrives: leaving it out gives something else
         fewer = {key: value for key, value in options.items() if key != name}
-        left_out = module(**fewer)(*tensors, **of_the_batch)
+        left_out = make(module, **fewer)(*tensors, **of_the_batch)
         assert left_out.shape != got[0].shape or not torch.equal(left_out, got[0]), name
 
 
 @every_module
 def test_defaults_are_those_of_the_function(module):
     tensors = batch(module)
-    assert_same(value_and_gradient(module(), tensors), value_and_gradient(module.function, tensors))
+    assert_same(
+        value_and_gradient(make(module), tensors), value_and_gradient(module.function, tensors)
+    )
 
 
 def test_every_loss_has_one_module_and_all_are_exported():
@@ -109,11 +127,18 @@ def test_every_loss_has_one_module_and_all_are_exported():
     functions = [module.function for module in classes]
     public = [
         value
-        for family in (divergence, relational, correlation, contrastive, similarity)
+        for family in (
+            divergence,
+            relational,
+            correlation,
+            contrastive,
+            similarity,
+            self_distillation,
+        )
         for name, value in vars(family).items()
         if name in fastkd.__all__ and value.__module__ == family.__name__
     ]
-    assert len(public) == len(OPTIONS) == len(classes) == 23
+    assert len(public) == len(OPTIONS) == len(classes) == 24
     assert all(functions.count(function) == 1 for function in public)
     assert all(getattr(fastkd, module.__name__, None) is module for module in classes)
     assert {module.__name__ for module in classes} <= set(fastkd.__all__)
@@ -125,11 +150,12 @@ def test_signatures_are_those_of_the_function(module):
     of_function = inspect.signature(module.function).parameters
     options = [p for name, p in of_function.items() if p.kind == p.KEYWORD_ONLY]
     options = [p for p in options if p.name not in OF_A_BATCH | KEYS]
-    own = [p for p in inspect.signature(module).parameters.values() if p.name != "queue_size"]
-    assert own == options
+    shown = inspect.signature(module).parameters.values()
+    assert [p for p in shown if p.name not in OF_A_MODULE] == options
     assert set(OPTIONS[module]) <= {p.name for p in options}
-    of_call = inspect.signature(module().forward).parameters
-    assert [*of_call.values()] == [p for p in of_function.values() if p not in options]
+    of_call = inspect.signature(make(module).forward).parameters
+    of_a_batch = [p for p in of_function.values() if p.name not in OF_A_MODULE and p not in options]
+    assert [*of_call.values()] == of_a_batch
     assert (OF_A_BATCH <= set(of_call)) == takes_weights(module)
 
 
@@ -145,7 +171,7 @@ def test_docstring_repeats_formula_and_paper_of_the_function(module):
 
 @every_module
 def test_copies_and_pickles_give_the_same(module):
-    loss, tensors = module(**OPTIONS[module]), batch(module)
+    loss, tensors = make(module, **OPTIONS[module]).eval(), batch(module)
     expected = value_and_gradient(loss, tensors)
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert type(twin) is module
