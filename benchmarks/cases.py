@@ -81,6 +81,18 @@ CONTRASTIVE = Family(
 _SERIES = [(4096, 64), (4096, 512), (4096, 1024), (16384, 256), (32768, 256), (65536, 64)]
 SIMILARITY = CONTRASTIVE._replace(name="similarity")
 
+N_CROPS = (10, 2)  # of the student and of the teacher
+# images of a GPU and outputs of DINO's head, and smaller
+_SELF_DISTILLATION_SIZES = [(8, 1024), (16, 8192), (16, 65536)]
+SELF_DISTILLATION = Family(
+    "self_distillation",
+    ("B", "K"),
+    lambda shape: N_CROPS[0] * math.prod(shape),
+    _SELF_DISTILLATION_SIZES,
+    [*_SELF_DISTILLATION_SIZES, (64, 65536), (64, 131072)],
+    [],  # the kernels of divergences
+)
+
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     log_q = F.log_softmax(student / T, dim=-1)
@@ -182,6 +194,12 @@ def features_and_labels(
     return [logits(shape, dtype, device)[0], torch.arange(shape[0], device=device) % 100]
 
 
+def crops(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Of student and teacher, and a centre."""
+    student, teacher = logits((N_CROPS[0], *shape), dtype, device)
+    return [student, teacher[: N_CROPS[1]], teacher[-1, 0]]
+
+
 class Case(NamedTuple):
     family: Family
     loss: Callable[..., Any]
@@ -246,4 +264,5 @@ CASES = [
     Case(CONTRASTIVE, fastkd.nt_xent, published.nt_xent, views, {}),
     Case(CONTRASTIVE, fastkd.sup_con, published.sup_con, features_and_labels, {}),
     Case(SIMILARITY, fastkd.similarity_kl, published.similarity_kl, options={}),
+    Case(SELF_DISTILLATION, fastkd.dino, published.dino, crops, {}),
 ]

@@ -34,7 +34,7 @@ def least_bytes(case: Case, inputs: Sequence[Tensor], direction: str) -> int:
     if direction == "forward":
         return read
     # a backward that is a step of its own reads the logits again
-    again = read if case.family.name == "divergence" else 0
+    again = read if case.family.name in ("divergence", "self_distillation") else 0
     return read + again + sum(x.nbytes for x in inputs if x.requires_grad)
 
 

@@ -139,3 +139,14 @@ def sup_con(features: Tensor, labels: Tensor) -> Tensor:
 def similarity_kl(student: Tensor, teacher: Tensor) -> Tensor:
     s, t = (F.normalize(x) @ F.normalize(x).T / 0.07 for x in (student, teacher))
     return F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean")
+
+
+def dino(student: Tensor, teacher: Tensor, center: Tensor) -> Tensor:
+    targets = F.softmax((teacher - center) / 0.04, dim=-1)
+    losses = [
+        torch.sum(-p * F.log_softmax(z, dim=-1), dim=-1).mean()
+        for i, p in enumerate(targets)
+        for j, z in enumerate(student / 0.1)
+        if i != j
+    ]
+    return sum(losses, torch.zeros((), device=student.device)) / len(losses)

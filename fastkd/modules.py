@@ -325,8 +325,8 @@ class DINOLoss(_Loss, function=self_distillation.dino):
     def __init__(self, n_prototypes: int, *, center_momentum: float = 0.9, **options: Any) -> None:
         _checks.at_least_1(n_prototypes=n_prototypes)
         _checks.fraction(center_momentum=center_momentum)
-        self.center_momentum = center_momentum
         super().__init__(**options)
+        self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(n_prototypes))
 
     def forward(  # type: ignore[override]
@@ -341,13 +341,13 @@ class DINOLoss(_Loss, function=self_distillation.dino):
     @torch.no_grad()
     def _move_center(self, teacher: Tensor) -> None:
         total = teacher.sum((0, 1), dtype=compute_dtype(self.center))
-        n = total.new_full((1,), len(teacher) * teacher.shape[1])
+        total = torch.cat([total, total.new_full((1,), len(teacher) * teacher.shape[1])])
         if self.options["group"] is not None:
-            total, n = _distributed.summed(torch.cat([total, n]), self.options["group"]).split(
-                [len(total), 1]
-            )
-        rate = torch.where(n > 0, 1 - self.center_momentum, 0)  # no images: no mean
-        self.center.lerp_((total / n.clamp(min=1)).to(self.center), rate.to(self.center))
+            total = _distributed.summed(total, self.options["group"])
+        n = total[-1:]
+        mean = total[:-1] / n.clamp(min=1)
+        rate = (1 - self.center_momentum) * n.clamp(max=1)  # no images do not move it
+        self.center.copy_(self.center.to(mean).lerp(mean, rate))
 
     def extra_repr(self) -> str:
         own = f"n_prototypes={len(self.center)}, center_momentum={self.center_momentum}"

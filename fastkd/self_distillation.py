@@ -100,20 +100,26 @@ def _against_means(
     """Σ_t H(p_t, q) = n H(mean p_t, q): each crop of the student is read once, not n times."""
     p = teacher if center is None else teacher - center
     p = (p / teacher_temperature).softmax(-1)
-    n_global = min(len(student), len(p)) if skip_same_view else 0
-    if isinstance(student, Tensor):  # what has the same target at once
-        parts = student.split([1] * n_global + [len(student) - n_global])
+    n_own = min(len(student), len(p)) if skip_same_view else 0
+    if isinstance(student, Tensor):  # all that have one target at once
+        groups = [[part] for part in student.split([1] * n_own + [len(student) - n_own])]
     else:
-        parts = tuple(crop.unsqueeze(0) for crop in student)
+        crops = [crop.unsqueeze(0) for crop in student]
+        groups = [*([crop] for crop in crops[:n_own]), crops[n_own:]]
     losses = []
-    for v, part in enumerate(parts):
-        others = torch.cat([p[:v], p[v + 1 :]]) if v < n_global else p
-        if len(others) and len(part):
-            logits = student_temperature * others.mean(0).log()
+    for v, group in enumerate(groups):
+        others = torch.cat([p[:v], p[v + 1 :]]) if v < n_own else p
+        if not len(others) or not any(map(len, group)):
+            continue
+        target = student_temperature * others.mean(0).log()
+        for part in group:
             loss = soft_cross_entropy(
-                part, logits.expand_as(part),
-                temperature=student_temperature, scale_t2=False, reduction="sum",
-            )  # fmt: skip
+                part,
+                target.expand_as(part),
+                temperature=student_temperature,
+                scale_t2=False,
+                reduction="sum",
+            )
             losses.append(len(others) * loss)
     n = p.shape[1] * _n_pairs(student, p, skip_same_view)
     return torch.stack(losses).sum() / max(n, 1)
@@ -131,12 +137,11 @@ def dino(
 ) -> Tensor:
     """mean_tv H(softmax((t − c) / T_t), softmax(s_v / T_s)), H(p, q) = −Σ p log q: DINO.
 
-    The mean is over the B images and all pairs of a crop t of the teacher and a crop v of the
-    student, without those of one index if `skip_same_view`. Shapes: student and teacher
-    [n_crops, B, K] or sequences of [B, K] (what lies in one tensor [n_crops · B, K] is
-    `.unflatten(0, (n_crops, B))`), the centre c [K]. The teacher and the centre are constants.
-    `group` is a process group whose ranks hold parts of the B images: the loss is that of all,
-    and after DistributedDataParallel's averaging the gradient too.
+    The mean over the B images and the pairs of a crop t of the teacher and a crop v of the student,
+    with `skip_same_view` without those of one index. Shapes: [n_crops, B, K] or sequences of
+    [B, K], the centre c [K]; an output [n_crops · B, K] is `.unflatten(0, (n_crops, B))`. Teacher
+    and centre are constants. With a process group as `group` the B images are those of all ranks,
+    and DistributedDataParallel's averaging gives the gradient of the whole.
     Raises TypeError or ValueError for crops that do not fit together and temperatures ≤ 0.
 
     Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021. arXiv:2104.14294

@@ -11,6 +11,7 @@ PAIRS, RELATIONS = "kernels/_relational_tiles.py", "kernels/relational.py"
 PORTABLE_RELATIONS, RELATIONAL = "fastkd/portable/relational.py", "fastkd/relational.py"
 GROUP = "fastkd/_distributed.py"
 CORRELATIONS, CORRELATION = "fastkd/portable/correlation.py", "fastkd/correlation.py"
+SELF_DISTILLATION, MODULES = "fastkd/self_distillation.py", "fastkd/modules.py"
 METER, GUARD, INTERPRETER = "tests/meter.py", "tests/guard.py", "tests/interpreter.py"
 GATE, SASS = "tests/gate.py", "tests/sass.py"
 COUNTS, BUDGETS = "tests/counts.py", "tests/budgets.py"
@@ -433,4 +434,15 @@ MUTANTS = [
     Mutant(CORRELATIONS, "statistics swapped", "* (teacher_deviation * b)", "* (deviation * b)"),
     Mutant(CORRELATIONS, "centre dropped", "torch.sub(rows, rows[0], out=product).mean(0).add_(rows[0])", "rows.mean(0)"),
     Mutant(CORRELATION, "empty batch", "if not student.numel():", "if False:"),
+    # crops, and the centre of a teacher
+    Mutant(SELF_DISTILLATION, "own view kept", "torch.cat([p[:v], p[v + 1 :]]) if v < n_own else p", "p"),
+    Mutant(SELF_DISTILLATION, "wrong divisor", "len(student) * len(teacher) - n_same", "len(student) * len(teacher)"),
+    Mutant(SELF_DISTILLATION, "weight dropped", "losses.append(len(others) * loss)", "losses.append(loss)"),
+    Mutant(SELF_DISTILLATION, "temperature dropped", "target = student_temperature * ", "target = "),
+    Mutant(SELF_DISTILLATION, "centre dropped", "p = teacher if center is None else teacher - center", "p = teacher"),
+    Mutant(SELF_DISTILLATION, "share returned", "loss * (n / n_of_all)", "loss"),
+    Mutant(MODULES, "weights swapped", "rate = (1 - self.center_momentum)", "rate = self.center_momentum"),
+    Mutant(MODULES, "empty batch", " * n.clamp(max=1)", ""),
+    Mutant(MODULES, "moved in evaluation", "if self.training:\n            self._move", "if True:\n            self._move"),
+    Mutant(MODULES, "ranks forgotten", "total = _distributed.summed(total, ", "_distributed.summed(total, "),
 ]  # fmt: skip

@@ -32,10 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from cases import CASES, Case
 
 RELATED = (40, 24)  # examples and features, of more than one tile
-FUSED = [  # those with kernels
-    case
-    for case in CASES
-    if getattr(case.loss, "fused", True) and getattr(case.loss, "has_kernels", True)
+FUSED = [  # those with kernels of their own
+    case for case in CASES if getattr(case.loss, "fused", True) and case.family.compiled_sizes
 ]
 
 

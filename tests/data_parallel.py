@@ -135,9 +135,21 @@ CONTRASTS = [
         a, t, student_keys=b, teacher_keys=t.square(), symmetric=True, **o
     ),
 ]
+
+
+def of_crops(model, features, teacher, first, **options):
+    """In the second step the centre is what the teacher's outputs of all ranks left."""
+    loss = fastkd.DINOLoss(11, **options).double()
+    student = model(torch.cat([features, 2 * features, features.square()])).unflatten(0, (3, -1))
+    outputs = torch.stack([teacher, teacher.square()]).repeat(1, 1, 2)[..., :11]
+    loss(student.detach(), outputs)
+    return loss(student, outputs.flip(0))
+
+
 FAMILIES = {
     "relations": [*map(of_relation, RELATIONS)],
     "contrasts": [*map(of_towers, CONTRASTS)],
+    "self_distillation": [of_crops],
 }
 
 

@@ -27,6 +27,7 @@ from broken import (
     GUARD,
     INTERPRETER,
     METER,
+    MODULES,
     MUTANTS,
     PAIRS,
     PORTABLE,
@@ -34,6 +35,7 @@ from broken import (
     RELATIONAL,
     RELATIONS,
     SASS,
+    SELF_DISTILLATION,
     SMALL,
     Mutant,
 )
@@ -102,6 +104,10 @@ def selections(mutant: Mutant) -> Iterator[list[str]]:
     if mutant.file in (CORRELATIONS, CORRELATION):
         yield ["tests/test_correlation.py", "-m", "smoke", "-k", "portable"]
         yield ["tests/test_correlation.py", "-k", "not compile"]
+        return
+    if mutant.file in (SELF_DISTILLATION, MODULES):
+        yield ["tests/test_dino.py", "-m", "smoke", "-k", "not formula and not triton"]
+        yield ["tests/test_distributed.py", "-k", "self_distillation and 3"]
         return
     engine: list[str] = []
     if mutant.file.startswith("kernels"):
