@@ -270,6 +270,10 @@ def process_group(group: Any) -> None:
             "group needs torch.distributed: call torch.distributed.init_process_group first, or "
             "leave group=None for the batch of this process alone"
         )
+    if group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "this rank is no member of the group: only its ranks take part in the loss"
+        )
     if not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(
             "group must be a process group, for example torch.distributed.group.WORLD, got "

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import _distributed
-from fastkd._engine import compute_dtype, without_autocast
+from fastkd._engine import compute_dtype, is_plain_on_cpu, without_autocast
 
 Number = float | Tensor
+_FEW_PAIRS = 1 << 16
 SHORTEST = 1e-12  # what F.normalize divides by at least
 
 
@@ -31,8 +32,11 @@ def in_batches(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         dtype = compute_dtype(*tensors[:2])
         batch = [
-            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors
+            in_dtype(x, dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for x in tensors
         ]
+        if engine == "portable" and group is None and is_small(*batch, most=_FEW_PAIRS):
+            engine = "formula"
         with without_autocast(batch[0].device):
             if engine == "formula":
                 whole = [everyone(x, group)[0] for x in batch[:2]]
@@ -41,6 +45,18 @@ def in_batches(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return run(engine, *batch, half=half_of(*embeddings), group=group, **options)
 
     return fused
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x.to(dtype)
+    # what torch.inference_mode made cannot be saved for a backward
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+
+
+def is_small(query: Tensor, key: Any, *rest: Any, most: int) -> bool:
+    """Whether calls of PyTorch on a CPU cost more than what they compute: the formula has least."""
+    n_keys = sum(len(x) for x in (key, *rest) if isinstance(x, Tensor) and x.ndim)
+    return len(query) * n_keys <= most and is_plain_on_cpu(query, key)
 
 
 def everyone(rows: Tensor, group: Any) -> tuple[Tensor, int]:

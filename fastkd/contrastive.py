@@ -226,24 +226,40 @@ def info_nce(
         query, key = F.normalize(query), F.normalize(key)
         negatives = None if negatives is None else F.normalize(negatives)
     similarities = query @ key.mT / temperature
+    # what all logits of a row share does not count: λ is taken off the positive one
     positive = similarities.diagonal() - margin / temperature
-    others = own_left_out(similarities) if in_batch_negatives else similarities[:, :0]
+    positive = positive - logarithm(negative_weight, positive)
     bank = [] if negatives is None else [query @ negatives.mT / temperature]
     n_others = len(query) - 1 if in_batch_negatives else 0
     if not len(query) or not n_others + sum(x.shape[1] for x in bank):
         return nothing(query, key, *bank, temperature, negative_weight, margin)
 
-    def against(negative: Tensor) -> Tensor:
-        odds = negative + logarithm(negative_weight, negative) - positive
-        return (odds if decoupled else softplus(odds)).mean()
+    def against(logits: Tensor, own: Tensor) -> Tensor:
+        return (
+            (logits.logsumexp(1) - positive).mean() if decoupled else F.cross_entropy(logits, own)
+        )
 
-    loss = against(torch.cat([others, *bank], 1).logsumexp(1))
+    own = torch.arange(len(query), device=query.device)
+    if not in_batch_negatives:
+        logits = bank[0] if decoupled else torch.cat([positive[:, None], *bank], 1)
+        return against(logits, 0 * own)
+    logits = similarities.diagonal_scatter(positive - torch.inf if decoupled else positive)
+    loss = against(torch.cat([logits, *bank], 1) if bank else logits, own)
     if not symmetric:
         return loss
-    return (loss + against(others.logsumexp(0)) if len(query) > 1 else loss) / 2
+    return (loss + against(logits.mT, own) if len(query) > 1 else loss) / 2
 
 
 # ---------------------------------------------------------------------- images against their texts
+
+
+def _check_siglip(
+    image: Tensor, text: Tensor, logit_scale: Number, logit_bias: Number, *, group: Any
+) -> None:
+    _checks.matrices(image=image, text=text)
+    _checks.same_examples(image=image, text=text)
+    _checks.number(logit_scale=logit_scale, logit_bias=logit_bias)
+    _checks.process_group(group)
 
 
 def _check_clip(
@@ -254,12 +270,8 @@ def _check_clip(
     *,
     group: Any,
 ) -> None:
-    _checks.matrices(image=image, text=text)
-    _checks.same_examples(image=image, text=text)
-    _checks.number(logit_scale=logit_scale)
-    if logit_bias is not None:
-        _checks.number(logit_bias=logit_bias)
-    _checks.process_group(group)
+    bias = 0.0 if logit_bias is None else logit_bias  # it cancels
+    _check_siglip(image, text, logit_scale, bias, group=group)
 
 
 @in_batches
@@ -333,7 +345,7 @@ def clip_contrastive(
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.mT, own)) / 2
 
 
-@batch_loss(_check_clip, _fused_siglip, group=None)
+@batch_loss(_check_siglip, _fused_siglip, group=None)
 def siglip(image: Tensor, text: Tensor, logit_scale: Number, logit_bias: Number) -> Tensor:
     """(1/N) Σ_ij softplus(−y_ij (scale · ⟨image_i, text_j⟩ + bias)): each pair by itself.
 
@@ -347,7 +359,7 @@ def siglip(image: Tensor, text: Tensor, logit_scale: Number, logit_bias: Number)
         return nothing(image, text, logit_scale, logit_bias)
     logits = logit_scale * image @ text.mT + logit_bias
     signs = 2 * torch.eye(len(image), dtype=logits.dtype, device=logits.device) - 1
-    return softplus(-signs * logits).sum() / len(image)
+    return -F.logsigmoid(signs * logits).sum() / len(image)
 
 
 # --------------------------------------------------------------------------- examples of one kind

@@ -222,7 +222,9 @@ class InfoNCELoss(_Loss, function=contrastive.info_nce):
 
     `queue_size` keys of the batches before are negatives too, the oldest leave first: a buffer that
     is saved with the state and grows until it is full. In training a call adds its own keys, with a
-    `group` those of all ranks.
+    `group` those of all ranks. A checkpoint around the module would see them already: recompute the
+    embeddings, not the loss. DistributedDataParallel gives all ranks the queue of the first one
+    unless they have one queue anyway, by `group`.
 
     The queue: He et al., Momentum Contrast, 2020, arXiv:1911.05722
 
@@ -232,10 +234,13 @@ class InfoNCELoss(_Loss, function=contrastive.info_nce):
     queue: Tensor
 
     def __init__(self, *, queue_size: int = 0, **options: Any) -> None:
-        _checks.at_least_0(queue_size=queue_size)
+        if not isinstance(queue_size, int) or isinstance(queue_size, bool) or queue_size < 0:
+            raise ValueError(
+                f"queue_size must be a whole number of keys, at least 0, got {queue_size!r}"
+            )
         self.queue_size = queue_size
         super().__init__(**options)
-        self.register_buffer("queue", torch.empty(0, 0))
+        self.register_buffer("queue", torch.empty(0, 0), persistent=queue_size > 0)
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, negatives: Tensor | None = None
@@ -244,6 +249,11 @@ class InfoNCELoss(_Loss, function=contrastive.info_nce):
         if not self.queue_size:
             return self.function(query, key, negatives, **self.options)
         queue = (self.queue if len(self.queue) else key.detach()[:0]).to(key)
+        if key.ndim == 2 and queue.shape[1] != key.shape[1]:
+            raise ValueError(
+                f"the queue holds keys of D = {queue.shape[1]}, got keys {[*key.shape]}: another "
+                "width needs a new InfoNCELoss"
+            )
         bank = queue if negatives is None else torch.cat([negatives, queue])
         loss = self.function(query, key, bank, **self.options)
         if self.training:
@@ -254,18 +264,22 @@ class InfoNCELoss(_Loss, function=contrastive.info_nce):
     def _add(self, queue: Tensor, keys: Tensor) -> None:
         if self.options["group"] is not None:
             (keys,), _ = _distributed.gathered([keys], self.options["group"])
-        self.queue = torch.cat([queue, keys])[-self.queue_size :]
+        # a copy: a view would hold on to all keys, and save them
+        self.queue = torch.cat([queue, keys])[-self.queue_size :].clone()
 
     def _check_options(self) -> None:
         if self.queue_size and not self.options["in_batch_negatives"]:
+            numbers = [x for x in self.options.values() if isinstance(x, Tensor)]
+            nobody = torch.empty(0, 1, device=numbers[0].device if numbers else "cpu")
             with backend("formula"):
-                self.function(*[torch.empty(0, 1)] * 3, **self.options)
+                self.function(nobody, nobody, nobody, **self.options)
         else:
             super()._check_options()
 
     def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
         saved = state.get(f"{prefix}queue")
-        if saved is not None:  # it has any number of keys
+        if saved is not None and self.queue_size:  # it has any number of keys
+            saved = state[f"{prefix}queue"] = saved[-self.queue_size :]
             self.queue = torch.empty_like(saved, device=self.queue.device)
         super()._load_from_state_dict(state, prefix, *rest)
 

@@ -22,10 +22,14 @@ from fastkd._pairs import (
     empty_statistics,
     everyone,
     half_of,
+    in_dtype,
+    is_small,
     nothing,
     of_all_ranks,
     scale_of,
 )
+
+_FEW_PAIRS = 1 << 14
 
 
 class Problem(NamedTuple):
@@ -131,10 +135,14 @@ def _fused(
         return (None, 0) if x is None else everyone(x, group)
 
     with without_autocast(student.device):
-        student, teacher = student.to(dtype), teacher.detach().to(dtype)
+        student, teacher = in_dtype(student, dtype), in_dtype(teacher.detach(), dtype)
         if student_keys is not None and teacher_keys is not None:
-            student_keys = student_keys.to(dtype)
-            teacher_keys = teacher_keys.detach().to(dtype)
+            student_keys = in_dtype(student_keys, dtype)
+            teacher_keys = in_dtype(teacher_keys.detach(), dtype)
+        if engine == "portable" and group is None:
+            keys = student if student_keys is None else student_keys
+            if is_small(student, keys, most=_FEW_PAIRS):
+                engine = "formula"
         if engine == "formula":
             student_keys, teacher_keys = (
                 whole(student_keys)[0],
@@ -161,6 +169,10 @@ def _fused(
                 n = int(_distributed.summed(torch.tensor(n, device=query.device), group))
             if not n or len(query if key is None else key) - mask_self < 1:
                 return nothing(query, scale, key)
+            if key is query:  # the compiler refuses a tensor twice
+                key = key.view_as(key)
+            if teacher_key is teacher_query:
+                teacher_key = teacher_key.view_as(teacher_key)
             trained = {"query": query, "key": key, "scale": scale}
             wanted = [x for x, y in trained.items() if y is not None and is_differentiated(y)]
             loss, _ = _engine(

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
+from fastkd import _pairs, similarity
 from fastkd._engine import triton_obstacle
 from fastkd.portable import _similarities as portable
 
@@ -27,6 +28,8 @@ def engine(request, monkeypatch):
         obstacle = triton_obstacle([torch.empty(0, device=DEVICE)])
         if obstacle:
             pytest.skip(f"{obstacle}; TRITON_INTERPRET=1 runs the kernels without one")
+    for family in (_pairs, similarity):  # small batches have a test of their own
+        monkeypatch.setattr(family, "_FEW_PAIRS", 0)
     if request.param == "portable in chunks":
         monkeypatch.setitem(portable._CHUNK_ELEMENTS, "cpu", 50)
     if request.param == "portable with maxima":  # as on a GPU
@@ -490,6 +493,16 @@ def test_torch_compile(case, engine):
     assert_same(results(compiled, inputs), results(lambda *x: case(*x) * 1.5, inputs))
     with torch.no_grad():
         assert_same([compiled(*inputs)], [case(*inputs) * 1.5])
+
+
+@each_case
+def test_a_small_batch_is_its_formula(case):
+    """Fewer calls than an engine makes."""
+    inputs = case.inputs((9,), 4)
+    found = results(case, inputs)
+    with fastkd.backend("formula"):
+        for x, y in zip(found, results(case, inputs), strict=True):
+            assert torch.equal(x, y)
 
 
 @each_loss
