@@ -225,11 +225,12 @@ def info_nce(
     if normalize:
         query, key = F.normalize(query), F.normalize(key)
         negatives = None if negatives is None else F.normalize(negatives)
-    similarities = query @ key.mT / temperature
+    query = query / temperature
+    similarities = query @ key.mT
     # what all logits of a row share does not count: λ is taken off the positive one
     positive = similarities.diagonal() - margin / temperature
     positive = positive - logarithm(negative_weight, positive)
-    bank = [] if negatives is None else [query @ negatives.mT / temperature]
+    bank = [] if negatives is None else [query @ negatives.mT]
     n_others = len(query) - 1 if in_batch_negatives else 0
     if not len(query) or not n_others + sum(x.shape[1] for x in bank):
         return nothing(query, key, *bank, temperature, negative_weight, margin)
@@ -410,7 +411,7 @@ def nt_xent(view1: Tensor, view2: Tensor, *, temperature: Number = 0.5) -> Tenso
     if not n:
         return nothing(view1, view2, temperature)
     views = F.normalize(torch.cat([view1, view2]))
-    logits = own_left_out(views @ views.mT / temperature)
+    logits = own_left_out(views / temperature @ views.mT)
     other = torch.arange(2 * n, device=views.device).roll(n)
     return F.cross_entropy(logits, other)
 
@@ -498,7 +499,7 @@ def sup_con(
     if n < 2:
         return nothing(features, temperature)
     z = F.normalize(features)
-    similarities = z @ z.mT / temperature
+    similarities = z / temperature @ z.mT
     log_sums = own_left_out(similarities).logsumexp(1)
     alike = (labels[:, None] == labels).fill_diagonal_(False)
     n_alike = alike.sum(1)

@@ -217,7 +217,7 @@ def similarity_kl(
         queries[1] if teacher_keys is None else F.normalize(teacher_keys),
     )
     temperatures = student_temperature, teacher_temperature
-    s, t = (q @ k.mT / T for q, k, T in zip(queries, keys, temperatures, strict=True))
+    s, t = (q / T @ k.mT for q, k, T in zip(queries, keys, temperatures, strict=True))
     if not s.shape[0] or s.shape[1] - mask_self < 1:
         return s.sum() * 0
     own = torch.eye(*s.shape, dtype=torch.bool, device=s.device) & mask_self

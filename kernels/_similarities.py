@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fastkd._pairs import SHORTEST
 from fastkd.kernels._launch import INTERPRETED, Device, device_of
+from fastkd.portable._similarities import in_half
 
 ROWS_TOGETHER = 128  # a multiple of the sides of all tiles
 _WIDEST_HALF, _WIDEST_TF32 = 256, 128  # of tiles whose sums stay in registers
-HEADROOM = 12.0  # slopes are at most 2 to this: of float16 what is small shall not vanish
 
 
 class Tiling(NamedTuple):
@@ -118,7 +118,7 @@ class Side(NamedTuple):
         return gradient.mul_(scale / self.lengths), along
 
 
-def side(rows: Tensor, normalize: bool, tiles: Tiling) -> Side:
+def side(rows: Tensor, normalize: bool, half: str, tiles: Tiling) -> Side:
     n, width = rows.shape
     padded = triton.cdiv(n, ROWS_TOGETHER) * ROWS_TOGETHER
     matrix = rows.new_zeros((padded, tiles.depth), dtype=tiles.product)
@@ -129,13 +129,7 @@ def side(rows: Tensor, normalize: bool, tiles: Tiling) -> Side:
         matrix[:n, :width] = rows if lengths is None else rows / lengths
         return Side(rows, lengths, matrix, None)
     factors = rows.new_zeros(padded)
-    if tiles.product == torch.float16:  # whose exponents do not bear any length
-        _, exponents = torch.frexp(lengths)
-        matrix[:n, :width] = torch.ldexp(rows, -exponents)
-        factors[:n] = torch.ldexp(1 / lengths, exponents)[:, 0].clamp_(max=2)  # 0 has any
-    else:
-        matrix[:n, :width] = rows
-        factors[:n] = 1 / lengths[:, 0]
+    matrix[:n, :width], factors[:n] = in_half(rows, lengths, half)
     return Side(rows, lengths, matrix, factors)
 
 

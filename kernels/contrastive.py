@@ -30,9 +30,10 @@ from fastkd.kernels._contrastive_tiles import (
     weighed_sums,
 )
 from fastkd.kernels._launch import device_of, on_device
-from fastkd.kernels._similarities import HEADROOM, Side, Tiling, padded, shares, side, tiling
+from fastkd.kernels._similarities import Side, Tiling, padded, shares, side, tiling
 from fastkd.kernels._tiles import LN2, LOG2E
 from fastkd.portable import contrastive as by_chunks
+from fastkd.portable._similarities import HEADROOM
 
 allocate, allocate_gradients = by_chunks.allocate, by_chunks.allocate_gradients
 backward = by_chunks.backward
@@ -58,9 +59,11 @@ class _Sweeps:
         dtype = problem.dtype
         self.problem, self.tiles, self.wanted = problem, tiles, problem.wanted.split()
         self.scale = problem.scale.to(dtype)
-        self.x = side(problem.query.to(dtype), problem.normalize, tiles)
+        self.x = side(problem.query.to(dtype), problem.normalize, problem.half, tiles)
         key = problem.key
-        self.y = self.x if key is None else side(key.to(dtype), problem.normalize, tiles)
+        self.y = (
+            self.x if key is None else side(key.to(dtype), problem.normalize, problem.half, tiles)
+        )
         self.others = self._other_views() if problem.two_views else {}
         self.trains_rows = bool({"query", "scale"} & {*self.wanted})
         self.trains_columns = key is not None and "key" in self.wanted

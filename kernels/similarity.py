@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fastkd.kernels._divergence_of_tiles import divergences, weighed_differences
 from fastkd.kernels._launch import on_device
-from fastkd.kernels._similarities import HEADROOM, Side, Tiling, of_two, shares, side, tiling
+from fastkd.kernels._similarities import Side, Tiling, of_two, shares, side, tiling
 from fastkd.kernels._tiles import LN2
 from fastkd.portable import similarity as by_chunks
+from fastkd.portable._similarities import HEADROOM
 from fastkd.similarity import Problem
 
 allocate, allocate_gradients = by_chunks.allocate, by_chunks.allocate_gradients
@@ -49,14 +50,17 @@ class _Sweeps:
             x.to(problem.dtype) for x in (problem.scale, problem.teacher_scale)
         )
         self.queries, self.queries_t = (
-            side(x.to(problem.dtype), True, t)
-            for x, t in ((problem.query, tiles), (problem.teacher_query, tiles_t))
+            side(x.to(problem.dtype), True, half, t)
+            for x, half, t in (
+                (problem.query, problem.half, tiles),
+                (problem.teacher_query, problem.teacher_half, tiles_t),
+            )
         )
         self.keys, self.keys_t = (
-            queries if x is None else side(x.to(problem.dtype), True, t)
-            for x, t, queries in (
-                (problem.key, tiles, self.queries),
-                (problem.teacher_key, tiles_t, self.queries_t),
+            queries if x is None else side(x.to(problem.dtype), True, half, t)
+            for x, half, t, queries in (
+                (problem.key, problem.half, tiles, self.queries),
+                (problem.teacher_key, problem.teacher_half, tiles_t, self.queries_t),
             )
         )
 

@@ -18,7 +18,14 @@ from fastkd._engine import triton_obstacle
 from fastkd.portable import _similarities as portable
 
 smoke = pytest.mark.smoke
-ENGINES = ["formula", "portable", "portable in chunks", "portable with maxima", "triton"]
+ENGINES = [
+    "formula",
+    "portable",
+    "portable in chunks",
+    "portable with maxima",
+    "portable in half",
+    "triton",
+]
 
 
 @pytest.fixture(params=ENGINES)
@@ -32,7 +39,14 @@ def engine(request, monkeypatch):
         monkeypatch.setattr(family, "_FEW_PAIRS", 0)
     if request.param == "portable in chunks":
         monkeypatch.setitem(portable._CHUNK_ELEMENTS, "cpu", 50)
-    if request.param == "portable with maxima":  # as on a GPU
+    if request.param == "portable in half":  # as on a GPU, where half precision is multiplied
+
+        def product(a, b, out):
+            return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+        monkeypatch.setattr(portable, "multiplies_halves", lambda rows: True)
+        monkeypatch.setattr(portable, "_product", product)
+    if request.param in ("portable with maxima", "portable in half"):  # as on a GPU
         monkeypatch.setitem(portable._CHUNK_ELEMENTS, "cpu", 50)
         monkeypatch.setattr(portable.Similarities, "shift", lambda similarities: None)
     with fastkd.backend(request.param.split()[0]):
@@ -237,8 +251,8 @@ def test_every_dtype(case, dtype, engine):
         losses = [case(*reordered(inputs, shift)).detach() for shift in range(8)]
     yardstick[0] = max(losses, key=lambda loss: (loss.double() - truth[0]).abs())
     found = results(case, inputs)
-    if engine == "triton" and dtype.itemsize == 2:
-        # kernels weigh embeddings in half precision, as attention does: one more rounding
+    if engine in ("triton", "portable in half") and dtype.itemsize == 2:
+        # a GPU weighs embeddings in half precision, as attention does: one more rounding
         assert_as_exact(found[:1], yardstick[:1], truth[:1])
         for x, y in zip(found[1:], truth[1:], strict=True):
             assert (x.double() - y).abs().max() <= torch.finfo(dtype).eps * y.abs().max()

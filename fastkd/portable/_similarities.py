@@ -7,6 +7,7 @@ are divided by their lengths gradients lose their part along the row, and are di
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +18,14 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 22}  # 16 MB of float32, what a CPU's last cache 
 _LARGE_CHUNK = 1 << 24  # elsewhere a chunk must pay for its launches
 _LARGEST = 60.0  # exp of it, times the keys, is a float32 number, and so is exp(-60)
 _LEAST_SUM = 1e-25  # below, exponentials that count may have been flushed to 0
+HEADROOM = 12  # of slopes in half precision: in float16 what is small shall not vanish
 
 
 class Similarities:
-    """Of queries and keys, or of the queries among each other; `wanted`: what gets a gradient."""
+    """Of queries and keys, or of the queries among each other; `wanted`: what gets a gradient.
+
+    `half` holds both without rounding; slopes are at most the largest of `weights`, or 1.
+    """
 
     def __init__(
         self,
@@ -32,6 +37,8 @@ class Similarities:
         first: int,
         two_views: bool = False,
         normalize: bool,
+        half: str,
+        weights: Tensor | None = None,
         wanted: str,
     ) -> None:
         self.scale, self.first, self.two_views = scale.to(dtype), first, two_views
@@ -44,6 +51,13 @@ class Similarities:
         trains_key = ("query" if key is None else "key") in self.wanted
         self.dq = torch.empty_like(self.q) if {"query", "scale"} & {*self.wanted} else None
         self.dk = torch.zeros_like(self.k) if trains_key else None
+        self.halves: tuple[Half, Half] | None = None
+        if half and len(query) and multiplies_halves(self.q):
+            of_queries = in_half(query, self.q_lengths, half)
+            of_keys = of_queries if key is None else in_half(key, self.k_lengths, half)
+            most = self.scale.new_ones(1) if weights is None else weights
+            self.lift = 2**HEADROOM / most.amax().clamp(min=1e-30)
+            self.halves = of_queries, of_keys
 
     def buffer(self) -> Tensor:
         """For a chunk of rows."""
@@ -61,7 +75,11 @@ class Similarities:
 
     def rows(self, rows: slice, buffer: Tensor) -> Tensor:
         part = buffer[: rows.stop - rows.start]
-        return torch.mm(self.q[rows] * self.scale, self.k.mT, out=part)
+        if self.halves is None:
+            return torch.mm(self.q[rows] * self.scale, self.k.mT, out=part)
+        (q, of_q), (k, of_k) = self.halves
+        _product(q[rows], k.mT, part)
+        return part.mul_((self.scale * of_q[rows])[:, None]).mul_(of_k)
 
     def leave_out(self, rows: slice, part: Tensor, value: float) -> Tensor:
         """The own pairs, on diagonals of these rows, become `value`."""
@@ -97,6 +115,9 @@ class Similarities:
 
     def add(self, rows: slice, slopes: Tensor, of_rows: Tensor | None = None) -> None:
         """Of the loss in these rows of S: `slopes`, each row of them times its `of_rows`."""
+        if self.halves is not None:
+            self._add_halves(rows, slopes if of_rows is None else slopes * of_rows[:, None])
+            return
         if self.dq is not None:
             torch.mm(slopes, self.k, out=self.dq[rows])
             if of_rows is not None:
@@ -104,6 +125,18 @@ class Similarities:
         if self.dk is not None:
             q = self.q[rows] if of_rows is None else self.q[rows] * of_rows[:, None]
             self.dk.addmm_(slopes.mT, q)
+
+    def _add_halves(self, rows: slice, slopes: Tensor) -> None:
+        assert self.halves is not None
+        (q, of_q), (k, of_k) = self.halves
+        slopes = slopes * self.lift
+        if self.dq is not None:
+            _product((slopes * of_k).to(k.dtype), k, self.dq[rows])
+            self.dq[rows] /= self.lift
+        if self.dk is not None:
+            of_keys = torch.empty_like(self.dk)
+            _product((slopes * of_q[rows, None]).to(q.dtype).mT, q[rows], of_keys)
+            self.dk += of_keys / self.lift
 
     def reset(self) -> None:
         """Forget what was added."""
@@ -122,6 +155,34 @@ class Similarities:
                 self.dq += self.dk
             found.insert(0, _of_lengths(self.dq.mul_(self.scale), self.q, self.q_lengths))
         return [x.flatten() for x in found]
+
+
+class Half(NamedTuple):
+    """matrix · factors are the rows, divided by their lengths if these are known."""
+
+    matrix: Tensor  # [n, D]
+    factors: Tensor  # [n]
+
+
+def in_half(rows: Tensor, lengths: Tensor | None, half: str) -> Half:
+    dtype = getattr(torch, half)
+    if lengths is None:
+        return Half(rows.to(dtype), rows.new_ones(len(rows)))
+    if dtype == torch.bfloat16:
+        return Half(rows.to(dtype), 1 / lengths[:, 0])
+    # float16 does not bear any length; that of 0 may have any factor
+    _, exponents = torch.frexp(lengths)
+    factors = torch.ldexp(1 / lengths, exponents)[:, 0].clamp_(max=2)
+    return Half(torch.ldexp(rows, -exponents).to(dtype), factors)
+
+
+def multiplies_halves(rows: Tensor) -> bool:
+    """Whether products of half precision have a float32 result there."""
+    return rows.is_cuda and torch.version.hip is None
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def _units(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:

@@ -42,7 +42,8 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     similarities = Similarities(
         problem.query, problem.key, problem.scale,
         dtype=problem.dtype, first=problem.first, two_views=problem.two_views,
-        normalize=problem.normalize, wanted=problem.wanted,
+        normalize=problem.normalize, half=problem.half, weights=problem.weights,
+        wanted=problem.wanted,
     )  # fmt: skip
     loss, of_anchors = _LOSSES[problem.form](problem, similarities)
     wanted = [of_anchors] if "anchors" in similarities.wanted else []

@@ -32,9 +32,17 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem = Problem(*arguments)
     student, teacher = (
         Similarities(
-            *network, dtype=problem.dtype, first=problem.first, normalize=True, wanted=wanted
+            *network,
+            dtype=problem.dtype,
+            first=problem.first,
+            normalize=True,
+            half=half,
+            wanted=wanted,
         )
-        for network, wanted in ((problem[:3], problem.wanted), (problem[3:6], ""))
+        for network, half, wanted in (
+            (problem[:3], problem.half, problem.wanted),
+            (problem[3:6], problem.teacher_half, ""),
+        )
     )
     shifts = student.shift(), teacher.shift()
     buffers = student.buffer(), student.buffer(), student.buffer()
