@@ -1,6 +1,6 @@
 """fastkd: every knowledge-distillation loss, exact, lean and fast."""
 
-from fastkd._engine import backend
+from fastkd._backend import backend
 from fastkd._version import __version__
 from fastkd.contrastive import clip_contrastive, info_nce, nt_xent, siglip, sup_con
 from fastkd.correlation import correlation_congruence, dist_kd, pkt, similarity_preserving

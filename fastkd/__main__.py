@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from fastkd import _engine
+from fastkd import _backend
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,7 +137,7 @@ def _doctor() -> int:
     print("fastkd  ", fastkd.__version__)
     print(
         "backend ",
-        _engine._backend,
+        _backend._current,
         f"(FASTKD_BACKEND: {os.environ.get('FASTKD_BACKEND', 'not set')})",
     )
     n_wrong, cannot_run = 0, dict.fromkeys(LOSSES)
@@ -187,16 +187,16 @@ def _engine_and_reason(loss: Callable[..., Tensor], device: str) -> tuple[str | 
         return "formula", f"formula: {loss.__name__} is computed as it is defined, without engine"
     tensors, has_kernels = [torch.empty(0, device=device)], getattr(loss, "has_kernels", True)
     try:
-        engine = _engine.choose(tensors, has_kernels)
+        engine = _backend.choose(tensors, has_kernels)
     except RuntimeError as error:
         return None, str(error)
     if engine == "triton":
         return engine, ""
-    if _engine._backend == engine:
+    if _backend._current == engine:
         return engine, f'{engine}: FASTKD_BACKEND asks for it; "auto" takes the best engine'
     if not has_kernels:
         return engine, f"{engine}: the best engine of losses that have no kernels"
-    obstacle = _engine.triton_obstacle(tensors)
+    obstacle = _backend.triton_obstacle(tensors)
     return engine, f"{engine}, not triton: {obstacle or 'Triton would only interpret the kernels'}"
 
 

@@ -1,4 +1,4 @@
-"""From an engine, two plain functions, to a differentiable op; and the choice of the engine.
+"""From an engine, two plain functions, to a differentiable op.
 
 An engine of a family is a module with `forward` and `backward`: `fastkd/portable/<family>.py` for
 any device and `kernels/<family>.py` for a GPU, same names, same arguments, same results. `Engine`
@@ -10,9 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.metadata
-import importlib.util
-import os
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,97 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._backend import transforms_active
 from fastkd._version import __version__
 
-_BACKENDS = ("auto", "triton", "portable", "formula")
-_OLDEST_TRITON = (3, 4)
 _library = torch.library.Library("fastkd", "DEF")
-
-
-def _known(name: str) -> str:
-    if name not in _BACKENDS:
-        raise ValueError(f"got the backend {name!r}, need one of {', '.join(_BACKENDS)}")
-    return name
-
-
-_backend = _known(os.environ.get("FASTKD_BACKEND", "auto"))
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-
-
-class backend(contextlib.ContextDecorator):
-    """Choose what computes the losses in a `with` block: ``with fastkd.backend("formula"): ...``
-
-    "auto" takes the best engine that can run, "triton" and "portable" insist on one (losses that
-    have no kernels take the portable one in any case), "formula" runs the definition itself (any
-    order of derivative, most memory). The environment variable
-    FASTKD_BACKEND sets the default. The choice holds for the process, not for a thread.
-    Raises ValueError for another name; a loss raises RuntimeError where the engine cannot run.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = _known(name)
-        self._outer: list[str] = []  # one instance may decorate a function that calls itself
-
-    def __enter__(self) -> None:
-        global _backend
-        self._outer.append(_backend)
-        _backend = self.name
-
-    def __exit__(self, *error: object) -> None:
-        global _backend
-        _backend = self._outer.pop()
-
-
-def _triton_version() -> str:
-    for distribution in ("triton", "pytorch-triton", "pytorch-triton-rocm"):  # nightlies, ROCm
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(distribution)
-    return importlib.import_module("triton").__version__
-
-
-def _missing_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    version = _triton_version()
-    if tuple(map(int, version.split(".")[:2])) < _OLDEST_TRITON:
-        oldest = ".".join(map(str, _OLDEST_TRITON))
-        return f"Triton {version} is installed, {oldest} or newer is needed"
-    return None
-
-
-_no_triton = _missing_triton()
-_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def triton_obstacle(tensors: Sequence[Tensor]) -> str | None:
-    """Why the Triton engine cannot take these tensors, as the end of a sentence; None if it can."""
-    if _no_triton:
-        return _no_triton
-    for tensor in tensors:
-        kind = tensor.device.type
-        # meta tensors have shapes alone: the kernels are compiled for them, never run
-        if kind not in ("cuda", "meta") and not (kind == "cpu" and _interpreted):
-            return f"the tensors are on {tensor.device}, not on a GPU"
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            return f"the kernels do not take {tensor.dtype}"
-    return None
-
-
-def choose(tensors: Sequence[Tensor], has_kernels: bool = True) -> str:
-    """The engine for these tensors: "triton", "portable" or "formula"."""
-    if not has_kernels:
-        return "formula" if _backend == "formula" else "portable"
-    if _backend == "triton":
-        obstacle = triton_obstacle(tensors)
-        if obstacle:
-            raise RuntimeError(
-                f'fastkd.backend("triton") cannot run here: {obstacle}. Use "auto" or "portable".'
-            )
-        return "triton"
-    if _backend != "auto":
-        return _backend
-    on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)
-    return "triton" if on_gpu and triton_obstacle(tensors) is None else "portable"
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -122,7 +32,7 @@ def is_differentiated(tensor: Tensor) -> bool:
     """Whether a gradient may be asked for; under torch.func one cannot know."""
     if not torch.is_grad_enabled():
         return False
-    return tensor.requires_grad or (not torch.compiler.is_compiling() and _transforms_active())
+    return tensor.requires_grad or (not torch.compiler.is_compiling() and transforms_active())
 
 
 def scaled_gradient(upstream: Tensor, gradient: Tensor, trained: Tensor, *rest: Any) -> Tensor:
@@ -229,7 +139,7 @@ class Engine:
             if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
                 return self._traced_function.apply(*traced)
             return self.opaque_forward(*traced)  # the compiler would call `forward` with a context
-        if _transforms_active():
+        if transforms_active():
             return self._function.apply(*arguments, backend)
         if not torch.is_grad_enabled():  # engines prepare a backward for what requires a gradient
             trained = arguments[: self.n_trained]
@@ -297,20 +207,6 @@ def _traced(arguments: Sequence[Any]) -> bool:
 
 def _made_for_inference(x: Any) -> bool:
     return isinstance(x, Tensor) and not torch.compiler.is_compiling() and x.is_inference()
-
-
-def is_plain_on_cpu(student: Tensor, teacher: Tensor) -> bool:
-    """Whether PyTorch's own calls on a CPU do: none traces, maps or subclasses these tensors."""
-    return (
-        not torch.compiler.is_compiling()
-        and _backend in ("auto", "portable")
-        and student.is_cpu
-        and teacher.is_cpu
-        and type(student) is Tensor
-        and type(teacher) is Tensor
-        and not _transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-    )
 
 
 def refuse_batches(*upstream: Tensor | None) -> None:
@@ -393,7 +289,7 @@ def _differentiable(
             eager = not torch.compiler.is_compiling()
             if eager:
                 refuse_batches(*upstream)
-            if eager and (torch.is_grad_enabled() or _transforms_active()):
+            if eager and (torch.is_grad_enabled() or transforms_active()):
                 gradient = Gradient.apply
             found = gradient(*upstream, statistics, *tensors, *ctx.scalars_and_options)
             if n_trained == 1:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import _checks, _engine
+from fastkd import _backend, _checks, _engine
 
 # the options that `loss` adds to those of the formula
 _REDUCTION = {"weights": None, "normalizer": None, "reduction": "mean"}
@@ -97,7 +97,7 @@ def batch_loss(
             check(*arguments, **options)
             # not labels, nor a temperature
             embeddings = [x for x in arguments if isinstance(x, Tensor) and x.ndim > 1]
-            engine = _engine.choose(embeddings, has_kernels)
+            engine = _backend.choose(embeddings, has_kernels)
             return fused(formula, engine, *arguments, **options)
 
         compute.has_kernels = has_kernels  # type: ignore[attr-defined]
@@ -150,7 +150,7 @@ def rows(
     options: dict[str, Any],
 ) -> Tensor:
     """One loss for each example, 0 for those that are not kept."""
-    engine = _engine.choose((student, teacher)) if fused else "formula"
+    engine = _backend.choose((student, teacher)) if fused else "formula"
     if fused and engine != "formula":
         return fused(formula.__name__, engine, student, teacher, keep, **options)
     dtype = _engine.compute_dtype(student, teacher)

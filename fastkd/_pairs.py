@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import _distributed
-from fastkd._engine import compute_dtype, is_plain_on_cpu, without_autocast
+from fastkd._backend import is_plain_on_cpu
+from fastkd._engine import compute_dtype, without_autocast
 
 Number = float | Tensor
 _FEW_PAIRS = 1 << 16

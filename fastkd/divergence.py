@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import _checks
-from fastkd._engine import Engine, _module, choose, compute_dtype, is_plain_on_cpu
+from fastkd._backend import choose, is_plain_on_cpu
+from fastkd._engine import Engine, _module, compute_dtype
 from fastkd._loss import kept, known_divisor, loss, reduce, rows
 
 Number = float | Tensor

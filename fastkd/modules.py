@@ -27,7 +27,8 @@ from fastkd import (
     self_distillation,
     similarity,
 )
-from fastkd._engine import backend, compute_dtype
+from fastkd._backend import backend
+from fastkd._engine import compute_dtype
 
 # keyword arguments that are not options
 _OF_A_BATCH = ("weights", "normalizer", "student_keys", "teacher_keys")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd._engine import triton_obstacle
+from fastkd._backend import triton_obstacle
 from fastkd.portable import _small_divergence, relational
 from fastkd.portable import divergence as portable
 

@@ -9,11 +9,11 @@ import torch
 from losses import DEVICE, normal
 
 import fastkd
-from fastkd import _engine
+from fastkd import _backend, _engine
 
 
 def engine_in_use():
-    return _engine.choose([torch.zeros(2, 3, device=DEVICE)])
+    return _backend.choose([torch.zeros(2, 3, device=DEVICE)])
 
 
 def run_python(code, folder, **environment):
@@ -64,7 +64,7 @@ def test_the_engines_are_the_ones_that_run(engine):
 
 
 def test_the_environment_sets_the_default(tmp_path):
-    code = "import fastkd, torch; print(fastkd._engine.choose([torch.zeros(1)]))"
+    code = "import fastkd, torch; print(fastkd._backend.choose([torch.zeros(1)]))"
     assert run_python(code, tmp_path, FASTKD_BACKEND="formula").stdout == "formula\n"
     result = run_python(code, tmp_path, FASTKD_BACKEND="fast")
     assert "got the backend 'fast', need one of auto, triton, portable, formula" in result.stderr
@@ -93,7 +93,7 @@ def test_without_triton_everything_else_runs(tmp_path):
         "import fastkd, torch\n"
         "x = torch.ones(2, 3, requires_grad=True)\n"
         "fastkd.reverse_kl(x, torch.zeros(2, 3)).backward()\n"
-        "print(fastkd._engine.triton_obstacle([x]))"
+        "print(fastkd._backend.triton_obstacle([x]))"
     )
     result = run_python(code, tmp_path)
     assert result.stdout == "Triton is not installed\n", result.stderr

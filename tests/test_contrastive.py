@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkd
 from fastkd import _pairs, similarity
-from fastkd._engine import triton_obstacle
+from fastkd._backend import triton_obstacle
 from fastkd.portable import _similarities as portable
 
 smoke = pytest.mark.smoke

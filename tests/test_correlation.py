@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
-from fastkd import _checks, _engine
+from fastkd import _backend, _checks
 from fastkd.portable import correlation as portable
 
 smoke = pytest.mark.smoke
@@ -423,7 +423,7 @@ def test_the_op_keeps_the_promises_of_its_schema():
 
 
 def test_without_kernels_the_portable_engine_is_the_best(monkeypatch):
-    monkeypatch.setattr(_engine, "triton_obstacle", lambda tensors: None)
+    monkeypatch.setattr(_backend, "triton_obstacle", lambda tensors: None)
     monkeypatch.setattr(fastkd.correlation, "_engine", lambda backend, *arguments: (backend, None))
     for name, engine_that_runs in (("triton", "portable"), ("auto", "portable")):
         with fastkd.backend(name):

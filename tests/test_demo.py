@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import fastkd
 from fastkd import __main__ as program
-from fastkd._engine import choose
+from fastkd._backend import choose
 
 digits = pytest.importorskip("fastkd.demo.digits", reason="needs the extra `demo`")
 report = pytest.importorskip("fastkd.demo.report", reason="needs the extra `demo`")

@@ -9,7 +9,7 @@ import torch
 
 import fastkd
 from fastkd import __main__ as program
-from fastkd import _engine
+from fastkd import _backend
 from fastkd.portable import _small_divergence
 from fastkd.portable import divergence as portable
 
@@ -64,7 +64,7 @@ def test_a_healthy_cpu(monkeypatch, capsys):
 
 
 def test_without_triton_the_reason_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(_engine, "_no_triton", "Triton is not installed")
+    monkeypatch.setattr(_backend, "_no_triton", "Triton is not installed")
     with fastkd.backend("auto"):
         status, page = doctor(monkeypatch, capsys)
     assert status == 0

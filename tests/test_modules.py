@@ -254,7 +254,7 @@ def test_construction_asks_no_engine_and_leaves_the_backend_alone():
         with pytest.raises(ValueError, match="temperature"):
             fastkd.KDLoss(temperature=0)
         fastkd.KDLoss()
-        assert fastkd._engine._backend == "triton"
+        assert fastkd._backend._current == "triton"
 
 
 def test_a_loss_can_be_subclassed():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
-from fastkd._engine import choose
+from fastkd._backend import choose
 from fastkd.demo import training
 from fastkd.demo.training import N_TRAIN, load_images, per_cent, rows_of_student, train
 
