@@ -40,21 +40,25 @@ def logits(student: Tensor, teacher: Tensor) -> None:
         constant_teacher(teacher_logits=teacher)
 
 
+def _embedding(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape [N, D], got {type(tensor).__name__}")
+    if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must hold floating-point embeddings (float16, bfloat16, float32 or "
+            f"float64, dense), got {tensor.dtype}, {tensor.layout}"
+        )
+    if tensor.ndim < 2 or not tensor.shape[1:].numel():
+        raise ValueError(
+            f"{name} needs the shape [N, D] with D ≥ 1, an embedding for each of N examples, "
+            f"got {_shape(tensor)}"
+        )
+
+
 def embeddings(student: Tensor, teacher: Tensor) -> None:
     """Of the same N examples, [N, ...], on one device; all but N may differ."""
     for name, tensor in (("student", student), ("teacher", teacher)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor of shape [N, D], got {type(tensor).__name__}")
-        if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
-            raise TypeError(
-                f"{name} must hold floating-point embeddings (float16, bfloat16, float32 or "
-                f"float64, dense), got {tensor.dtype}, {tensor.layout}"
-            )
-        if tensor.ndim < 2 or not tensor.shape[1:].numel():
-            raise ValueError(
-                f"{name} needs the shape [N, D] with D ≥ 1, an embedding for each of N examples, "
-                f"got {_shape(tensor)}"
-            )
+        _embedding(name, tensor)
     if len(student) != len(teacher):
         raise ValueError(
             f"student and teacher need the same examples: one N, got {_shape(student)} and "
@@ -68,17 +72,10 @@ def matrices(**tensors: Tensor) -> None:
     """Embeddings [N, D] of any N, with one D, on one device."""
     (first, first_tensor), *_ = tensors.items()
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor of shape [N, D], got {type(tensor).__name__}")
-        if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
-            raise TypeError(
-                f"{name} must hold floating-point embeddings (float16, bfloat16, float32 or "
-                f"float64, dense), got {tensor.dtype}, {tensor.layout}"
-            )
-        if tensor.ndim != 2 or tensor.shape[1] == 0:
+        _embedding(name, tensor)
+        if tensor.ndim != 2:
             raise ValueError(
-                f"{name} needs the shape [N, D] with D ≥ 1, an embedding for each of N examples, "
-                f"got {_shape(tensor)}: flatten or pool it"
+                f"{name} needs the shape [N, D], got {_shape(tensor)}: flatten or pool it"
             )
         if tensor.shape[1] != first_tensor.shape[1]:
             raise ValueError(
