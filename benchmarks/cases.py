@@ -74,12 +74,13 @@ CONTRASTIVE = Family(
     lambda shape: shape[0] ** 2,
     [(256, 256), (1024, 256), (4096, 256), (8192, 256)],
     [*product((1024, 4096, 8192, 16384, 32768, 65536), (64, 256, 512, 1024))],
-    [],  # PyTorch's kernels
+    # many and few rows of tiles, and the widest tiles
+    [(32768, 256), (32768, 128), (4096, 256), (4096, 64)],
     independent=False,
 )
 # of one loss the other widths, and batches whose similarities fit into no memory
 _SERIES = [(4096, 64), (4096, 512), (4096, 1024), (16384, 256), (32768, 256), (65536, 64)]
-SIMILARITY = CONTRASTIVE._replace(name="similarity")
+SIMILARITY = CONTRASTIVE._replace(name="similarity", compiled_sizes=[(32768, 256), (4096, 64)])
 
 N_CROPS = (10, 2)  # of the student and of the teacher
 # images of a GPU and outputs of DINO's head, and smaller

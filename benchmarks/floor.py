@@ -169,6 +169,8 @@ def walked(
     """
     most = max((loop["load_bytes"] for loop in loops), default=0)
     walks = [loop for loop in loops if loop["load_bytes"] == most]
+    if any(loop["tensor"] for loop in walks):  # of tiles: others look at each pair, at the edges
+        walks = [min(walks, key=lambda loop: loop["instructions"])]
     total: Counter[str] = Counter()
     for part, times in [
         (outside, started),
@@ -193,7 +195,8 @@ def counts_of(launch: Any, loaded: float, unique: float, uncached: float) -> Cou
     # how much the points of a walk share in a cache depends on N: what is asked for is derived
     tensors = [x for x in launch.args.values() if isinstance(x, Tensor)]
     touched = sum(prod(x.shape) * x.dtype.itemsize for x in tensors)
-    return Counts(warps, classes_of(counted), touched, touched + work.trips * work.bytes_per_trip)
+    asked = touched + work.trips * work.bytes_per_trip
+    return Counts(warps, classes_of(counted), touched, asked, work.flops)
 
 
 def bytes_per_entry() -> dict[str, Any]:

@@ -74,13 +74,14 @@ def resources(launch: Launch, element_bytes: int) -> dict[str, Any]:
         return {
             "registers": int(found["vgpr_count"]),
             "shared_bytes": launch.metadata.shared,
-            "spills": int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"]),
+            # scalar ones are kept in vector registers: no memory is touched
+            "spills": int(found["vgpr_spill_count"]),
         }
     report, work = analyse(launch), work_of(launch)
     # what loads nothing itself, as the hardware's copies do, is counted for the thread
     sweeps = [(sweep, sweep["load_bytes"] / element_bytes or 1) for sweep in report.sweeps]
     if work and work.trips:
-        walk = max(report.loops, key=lambda loop: loop["load_bytes"])
+        walk = main_walk(report.loops)
         sweeps = [(walk, work.per_trip / (32 * report.warps))]
     return {
         "registers": report.registers,
@@ -91,6 +92,11 @@ def resources(launch: Launch, element_bytes: int) -> dict[str, Any]:
         "mufu": [sweep["mufu"] / n for sweep, n in sweeps],
         "tensor": report.total["tensor"],
     }
+
+
+def main_walk(loops: list[Any]) -> Any:
+    """The loop that loads most; of tiles the one that looks at no single pair has least to do."""
+    return max(loops, key=lambda loop: (loop["load_bytes"], -loop["instructions"]))
 
 
 def scaled_down(case: Case, shape: tuple[int, ...], n: int = 2) -> tuple[tuple[int, ...], Any]:

@@ -1,7 +1,8 @@
-"""What kernels that walk over points do in one trip: their bytes do not tell, as a sweep's do.
+"""What kernels that walk over points or tiles do in a trip: their bytes do not tell, as a sweep's.
 
-Each thread has some pairs of its program's tile, whose parts it loads for itself. A trip handles
-one point of every pair (of `squares`: DEPTH features).
+Of relations each thread has some pairs of its program's tile, whose parts it loads for itself. A
+trip handles one point of every pair (of `squares`: DEPTH features). Of similarities a trip handles
+a tile of pairs, in products of tiles on tensor cores.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ class Work(NamedTuple):
     trips: float  # of all programs together
     programs: float  # that have any
     bytes_per_trip: float  # asked for by a program
+    flops: float = 0  # on tensor cores, of all programs together
 
 
 def upper(tiles: int) -> float:
@@ -58,10 +60,31 @@ def laplacian(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
     return Work(rows * columns, programs * x["n"], programs, moved)
 
 
+def tiles(x: Mapping[str, Any], grid: tuple[int, ...], products: Mapping[str, int]) -> Work:
+    """`products` of each matrix's tiles, by the suffix of its arguments."""
+    rows, columns = x["ROWS"], x["COLUMNS"]
+    trips = x["n_padded"] // rows * -(-x["m"] // columns)
+    depths = {suffix: x[f"DEPTH{suffix.upper()}"] for suffix in products}
+    moved = sum(columns * depths[s] * x[f"y{s}_ptr"].dtype.itemsize for s in products)
+    flops = sum(2 * rows * columns * depths[s] * n for s, n in products.items())
+    return Work(rows * columns, trips, prod(grid), moved, trips * flops)
+
+
+def with_values(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
+    return tiles(x, grid, {"": 1 + x["VALUES"]})
+
+
+SWEEPS: dict[str, Callable[..., Work]] = {
+    "log_sums": with_values,
+    "softplus_sums": with_values,
+    "weighed_sums": lambda x, grid: tiles(x, grid, {"": 2}),
+    "divergences": lambda x, grid: tiles(x, grid, {"": 1, "_t": 1}),
+    "weighed_differences": lambda x, grid: tiles(x, grid, {"": 2, "_t": 1}),
+}
 NETWORKS = ("student", "teacher")
 KERNELS: dict[str, Callable[..., Work]] = {
     kernel.__name__: kernel for kernel in (squares, distances, edges, sum_splits, laplacian)
-}
+} | SWEEPS
 
 
 def work_of(launch: Any) -> Work | None:
