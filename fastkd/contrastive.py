@@ -31,6 +31,7 @@ from fastkd._pairs import (
     empty_statistics,
     everyone,
     in_batches,
+    is_number,
     logarithm,
     nothing,
     of_all_ranks,
@@ -244,7 +245,9 @@ def info_nce(
     if not in_batch_negatives:
         logits = bank[0] if decoupled else torch.cat([positive[:, None], *bank], 1)
         return against(logits, 0 * own)
-    logits = similarities.diagonal_scatter(positive - torch.inf if decoupled else positive)
+    logits = similarities
+    if decoupled or not (is_number(margin, 0) and is_number(negative_weight, 1)):
+        logits = logits.diagonal_scatter(positive - torch.inf if decoupled else positive)
     loss = against(torch.cat([logits, *bank], 1) if bank else logits, own)
     if not symmetric:
         return loss

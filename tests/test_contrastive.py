@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from exactness import assert_as_exact, assert_same, exact, results
+from exactness import assert_as_exact, assert_same, exact, in_dtype, results
 from losses import DEVICE, BatchCase, normal
 from meter import PeakMemory
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -302,6 +302,29 @@ def test_rows_without_anything_close(name, monkeypatch):
     assert_same(found, results(lambda *x: case.eager(*x, **options), inputs), 1e-11)
 
 
+def test_a_student_whose_embeddings_are_alike(engine):
+    """The sums of its exponentials and of the teacher's are float32 numbers, their quotient not."""
+    generator = torch.Generator().manual_seed(0)
+    noise, teacher = torch.randn(2, 32, 64, generator=generator, dtype=torch.float64).to(DEVICE)
+    student = (1 + 0.01 * noise).requires_grad_()
+    options = dict(student_temperature=0.01, teacher_temperature=0.01, mask_self=True)
+    truth = published_similarity_kl(student, teacher, **options).detach()
+    found = fastkd.similarity_kl(student.float(), teacher.float(), **options).detach()
+    torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.07, 0.05])
+def test_views_that_found_each_other_keep_their_gradient(temperature, engine):
+    """What is left of it is far smaller than what float32 leaves of 1 − p."""
+    view, noise = normal(2, 64, 128, seed=3)
+    pair = [view.requires_grad_(), (view + 0.1 * noise).detach().requires_grad_()]
+    truth = results(partial(published_nt_xent, temperature=temperature), pair)
+    loss, narrow = partial(fastkd.nt_xent, temperature=temperature), in_dtype(torch.float32, pair)
+    found = results(loss, narrow)
+    with fastkd.backend("formula"):
+        assert_as_exact(found, results(loss, narrow), truth)
+
+
 @pytest.mark.parametrize("alike", ["all", "none", "some"])
 @pytest.mark.parametrize("anchors", ["with_positive", "all"])
 def test_labels_of_any_kind(alike, anchors, engine):
@@ -519,6 +542,83 @@ def test_a_small_batch_is_its_formula(case):
             assert torch.equal(x, y)
 
 
+def test_numbers_are_not_burned_into_the_graph():
+    """A temperature that is annealed, or a λ, is not compiled again and again."""
+    query, key, bank = with_bank((9,), 4)
+    labels = torch.arange(9, device=DEVICE) % 3
+    numbers = [0.05 + 0.01 * i for i in range(12)]
+    for loss in (
+        lambda x: fastkd.info_nce(query, key, bank, temperature=x),
+        lambda x: fastkd.info_nce(query, key, negative_weight=x, margin=x),
+        lambda x: fastkd.clip_contrastive(query, key, x),
+        lambda x: fastkd.siglip(query, key, x, -x),
+        lambda x: fastkd.nt_xent(query, key, temperature=x),
+        lambda x: fastkd.sup_con(query, labels, temperature=x),
+        lambda x: fastkd.similarity_kl(query, key.detach(), student_temperature=x),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        for x in numbers:
+            assert_same([compiled(x)], [loss(x)])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_tensor_in_two_places(compiled, engine):
+    (x,) = embeddings((9,), 4, n=1)
+    constant = normal(9, 4, seed=9)
+    for loss in (
+        lambda x: fastkd.clip_contrastive(x, x, 3.0),
+        lambda x: fastkd.siglip(x, x, 3.0, -1.0),
+        lambda x: fastkd.nt_xent(x, x),
+        lambda x: fastkd.info_nce(x, x, normalize=False, symmetric=True),
+        lambda x: fastkd.info_nce(x, x, x, in_batch_negatives=False),
+        lambda x: similarity_kl(x, constant, x, constant),
+    ):
+        torch._dynamo.reset()
+        call = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+        with fastkd.backend("formula"):
+            expected = results(loss, [x])
+        assert_same(results(call, [x]), expected)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_numbers_on_the_host_with_rows_on_a_device(n):
+    """A last batch of one example has no loss, and asks for no other device."""
+    x, y = (torch.empty(n, 4, device="meta", requires_grad=True) for _ in range(2))
+    number = torch.tensor(0.5, requires_grad=True)
+    for loss in (
+        fastkd.info_nce(x, y, temperature=number, negative_weight=number, margin=number),
+        fastkd.clip_contrastive(x, y, number, number),
+        fastkd.nt_xent(x, y, temperature=number),
+        fastkd.sup_con(x, torch.zeros(n, dtype=torch.int64, device="meta"), temperature=number),
+        fastkd.similarity_kl(x, y.detach(), student_temperature=number, mask_self=True),
+    ):
+        assert loss.device.type == "meta"
+
+
+def test_a_tower_in_inference_mode(engine):
+    image, text = unit_embeddings((9,), 4)
+    with torch.inference_mode():
+        frozen = text.clone()
+    for loss in (
+        lambda x, y: fastkd.clip_contrastive(x, y, 3.0),
+        lambda x, y: fastkd.siglip(x, y, 3.0, -1.0),
+        lambda x, y: fastkd.info_nce(x, y, normalize=False),
+    ):
+        found, expected = (
+            results(lambda x, loss=loss, other=other: loss(x, other), [image])
+            for other in (frozen, text.detach())
+        )
+        assert_same(found, expected)
+
+
+def test_an_empty_bank_is_on_the_graph(engine):
+    query, key, _ = with_bank((5,), 4)
+    bank = torch.empty(0, 4, dtype=query.dtype, device=DEVICE, requires_grad=True)
+    fastkd.info_nce(query.detach(), key.detach(), bank).backward()
+    assert bank.grad.shape == bank.shape
+
+
 @each_loss
 def test_double_backward_says_how(case, engine):
     inputs = case.inputs((4,), 3)
@@ -547,8 +647,21 @@ def test_a_queue_of_the_keys_before():
     twin.load_state_dict(loss.state_dict())
     twin.eval()
     assert_same([twin(query, key), twin(query, key)], [loss.eval()(query, key)] * 2)
-    with pytest.raises(ValueError, match=r"queue_size .* got -1"):
-        fastkd.InfoNCELoss(queue_size=-1)
+    for size in (-1, 2.5, True):
+        with pytest.raises(ValueError, match=rf"queue_size .* got {size}"):
+            fastkd.InfoNCELoss(queue_size=size)
+    with pytest.raises(ValueError, match=r"queue holds keys of D = 4, got keys \[3, 5\]"):
+        twin(*embeddings((3,), 5))
+
+
+def test_a_queue_holds_no_more_than_its_keys():
+    loss = fastkd.InfoNCELoss(queue_size=4)
+    loss(*embeddings((50,), 3))
+    assert loss.queue.untyped_storage().nbytes() == loss.queue.nbytes == 4 * 3 * 8
+    shorter = fastkd.InfoNCELoss(queue_size=2)
+    shorter.load_state_dict(loss.state_dict())
+    assert torch.equal(shorter.queue, loss.queue[-2:])
+    assert not fastkd.InfoNCELoss().state_dict()
 
 
 def test_a_queue_alone():
