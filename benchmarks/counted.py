@@ -21,12 +21,14 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-from cases import DIVERGENCE, RELATIONAL, Case, T  # noqa: E402
+from cases import CONTRASTIVE, DIVERGENCE, RELATIONAL, SIMILARITY, Case, T  # noqa: E402
 from counts import FUSED, compiled, metered, resources, scaled_down  # noqa: E402
 from tables import Table  # noqa: E402
+from tile_work import work_of  # noqa: E402
 
 LOGITS = [case for case in FUSED if case.family is DIVERGENCE]
 RELATIONS = [case for case in FUSED if case.family is RELATIONAL]
+CONTRASTS = [case for case in FUSED if case.family in (CONTRASTIVE, SIMILARITY)]
 N_ROWS = 4096
 ON_CHIP, LONG = 8192, 128256  # the longest rows read once for every divergence; Llama 3
 
@@ -65,6 +67,11 @@ def counts_of(
         ],
         "peak_extra_bytes": run.peak_bytes,
     }
+    works = [work_of(launch) for launch in run.launches]
+    flops = [work.flops if work else 0 for work in works]
+    if any(flops):
+        product = 2 * shape[0] ** 2 * shape[1]
+        total["products"] = [round(sum(x) / product, 2) for x in (flops[: run.n_forward], flops)]
     kernels = []
     for launch in run.launches:
         found = resources(launch, run.element_bytes)
@@ -79,6 +86,7 @@ def counts_of(
                 "warps_per_multiprocessor": found["warps_per_sm"],
                 "instructions": [round(x, 1) for x in found["instructions"]],
                 "mufu": [round(x, 2) for x in found["mufu"]],
+                **({"tensor": found["tensor"]} if found["tensor"] else {}),
             }
         )
     return total, kernels
@@ -107,6 +115,13 @@ def count(targets: Sequence[str]) -> dict[str, Any]:
                 total, found = counts_of(case, shape, "×".join(map(str, shape)), target)
                 relations["kernels"] += found if shape == (1024, 512) else []
             relations["losses"].append(total)
+    contrasts: dict[str, list[Any]] = {"losses": [], "kernels": []}
+    for case in CONTRASTS:
+        for shape in case.family.compiled_sizes:
+            for target in targets:
+                total, found = counts_of(case, shape, "×".join(map(str, shape)), target)
+                contrasts["kernels"] += found if shape == case.family.compiled_sizes[0] else []
+            contrasts["losses"].append(total)
     return {
         "schema": 1,
         "label": "counted",
@@ -117,6 +132,7 @@ def count(targets: Sequence[str]) -> dict[str, Any]:
         "losses": losses,
         "kernels": kernels,
         "relations": relations,
+        "contrasts": contrasts,
     }
 
 
@@ -188,7 +204,41 @@ def tables(record: dict[str, Any]) -> list[Table]:
             "has no loop but sums, for a thread.",
         ],
     )
-    return [one, two, three, four]
+    contrasts = record["contrasts"]
+    five = Table(
+        "bfloat16 embeddings N×D, N queries and keys, forward + backward: counted",
+        ["loss", "N×D", "launches", "products", "extra memory, MB", "similarities, MB"],
+        [
+            [
+                row["loss"], row["columns"], row["launches"][1], row["products"][1],
+                f"{row['peak_extra_bytes'] / 1e6:.1f}",
+                f"{4e-6 * int(row['columns'].split('×')[0]) ** 2:.1f}",
+            ]
+            for row in contrasts["losses"]
+        ],
+        [
+            "products: FLOPs on tensor cores in units of 2 N² D, gradients for both sides.",
+            "similarities: what one matrix of them would take in float32; none is stored.",
+        ],
+    )  # fmt: skip
+    six = Table(
+        f"The kernels of contrasts at {contrasts['kernels'][0]['columns']}: counted",
+        [
+            *("loss", "N×D", "target", "kernel", "registers", "spills", "warps per SM"),
+            *("instructions", "MUFU", "tensor"),
+        ],
+        [
+            [", ".join(map(str, x)) if isinstance(x, list) else x for x in row.values()]
+            + [""] * ("tensor" not in row)
+            for row in contrasts["kernels"]
+        ],
+        [
+            "instructions, MUFU: of the main loop, for each pair (column_log_sums, which adds up "
+            "what programs left, for each part of a column); tensor: instructions on tensor cores "
+            "in the whole kernel.",
+        ],
+    )
+    return [one, two, three, four, five, six]
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ def tiling(rows: Tensor, width: int, half: str, dtype: torch.dtype) -> Tiling | 
         return Tiling(getattr(torch, half), dtype, depth, *_sides(depth, device, few))
     if depth > _WIDEST_TF32 or not _may_be_rounded(device.nvidia):
         return None
-    return Tiling(dtype, dtype, depth, 64, 64, 2, 4)
+    return Tiling(dtype, dtype, depth, 64, 32, 2, 4 if depth > 64 else 8)
 
 
 def _sides(depth: int, device: Device, few: bool) -> tuple[int, int, int, int]:
@@ -80,7 +80,10 @@ def of_two(
     if tiles is None or other is None:
         return None
     device = device_of(rows)
-    if max(tiles.depth, other.depth) <= 128:
+    depth = max(tiles.depth, other.depth)
+    if torch.float32 in (tiles.product, other.product):
+        tiles = tiles._replace(rows=64, columns=32, stages=2, warps=4 if depth > 64 else 8)
+    elif depth <= 128:
         tiles = tiles._replace(rows=min(tiles.rows, 64), columns=min(tiles.columns, 64), warps=4)
     elif device.generation in (9, 10):
         tiles = tiles._replace(rows=128, columns=32, stages=2, warps=8)

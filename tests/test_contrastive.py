@@ -1,6 +1,7 @@
 """The contrastive family: its losses by every engine equal the published ones, and stay small."""
 
 import math
+import os
 from functools import partial
 
 import pytest
@@ -431,6 +432,53 @@ def test_only_some_get_a_gradient(case, engine):
         assert_same(results(case, fewer), [value, gradient])
     with torch.no_grad():
         assert_same([case(*inputs)], [value])
+
+
+# -------------------------------------------------------------------------------------- kernels
+
+
+@pytest.fixture
+def kernels():
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("in Triton's interpreter: TRITON_INTERPRET=1")
+    with fastkd.backend("triton"):
+        yield pytest.importorskip("fastkd.kernels._similarities")
+
+
+@each_case
+@pytest.mark.parametrize("multiprocessors", [1, 3, 1000])
+def test_however_programs_share_the_work(case, multiprocessors, kernels, monkeypatch):
+    """Few have several tiles of rows and add to their own sums, many share the columns of one."""
+    family = pytest.importorskip("fastkd.kernels.contrastive")
+    device = kernels.Device(multiprocessors, False)
+    for module in (kernels, family):
+        monkeypatch.setattr(module, "device_of", lambda tensor: device)
+    inputs = case.inputs((150,), 5)
+    assert_same(results(case, inputs), results(case.eager, inputs), 1e-11)
+
+
+@each_case
+def test_float32_where_it_may_be_rounded(case, kernels, monkeypatch):
+    inputs = case.inputs((67,), 33, torch.float32)
+    truth = results(case.eager, exact(inputs))
+    by_chunks = results(case, inputs)
+    monkeypatch.setattr(kernels, "_may_be_rounded", lambda nvidia: True)
+    found = results(case, inputs)
+    for x, y in zip(found, truth, strict=True):  # of a TF32 number 11 digits are kept
+        assert (x.double() - y).abs().max() <= 2**-7 * y.abs().max()
+    # and by the kernels it was
+    assert any(not torch.equal(x, y) for x, y in zip(found, by_chunks, strict=True))
+
+
+def test_who_allows_the_rounding(kernels, monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, may in (("highest", False), ("high", True), ("medium", True)):
+            torch.set_float32_matmul_precision(precision)
+            assert kernels._may_be_rounded(True) == may == matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # --------------------------------------------------------------------------------------- memory

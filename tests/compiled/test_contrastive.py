@@ -1,0 +1,77 @@
+"""The kernels of contrasts where they are launched: products, tensor cores, launches, memory."""
+
+import pytest
+import torch
+from counts import FUSED, compiled
+from sass import analyse
+from tile_work import work_of
+
+from fastkd.kernels import _similarities
+
+CONTRASTS = [case for case in FUSED if case.family.name in ("contrastive", "similarity")]
+MOST_PRODUCTS = {"info_nce": 4, "clip_contrastive": 5, "siglip": 4, "nt_xent": 3, "sup_con": 3}
+MOST_PRODUCTS["similarity_kl"] = 3 + 2  # of the student and of the teacher, which is as wide
+MOST_LAUNCHES = {"clip_contrastive": 4}  # columns have sums of their own, and their sums an end
+
+each_case = pytest.mark.parametrize("case", CONTRASTS, ids=lambda case: case.name)
+
+
+def products(run, n, width):
+    """In units of 2 N M D FLOPs."""
+    works = [work_of(launch) for launch in run.launches]
+    return sum(work.flops for work in works if work) / (2 * n**2 * width)
+
+
+@each_case
+@pytest.mark.parametrize("shape", [(32768, 256), (4096, 64), (1024, 128)], ids=str)
+def test_products_launches_and_memory(case, shape):
+    run, (n, width) = compiled(case, shape, torch.bfloat16, "sm_90"), shape
+    assert products(run, n, width) == MOST_PRODUCTS[case.name]
+    assert len(run.launches) == MOST_LAUNCHES.get(case.name, 2)
+    # rows of float32 numbers for both sides, and what programs leave of columns and of shares
+    of_programs = 2 * 4 * 132 * n + 2 * 4 * 132 * 64 * width
+    assert run.peak_bytes <= 12 * 4 * n * width + of_programs + (1 << 20)
+    if n == 32768:
+        assert run.peak_bytes < 4 * n**2 / 8
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tensor_cores_make_the_products(case, dtype):
+    """Of whole warp groups on Hopper, in the loss and in its gradient."""
+    for shape in case.family.compiled_sizes:
+        launches = compiled(case, shape, dtype, "sm_90").launches
+        swept = [analyse(launch) for launch in launches if work_of(launch)]
+        assert len(swept) >= 2
+        for report in swept:
+            walks = [loop for loop in report.loops if loop["tensor"]]
+            assert len(walks) >= 1
+            assert all(loop["HGMMA"] == loop["tensor"] for loop in walks)
+
+
+@each_case
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_float32_where_it_may_be_rounded(case, target, monkeypatch):
+    monkeypatch.setattr(_similarities, "_may_be_rounded", lambda nvidia: nvidia)
+    for shape in ((8192, 128), (1024, 64)):
+        launches = compiled(case, shape, torch.float32, target).launches
+        assert len(launches) == MOST_LAUNCHES.get(case.name, 2)
+        for launch in launches:
+            assert not analyse(launch).spills
+            assert analyse(launch).total["tensor"] or not work_of(launch)
+
+
+@each_case
+@pytest.mark.parametrize(
+    "shape, dtype", [((1024, 512), torch.bfloat16), ((1024, 64), torch.float32)], ids=str
+)
+def test_what_goes_through_cublas(case, shape, dtype):
+    """Wide embeddings, and float32 that is not to be rounded."""
+    assert not compiled(case, shape, dtype, "sm_90").launches
+
+
+@pytest.mark.parametrize("width", [1, 17, 100, 200])
+def test_any_width(width):
+    (case,) = (case for case in CONTRASTS if case.name == "info_nce")
+    run = compiled(case, (1000, width), torch.bfloat16, "sm_90")
+    assert len(run.launches) == 2
