@@ -11,6 +11,12 @@ PAIRS, RELATIONS = "kernels/_relational_tiles.py", "kernels/relational.py"
 PORTABLE_RELATIONS, RELATIONAL = "fastkd/portable/relational.py", "fastkd/relational.py"
 GROUP = "fastkd/_distributed.py"
 CORRELATIONS, CORRELATION = "fastkd/portable/correlation.py", "fastkd/correlation.py"
+SIMILARITY_TILES, CONTRASTS = "kernels/_similarity_tiles.py", "kernels/_contrastive_tiles.py"
+CONTRAST_LAUNCHES, SIDES = "kernels/contrastive.py", "kernels/_similarities.py"
+SOFT_TILES, SOFT_LAUNCHES = "kernels/_divergence_of_tiles.py", "kernels/similarity.py"
+PORTABLE_CONTRASTS, CHUNKS = "fastkd/portable/contrastive.py", "fastkd/portable/_similarities.py"
+PORTABLE_SOFT, SOFT = "fastkd/portable/similarity.py", "fastkd/similarity.py"
+CONTRASTIVE, PAIRED = "fastkd/contrastive.py", "fastkd/_pairs.py"
 SELF_DISTILLATION, MODULES = "fastkd/self_distillation.py", "fastkd/modules.py"
 METER, GUARD, INTERPRETER = "tests/meter.py", "tests/guard.py", "tests/interpreter.py"
 GATE, SASS = "tests/gate.py", "tests/sass.py"
@@ -434,6 +440,65 @@ MUTANTS = [
     Mutant(CORRELATIONS, "statistics swapped", "* (teacher_deviation * b)", "* (deviation * b)"),
     Mutant(CORRELATIONS, "centre dropped", "torch.sub(rows, rows[0], out=product).mean(0).add_(rows[0])", "rows.mean(0)"),
     Mutant(CORRELATION, "empty batch", "if not student.numel():", "if False:"),
+    # contrasts, in tiles
+    Mutant(SIMILARITY_TILES, "factor dropped", "return tl.load(factors_ptr + first + tl.arange(0, ROWS)) * scale", "return tl.full([ROWS], 1.0, DTYPE) * scale"),
+    Mutant(SIMILARITY_TILES, "factor dropped", "weights *= tl.load(factors_ptr + column + tl.arange(0, COLUMNS))[None, :]", "weights *= 1.0"),
+    Mutant(SIMILARITY_TILES, "factor dropped", "s *= tl.load(factors_ptr + column + tl.arange(0, COLUMNS))[None, :]", "s *= 1.0"),
+    Mutant(SIMILARITY_TILES, "edge forgotten", "(columns < m)[None, :]", "(columns < m + 1)[None, :]"),
+    Mutant(SIMILARITY_TILES, "edge forgotten", "(rows < n)[:, None]", "(rows < n + 1)[:, None]"),
+    Mutant(SIMILARITY_TILES, "own pair kept", "rows[:, None] + own == columns[None, :]", "rows[:, None] + own + 1 == columns[None, :]"),
+    Mutant(SIMILARITY_TILES, "off by one", "+ COLUMNS - 1) // COLUMNS", ") // COLUMNS"),
+    Mutant(SIMILARITY_TILES, "tile forgotten", "return first, start, stop - start, end", "return first, start, stop - start, end - 1"),
+    Mutant(CONTRASTS, "term dropped", "total = total * shrunk + tl.sum(e, 1)", "total = total + tl.sum(e, 1)"),
+    Mutant(CONTRASTS, "term dropped", "values * shrunk[:, None], e", "values, e"),
+    Mutant(CONTRASTS, "term dropped", "other=0.0) * tl.exp2(before - of_column)", "other=0.0)"),
+    Mutant(CONTRASTS, "sums forgotten", "known = (places < n_paired) & (is_first == 0)", "known = places < 0"),
+    Mutant(CONTRASTS, "term dropped", "total *= tl.exp2(largest - risen)", "total *= 1.0"),
+    Mutant(CONTRASTS, "tile forgotten", "tl.cdiv(n_padded // ROWS - program, tl.num_programs(0))", "1"),
+    Mutant(CONTRASTS, "term dropped", "+ _log1p(y_odds, DTYPE), 1)", ", 1)"),
+    Mutant(CONTRASTS, "sign flipped", "tl.where(x >= 0, 1.0, y) / (1 + y)", "tl.where(x >= 0, y, 1.0) / (1 + y)"),
+    Mutant(CONTRASTS, "term dropped", "slopes += tl.exp2(s - of_rows[:, None])", "slopes += 0.0"),
+    Mutant(CONTRASTS, "weight dropped", "slopes *= tl.load(weights_ptr + places)[None, :]", "slopes *= 1.0"),
+    Mutant(CONTRAST_LAUNCHES, "weight dropped", "values = values[:n] * u[:, None]", "values = values[:n]"),
+    Mutant(CONTRAST_LAUNCHES, "wrong factor", "(1.0 if self.problem.key is not None else 0.5)", "1.0"),
+    Mutant(CONTRAST_LAUNCHES, "wrong side", "own=-first if swapped else first", "own=first"),
+    Mutant(CONTRAST_LAUNCHES, "wrong view", "places + first, self.x, -1", "places, self.x, -1"),
+    Mutant(CONTRAST_LAUNCHES, "share forgotten", "sums = (values * parts_of_rows[..., None]).sum(0)", "sums = values.sum(0)"),
+    Mutant(CONTRAST_LAUNCHES, "anchor forgotten", "of_anchors - v[by_chunks.own_columns(problem)]", "of_anchors"),
+    Mutant(CONTRAST_LAUNCHES, "zero slope", "torch.where(slopes == 0, torch.inf, shift)", "shift"),
+    Mutant(SIDES, "projection dropped", "torch.addcmul(values, units, along[:, None], value=-1)", "values.clone()"),
+    Mutant(SIDES, "length dropped", "gradient.mul_(scale / self.lengths)", "gradient.mul_(scale)"),
+    Mutant(SOFT_TILES, "term dropped", "differences = differences * shrunk_t + ", "differences = differences + "),
+    Mutant(SOFT_TILES, "networks swapped", "difference = t - s", "difference = s - t"),
+    Mutant(SOFT_TILES, "term dropped", "tl.exp2(s - of_rows[:, None]) - tl.exp2(t - of_rows_t[:, None])", "tl.exp2(s - of_rows[:, None])"),
+    Mutant(SOFT_TILES, "term dropped", "tl.exp2(s - of_columns) - tl.exp2(t - of_columns_t)", "tl.exp2(s - of_columns)"),
+    Mutant(SOFT_LAUNCHES, "term dropped", "differences / total_t + (largest - largest_t)", "differences / total_t"),
+    Mutant(SOFT_LAUNCHES, "share forgotten", "differences = (differences * shrunk_t).sum(0)", "differences = differences.sum(0)"),
+    Mutant(SOFT_LAUNCHES, "wrong factor", "(0.5 if of_one_kind else 1.0)", "1.0"),
+    Mutant(SOFT_LAUNCHES, "wrong side", "own=-first if swapped else first", "own=first"),
+    # contrasts, in chunks
+    Mutant(PORTABLE_CONTRASTS, "sign flipped", "mul_(-weights[rows])", "mul_(weights[rows])"),
+    Mutant(PORTABLE_CONTRASTS, "term dropped", "of_anchors = -slopes - column_slopes[own_columns(problem)]", "of_anchors = -slopes"),
+    Mutant(PORTABLE_CONTRASTS, "shift dropped", "column_slopes.mul_(torch.exp(shift - of_columns))", "column_slopes.mul_(torch.exp(-of_columns))"),
+    Mutant(PORTABLE_CONTRASTS, "stale sums", "similarities.reset()", "pass"),
+    Mutant(PORTABLE_CONTRASTS, "term dropped", "sums.mul_((largest - new).exp_()).add_", "sums.add_"),
+    Mutant(PORTABLE_CONTRASTS, "slope dropped", "odds.sigmoid() * weights", "weights.clone()"),
+    Mutant(CHUNKS, "wrong diagonal", "start = len(self.q), self.first + rows.start", "start = len(self.q), self.first"),
+    Mutant(CHUNKS, "wrong view", "place = self.first + low + other", "place = low + other"),
+    Mutant(CHUNKS, "projection dropped", "gradients.addcmul_(units, along, value=-1)", "gradients"),
+    Mutant(CHUNKS, "scale dropped", "self.dk.mul_(self.scale), self.k", "self.dk, self.k"),
+    Mutant(CHUNKS, "gradient dropped", "self.dq += self.dk", "pass"),
+    Mutant(CHUNKS, "too small a sum", "return not sums.numel() or bool(sums.min() > _LEAST_SUM)", "return True"),
+    Mutant(CHUNKS, "exponent kept", "torch.ldexp(rows, -exponents)", "rows"),
+    Mutant(CHUNKS, "lift kept", "self.dq[rows] /= self.lift", "pass"),
+    Mutant(PORTABLE_SOFT, "quotient overflows", "2 * (sums[0].sqrt() / sums[1].sqrt()).log()", "(sums[0] / sums[1]).log()"),
+    Mutant(PORTABLE_SOFT, "sign flipped", "s.sub_(t)", "s.add_(t)"),
+    Mutant(SOFT, "wrong mean", "return loss / n", "return loss / len(query)"),
+    Mutant(CONTRASTIVE, "margin kept", "(own - margin) * scale", "own * scale"),
+    Mutant(CONTRASTIVE, "λ dropped", "scale - logarithm(negative_weight, query)", "scale"),
+    Mutant(CONTRASTIVE, "oneself counted", "torch.ones_like(n_alike))[place] - 1", "torch.ones_like(n_alike))[place]"),
+    Mutant(CONTRASTIVE, "half dropped", "(0.5 if symmetric else 1) / n", "1 / n"),
+    Mutant(PAIRED, "burned in", "return like.new_ones(()) * number", "return torch.as_tensor(number, dtype=like.dtype, device=like.device)"),
     # crops, and the centre of a teacher
     Mutant(SELF_DISTILLATION, "own view kept", "torch.cat([p[:v], p[v + 1 :]]) if v < n_own else p", "p"),
     Mutant(SELF_DISTILLATION, "wrong divisor", "len(student) * len(teacher) - n_same", "len(student) * len(teacher)"),

@@ -18,6 +18,10 @@ from pathlib import Path
 
 from broken import (
     BUDGETS,
+    CHUNKS,
+    CONTRAST_LAUNCHES,
+    CONTRASTIVE,
+    CONTRASTS,
     CORRELATION,
     CORRELATIONS,
     COUNTS,
@@ -29,18 +33,34 @@ from broken import (
     METER,
     MODULES,
     MUTANTS,
+    PAIRED,
     PAIRS,
     PORTABLE,
+    PORTABLE_CONTRASTS,
     PORTABLE_RELATIONS,
+    PORTABLE_SOFT,
     RELATIONAL,
     RELATIONS,
     SASS,
     SELF_DISTILLATION,
+    SIDES,
+    SIMILARITY_TILES,
     SMALL,
+    SOFT,
+    SOFT_LAUNCHES,
+    SOFT_TILES,
     Mutant,
 )
 
 ROOT = Path(__file__).parent.parent
+CONTRASTIVE_KERNELS = [
+    *(SIMILARITY_TILES, CONTRASTS, CONTRAST_LAUNCHES, SIDES),
+    *(SOFT_TILES, SOFT_LAUNCHES),
+]
+CONTRASTIVE_LOSSES = [
+    *(PORTABLE_CONTRASTS, CHUNKS, PORTABLE_SOFT),
+    *(SOFT, CONTRASTIVE, PAIRED),
+]
 
 # each tool's own tests; those in tests/compiled run without the interpreter
 _BUDGET_TESTS = [
@@ -100,6 +120,16 @@ def selections(mutant: Mutant) -> Iterator[list[str]]:
         if mutant.file != GROUP:
             yield ["tests/test_relational.py", "-m", "smoke", "-k", "portable"]
         yield ["tests/test_distributed.py", "-k", "relations and 3"]
+        return
+    contrasts = ["tests/test_contrastive.py", "-k"]
+    if mutant.file in CONTRASTIVE_KERNELS:
+        yield [*contrasts, "triton or however", "-m", "smoke"]
+        yield [*contrasts, "triton and (dtype or any_scale or nan or alike) or rounded"]
+        return
+    if mutant.file in CONTRASTIVE_LOSSES:
+        yield [*contrasts, "portable", "-m", "smoke"]
+        yield [*contrasts, "not triton and (dtype or any_scale or alike or found or burned)"]
+        yield ["tests/test_distributed.py", "-k", "contrasts and 3"]
         return
     if mutant.file in (CORRELATIONS, CORRELATION):
         yield ["tests/test_correlation.py", "-m", "smoke", "-k", "portable"]

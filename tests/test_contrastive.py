@@ -445,6 +445,7 @@ def kernels():
         yield pytest.importorskip("fastkd.kernels._similarities")
 
 
+@smoke
 @each_case
 @pytest.mark.parametrize("multiprocessors", [1, 3, 1000])
 def test_however_programs_share_the_work(case, multiprocessors, kernels, monkeypatch):
