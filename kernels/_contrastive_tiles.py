@@ -6,6 +6,7 @@ import triton.language as tl
 from fastkd.kernels._similarity_tiles import (
     LOWEST,
     left_out,
+    lifted,
     other_views_out,
     rows_of,
     scales_of,
@@ -35,7 +36,7 @@ def _absorb(
     total = total * shrunk + tl.sum(e, 1)
     if VALUES:
         values = weighed(
-            values * shrunk[:, None], e, y, y_factors_ptr, column,
+            values * shrunk[:, None], lifted(e, y.dtype), y, y_factors_ptr, column,
             FACTORS, PRECISION, COLUMNS, DTYPE,
         )  # fmt: skip
     if PAIRED:  # the same for the columns, in memory of this program alone
@@ -104,7 +105,7 @@ def log_sums(
         tl.store(log_sums_ptr + split * n_padded + rows, largest + tl.log2(total))
         if VALUES:
             place_ptr = values_ptr + split.to(tl.int64) * n_padded * DEPTH
-            total = tl.where(total == 0, 1.0, total)
+            total = lifted(tl.where(total == 0, 1.0, total), x.dtype)
             tl.store(rows_of(place_ptr, row, ROWS, DEPTH), values / total[:, None])
 
 
@@ -167,7 +168,15 @@ def _add_penalties(
     slopes += tl.sum(sigmoid, 1)
     if VALUES:
         values = weighed(
-            values, sigmoid, y, y_factors_ptr, column, FACTORS, PRECISION, COLUMNS, DTYPE
+            values,
+            lifted(sigmoid, y.dtype),
+            y,
+            y_factors_ptr,
+            column,
+            FACTORS,
+            PRECISION,
+            COLUMNS,
+            DTYPE,
         )
     return total, slopes, values
 
@@ -209,7 +218,8 @@ def softplus_sums(
     tl.store(slopes_ptr + split * n_padded + rows, slopes)
     if VALUES:
         values_ptr += split.to(tl.int64) * n_padded * DEPTH
-        tl.store(rows_of(values_ptr, row, ROWS, DEPTH), values)
+        one = lifted(tl.full([], 1.0, DTYPE), x.dtype)
+        tl.store(rows_of(values_ptr, row, ROWS, DEPTH), values / one)
 
 
 @triton.jit

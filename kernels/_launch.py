@@ -32,8 +32,8 @@ def _describe(active: Any, index: int) -> Device:
 def device_of(tensor: Tensor) -> Device:
     if INTERPRETED:
         return Device(132, False)
-    index = tensor.device.index
-    return _describe(driver.active, driver.active.get_current_device() if index is None else index)
+    with on_device(tensor):  # the driver describes the current one
+        return _describe(driver.active, driver.active.get_current_device())
 
 
 def on_device(tensor: Tensor) -> Any:

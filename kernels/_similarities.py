@@ -42,10 +42,12 @@ class Tiling(NamedTuple):
         )  # fmt: skip
 
 
-def tiling(rows: Tensor, width: int, half: str, dtype: torch.dtype) -> Tiling | None:
+def tiling(rows: Tensor, half: str, dtype: torch.dtype) -> Tiling | None:
     """None for what cuBLAS does better: wide embeddings, and float32 that is not to be rounded."""
-    depth = max(16, triton.next_power_of_2(width))
+    depth = max(16, triton.next_power_of_2(rows.shape[1]))
     device = device_of(rows)
+    if device.nvidia and device.generation < 8:  # too little shared memory
+        return None
     if dtype == torch.float64:
         if not INTERPRETED:  # where the kernels can be compared with the formulas to all digits
             return None

@@ -45,6 +45,12 @@ def similarities(
 
 
 @triton.jit
+def lifted(weights, LIKE: tl.constexpr):
+    """Of float16 what is small shall not vanish: 4096 times as much of it."""
+    return weights * 4096.0 if LIKE == tl.float16 else weights
+
+
+@triton.jit
 def weighed(
     total, weights, y, factors_ptr, column,
     FACTORS: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,

@@ -45,7 +45,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """(*Problem) -> the own rows' share of the loss, and the gradients of it, one after another."""
     problem = Problem(*arguments)
     query, key = problem.query, problem.key
-    tiles = tiling(query, query.shape[1], problem.half, problem.dtype)
+    tiles = tiling(query, problem.half, problem.dtype)
     if tiles is None or not query.numel() or not (key is None or key.numel()):
         return by_chunks.forward(*arguments)
     with on_device(query):
@@ -133,10 +133,8 @@ class _Sweeps:
         of_pairs, slopes = sums.sum(1)[:, : len(weights)]
         columns = None
         if self.trains_columns:
-            most = weights.amax()
-            columns = self._weighed(
-                self.y, x, None, anchors, padded(weights / most, x)
-            ) * most  # fmt: skip
+            most = weights.amax() * 2**-HEADROOM
+            columns = self._weighed(self.y, x, None, anchors, padded(weights / most, x)) * most
         rows = values.sum(0)[: len(weights)] * weights[:, None] if self.trains_rows else None
         return of_pairs @ weights, -slopes * weights, rows, columns
 

@@ -31,8 +31,8 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     query, teacher, dtype = problem.query, problem.teacher_query, problem.dtype
     tiles = of_two(
         query,
-        tiling(query, query.shape[1], problem.half, dtype),
-        tiling(teacher, teacher.shape[1], problem.teacher_half, dtype),
+        tiling(query, problem.half, dtype),
+        tiling(teacher, problem.teacher_half, dtype),
     )
     is_empty = any(x is not None and not x.numel() for x in (*problem[:2], *problem[3:5]))
     if tiles is None or is_empty:
@@ -135,5 +135,10 @@ class _Sweeps:
             n=len(x.rows), n_padded=len(x.matrix), m=len(y.rows), per_split=per_share,
             own=-first if swapped else first, OWN=first >= 0, FACTORS=x.factors is not None,
             FACTORS_T=x_t.factors is not None, DEPTH_T=self.tiles_t.depth,
-            **self.tiles.constants,
+            **self.tiles.constants | self._precision(),
         )  # fmt: skip
+
+    def _precision(self) -> dict[str, str]:
+        """Of float32; for half precision it means nothing."""
+        products = self.tiles.product, self.tiles_t.product
+        return {"PRECISION": "tf32" if torch.float32 in products else "ieee"}

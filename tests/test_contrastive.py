@@ -17,6 +17,7 @@ import fastkd
 from fastkd import _pairs, similarity
 from fastkd._backend import triton_obstacle
 from fastkd.portable import _similarities as portable
+from fastkd.portable import contrastive as by_chunks
 
 smoke = pytest.mark.smoke
 ENGINES = [
@@ -45,7 +46,9 @@ def engine(request, monkeypatch):
         def product(a, b, out):
             return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
-        monkeypatch.setattr(portable, "multiplies_halves", lambda rows: True)
+        monkeypatch.setattr(
+            portable, "multiplies_halves", lambda rows, half: rows.dtype == torch.float32
+        )
         monkeypatch.setattr(portable, "_product", product)
     if request.param in ("portable with maxima", "portable in half"):  # as on a GPU
         monkeypatch.setitem(portable._CHUNK_ELEMENTS, "cpu", 50)
@@ -469,6 +472,25 @@ def test_float32_where_it_may_be_rounded(case, kernels, monkeypatch):
         assert (x.double() - y).abs().max() <= 2**-7 * y.abs().max()
     # and by the kernels it was
     assert any(not torch.equal(x, y) for x, y in zip(found, by_chunks, strict=True))
+
+
+def test_float16_keeps_what_is_small(kernels):
+    """Slopes of 1e-9 in each pair."""
+    family = pytest.importorskip("fastkd.kernels.contrastive")
+    query, key = normal(5, 32).half().double(), normal(2000, 32, seed=1).half().double()
+    numbers = [torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in (1.0, [20.0], [0.2])]
+    scale, anchors, weights = numbers[0], numbers[1].repeat(5), numbers[2].repeat(5)
+
+    def gradients(engine, dtype):
+        tensors = [x.to(dtype) for x in (query, key, scale, anchors, weights)]
+        options = "pairs", -1, False, True, "float16", "query key", ""
+        found = engine.forward(*tensors, None, None, *options)[1].double()
+        return found.split([query.numel(), key.numel()])
+
+    for x, y in zip(
+        gradients(family, torch.float32), gradients(by_chunks, torch.float64), strict=True
+    ):
+        assert (x - y).norm() <= 1e-2 * y.norm()
 
 
 def test_who_allows_the_rounding(kernels, monkeypatch):

@@ -52,7 +52,7 @@ class Similarities:
         self.dq = torch.empty_like(self.q) if {"query", "scale"} & {*self.wanted} else None
         self.dk = torch.zeros_like(self.k) if trains_key else None
         self.halves: tuple[Half, Half] | None = None
-        if half and len(query) and multiplies_halves(self.q):
+        if half and len(query) and multiplies_halves(self.q, half):
             of_queries = in_half(query, self.q_lengths, half)
             of_keys = of_queries if key is None else in_half(key, self.k_lengths, half)
             most = self.scale.new_ones(1) if weights is None else weights
@@ -176,9 +176,12 @@ def in_half(rows: Tensor, lengths: Tensor | None, half: str) -> Half:
     return Half(torch.ldexp(rows, -exponents).to(dtype), factors)
 
 
-def multiplies_halves(rows: Tensor) -> bool:
-    """Whether products of half precision have a float32 result there."""
-    return rows.is_cuda and torch.version.hip is None
+def multiplies_halves(rows: Tensor, half: str) -> bool:
+    """Whether products of half precision have a result in what is computed in."""
+    if not rows.is_cuda or torch.version.hip is not None or rows.dtype != torch.float32:
+        return False
+    rounded = getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
+    return half == "bfloat16" or not rounded
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from counts import FUSED, compiled
+from gate import capture
 from sass import analyse
 from tile_work import work_of
 
+import fastkd
 from fastkd.kernels import _similarities
 
 CONTRASTS = [case for case in FUSED if case.family.name in ("contrastive", "similarity")]
@@ -59,6 +61,19 @@ def test_float32_where_it_may_be_rounded(case, target, monkeypatch):
         for launch in launches:
             assert not analyse(launch).spills
             assert analyse(launch).total["tensor"] or not work_of(launch)
+
+
+@pytest.mark.parametrize("teacher_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_two_networks_of_any_precision(dtype, teacher_dtype, monkeypatch):
+    monkeypatch.setattr(_similarities, "_may_be_rounded", lambda nvidia: nvidia)
+    student = torch.empty(8192, 128, dtype=dtype, device="meta").requires_grad_()
+    teacher = torch.empty(8192, 128, dtype=teacher_dtype, device="meta")
+    with capture("sm_90") as launches, fastkd.backend("triton"):
+        torch.autograd.grad(fastkd.similarity_kl(student, teacher), student)
+    assert len(launches) == 2
+    for launch in launches:
+        assert not analyse(launch).spills and analyse(launch).total["HGMMA"]
 
 
 @each_case
