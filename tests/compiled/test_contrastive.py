@@ -41,7 +41,7 @@ def test_products_launches_and_memory(case, shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_tensor_cores_make_the_products(case, dtype):
     """Of whole warp groups on Hopper, in the loss and in its gradient."""
-    for shape in case.family.compiled_sizes:
+    for shape in (case.family.compiled_sizes[0], case.family.compiled_sizes[-1]):
         launches = compiled(case, shape, dtype, "sm_90").launches
         swept = [analyse(launch) for launch in launches if work_of(launch)]
         assert len(swept) >= 2
