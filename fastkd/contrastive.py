@@ -15,20 +15,18 @@ An example without negatives has no loss. Half precision is computed in float32 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import _checks, _distributed
-from fastkd._engine import Engine, compute_dtype, is_differentiated
+from fastkd import _checks
+from fastkd._contrasts import by_engine
 from fastkd._loss import batch_loss
 from fastkd._pairs import (
     Number,
     cosines,
-    empty_gradients,
-    empty_statistics,
     everyone,
     in_batches,
     is_number,
@@ -39,95 +37,6 @@ from fastkd._pairs import (
     scale_of,
     softplus,
 )
-
-
-class Problem(NamedTuple):
-    """Queries against keys: the arguments that every function of an engine of this family takes.
-
-    With S = scale · Q Kᵀ, of rows divided by their lengths if `normalize`, and all sums without the
-    own pairs the loss is, by its form,
-
-    softplus  Σ_i w_i softplus(n_i − a_i)   n_i = log Σ_j exp S_ij
-    linear    Σ_i w_i (n_i − a_i)
-    pairs     Σ_i w_i Σ_j softplus(S_ij − a_i)
-
-    and with anchors of keys, in the first two, the same over the columns of those keys besides.
-    """
-
-    query: Tensor  # [n, D]
-    key: Tensor | None  # [M, D]; None: the queries
-    scale: Tensor  # 0-dim
-    anchors: Tensor  # a, [n]
-    weights: Tensor  # w, [n]
-    key_anchors: Tensor | None  # [N], of the first N keys
-    key_weights: Tensor | None
-    form: str
-    first: int  # the own pair of query i is key first + i; -1: it has none
-    two_views: bool  # queries are two views of each example, own pairs those with the other too
-    normalize: bool
-    half: str  # "bfloat16" or "float16", if that holds all queries and keys without rounding
-    wanted: str  # of query, key, scale and anchors: what gets a gradient
-    group: str  # the name of the process group over whose ranks columns are summed, or nothing
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is computed in."""
-        return compute_dtype(self.query, self.query if self.key is None else self.key)
-
-    def allocate(self) -> tuple[Tensor, Tensor]:
-        """Empty: the loss, and all gradients in a row."""
-        return empty_statistics(self.allocate_gradients(), self.dtype)
-
-    def allocate_gradients(self) -> tuple[Tensor, ...]:
-        """Empty, one for each trained tensor."""
-        return empty_gradients(
-            self.wanted, query=self.query, key=self.key, scale=self.scale, anchors=self.anchors
-        )
-
-
-_engine = Engine(
-    "contrastive",
-    tensors="Tensor query, Tensor? key, Tensor scale, Tensor anchors, Tensor weights, "
-    "Tensor? key_anchors, Tensor? key_weights",
-    options="str form, int first, bool two_views, bool normalize, str half, str wanted, str group",
-    n_trained=4,
-)
-
-
-def _computed(
-    engine: str,
-    query: Tensor,
-    key: Tensor | None,
-    scale: Tensor,
-    anchors: Tensor,
-    weights: Tensor,
-    *,
-    form: str,
-    first: int,
-    half: str,
-    two_views: bool = False,
-    normalize: bool = True,
-    n_columns: int = 0,
-    group: Any = None,
-) -> Tensor:
-    """The loss of the whole batch by an engine; with columns, of the first keys."""
-    key_anchors = key_weights = None
-    if n_columns:
-        key_anchors = anchors.detach()
-        if group is not None:
-            (key_anchors,), _ = _distributed.gathered([key_anchors], group)
-        key_weights = weights.new_full((n_columns,), 0.5 / n_columns)
-    if key is query:  # the compiler refuses a tensor twice
-        key = key.view_as(key)
-    trained = {"query": query, "key": key, "scale": scale, "anchors": anchors}
-    wanted = [name for name, x in trained.items() if x is not None and is_differentiated(x)]
-    over = group.group_name if group is not None and n_columns else ""
-    loss, _ = _engine(
-        engine, query, key, scale, anchors, weights, key_anchors, key_weights,
-        form, first, two_views, normalize, half, " ".join(wanted), over,
-    )  # fmt: skip
-    return loss
-
 
 # ----------------------------------------------------------------------------------------- InfoNCE
 
@@ -190,7 +99,7 @@ def _fused_info_nce(
     elif negatives is not None:
         keys = torch.cat([keys, bank])
     weights = query.new_full((len(query),), (0.5 if symmetric else 1) / n)
-    share = _computed(
+    share = by_engine(
         engine, query, keys, scale, anchors, weights, first=first, half=half, group=group,
         normalize=normalize, form="linear" if decoupled else "softplus",
         n_columns=n if symmetric and n > 1 else 0,
@@ -294,7 +203,7 @@ def _fused_clip(
     if n < 2:
         return nothing(image, text, scale, logit_bias)
     weights = image.new_full((len(image),), 0.5 / n)
-    share = _computed(
+    share = by_engine(
         engine, image, texts, scale, (image * text).sum(1) * scale, weights,
         first=first, form="softplus", half=half, normalize=False, n_columns=n, group=group,
     )  # fmt: skip
@@ -321,7 +230,7 @@ def _fused_siglip(
         return nothing(image, text, scale, bias)
     own = (image * text).sum(1) * scale + bias
     weights = image.new_full((len(image),), 1 / n)
-    others = _computed(
+    others = by_engine(
         engine, image, texts, scale, -bias.expand(len(image)), weights,
         first=first, form="pairs", half=half, normalize=False,
     )  # fmt: skip
@@ -393,7 +302,7 @@ def _fused_nt_xent(
     scale = scale_of(temperature, both)
     positives = (cosines(view1, view2) * scale).repeat(2)
     weights = both.new_full((len(both),), 1 / len(views))
-    share = _computed(
+    share = by_engine(
         engine, both, None if group is None else views, scale, positives, weights,
         first=first, form="softplus", two_views=True, half=half,
     )  # fmt: skip
@@ -466,7 +375,7 @@ def _fused_sup_con(
     alike = alike * scale / n_alike[own].clamp(min=1)
     is_anchor = n_alike > 0
     n_anchors = is_anchor.sum().clamp(min=1) if anchors == "with_positive" else len(whole)
-    share = _computed(
+    share = by_engine(
         engine, features, None if group is None else whole, scale, alike,
         is_anchor[own].to(features.dtype) / n_anchors, first=first, form="linear", half=half,
     )  # fmt: skip

@@ -25,8 +25,9 @@ def _absorb(
     VALUES: tl.constexpr, PAIRED: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    y = tl.load(rows_of(y_ptr, column, COLUMNS, DEPTH))
-    s = similarities(x, y, scales, y_factors_ptr, column, FACTORS, PRECISION, COLUMNS, DTYPE)
+    y, s = similarities(
+        x, scales, y_ptr, y_factors_ptr, column, FACTORS, PRECISION, DTYPE, COLUMNS, DEPTH
+    )
     if MASKED:
         s = left_out(s, row, column, n, m, own, PAIRED, OWN, ROWS, COLUMNS)
     if VIEWS:
@@ -158,8 +159,9 @@ def _add_penalties(
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    y = tl.load(rows_of(y_ptr, column, COLUMNS, DEPTH))
-    s = similarities(x, y, scales, y_factors_ptr, column, FACTORS, PRECISION, COLUMNS, DTYPE)
+    y, s = similarities(
+        x, scales, y_ptr, y_factors_ptr, column, FACTORS, PRECISION, DTYPE, COLUMNS, DEPTH
+    )
     odds = s - anchors[:, None]
     if MASKED:
         odds = left_out(odds, row, column, n, m, own, False, OWN, ROWS, COLUMNS)
@@ -230,8 +232,9 @@ def _add_slopes(
     PAIRS: tl.constexpr, BOTH: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    y = tl.load(rows_of(y_ptr, column, COLUMNS, DEPTH))
-    s = similarities(x, y, scales, y_factors_ptr, column, FACTORS, PRECISION, COLUMNS, DTYPE)
+    y, s = similarities(
+        x, scales, y_ptr, y_factors_ptr, column, FACTORS, PRECISION, DTYPE, COLUMNS, DEPTH
+    )
     if MASKED:
         s = left_out(s, row, column, n, m, own, False, OWN, ROWS, COLUMNS)
     if VIEWS:

@@ -22,12 +22,13 @@ def _add_divergence(
     PRECISION: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, DEPTH_T: tl.constexpr,
 ):  # fmt: skip
-    y = tl.load(rows_of(y_ptr, column, COLUMNS, DEPTH))
-    s = similarities(x, y, scales, y_factors_ptr, column, FACTORS, PRECISION, COLUMNS, DTYPE)
-    y_t = tl.load(rows_of(y_t_ptr, column, COLUMNS, DEPTH_T))
-    t = similarities(
-        x_t, y_t, scales_t, y_t_factors_ptr, column, FACTORS_T, PRECISION, COLUMNS, DTYPE
+    _, s = similarities(
+        x, scales, y_ptr, y_factors_ptr, column, FACTORS, PRECISION, DTYPE, COLUMNS, DEPTH
     )
+    _, t = similarities(
+        x_t, scales_t, y_t_ptr, y_t_factors_ptr, column,
+        FACTORS_T, PRECISION, DTYPE, COLUMNS, DEPTH_T,
+    )  # fmt: skip
     difference = t - s
     if MASKED:
         s = left_out(s, row, column, n, m, own, False, OWN, ROWS, COLUMNS)
@@ -94,12 +95,13 @@ def _add_differences(
     BY_ROWS: tl.constexpr, BY_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_T: tl.constexpr,
 ):  # fmt: skip
-    y = tl.load(rows_of(y_ptr, column, COLUMNS, DEPTH))
-    s = similarities(x, y, scales, y_factors_ptr, column, FACTORS, PRECISION, COLUMNS, DTYPE)
-    y_t = tl.load(rows_of(y_t_ptr, column, COLUMNS, DEPTH_T))
-    t = similarities(
-        x_t, y_t, scales_t, y_t_factors_ptr, column, FACTORS_T, PRECISION, COLUMNS, DTYPE
+    y, s = similarities(
+        x, scales, y_ptr, y_factors_ptr, column, FACTORS, PRECISION, DTYPE, COLUMNS, DEPTH
     )
+    _, t = similarities(
+        x_t, scales_t, y_t_ptr, y_t_factors_ptr, column,
+        FACTORS_T, PRECISION, DTYPE, COLUMNS, DEPTH_T,
+    )  # fmt: skip
     if MASKED:
         s = left_out(s, row, column, n, m, own, False, OWN, ROWS, COLUMNS)
         t = left_out(t, row, column, n, m, own, False, OWN, ROWS, COLUMNS)

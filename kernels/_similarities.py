@@ -145,6 +145,11 @@ def padded(numbers: Tensor, side: Side, value: float = 0.0) -> Tensor:
     return whole
 
 
+def of_all_shares(values: Tensor) -> Tensor:
+    """[n_padded, depth] from those of each share."""
+    return values.sum(0) if len(values) > 1 else values[0]
+
+
 def shares(x: Side, y: Side, tiles: Tiling) -> tuple[int, int]:
     """How many programs share the columns of a tile of rows, to fill the device; how many each."""
     n_rows = len(x.matrix) // tiles.rows

@@ -34,14 +34,15 @@ def scales_of(
 
 @triton.jit
 def similarities(
-    x, y, scales, factors_ptr, column,
-    FACTORS: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    x, scales, y_ptr, factors_ptr, column, FACTORS: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of S."""
+    """A tile of y, and of S."""
+    y = tl.load(rows_of(y_ptr, column, COLUMNS, DEPTH))
     s = tl.dot(x, tl.trans(y), input_precision=PRECISION, out_dtype=DTYPE)
     if FACTORS:
         s *= tl.load(factors_ptr + column + tl.arange(0, COLUMNS))[None, :]
-    return s * scales[:, None]
+    return y, s * scales[:, None]
 
 
 @triton.jit

@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastkd.contrastive import Problem
+from fastkd._contrasts import Problem
 from fastkd.kernels._contrastive_tiles import (
     column_log_sums,
     log_sums,
@@ -30,7 +30,15 @@ from fastkd.kernels._contrastive_tiles import (
     weighed_sums,
 )
 from fastkd.kernels._launch import device_of, on_device
-from fastkd.kernels._similarities import Side, Tiling, padded, shares, side, tiling
+from fastkd.kernels._similarities import (
+    Side,
+    Tiling,
+    of_all_shares,
+    padded,
+    shares,
+    side,
+    tiling,
+)
 from fastkd.kernels._tiles import LN2, LOG2E
 from fastkd.portable import contrastive as by_chunks
 from fastkd.portable._similarities import HEADROOM
@@ -135,7 +143,9 @@ class _Sweeps:
         if self.trains_columns:
             most = weights.amax() * 2**-HEADROOM
             columns = self._weighed(self.y, x, None, anchors, padded(weights / most, x)) * most
-        rows = values.sum(0)[: len(weights)] * weights[:, None] if self.trains_rows else None
+        rows = None
+        if self.trains_rows:
+            rows = of_all_shares(values)[: len(weights)] * weights[:, None]
         return of_pairs @ weights, -slopes * weights, rows, columns
 
     # ------------------------------------------------------------------------------- the sweeps
@@ -187,7 +197,7 @@ class _Sweeps:
             weights_ptr=of_columns if weights is None else weights, values_ptr=values,
             PAIRS=weights is not None, BOTH=of_rows is not None,
         )  # fmt: skip
-        return values.sum(0) if n_shares > 1 else values[0]
+        return of_all_shares(values)
 
     def _other_views(self) -> dict[int, Tensor]:
         """Of each side, for each row the place of the other view of its example; −1: none."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastkd.kernels._divergence_of_tiles import divergences, weighed_differences
 from fastkd.kernels._launch import on_device
-from fastkd.kernels._similarities import Side, Tiling, of_two, shares, side, tiling
+from fastkd.kernels._similarities import Side, Tiling, of_all_shares, of_two, shares, side, tiling
 from fastkd.kernels._tiles import LN2
 from fastkd.portable import similarity as by_chunks
 from fastkd.portable._similarities import HEADROOM
@@ -119,7 +119,7 @@ class _Sweeps:
             of_rows_ptr=low, of_rows_t_ptr=low_t, of_columns_ptr=low, of_columns_t_ptr=low_t,
             values_ptr=values, BY_ROWS=by_rows, BY_COLUMNS=by_columns,
         )  # fmt: skip
-        return (values.sum(0) if n_shares > 1 else values[0]) * 2**-HEADROOM
+        return of_all_shares(values) * 2**-HEADROOM
 
     def _sides(
         self, x: Side, x_t: Side, y: Side, y_t: Side, per_share: int, swapped: bool = False

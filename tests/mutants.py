@@ -121,7 +121,8 @@ def selections(mutant: Mutant) -> Iterator[list[str]]:
             yield ["tests/test_relational.py", "-m", "smoke", "-k", "portable"]
         yield ["tests/test_distributed.py", "-k", "relations and 3"]
         return
-    contrasts = ["tests/test_contrastive.py", "-k"]
+    names = ("contrastive", "similarity", "contrastive_kernels", "contrastive_training")
+    contrasts = [*(f"tests/test_{name}.py" for name in names), "-k"]
     if mutant.file in CONTRASTIVE_KERNELS:
         yield [*contrasts, "triton or however", "-m", "smoke"]
         yield [*contrasts, "triton and (dtype or any_scale or nan or alike) or rounded"]

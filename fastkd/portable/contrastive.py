@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import _distributed
-from fastkd.contrastive import Problem
+from fastkd._contrasts import Problem
 from fastkd.portable._similarities import Similarities, are_large, split
 
 _LINEAR = 50.0  # from where a softplus is its argument, in float64 too

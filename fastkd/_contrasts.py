@@ -1,0 +1,100 @@
+"""What the engines of contrastive losses solve: queries against keys, one problem for all."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd import _distributed
+from fastkd._engine import Engine, compute_dtype, is_differentiated
+from fastkd._pairs import empty_gradients, empty_statistics
+
+
+class Problem(NamedTuple):
+    """Queries against keys: the arguments that every function of an engine of this family takes.
+
+    With S = scale · Q Kᵀ, of rows divided by their lengths if `normalize`, and all sums without the
+    own pairs the loss is, by its form,
+
+    softplus  Σ_i w_i softplus(n_i − a_i)   n_i = log Σ_j exp S_ij
+    linear    Σ_i w_i (n_i − a_i)
+    pairs     Σ_i w_i Σ_j softplus(S_ij − a_i)
+
+    and with anchors of keys, in the first two, the same over the columns of those keys besides.
+    """
+
+    query: Tensor  # [n, D]
+    key: Tensor | None  # [M, D]; None: the queries
+    scale: Tensor  # 0-dim
+    anchors: Tensor  # a, [n]
+    weights: Tensor  # w, [n]
+    key_anchors: Tensor | None  # [N], of the first N keys
+    key_weights: Tensor | None
+    form: str
+    first: int  # the own pair of query i is key first + i; -1: it has none
+    two_views: bool  # queries are two views of each example, own pairs those with the other too
+    normalize: bool
+    half: str  # "bfloat16" or "float16", if that holds all queries and keys without rounding
+    wanted: str  # of query, key, scale and anchors: what gets a gradient
+    group: str  # the name of the process group over whose ranks columns are summed, or nothing
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return compute_dtype(self.query, self.query if self.key is None else self.key)
+
+    def allocate(self) -> tuple[Tensor, Tensor]:
+        """Empty: the loss, and all gradients in a row."""
+        return empty_statistics(self.allocate_gradients(), self.dtype)
+
+    def allocate_gradients(self) -> tuple[Tensor, ...]:
+        """Empty, one for each trained tensor."""
+        return empty_gradients(
+            self.wanted, query=self.query, key=self.key, scale=self.scale, anchors=self.anchors
+        )
+
+
+_engine = Engine(
+    "contrastive",
+    tensors="Tensor query, Tensor? key, Tensor scale, Tensor anchors, Tensor weights, "
+    "Tensor? key_anchors, Tensor? key_weights",
+    options="str form, int first, bool two_views, bool normalize, str half, str wanted, str group",
+    n_trained=4,
+)
+
+
+def by_engine(
+    engine: str,
+    query: Tensor,
+    key: Tensor | None,
+    scale: Tensor,
+    anchors: Tensor,
+    weights: Tensor,
+    *,
+    form: str,
+    first: int,
+    half: str,
+    two_views: bool = False,
+    normalize: bool = True,
+    n_columns: int = 0,
+    group: Any = None,
+) -> Tensor:
+    """The loss of the whole batch by an engine; with columns, of the first keys."""
+    key_anchors = key_weights = None
+    if n_columns:
+        key_anchors = anchors.detach()
+        if group is not None:
+            (key_anchors,), _ = _distributed.gathered([key_anchors], group)
+        key_weights = weights.new_full((n_columns,), 0.5 / n_columns)
+    if key is query:  # the compiler refuses a tensor twice
+        key = key.view_as(key)
+    trained = {"query": query, "key": key, "scale": scale, "anchors": anchors}
+    wanted = [name for name, x in trained.items() if x is not None and is_differentiated(x)]
+    over = group.group_name if group is not None and n_columns else ""
+    loss, _ = _engine(
+        engine, query, key, scale, anchors, weights, key_anchors, key_weights,
+        form, first, two_views, normalize, half, " ".join(wanted), over,
+    )  # fmt: skip
+    return loss

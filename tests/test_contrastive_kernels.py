@@ -1,0 +1,79 @@
+"""The kernels of contrasts in Triton's interpreter: any division of the work, TF32, float16."""
+
+import os
+
+import contrasts
+import pytest
+import torch
+from contrasts import each_case, smoke
+from exactness import assert_same, exact, results
+from losses import DEVICE, normal
+
+import fastkd
+from fastkd.portable import contrastive as by_chunks
+
+engine = contrasts.engine
+
+
+@pytest.fixture
+def kernels():
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("in Triton's interpreter: TRITON_INTERPRET=1")
+    with fastkd.backend("triton"):
+        yield pytest.importorskip("fastkd.kernels._similarities")
+
+
+@smoke
+@each_case
+@pytest.mark.parametrize("multiprocessors", [1, 3, 1000])
+def test_however_programs_share_the_work(case, multiprocessors, kernels, monkeypatch):
+    """Few have several tiles of rows and add to their own sums, many share the columns of one."""
+    family = pytest.importorskip("fastkd.kernels.contrastive")
+    device = kernels.Device(multiprocessors, False)
+    for module in (kernels, family):
+        monkeypatch.setattr(module, "device_of", lambda tensor: device)
+    inputs = case.inputs((150,), 5)
+    assert_same(results(case, inputs), results(case.eager, inputs), 1e-11)
+
+
+@each_case
+def test_float32_where_it_may_be_rounded(case, kernels, monkeypatch):
+    inputs = case.inputs((67,), 33, torch.float32)
+    truth = results(case.eager, exact(inputs))
+    by_chunks = results(case, inputs)
+    monkeypatch.setattr(kernels, "_may_be_rounded", lambda nvidia: True)
+    found = results(case, inputs)
+    for x, y in zip(found, truth, strict=True):  # of a TF32 number 11 digits are kept
+        assert (x.double() - y).abs().max() <= 2**-7 * y.abs().max()
+    # and by the kernels it was
+    assert any(not torch.equal(x, y) for x, y in zip(found, by_chunks, strict=True))
+
+
+def test_float16_keeps_what_is_small(kernels):
+    """Slopes of 1e-9 in each pair."""
+    family = pytest.importorskip("fastkd.kernels.contrastive")
+    query, key = normal(5, 32).half().double(), normal(2000, 32, seed=1).half().double()
+    numbers = [torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in (1.0, [20.0], [0.2])]
+    scale, anchors, weights = numbers[0], numbers[1].repeat(5), numbers[2].repeat(5)
+
+    def gradients(engine, dtype):
+        tensors = [x.to(dtype) for x in (query, key, scale, anchors, weights)]
+        options = "pairs", -1, False, True, "float16", "query key", ""
+        found = engine.forward(*tensors, None, None, *options)[1].double()
+        return found.split([query.numel(), key.numel()])
+
+    for x, y in zip(
+        gradients(family, torch.float32), gradients(by_chunks, torch.float64), strict=True
+    ):
+        assert (x - y).norm() <= 3e-3 * y.norm()
+
+
+def test_who_allows_the_rounding(kernels, monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, may in (("highest", False), ("high", True), ("medium", True)):
+            torch.set_float32_matmul_precision(precision)
+            assert kernels._may_be_rounded(True) == may == matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,188 @@
+"""Losses of similarities in training loops: autograd, compiler, autocast, devices."""
+
+import contrasts
+import pytest
+import torch
+from contrasts import (
+    SOFT,
+    each_case,
+    each_loss,
+    embeddings,
+    similarity_kl,
+    smoke,
+    unit_embeddings,
+    with_bank,
+)
+from exactness import assert_same, results
+from losses import DEVICE, normal
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import fastkd
+
+engine = contrasts.engine
+
+
+@each_case
+@pytest.mark.parametrize("tensors", ["fake", "meta"])
+def test_no_step_waits_for_a_gpu(case, tensors, engine):
+    """Looking at a value that is not there raises."""
+    if engine == "triton" and tensors == "meta":
+        pytest.skip("kernels for tensors without memory are compiled: tests/compiled")
+    like = case.inputs((19,), 5)
+    with FakeTensorMode() if tensors == "fake" else torch.device("meta"):
+        inputs = [torch.empty(x.shape, dtype=x.dtype).requires_grad_(x.requires_grad) for x in like]
+        gradients = torch.autograd.grad(case(*inputs), [x for x in inputs if x.requires_grad])
+    assert [x.shape for x in gradients] == [x.shape for x in like if x.requires_grad]
+
+
+@each_case
+def test_two_runs_agree_bit_for_bit(case, engine):
+    inputs = case.inputs((70,), 5, torch.float32)
+    for first, second in zip(results(case, inputs), results(case, inputs), strict=True):
+        assert torch.equal(first, second)
+
+
+@each_loss
+def test_func_grad_and_vmap(case, engine):
+    inputs = [x.detach() for x in case.inputs((2, 5), 3)]
+    both = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
+    gradient_and_value = torch.func.grad_and_value(case, both if case is not SOFT else 0)
+    single = [gradient_and_value(*pair) for pair in zip(*inputs, strict=True)]
+    found = torch.func.vmap(gradient_and_value)(*inputs)
+    flat = [torch.utils._pytree.tree_leaves(x) for x in single]
+    expected = [torch.stack(x) for x in zip(*flat, strict=True)]
+    assert_same(torch.utils._pytree.tree_leaves(found), expected)
+
+
+@each_loss
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint(case, reentrant, engine):
+    inputs = case.inputs((5,), 3)
+    trained = [x for x in inputs if x.requires_grad]
+    expected = torch.autograd.grad(case(*inputs), trained)
+    checkpoint(case, *inputs, use_reentrant=reentrant).backward()
+    assert_same([x.grad for x in trained], expected)
+
+
+@smoke
+@each_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_nothing(case, dtype, engine):
+    inputs = case.inputs((9,), 5, torch.float32)
+    trained = [x for x in inputs if x.requires_grad]
+    expected = case(*inputs)
+    with torch.autocast(DEVICE.type, dtype):
+        found = case(*inputs)
+    assert torch.equal(found, expected)
+    for x, y in zip(*(torch.autograd.grad(z, trained) for z in (found, expected)), strict=True):
+        assert torch.equal(x, y)
+
+
+@each_case
+def test_torch_compile(case, engine):
+    inputs = case.inputs((19,), 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: case(*x) * 1.5, backend="aot_eager", fullgraph=True)
+    assert_same(results(compiled, inputs), results(lambda *x: case(*x) * 1.5, inputs))
+    with torch.no_grad():
+        assert_same([compiled(*inputs)], [case(*inputs) * 1.5])
+
+
+@each_case
+def test_a_small_batch_is_its_formula(case):
+    """Fewer calls than an engine makes."""
+    inputs = case.inputs((9,), 4)
+    found = results(case, inputs)
+    with fastkd.backend("formula"):
+        for x, y in zip(found, results(case, inputs), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_numbers_are_not_burned_into_the_graph():
+    """A temperature that is annealed, or a λ, is not compiled again and again."""
+    query, key, bank = with_bank((9,), 4)
+    labels = torch.arange(9, device=DEVICE) % 3
+    numbers = [0.05 + 0.01 * i for i in range(12)]
+    for loss in (
+        lambda x: fastkd.info_nce(query, key, bank, temperature=x),
+        lambda x: fastkd.info_nce(query, key, negative_weight=x, margin=x),
+        lambda x: fastkd.clip_contrastive(query, key, x),
+        lambda x: fastkd.siglip(query, key, x, -x),
+        lambda x: fastkd.nt_xent(query, key, temperature=x),
+        lambda x: fastkd.sup_con(query, labels, temperature=x),
+        lambda x: fastkd.similarity_kl(query, key.detach(), student_temperature=x),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        for x in numbers:
+            assert_same([compiled(x)], [loss(x)])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_tensor_in_two_places(compiled, engine):
+    (x,) = embeddings((9,), 4, n=1)
+    constant = normal(9, 4, seed=9)
+    for loss in (
+        lambda x: fastkd.clip_contrastive(x, x, 3.0),
+        lambda x: fastkd.siglip(x, x, 3.0, -1.0),
+        lambda x: fastkd.nt_xent(x, x),
+        lambda x: fastkd.info_nce(x, x, normalize=False, symmetric=True),
+        lambda x: fastkd.info_nce(x, x, x, in_batch_negatives=False),
+        lambda x: similarity_kl(x, constant, x, constant),
+    ):
+        torch._dynamo.reset()
+        call = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+        with fastkd.backend("formula"):
+            expected = results(loss, [x])
+        assert_same(results(call, [x]), expected)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_numbers_on_the_host_with_rows_on_a_device(n):
+    """A last batch of one example has no loss, and asks for no other device."""
+    x, y = (torch.empty(n, 4, device="meta", requires_grad=True) for _ in range(2))
+    number = torch.tensor(0.5, requires_grad=True)
+    for loss in (
+        fastkd.info_nce(x, y, temperature=number, negative_weight=number, margin=number),
+        fastkd.clip_contrastive(x, y, number, number),
+        fastkd.nt_xent(x, y, temperature=number),
+        fastkd.sup_con(x, torch.zeros(n, dtype=torch.int64, device="meta"), temperature=number),
+        fastkd.similarity_kl(x, y.detach(), student_temperature=number, mask_self=True),
+    ):
+        assert loss.device.type == "meta"
+
+
+def test_a_tower_in_inference_mode(engine):
+    image, text = unit_embeddings((9,), 4)
+    with torch.inference_mode():
+        frozen = text.clone()
+    for loss in (
+        lambda x, y: fastkd.clip_contrastive(x, y, 3.0),
+        lambda x, y: fastkd.siglip(x, y, 3.0, -1.0),
+        lambda x, y: fastkd.info_nce(x, y, normalize=False),
+    ):
+        found, expected = (
+            results(lambda x, loss=loss, other=other: loss(x, other), [image])
+            for other in (frozen, text.detach())
+        )
+        assert_same(found, expected)
+
+
+def test_an_empty_bank_is_on_the_graph(engine):
+    query, key, _ = with_bank((5,), 4)
+    bank = torch.empty(0, 4, dtype=query.dtype, device=DEVICE, requires_grad=True)
+    fastkd.info_nce(query.detach(), key.detach(), bank).backward()
+    assert bank.grad.shape == bank.shape
+
+
+@each_loss
+def test_double_backward_says_how(case, engine):
+    inputs = case.inputs((4,), 3)
+    if engine == "formula":
+        inputs = [x.detach().requires_grad_() if x.requires_grad else x for x in inputs]
+        assert torch.autograd.gradgradcheck(lambda x: case(x, *inputs[1:]), inputs[:1])
+        return
+    gradients = torch.autograd.grad(case(*inputs), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=r'Double backward .* fastkd.backend\("formula"\)'):
+        gradients[0].square().sum().backward()
