@@ -128,7 +128,7 @@ def selections(mutant: Mutant) -> Iterator[list[str]]:
         yield [*contrasts, "triton and (dtype or any_scale or nan or alike) or rounded"]
         return
     if mutant.file in CONTRASTIVE_LOSSES:
-        yield [*contrasts, "portable", "-m", "smoke"]
+        yield [*contrasts, "portable or close", "-m", "smoke"]
         yield [*contrasts, "not triton and (dtype or any_scale or alike or found or burned)"]
         yield ["tests/test_distributed.py", "-k", "contrasts and 3"]
         return
