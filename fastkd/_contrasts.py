@@ -30,13 +30,14 @@ class Problem(NamedTuple):
     scale: Tensor  # 0-dim
     anchors: Tensor  # a, [n]
     weights: Tensor  # w, [n]
+    bank: Tensor | None  # [B, D], further keys, which get no gradient
     key_anchors: Tensor | None  # [N], of the first N keys
     key_weights: Tensor | None
     form: str
     first: int  # the own pair of query i is key first + i; -1: it has none
     two_views: bool  # queries are two views of each example, own pairs those with the other too
     normalize: bool
-    half: str  # "bfloat16" or "float16", if that holds all queries and keys without rounding
+    half: str  # "bfloat16" or "float16", if that holds all rows without rounding
     wanted: str  # of query, key, scale and anchors: what gets a gradient
     group: str  # the name of the process group over whose ranks columns are summed, or nothing
 
@@ -59,7 +60,7 @@ class Problem(NamedTuple):
 _engine = Engine(
     "contrastive",
     tensors="Tensor query, Tensor? key, Tensor scale, Tensor anchors, Tensor weights, "
-    "Tensor? key_anchors, Tensor? key_weights",
+    "Tensor? bank, Tensor? key_anchors, Tensor? key_weights",
     options="str form, int first, bool two_views, bool normalize, str half, str wanted, str group",
     n_trained=4,
 )
@@ -76,6 +77,7 @@ def by_engine(
     form: str,
     first: int,
     half: str,
+    bank: Tensor | None = None,
     two_views: bool = False,
     normalize: bool = True,
     n_columns: int = 0,
@@ -94,7 +96,7 @@ def by_engine(
     wanted = [name for name, x in trained.items() if x is not None and is_differentiated(x)]
     over = group.group_name if group is not None and n_columns else ""
     loss, _ = _engine(
-        engine, query, key, scale, anchors, weights, key_anchors, key_weights,
+        engine, query, key, scale, anchors, weights, bank, key_anchors, key_weights,
         form, first, two_views, normalize, half, " ".join(wanted), over,
     )  # fmt: skip
     return loss

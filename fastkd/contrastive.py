@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastkd import _checks
 from fastkd._contrasts import by_engine
+from fastkd._engine import is_differentiated
 from fastkd._loss import batch_loss
 from fastkd._pairs import (
     Number,
@@ -94,14 +95,17 @@ def _fused_info_nce(
     scale = scale_of(temperature, query)
     own = cosines(query, key) if normalize else (query * key).sum(1)
     anchors = (own - margin) * scale - logarithm(negative_weight, query)
+    constant = None
     if not in_batch_negatives:
         keys, first = bank, -1
-    elif negatives is not None:
+    elif is_differentiated(bank):
         keys = torch.cat([keys, bank])
+    else:
+        constant = negatives
     weights = query.new_full((len(query),), (0.5 if symmetric else 1) / n)
     share = by_engine(
         engine, query, keys, scale, anchors, weights, first=first, half=half, group=group,
-        normalize=normalize, form="linear" if decoupled else "softplus",
+        bank=constant, normalize=normalize, form="linear" if decoupled else "softplus",
         n_columns=n if symmetric and n > 1 else 0,
     )  # fmt: skip
     return of_all_ranks(share, group)
@@ -363,16 +367,21 @@ def _fused_sup_con(
     scale, own = scale_of(temperature, features), slice(first, first + len(features))
     place = _places(everyone(labels, group)[0])
     z = F.normalize(whole)
-    sums = torch.zeros_like(z)
+    # ⟨z_i, z_j⟩ = h_i + h_j + ⟨c_i, c_j⟩ of rows without their mean: sums of rows that are alike
+    # would lose what sets them apart, and slopes along z, whose length is 1, do not count
+    c = z - z.detach().mean(0)
+    h = (z.detach().square().sum(1) - c.square().sum(1)) / 2
+    sums = torch.zeros_like(c)
     if z.is_cuda:  # index_add would add in any order
-        sums = sums.index_put((place,), z, accumulate=True)
+        sums = sums.index_put((place,), c, accumulate=True)
     else:
-        sums = sums.index_add(0, place, z)
+        sums = sums.index_add(0, place, c)
     n_alike = torch.zeros_like(place, dtype=features.dtype)
     n_alike = n_alike.index_add(0, place, torch.ones_like(n_alike))[place] - 1
-    # the positives are those of the own class, without oneself
-    alike = (z[own] * (sums[place[own]] - z[own])).sum(1)
-    alike = alike * scale / n_alike[own].clamp(min=1)
+    # the positives are those of the own class, without oneself; all of a class have one weight, so
+    # that the h of an example's positives are as many as its own for their sake
+    alike = (c[own] * (sums[place[own]] - c[own])).sum(1) / n_alike[own].clamp(min=1)
+    alike = (alike + 2 * h[own]) * scale
     is_anchor = n_alike > 0
     n_anchors = is_anchor.sum().clamp(min=1) if anchors == "with_positive" else len(whole)
     share = by_engine(

@@ -112,6 +112,15 @@ class Side(NamedTuple):
     matrix: Tensor  # [padded, depth]
     factors: Tensor | None  # [padded]
 
+    def first(self, n: int) -> Side:
+        """The first n rows."""
+        if n == len(self.rows):
+            return self
+        whole = _padded(n)  # after them others may come: what is found for those is not read
+        lengths = None if self.lengths is None else self.lengths[:n]
+        factors = None if self.factors is None else self.factors[:whole]
+        return Side(self.rows[:n], lengths, self.matrix[:whole], factors)
+
     def gradient(self, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """In the rows, of Σ_j G_ij y_j, and for each row its product with that."""
         values = values[: len(self.rows), : self.rows.shape[1]]
@@ -125,17 +134,20 @@ class Side(NamedTuple):
 
 def side(rows: Tensor, normalize: bool, half: str, tiles: Tiling) -> Side:
     n, width = rows.shape
-    padded = triton.cdiv(n, ROWS_TOGETHER) * ROWS_TOGETHER
-    matrix = rows.new_zeros((padded, tiles.depth), dtype=tiles.product)
+    matrix = rows.new_zeros((_padded(n), tiles.depth), dtype=tiles.product)
     lengths = None
     if normalize:
         lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=SHORTEST)
     if lengths is None or tiles.product == tiles.dtype:
         matrix[:n, :width] = rows if lengths is None else rows / lengths
         return Side(rows, lengths, matrix, None)
-    factors = rows.new_zeros(padded)
+    factors = rows.new_zeros(len(matrix))
     matrix[:n, :width], factors[:n] = in_half(rows, lengths, half)
     return Side(rows, lengths, matrix, factors)
+
+
+def _padded(n: int) -> int:
+    return triton.cdiv(n, ROWS_TOGETHER) * ROWS_TOGETHER
 
 
 def padded(numbers: Tensor, side: Side, value: float = 0.0) -> Tensor:

@@ -68,13 +68,16 @@ class _Sweeps:
         self.problem, self.tiles, self.wanted = problem, tiles, problem.wanted.split()
         self.scale = problem.scale.to(dtype)
         self.x = side(problem.query.to(dtype), problem.normalize, problem.half, tiles)
-        key = problem.key
-        self.y = (
-            self.x if key is None else side(key.to(dtype), problem.normalize, problem.half, tiles)
-        )
+        self.y = self.trained = self.x
+        if problem.key is not None:
+            keys = problem.key.to(dtype)
+            if problem.bank is not None:
+                keys = torch.cat([keys, problem.bank.to(dtype)])
+            self.y = side(keys, problem.normalize, problem.half, tiles)
+            self.trained = self.y.first(len(problem.key))
         self.others = self._other_views() if problem.two_views else {}
         self.trains_rows = bool({"query", "scale"} & {*self.wanted})
-        self.trains_columns = key is not None and "key" in self.wanted
+        self.trains_columns = problem.key is not None and "key" in self.wanted
 
     def forward(self) -> tuple[Tensor, Tensor]:
         if self.problem.form == "pairs":
@@ -87,7 +90,7 @@ class _Sweeps:
             if "query" in self.wanted:
                 found.append(gradient)
         if of_columns is not None:
-            found.append(self.y.gradient(of_columns, self.scale)[0])
+            found.append(self.trained.gradient(of_columns, self.scale)[0])
         if of_rows is not None and "scale" in self.wanted:
             # of one matrix each pair was met from both sides
             found.append(along.sum() * (1.0 if self.problem.key is not None else 0.5))
@@ -123,7 +126,7 @@ class _Sweeps:
             values = self._weighed(x, y, rows, columns) * most
         sums = None
         if self.trains_columns:
-            sums = self._weighed(y, x, columns if n_columns else None, rows) * most
+            sums = self._weighed(self.trained, x, columns if n_columns else None, rows) * most
         return loss, of_anchors, values, sums
 
     def _pairs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -142,7 +145,8 @@ class _Sweeps:
         columns = None
         if self.trains_columns:
             most = weights.amax() * 2**-HEADROOM
-            columns = self._weighed(self.y, x, None, anchors, padded(weights / most, x)) * most
+            shares_of_most = padded(weights / most, x)
+            columns = self._weighed(self.trained, x, None, anchors, shares_of_most) * most
         rows = None
         if self.trains_rows:
             rows = of_all_shares(values)[: len(weights)] * weights[:, None]
@@ -204,10 +208,10 @@ class _Sweeps:
         n, first = len(self.x.rows), self.problem.first
         places = torch.arange(n, device=self.scale.device, dtype=torch.int32).roll(-(n // 2))
         others = {id(self.x): padded(places + first, self.x, -1)}
-        if self.y is not self.x:
-            of_keys = padded(places[:0], self.y, -1)
+        if self.trained is not self.x:
+            of_keys = padded(places[:0], self.trained, -1)
             of_keys[first : first + n] = places
-            others[id(self.y)] = of_keys
+            others[id(self.trained)] = of_keys
         return others
 
     def _views(self, x: Side) -> dict[str, Any]:

@@ -124,8 +124,8 @@ def selections(mutant: Mutant) -> Iterator[list[str]]:
     names = ("contrastive", "similarity", "contrastive_kernels", "contrastive_training")
     contrasts = [*(f"tests/test_{name}.py" for name in names), "-k"]
     if mutant.file in CONTRASTIVE_KERNELS:
-        yield [*contrasts, "triton or however", "-m", "smoke"]
-        yield [*contrasts, "triton and (dtype or any_scale or nan or alike) or rounded"]
+        yield [*contrasts, "triton or however or rank", "-m", "smoke"]
+        yield [*contrasts, "triton and (dtype or any_scale or nan or kind) or rounded"]
         return
     if mutant.file in CONTRASTIVE_LOSSES:
         yield [*contrasts, "portable or close", "-m", "smoke"]

@@ -17,6 +17,7 @@ from contrasts import (
     each_case,
     each_loss,
     embeddings,
+    published_info_nce,
     published_nt_xent,
     published_sup_con,
     smoke,
@@ -134,6 +135,18 @@ def test_views_that_found_each_other_keep_their_gradient(temperature, engine):
         assert_as_exact(found, results(loss, narrow), truth)
 
 
+@smoke
+@pytest.mark.parametrize("spread", [1e-3, 0.1, 1.0])
+def test_classes_hardly_apart_keep_their_gradient(spread, engine):
+    """What attracts and what repels an example cancel but for the last digits."""
+    centre, noise = normal(1, 64, seed=3), normal(256, 64)
+    inputs = [(centre + spread * noise).requires_grad_(), torch.arange(256, device=DEVICE) % 10]
+    truth, narrow = results(published_sup_con, inputs), in_dtype(torch.float32, inputs)
+    found = results(fastkd.sup_con, narrow)
+    with fastkd.backend("formula"):
+        assert_as_exact(found, results(fastkd.sup_con, narrow), truth)
+
+
 @pytest.mark.parametrize("alike", ["all", "none", "some"])
 @pytest.mark.parametrize("anchors", ["with_positive", "all"])
 def test_labels_of_any_kind(alike, anchors, engine):
@@ -240,6 +253,24 @@ def test_only_some_get_a_gradient(case, engine):
         assert_same(results(case, fewer), [value, gradient])
     with torch.no_grad():
         assert_same([case(*inputs)], [value])
+
+
+@smoke
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(symmetric=True, margin=0.1), dict(decoupled=True), dict(normalize=False)],
+    ids=str,
+)
+def test_a_bank_without_a_gradient(options, engine):
+    query, key, bank = with_bank((150,), 5)
+    numbers = [query, key, torch.tensor(0.2, dtype=query.dtype, device=DEVICE, requires_grad=True)]
+    found = results(
+        lambda q, k, t: fastkd.info_nce(q, k, bank.detach(), temperature=t, **options), numbers
+    )
+    of_all = results(
+        lambda q, k, t, b: published_info_nce(q, k, b, temperature=t, **options), [*numbers, bank]
+    )
+    assert_same(found, of_all[:-1], 1e-11)
 
 
 # --------------------------------------------------------------------------------------- memory

@@ -11,6 +11,7 @@ from losses import DEVICE, normal
 
 import fastkd
 from fastkd.portable import contrastive as by_chunks
+from fastkd.portable import similarity
 
 engine = contrasts.engine
 
@@ -36,6 +37,49 @@ def test_however_programs_share_the_work(case, multiprocessors, kernels, monkeyp
     assert_same(results(case, inputs), results(case.eager, inputs), 1e-11)
 
 
+@smoke
+@pytest.mark.parametrize("first", [0, 37, 130])
+@pytest.mark.parametrize(
+    "form, columns, two_views",
+    [
+        ("linear", False, False),
+        ("softplus", True, False),
+        ("softplus", False, True),
+        ("pairs", False, False),
+    ],
+)
+def test_queries_of_one_rank(form, columns, two_views, first, kernels):
+    """Whose own keys are somewhere among those of all ranks."""
+    family = pytest.importorskip("fastkd.kernels.contrastive")
+    query, key, bank = normal(70, 5), normal(200, 5, seed=1), normal(9, 5, seed=2)
+    scale, anchors = torch.tensor(3.0, dtype=query.dtype, device=DEVICE), normal(70, seed=3)
+    weights, of_keys = anchors.square(), (None, None)
+    if columns:
+        of_keys = normal(200, seed=4), normal(200, seed=5).square()
+    options = form, first, two_views, True, "", "query key scale anchors", ""
+    arguments = query, key, scale, anchors, weights, bank, *of_keys, *options
+    for x, y in zip(family.forward(*arguments), by_chunks.forward(*arguments), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
+
+
+@smoke
+@pytest.mark.parametrize("first", [0, 37, 130])
+def test_similarities_of_one_rank(first, kernels):
+    family = pytest.importorskip("fastkd.kernels.similarity")
+    networks = [
+        x
+        for width, seed in ((5, 0), (7, 2))
+        for x in (
+            normal(70, width, seed=seed),
+            normal(200, width, seed=seed + 1),
+            torch.tensor(3.0, dtype=torch.float64, device=DEVICE),
+        )
+    ]
+    arguments = *networks, first, "", "", "query key scale"
+    for x, y in zip(family.forward(*arguments), similarity.forward(*arguments), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
+
+
 @each_case
 def test_float32_where_it_may_be_rounded(case, kernels, monkeypatch):
     inputs = case.inputs((67,), 33, torch.float32)
@@ -59,7 +103,7 @@ def test_float16_keeps_what_is_small(kernels):
     def gradients(engine, dtype):
         tensors = [x.to(dtype) for x in (query, key, scale, anchors, weights)]
         options = "pairs", -1, False, True, "float16", "query key", ""
-        found = engine.forward(*tensors, None, None, *options)[1].double()
+        found = engine.forward(*tensors, None, None, None, *options)[1].double()
         return found.split([query.numel(), key.numel()])
 
     for x, y in zip(

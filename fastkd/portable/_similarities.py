@@ -24,7 +24,9 @@ HEADROOM = 12  # of slopes in half precision: in float16 what is small shall not
 class Similarities:
     """Of queries and keys, or of the queries among each other; `wanted`: what gets a gradient.
 
-    `half` holds both without rounding; slopes are at most the largest of `weights`, or 1.
+    After the keys come those of a `bank`, which get none. `half` holds all of them without
+    rounding; slopes are at most the largest of `weights`, or 1. `centred`: of rows divided by their
+    lengths gradients are exact though all be alike, if what is added to them is.
     """
 
     def __init__(
@@ -33,31 +35,41 @@ class Similarities:
         key: Tensor | None,
         scale: Tensor,
         *,
+        bank: Tensor | None = None,
         dtype: torch.dtype,
         first: int,
         two_views: bool = False,
         normalize: bool,
         half: str,
         weights: Tensor | None = None,
+        centred: bool = False,
         wanted: str,
     ) -> None:
         self.scale, self.first, self.two_views = scale.to(dtype), first, two_views
+        self.wanted = wanted.split()
+        keys = query if key is None else key
+        self.n_trained = len(keys)
+        if bank is not None:
+            keys = torch.cat([keys, bank])
         self.q, self.q_lengths = _units(query.to(dtype), normalize)
         self.k, self.k_lengths = self.q, self.q_lengths
-        if key is not None:
-            self.k, self.k_lengths = _units(key.to(dtype), normalize)
-        self.is_square, self.wanted = key is None, wanted.split()
-        # of one matrix that is both, the two are one gradient
-        trains_key = ("query" if key is None else "key") in self.wanted
-        self.dq = torch.empty_like(self.q) if {"query", "scale"} & {*self.wanted} else None
-        self.dk = torch.zeros_like(self.k) if trains_key else None
+        if keys is not query:
+            self.k, self.k_lengths = _units(keys.to(dtype), normalize)
         self.halves: tuple[Half, Half] | None = None
         if half and len(query) and multiplies_halves(self.q, half):
             of_queries = in_half(query, self.q_lengths, half)
-            of_keys = of_queries if key is None else in_half(key, self.k_lengths, half)
+            of_keys = of_queries if keys is query else in_half(keys, self.k_lengths, half)
             most = self.scale.new_ones(1) if weights is None else weights
             self.lift = 2**HEADROOM / most.amax().clamp(min=1e-30)
             self.halves = of_queries, of_keys
+        trains_query = bool({"query", "scale"} & {*self.wanted})
+        centred = centred and normalize and self.halves is None
+        self.of_queries = _Sums(self.q, self.k, centred) if trains_query else None
+        self.of_keys = None
+        if key is None:
+            self.of_keys = self.of_queries if "query" in self.wanted else None
+        elif "key" in self.wanted:
+            self.of_keys = _Sums(self.k[: self.n_trained], self.q, centred)
 
     def buffer(self) -> Tensor:
         """For a chunk of rows."""
@@ -118,43 +130,97 @@ class Similarities:
         if self.halves is not None:
             self._add_halves(rows, slopes if of_rows is None else slopes * of_rows[:, None])
             return
-        if self.dq is not None:
-            torch.mm(slopes, self.k, out=self.dq[rows])
-            if of_rows is not None:
-                self.dq[rows].mul_(of_rows[:, None])
-        if self.dk is not None:
-            q = self.q[rows] if of_rows is None else self.q[rows] * of_rows[:, None]
-            self.dk.addmm_(slopes.mT, q)
+        if self.of_queries is not None:
+            self.of_queries.add(slopes, rows, slice(None), of_rows=of_rows)
+        if self.of_keys is not None:
+            trained = slice(self.n_trained)
+            self.of_keys.add(slopes[:, trained].mT, trained, rows, of_columns=of_rows)
 
     def _add_halves(self, rows: slice, slopes: Tensor) -> None:
         assert self.halves is not None
         (q, of_q), (k, of_k) = self.halves
         slopes = slopes * self.lift
-        if self.dq is not None:
-            _product((slopes * of_k).to(k.dtype), k, self.dq[rows])
-            self.dq[rows] /= self.lift
-        if self.dk is not None:
-            of_keys = torch.empty_like(self.dk)
-            _product((slopes * of_q[rows, None]).to(q.dtype).mT, q[rows], of_keys)
-            self.dk += of_keys / self.lift
+        if self.of_queries is not None:
+            values = _product((slopes * of_k).to(k.dtype), k, torch.empty_like(self.q[rows]))
+            self.of_queries.values[rows] += values / self.lift
+        if self.of_keys is not None:
+            slopes = (slopes[:, : self.n_trained] * of_q[rows, None]).to(q.dtype)
+            values = _product(slopes.mT, q[rows], torch.empty_like(self.of_keys.values))
+            self.of_keys.values += values / self.lift
 
     def reset(self) -> None:
         """Forget what was added."""
-        if self.dk is not None:
-            self.dk.zero_()
+        for sums in (self.of_queries, self.of_keys):
+            if sums is not None:
+                sums.reset()
 
     def gradients(self) -> list[Tensor]:
         """What is wanted of query, key and scale; the last to ask: it is computed in place."""
-        found = []
-        if "scale" in self.wanted and self.dq is not None:
-            found.append((self.q * self.dq).sum().view(1))
-        if not self.is_square and self.dk is not None:
-            found.insert(0, _of_lengths(self.dk.mul_(self.scale), self.k, self.k_lengths))
-        if "query" in self.wanted and self.dq is not None:
-            if self.is_square and self.dk is not None:
-                self.dq += self.dk
-            found.insert(0, _of_lengths(self.dq.mul_(self.scale), self.q, self.q_lengths))
+        found, of_queries, of_keys = [], self.of_queries, self.of_keys
+        if "scale" in self.wanted and of_queries is not None:
+            along = of_queries.along()
+            # of one matrix that is both, each pair was added from both sides
+            found.append((along / 2 if of_keys is of_queries else along).view(1))
+        if of_keys is not None and of_keys is not of_queries:
+            lengths = None if self.k_lengths is None else self.k_lengths[: self.n_trained]
+            found.insert(0, of_keys.gradient(self.scale, lengths))
+        if "query" in self.wanted and of_queries is not None:
+            found.insert(0, of_queries.gradient(self.scale, self.q_lengths))
         return [x.flatten() for x in found]
+
+
+class _Sums:
+    """Σ_j G_ij y_j of rows x_i, from slopes G.
+
+    Centred: of y without its mean m, and of the slopes, for rows that are divided by their lengths.
+    Where all are alike the plain sums would lose what sets them apart. Σ_j G_ij m is then added
+    without a part along x_i, which the gradient in the rows loses.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, centred: bool) -> None:
+        self.x, self.y = x, y
+        self.mean: Tensor | None = None
+        if centred:
+            self.mean = y.sum(0) / max(len(y), 1)  # a rank may have none
+            self.y = y - self.mean
+        self.values, self.slopes = torch.zeros_like(x), x.new_zeros(len(x))
+
+    def add(
+        self,
+        slopes: Tensor,
+        rows: slice,
+        columns: slice,
+        *,
+        of_rows: Tensor | None = None,
+        of_columns: Tensor | None = None,
+    ) -> None:
+        """Of these rows and columns: `slopes`, times the factors of rows and columns."""
+        y, values = self.y[columns], self.values[rows]
+        if of_columns is not None:
+            y = y * of_columns[:, None]
+        if of_rows is None:
+            values.addmm_(slopes, y)
+        else:
+            values.addcmul_(slopes @ y, of_rows[:, None])
+        if self.mean is not None:
+            sums = slopes.sum(1) if of_columns is None else slopes @ of_columns
+            self.slopes[rows] += sums if of_rows is None else sums * of_rows
+
+    def reset(self) -> None:
+        self.values.zero_()
+        self.slopes.zero_()
+
+    def along(self) -> Tensor:
+        """Σ_ij G_ij ⟨x_i, y_j⟩."""
+        of_values = (self.x * self.values).sum()
+        return of_values if self.mean is None else of_values + self.slopes @ (self.x @ self.mean)
+
+    def gradient(self, scale: Tensor, lengths: Tensor | None) -> Tensor:
+        """In the rows, in place."""
+        gradient = self.values
+        if self.mean is not None:
+            gradient.addcmul_(self.slopes[:, None], self.mean - self.x)
+        return _of_lengths(gradient.mul_(scale), self.x, lengths)
 
 
 class Half(NamedTuple):

@@ -41,9 +41,9 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem = Problem(*arguments)
     similarities = Similarities(
         problem.query, problem.key, problem.scale,
-        dtype=problem.dtype, first=problem.first, two_views=problem.two_views,
+        bank=problem.bank, dtype=problem.dtype, first=problem.first, two_views=problem.two_views,
         normalize=problem.normalize, half=problem.half, weights=problem.weights,
-        wanted=problem.wanted,
+        centred=problem.form == "linear", wanted=problem.wanted,
     )  # fmt: skip
     loss, of_anchors = _LOSSES[problem.form](problem, similarities)
     wanted = [of_anchors] if "anchors" in similarities.wanted else []
