@@ -86,12 +86,18 @@ class Similarities:
             yield rows, self.rows(rows, buffer)
 
     def rows(self, rows: slice, buffer: Tensor) -> Tensor:
+        part = self.products(rows, buffer)
+        if self.halves is None:
+            return part
+        (_, of_q), (_, of_k) = self.halves
+        return part.mul_((self.scale * of_q[rows])[:, None]).mul_(of_k)
+
+    def products(self, rows: slice, buffer: Tensor) -> Tensor:
+        """Rows of S; in half precision without the scale and the factors of both."""
         part = buffer[: rows.stop - rows.start]
         if self.halves is None:
             return torch.mm(self.q[rows] * self.scale, self.k.mT, out=part)
-        (q, of_q), (k, of_k) = self.halves
-        _product(q[rows], k.mT, part)
-        return part.mul_((self.scale * of_q[rows])[:, None]).mul_(of_k)
+        return _product(self.halves[0].matrix[rows], self.halves[1].matrix.mT, part)
 
     def leave_out(self, rows: slice, part: Tensor, value: float) -> Tensor:
         """The own pairs, on diagonals of these rows, become `value`."""
@@ -138,14 +144,24 @@ class Similarities:
 
     def _add_halves(self, rows: slice, slopes: Tensor) -> None:
         assert self.halves is not None
-        (q, of_q), (k, of_k) = self.halves
-        slopes = slopes * self.lift
+        (_, of_q), (_, of_k) = self.halves
+        slopes, of_queries, of_keys = slopes * self.lift, None, None
         if self.of_queries is not None:
-            values = _product((slopes * of_k).to(k.dtype), k, torch.empty_like(self.q[rows]))
-            self.of_queries.values[rows] += values / self.lift
+            of_queries = slopes * of_k
         if self.of_keys is not None:
-            slopes = (slopes[:, : self.n_trained] * of_q[rows, None]).to(q.dtype)
-            values = _product(slopes.mT, q[rows], torch.empty_like(self.of_keys.values))
+            of_keys = slopes[:, : self.n_trained] * of_q[rows, None]
+        self.add_in_half(rows, of_queries, of_keys)
+
+    def add_in_half(self, rows: slice, of_queries: Tensor | None, of_keys: Tensor | None) -> None:
+        """Slopes times `lift`, those for the queries times the keys' factors, and vice versa."""
+        assert self.halves is not None
+        q, k = (side.matrix for side in self.halves)
+        if self.of_queries is not None and of_queries is not None:
+            values = _product(of_queries.to(k.dtype), k, torch.empty_like(self.q[rows]))
+            self.of_queries.values[rows] += values / self.lift
+        if self.of_keys is not None and of_keys is not None:
+            values = torch.empty_like(self.of_keys.values)
+            _product(of_keys.to(q.dtype).mT, q[rows], values)
             self.of_keys.values += values / self.lift
 
     def reset(self) -> None:
