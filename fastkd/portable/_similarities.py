@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._pairs import SHORTEST
@@ -18,6 +19,7 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 22}  # 16 MB of float32, what a CPU's last cache 
 _LARGE_CHUNK = 1 << 24  # elsewhere a chunk must pay for its launches
 _LARGEST = 60.0  # exp of it, times the keys, is a float32 number, and so is exp(-60)
 _LEAST_SUM = 1e-25  # below, exponentials that count may have been flushed to 0
+LINEAR = 50.0  # from where a softplus is its argument, in float64 too
 HEADROOM = 12  # of slopes in half precision: in float16 what is small shall not vanish
 
 
@@ -47,6 +49,7 @@ class Similarities:
     ) -> None:
         self.scale, self.first, self.two_views = scale.to(dtype), first, two_views
         self.wanted = wanted.split()
+        self.spare: Tensor | None = None
         keys = query if key is None else key
         self.n_trained = len(keys)
         if bank is not None:
@@ -130,6 +133,53 @@ class Similarities:
         if shift:
             part.sub_(shift)
         return self.leave_out(rows, part.exp_(), 0.0)
+
+    def log_sums(self, rows: slice, part: Tensor) -> Tensor:
+        """log Σ_j exp S_ij with maxima, as all that follows; `part` then has −∞ for own pairs."""
+        return self.leave_out(rows, part, -torch.inf).logsumexp(1)
+
+    def fold(self, rows: slice, part: Tensor, largest: Tensor, sums: Tensor) -> None:
+        """A chunk after `log_sums` into Σ_i exp(S_ij − largest_j) of the first columns."""
+        part = part[:, : len(largest)]
+        risen = torch.maximum(largest, part.amax(0)).clamp_(min=_lowest(part))
+        sums.mul_((largest - risen).exp_()).add_((part - risen).exp_().sum(0))
+        largest.copy_(risen)
+
+    def add_exponentials(
+        self,
+        rows: slice,
+        part: Tensor,
+        of_rows: Tensor,
+        slopes: Tensor,
+        of_columns: Tensor | None = None,
+        column_slopes: Tensor | None = None,
+    ) -> None:
+        """slopes_i exp(S_ij − of_rows_i), and the same of the first columns, as slopes in S."""
+        self.leave_out(rows, part, -torch.inf)
+        by_columns = None
+        if of_columns is not None and column_slopes is not None:
+            by_columns = part[:, : len(of_columns)] - of_columns.clamp(min=_lowest(part))
+            by_columns.exp_().mul_(column_slopes)
+        part.sub_(of_rows[:, None].clamp(min=_lowest(part))).exp_().mul_(slopes[:, None])
+        if by_columns is not None:
+            part[:, : by_columns.shape[1]] += by_columns
+        self.add(rows, part)
+
+    def add_pairs(
+        self, rows: slice, part: Tensor, anchors: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Σ_j softplus(S_ij − a_i) and its slope in a_i; weights_i of it are in the loss."""
+        self.leave_out(rows, part.sub_(anchors[:, None]), -torch.inf)
+        if self.spare is None:
+            self.spare = torch.empty_like(part)
+        of_pairs = self.spare[: len(part)]
+        F.softplus(part, threshold=LINEAR, out=of_pairs)  # type: ignore[call-arg]
+        losses = of_pairs.sum(1)
+        if not self.wanted:
+            return losses, torch.zeros_like(losses)
+        slopes = part.sigmoid_().sum(1)
+        self.add(rows, part, weights)
+        return losses, slopes
 
     def add(self, rows: slice, slopes: Tensor, of_rows: Tensor | None = None) -> None:
         """Of the loss in these rows of S: `slopes`, each row of them times its `of_rows`."""
@@ -284,6 +334,11 @@ def _of_lengths(gradients: Tensor, units: Tensor, lengths: Tensor | None) -> Ten
         return gradients
     along = torch.linalg.vecdot(gradients, units)[:, None]
     return gradients.addcmul_(units, along, value=-1).div_(lengths)
+
+
+def _lowest(like: Tensor) -> float:
+    """In the place of a maximum of nothing: −∞ − (−∞) would be no number."""
+    return torch.finfo(like.dtype).min
 
 
 def are_large(sums: Tensor) -> bool:

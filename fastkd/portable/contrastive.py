@@ -12,7 +12,6 @@ unless one chunk is all. Where |S| is known to be small exponentials need no max
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,9 +20,7 @@ from torch import Tensor
 
 from fastkd import _distributed
 from fastkd._contrasts import Problem
-from fastkd.portable._similarities import Similarities, are_large, split
-
-_LINEAR = 50.0  # from where a softplus is its argument, in float64 too
+from fastkd.portable._similarities import LINEAR, Similarities, are_large, split
 
 
 def allocate(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -36,10 +33,10 @@ def allocate_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     return Problem(*arguments).allocate_gradients()
 
 
-def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def forward(*arguments: Any, chunks: type[Similarities] = Similarities) -> tuple[Tensor, Tensor]:
     """(*Problem) -> the own rows' share of the loss, and the gradients of it, one after another."""
     problem = Problem(*arguments)
-    similarities = Similarities(
+    similarities = chunks(
         problem.query, problem.key, problem.scale,
         bank=problem.bank, dtype=problem.dtype, first=problem.first, two_views=problem.two_views,
         normalize=problem.normalize, half=problem.half, weights=problem.weights,
@@ -61,20 +58,11 @@ def _pairs(problem: Problem, similarities: Similarities) -> tuple[Tensor, Tensor
     """Σ_i w_i Σ_j softplus(S_ij − a_i), and its gradient in a."""
     dtype = problem.dtype
     anchors, weights = problem.anchors.to(dtype), problem.weights.to(dtype)
-    losses, of_anchors = torch.zeros_like(weights), torch.zeros_like(weights)
-    buffer = similarities.buffer()
-    penalties = torch.empty_like(buffer)
-    for rows, x in similarities.chunks(buffer):
-        x.sub_(anchors[rows, None])
-        similarities.leave_out(rows, x, -torch.inf)
-        of_pairs = penalties[: len(x)]
-        F.softplus(x, threshold=_LINEAR, out=of_pairs)  # type: ignore[call-arg]
-        losses[rows] = of_pairs.sum(1)
-        if problem.wanted:
-            x.sigmoid_()
-            of_anchors[rows] = x.sum(1).mul_(-weights[rows])
-            similarities.add(rows, x, weights[rows])
-    return losses @ weights, of_anchors
+    losses, slopes = torch.zeros_like(weights), torch.zeros_like(weights)
+    for rows, part in similarities.chunks(similarities.buffer()):
+        of_rows = anchors[rows], weights[rows]
+        losses[rows], slopes[rows] = similarities.add_pairs(rows, part, *of_rows)
+    return losses @ weights, -slopes * weights
 
 
 def _log_sum_exps(problem: Problem, similarities: Similarities) -> tuple[Tensor, Tensor]:
@@ -143,37 +131,32 @@ def _of_both(
 def _with_maxima(problem: Problem, similarities: Similarities) -> tuple[Tensor, Tensor]:
     """With a maximum for each row and column: for any numbers, and without a look at them."""
     buffer, n = similarities.buffer(), len(similarities.q)
-    n_columns = 0 if problem.key_anchors is None else len(problem.key_anchors)
-    of_rows = similarities.q.new_empty(n)
-    largest = similarities.q.new_full((n_columns,), -torch.inf)
-    sums = torch.zeros_like(largest)
-    lowest = torch.finfo(problem.dtype).min  # −inf − −inf would be no number
-
-    def chunks() -> Iterator[tuple[slice, Tensor]]:
+    if problem.key_anchors is None:
+        loss, of_anchors = problem.scale.new_zeros((), dtype=problem.dtype), buffer.new_empty(n)
         for rows, part in similarities.chunks(buffer):
-            yield rows, similarities.leave_out(rows, part, -torch.inf)
-
-    for rows, part in chunks():
-        of_rows[rows] = part.logsumexp(1)
-        if n_columns:
-            part = part[:, :n_columns]
-            new = torch.maximum(largest, part.amax(0)).clamp_(min=lowest)
-            sums.mul_((largest - new).exp_()).add_((part - new).exp_().sum(0))
-            largest = new
-    loss, slopes = penalty(problem, of_rows, slice(0, n))
-    of_anchors, of_columns, column_slopes = -slopes, largest, largest
-    if n_columns:
-        of_columns = over_ranks(largest + sums.log(), problem.group)
-        share, column_slopes = column_penalty(problem, of_columns)
-        loss, of_anchors = loss + share, of_anchors - column_slopes[own_columns(problem)]
-    if not problem.wanted:
+            of_rows = similarities.log_sums(rows, part)
+            share, slopes = penalty(problem, of_rows, rows)
+            loss += share
+            torch.neg(slopes, out=of_anchors[rows])
+            if problem.wanted:
+                similarities.add_exponentials(rows, part, of_rows, slopes)
         return loss, of_anchors
-    for rows, part in chunks():
-        by_columns = (part[:, :n_columns] - of_columns.clamp(min=lowest)).exp_()
-        part.sub_(of_rows[rows, None].clamp(min=lowest)).exp_().mul_(slopes[rows, None])
-        part[:, :n_columns] += by_columns.mul_(column_slopes)
-        similarities.add(rows, part)
-    return loss, of_anchors
+    of_rows = buffer.new_empty(n)
+    largest = buffer.new_full((len(problem.key_anchors),), -torch.inf)
+    sums = torch.zeros_like(largest)
+    for rows, part in similarities.chunks(buffer):
+        of_rows[rows] = similarities.log_sums(rows, part)
+        similarities.fold(rows, part, largest, sums)
+    of_columns = over_ranks(largest + sums.log(), problem.group)
+    loss, slopes = penalty(problem, of_rows, slice(0, n))
+    share, column_slopes = column_penalty(problem, of_columns)
+    of_anchors = -slopes - column_slopes[own_columns(problem)]
+    if problem.wanted:
+        for rows, part in similarities.chunks(buffer):
+            similarities.add_exponentials(
+                rows, part, of_rows[rows], slopes[rows], of_columns, column_slopes
+            )
+    return loss + share, of_anchors
 
 
 def own_columns(problem: Problem) -> slice:
@@ -197,7 +180,7 @@ def column_penalty(problem: Problem, log_sums: Tensor) -> tuple[Tensor, Tensor]:
 
 def _of_form(form: str, odds: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     if form == "softplus":
-        return F.softplus(odds, threshold=_LINEAR) @ weights, odds.sigmoid() * weights
+        return F.softplus(odds, threshold=LINEAR) @ weights, odds.sigmoid() * weights
     return odds @ weights, weights.clone()
 
 
