@@ -109,8 +109,14 @@ def batch_loss(
 def _bound(
     signature: inspect.Signature, tensors: Sequence[str], arguments: Any, options: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """The tensors, of which some were given by their names: those are taken out of the options."""
+    """The tensors, of which some were given by their names: those are taken out of the options.
+
+    Or not at all, where they have a default.
+    """
     given = {name: options.pop(name) for name in tensors if name in options}
+    rest = [signature.parameters[name].default for name in tensors[len(arguments) :]]
+    if not given and inspect.Parameter.empty not in rest:  # what takes no time
+        return *arguments, *rest
     return signature.bind(*arguments, **given).args
 
 

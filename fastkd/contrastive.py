@@ -98,8 +98,8 @@ def _fused_info_nce(
     constant = None
     if not in_batch_negatives:
         keys, first = bank, -1
-    elif is_differentiated(bank):
-        keys = torch.cat([keys, bank])
+    elif negatives is not None and is_differentiated(negatives):
+        keys = torch.cat([keys, negatives])
     else:
         constant = negatives
     weights = query.new_full((len(query),), (0.5 if symmetric else 1) / n)
@@ -141,13 +141,17 @@ def info_nce(
         negatives = None if negatives is None else F.normalize(negatives)
     query = query / temperature
     similarities = query @ key.mT
-    # what all logits of a row share does not count: λ is taken off the positive one
-    positive = similarities.diagonal() - margin / temperature
-    positive = positive - logarithm(negative_weight, positive)
     bank = [] if negatives is None else [query @ negatives.mT]
     n_others = len(query) - 1 if in_batch_negatives else 0
     if not len(query) or not n_others + sum(x.shape[1] for x in bank):
         return nothing(query, key, *bank, temperature, negative_weight, margin)
+
+    logits, positive = similarities, similarities.diagonal()
+    if decoupled or not (is_number(margin, 0) and is_number(negative_weight, 1)):
+        # what all logits of a row share does not count: λ is taken off the positive one
+        positive = positive - margin / temperature
+        positive = positive - logarithm(negative_weight, positive)
+        logits = logits.diagonal_scatter(positive - torch.inf if decoupled else positive)
 
     def against(logits: Tensor, own: Tensor) -> Tensor:
         return (
@@ -158,9 +162,6 @@ def info_nce(
     if not in_batch_negatives:
         logits = bank[0] if decoupled else torch.cat([positive[:, None], *bank], 1)
         return against(logits, 0 * own)
-    logits = similarities
-    if decoupled or not (is_number(margin, 0) and is_number(negative_weight, 1)):
-        logits = logits.diagonal_scatter(positive - torch.inf if decoupled else positive)
     loss = against(torch.cat([logits, *bank], 1) if bank else logits, own)
     if not symmetric:
         return loss
@@ -371,8 +372,9 @@ def _fused_sup_con(
     # would lose what sets them apart, and slopes along z, whose length is 1, do not count
     c = z - z.detach().mean(0)
     h = (z.detach().square().sum(1) - c.square().sum(1)) / 2
+    del z  # no gradient needs it
     sums = torch.zeros_like(c)
-    if z.is_cuda:  # index_add would add in any order
+    if c.is_cuda:  # index_add would add in any order
         sums = sums.index_put((place,), c, accumulate=True)
     else:
         sums = sums.index_add(0, place, c)

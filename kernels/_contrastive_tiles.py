@@ -153,6 +153,13 @@ def _sigmoid(x):
 
 
 @triton.jit
+def penalties(odds, DTYPE: tl.constexpr):
+    """softplus of numbers in units of log2, in those of log, and its slopes."""
+    sigmoid, y = _sigmoid(odds)
+    return tl.maximum(odds, 0.0) * LN2 + _log1p(y, DTYPE), sigmoid
+
+
+@triton.jit
 def _add_penalties(
     total, slopes, values, x, scales, anchors, y_ptr, y_factors_ptr, row, column, n, m, own,
     MASKED: tl.constexpr, OWN: tl.constexpr, FACTORS: tl.constexpr, VALUES: tl.constexpr,
@@ -165,20 +172,13 @@ def _add_penalties(
     odds = s - anchors[:, None]
     if MASKED:
         odds = left_out(odds, row, column, n, m, own, False, OWN, ROWS, COLUMNS)
-    sigmoid, y_odds = _sigmoid(odds)
-    total += tl.sum(tl.maximum(odds, 0.0) * LN2 + _log1p(y_odds, DTYPE), 1)
+    penalty, sigmoid = penalties(odds, DTYPE)
+    total += tl.sum(penalty, 1)
     slopes += tl.sum(sigmoid, 1)
     if VALUES:
+        weights = lifted(sigmoid, y.dtype)
         values = weighed(
-            values,
-            lifted(sigmoid, y.dtype),
-            y,
-            y_factors_ptr,
-            column,
-            FACTORS,
-            PRECISION,
-            COLUMNS,
-            DTYPE,
+            values, weights, y, y_factors_ptr, column, FACTORS, PRECISION, COLUMNS, DTYPE
         )
     return total, slopes, values
 

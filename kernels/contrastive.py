@@ -23,6 +23,7 @@ import triton
 from torch import Tensor
 
 from fastkd._contrasts import Problem
+from fastkd.kernels._chunks import Chunks
 from fastkd.kernels._contrastive_tiles import (
     column_log_sums,
     log_sums,
@@ -54,9 +55,9 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem = Problem(*arguments)
     query, key = problem.query, problem.key
     tiles = tiling(query, problem.half, problem.dtype)
-    if tiles is None or not query.numel() or not (key is None or key.numel()):
-        return by_chunks.forward(*arguments)
     with on_device(query):
+        if tiles is None or not query.numel() or not (key is None or key.numel()):
+            return by_chunks.forward(*arguments, chunks=Chunks)
         return _Sweeps(problem, tiles).forward()
 
 

@@ -11,8 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
+from fastkd.kernels._chunk_sweeps import differences_of_chunk, divergences_of_chunk
+from fastkd.kernels._chunks import COLUMNS, Chunks
 from fastkd.kernels._divergence_of_tiles import divergences, weighed_differences
 from fastkd.kernels._launch import on_device
 from fastkd.kernels._similarities import Side, Tiling, of_all_shares, of_two, shares, side, tiling
@@ -35,10 +38,58 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         tiling(teacher, problem.teacher_half, dtype),
     )
     is_empty = any(x is not None and not x.numel() for x in (*problem[:2], *problem[3:5]))
-    if tiles is None or is_empty:
-        return by_chunks.forward(*arguments)
     with on_device(query):
+        if tiles is None or is_empty:
+            return DivergenceOfChunks(problem).forward()
         return _Sweeps(problem, *tiles).forward()
+
+
+def _of_shares(statistics: Tensor, unit: float) -> tuple[Tensor, ...]:
+    """The losses, from `divergences` in numbers of `unit`, and their largest and total."""
+    largest, total, largest_t, total_t, differences = statistics.unbind(1)
+    if len(statistics) > 1:
+        risen, risen_t = largest.amax(0), largest_t.amax(0)
+        shrunk, shrunk_t = ((largest - risen) * unit).exp(), ((largest_t - risen_t) * unit).exp()
+        total, total_t = (total * shrunk).sum(0), (total_t * shrunk_t).sum(0)
+        largest, largest_t = risen, risen_t
+        differences = (differences * shrunk_t).sum(0)
+    else:
+        largest, total, largest_t, total_t, differences = statistics[0]
+    # the difference of the log-sum-exps first, and not of each: they are large and alike
+    losses = (differences / total_t + (largest - largest_t)) * unit
+    return losses + (total / total_t).log(), largest, total, largest_t, total_t
+
+
+class DivergenceOfChunks(by_chunks.Divergence):
+    """Whose statistics one kernel makes, and slopes another."""
+
+    chunks = Chunks
+    student: Chunks
+    teacher: Chunks
+
+    def losses(self, rows: slice, s: Tensor, t: Tensor) -> Tensor:
+        n_shares, n_blocks = self.student.shares(s)
+        statistics = s.new_empty(n_shares, 5, len(s))
+        divergences_of_chunk[len(s), n_shares](
+            **self._chunks(rows, s, t), statistics_ptr=statistics, n_blocks=n_blocks, num_warps=8
+        )
+        losses, largest, total, largest_t, total_t = _of_shares(statistics, 1.0)
+        self.log_sums = largest + total.log(), largest_t + total_t.log()
+        return losses
+
+    def add_slopes(self, rows: slice, s: Tensor, t: Tensor) -> None:
+        of_rows, of_rows_t = self.log_sums
+        differences_of_chunk[len(s), triton.cdiv(s.shape[1], COLUMNS)](
+            **self._chunks(rows, s, t), **self.student.slopes_to(s),
+            of_rows_ptr=of_rows, of_rows_t_ptr=of_rows_t,
+        )  # fmt: skip
+        self.student.add_stored(rows, s)
+
+    def _chunks(self, rows: slice, s: Tensor, t: Tensor) -> dict[str, Any]:
+        left_out = self.student.left_out(rows, s)
+        del left_out["VIEWS"]
+        of_both = self.student.of_chunk(rows, s) | self.teacher.of_chunk(rows, t, "_t")
+        return of_both | left_out | dict(m=s.shape[1], COLUMNS=COLUMNS)
 
 
 class _Sweeps:
@@ -90,18 +141,7 @@ class _Sweeps:
             **self._sides(x, self.queries_t, self.keys, self.keys_t, per_share),
             statistics_ptr=statistics,
         )
-        largest, total, largest_t, total_t, differences = statistics.unbind(1)
-        if n_shares > 1:
-            risen, risen_t = largest.amax(0), largest_t.amax(0)
-            shrunk, shrunk_t = (largest - risen).exp2(), (largest_t - risen_t).exp2()
-            total, total_t = (total * shrunk).sum(0), (total_t * shrunk_t).sum(0)
-            largest, largest_t = risen, risen_t
-            differences = (differences * shrunk_t).sum(0)
-        else:
-            largest, total, largest_t, total_t, differences = statistics[0]
-        # the difference of the log-sum-exps first, and not of each: they are large and alike
-        losses = (differences / total_t + (largest - largest_t)) * LN2.value
-        losses += (total / total_t).log()
+        losses, largest, total, largest_t, total_t = _of_shares(statistics, LN2.value)
         return losses[: len(x.rows)], largest + total.log2(), largest_t + total_t.log2()
 
     def _weighed(

@@ -35,20 +35,25 @@ def engine(request, monkeypatch):
         monkeypatch.setattr(family, "_FEW_PAIRS", 0)
     if request.param == "portable in chunks":
         monkeypatch.setitem(portable._CHUNK_ELEMENTS, "cpu", 50)
-    if request.param == "portable in half":  # as on a GPU, where half precision is multiplied
-
-        def product(a, b, out):
-            return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-        monkeypatch.setattr(
-            portable, "multiplies_halves", lambda rows, half: rows.dtype == torch.float32
-        )
-        monkeypatch.setattr(portable, "_product", product)
+    if request.param == "portable in half":
+        multiply_halves(monkeypatch)
     if request.param in ("portable with maxima", "portable in half"):  # as on a GPU
         monkeypatch.setitem(portable._CHUNK_ELEMENTS, "cpu", 50)
         monkeypatch.setattr(portable.Similarities, "shift", lambda similarities: None)
     with fastkd.backend(request.param.split()[0]):
         yield request.param
+
+
+def multiply_halves(monkeypatch):
+    """As on a GPU, where half precision is multiplied and summed in float32."""
+
+    def product(a, b, out):
+        return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+    monkeypatch.setattr(
+        portable, "multiplies_halves", lambda rows, half: rows.dtype == torch.float32
+    )
+    monkeypatch.setattr(portable, "_product", product)
 
 
 # ------------------------------------------------------------- the losses as people write them

@@ -5,11 +5,12 @@ import os
 import contrasts
 import pytest
 import torch
-from contrasts import each_case, smoke
+from contrasts import each_case, each_loss, smoke
 from exactness import assert_same, exact, results
 from losses import DEVICE, normal
 
 import fastkd
+from fastkd.portable import _similarities as portable
 from fastkd.portable import contrastive as by_chunks
 from fastkd.portable import similarity
 
@@ -22,6 +23,55 @@ def kernels():
         pytest.skip("in Triton's interpreter: TRITON_INTERPRET=1")
     with fastkd.backend("triton"):
         yield pytest.importorskip("fastkd.kernels._similarities")
+
+
+@pytest.fixture(params=["tiles", "chunks"])
+def way(request, kernels, monkeypatch):
+    if request.param == "chunks":
+        through_chunks(monkeypatch, columns=128)
+    return request.param
+
+
+def through_chunks(monkeypatch, columns=16):
+    """What goes through cuBLAS on a GPU: several chunks, several programs for a row."""
+    sweeps = pytest.importorskip("fastkd.kernels._chunks")
+    families = [pytest.importorskip(f"fastkd.kernels.{x}") for x in ("contrastive", "similarity")]
+    for family in families:
+        monkeypatch.setattr(family, "tiling", lambda *arguments: None)
+    for module in (sweeps, families[1]):
+        monkeypatch.setattr(module, "COLUMNS", columns)
+    monkeypatch.setattr(sweeps, "_TILE", (8, 16))
+    monkeypatch.setitem(portable._CHUNK_ELEMENTS, "cpu", 20 * columns)
+
+
+@smoke
+@each_case
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+def test_chunks(case, multiprocessors, kernels, monkeypatch):
+    through_chunks(monkeypatch)
+    device = kernels.Device(multiprocessors, False)
+    sweeps = pytest.importorskip("fastkd.kernels._chunks")
+    monkeypatch.setattr(sweeps, "device_of", lambda tensor: device)
+    inputs = case.inputs((19,), 5)
+    assert_same(results(case, inputs), results(case.eager, inputs), 1e-11)
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_chunks_of_half_precision(case, dtype, kernels, monkeypatch):
+    """The loss as exact as the formula, gradients to one more rounding, as tiles have them."""
+    through_chunks(monkeypatch)
+    contrasts.multiply_halves(monkeypatch)
+    inputs = case.inputs((19,), 5, dtype)
+    truth = results(case.eager, exact(inputs))
+    with fastkd.backend("formula"):
+        yardstick = results(case, inputs)
+    found = results(case, inputs)
+    assert (found[0] - truth[0]).abs() <= max(
+        2 * (yardstick[0] - truth[0]).abs(), 2 * torch.finfo(torch.float32).eps * truth[0].abs()
+    )
+    for x, y in zip(found[1:], truth[1:], strict=True):
+        assert (x.double() - y).abs().max() <= torch.finfo(dtype).eps * y.abs().max()
 
 
 @smoke
@@ -48,7 +98,7 @@ def test_however_programs_share_the_work(case, multiprocessors, kernels, monkeyp
         ("pairs", False, False),
     ],
 )
-def test_queries_of_one_rank(form, columns, two_views, first, kernels):
+def test_queries_of_one_rank(form, columns, two_views, first, way):
     """Whose own keys are somewhere among those of all ranks."""
     family = pytest.importorskip("fastkd.kernels.contrastive")
     query, key, bank = normal(70, 5), normal(200, 5, seed=1), normal(9, 5, seed=2)
@@ -64,7 +114,7 @@ def test_queries_of_one_rank(form, columns, two_views, first, kernels):
 
 @smoke
 @pytest.mark.parametrize("first", [0, 37, 130])
-def test_similarities_of_one_rank(first, kernels):
+def test_similarities_of_one_rank(first, way):
     family = pytest.importorskip("fastkd.kernels.similarity")
     networks = [
         x

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from counts import FUSED, compiled
+from budgets import TARGETS, VERSION
+from counts import FUSED, compiled, resources
 from gate import capture
 from sass import analyse
 from tile_work import work_of
 
 import fastkd
 from fastkd.kernels import _similarities
+from fastkd.portable import _similarities as portable
 
 CONTRASTS = [case for case in FUSED if case.family.name in ("contrastive", "similarity")]
 MOST_PRODUCTS = {"info_nce": 4, "clip_contrastive": 5, "siglip": 4, "nt_xent": 3, "sup_con": 3}
@@ -76,13 +78,39 @@ def test_two_networks_of_any_precision(dtype, teacher_dtype, monkeypatch):
         assert not analyse(launch).spills and analyse(launch).total["HGMMA"]
 
 
+# what reads a chunk: its log-sum-exps or divergences or pairs, columns, slopes
+SWEEPS = dict(info_nce=2, clip_contrastive=3, siglip=1, nt_xent=2, sup_con=2, similarity_kl=2)
+
+
+@pytest.fixture(params=["plain", "halves"])
+def multiplied(request, monkeypatch):
+    """What cuBLAS multiplies: half precision only on a device."""
+    if request.param == "halves":
+        monkeypatch.setattr(portable, "multiplies_halves", lambda rows, half: bool(half))
+        monkeypatch.setattr(portable, "_product", lambda a, b, out: out)
+    return request.param
+
+
 @each_case
 @pytest.mark.parametrize(
-    "shape, dtype", [((1024, 512), torch.bfloat16), ((1024, 64), torch.float32)], ids=str
+    "target, multiplied",
+    [(target, "plain") for target in TARGETS]
+    + [(target, "halves") for target in TARGETS if target != "gfx942"],
+    indirect=["multiplied"],
 )
-def test_what_goes_through_cublas(case, shape, dtype):
-    """Wide embeddings, and float32 that is not to be rounded."""
-    assert not compiled(case, shape, dtype, "sm_90").launches
+def test_what_goes_through_cublas(case, target, multiplied):
+    """Wide embeddings, and float32 that is not to be rounded: 16 bytes at a time, no spills."""
+    if target == "gfx942" and tuple(map(int, VERSION.split("."))) < (3, 5):
+        pytest.skip("needs an external linker before triton 3.5")
+    size = ((1024, 512), torch.bfloat16) if multiplied == "halves" else ((1000, 64), torch.float32)
+    run = compiled(case, *size, target)
+    assert len(run.launches) == SWEEPS[case.name]
+    for launch in run.launches:
+        assert not resources(launch, 1)["spills"]
+        if target != "gfx942":
+            counts = analyse(launch).main
+            assert counts["LDG.128"]
+            assert counts["instructions"] <= 64 * 16  # for the 16 pairs of a thread
 
 
 @pytest.mark.parametrize("width", [1, 17, 100, 200])
