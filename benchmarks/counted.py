@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -23,13 +24,17 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from cases import CONTRASTIVE, DIVERGENCE, RELATIONAL, SIMILARITY, Case, T  # noqa: E402
 from counts import FUSED, compiled, metered, resources, scaled_down  # noqa: E402
+from sass import analyse  # noqa: E402
 from tables import Table  # noqa: E402
 from tile_work import work_of  # noqa: E402
+
+from fastkd.portable import _similarities as similarities  # noqa: E402
 
 LOGITS = [case for case in FUSED if case.family is DIVERGENCE]
 RELATIONS = [case for case in FUSED if case.family is RELATIONAL]
 CONTRASTS = [case for case in FUSED if case.family in (CONTRASTIVE, SIMILARITY)]
 N_ROWS = 4096
+WIDE = (8192, 1024)  # embeddings whose products cuBLAS makes
 ON_CHIP, LONG = 8192, 128256  # the longest rows read once for every divergence; Llama 3
 
 
@@ -92,6 +97,34 @@ def counts_of(
     return total, kernels
 
 
+def sweeps_of_chunks(case: Case, target: str) -> list[dict[str, Any]]:
+    """The kernels that read products of half precision, each once."""
+    with (
+        mock.patch.object(similarities, "multiplies_halves", lambda rows, half: bool(half)),
+        mock.patch.object(similarities, "_product", lambda a, b, out: out),
+    ):
+        run = compiled(case, WIDE, torch.bfloat16, target)
+    found = []
+    for launch in {launch.name: launch for launch in run.launches}.values():
+        report = analyse(launch)
+        block = launch.args.get("ROWS", 1) * launch.args["COLUMNS"]
+        pairs = block / (32 * report.warps)  # of a thread
+        found.append(
+            {
+                "loss": case.name,
+                "columns": "×".join(map(str, WIDE)),
+                "target": target,
+                "kernel": launch.name,
+                "registers": report.registers,
+                "spills": report.spills,
+                "warps_per_multiprocessor": report.warps_per_sm,
+                "instructions": round(report.main["instructions"] / pairs, 1),
+                "mufu": round(report.main["mufu"] / pairs, 2),
+            }
+        )
+    return found
+
+
 def count(targets: Sequence[str]) -> dict[str, Any]:
     # the interpreter decides at import: its part needs a process of its own
     metered = subprocess.run(
@@ -115,13 +148,14 @@ def count(targets: Sequence[str]) -> dict[str, Any]:
                 total, found = counts_of(case, shape, "×".join(map(str, shape)), target)
                 relations["kernels"] += found if shape == (1024, 512) else []
             relations["losses"].append(total)
-    contrasts: dict[str, list[Any]] = {"losses": [], "kernels": []}
+    contrasts: dict[str, list[Any]] = {"losses": [], "kernels": [], "chunks": []}
     for case in CONTRASTS:
         for shape in case.family.compiled_sizes:
             for target in targets:
                 total, found = counts_of(case, shape, "×".join(map(str, shape)), target)
                 contrasts["kernels"] += found if shape == case.family.compiled_sizes[0] else []
             contrasts["losses"].append(total)
+        contrasts["chunks"] += [x for target in targets for x in sweeps_of_chunks(case, target)]
     return {
         "schema": 1,
         "label": "counted",
@@ -238,7 +272,20 @@ def tables(record: dict[str, Any]) -> list[Table]:
             "in the whole kernel.",
         ],
     )
-    return [one, two, three, four, five, six]
+    seven = Table(
+        f"The kernels that read what cuBLAS multiplied, at {contrasts['chunks'][0]['columns']}: "
+        "counted",
+        [
+            *("loss", "N×D", "target", "kernel", "registers", "spills", "warps per SM"),
+            *("instructions", "MUFU"),
+        ],
+        [[*row.values()] for row in contrasts["chunks"]],
+        [
+            "instructions, MUFU: of the main loop, or of a kernel that has none, for each pair, of "
+            "which 4 bytes are read for each network and 2 written for each side with a gradient."
+        ],
+    )
+    return [one, two, three, four, five, six, seven]
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Chunks of similarities on a GPU: cuBLAS makes the products, kernels read each of them once or
-twice.
+"""Chunks of similarities on a GPU, for what is too wide for tiles and float32 not to be rounded.
 
-For what is too wide for tiles on chip, and float32 that is not to be rounded.
+cuBLAS makes the products. A kernel reads them for what a row or a column adds up to, and another
+one for the slopes, which it leaves as the next products want them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ queries too. Programs own what they sum: no atomics, the same bits in every run.
 Work, in products of 2 N M D FLOPs: rows 1, 2 with the gradient in queries, 4 in both; rows and
 columns 1, 3, 5; examples of one kind 1, 3. Products are of the embeddings as they came, in half
 precision, summed in float32; of float32 they are where the user allows TF32. All else goes by
-chunks through cuBLAS.
+chunks through cuBLAS, rows 3 and rows and columns 4, whose numbers kernels read twice.
 """
 
 from __future__ import annotations

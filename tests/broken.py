@@ -14,6 +14,7 @@ CORRELATIONS, CORRELATION = "fastkd/portable/correlation.py", "fastkd/correlatio
 SIMILARITY_TILES, CONTRASTS = "kernels/_similarity_tiles.py", "kernels/_contrastive_tiles.py"
 CONTRAST_LAUNCHES, SIDES = "kernels/contrastive.py", "kernels/_similarities.py"
 SOFT_TILES, SOFT_LAUNCHES = "kernels/_divergence_of_tiles.py", "kernels/similarity.py"
+CHUNK_SWEEPS, CHUNK_LAUNCHES = "kernels/_chunk_sweeps.py", "kernels/_chunks.py"
 PORTABLE_CONTRASTS, CHUNKS = "fastkd/portable/contrastive.py", "fastkd/portable/_similarities.py"
 PORTABLE_SOFT, SOFT = "fastkd/portable/similarity.py", "fastkd/similarity.py"
 CONTRASTIVE, PAIRED = "fastkd/contrastive.py", "fastkd/_pairs.py"
@@ -472,10 +473,33 @@ MUTANTS = [
     Mutant(SOFT_TILES, "networks swapped", "difference = t - s", "difference = s - t"),
     Mutant(SOFT_TILES, "term dropped", "tl.exp2(s - of_rows[:, None]) - tl.exp2(t - of_rows_t[:, None])", "tl.exp2(s - of_rows[:, None])"),
     Mutant(SOFT_TILES, "term dropped", "tl.exp2(s - of_columns) - tl.exp2(t - of_columns_t)", "tl.exp2(s - of_columns)"),
-    Mutant(SOFT_LAUNCHES, "term dropped", "differences / total_t + (largest - largest_t)", "differences / total_t"),
+    Mutant(SOFT_LAUNCHES, "term dropped", "(differences / total_t + (largest - largest_t)) * unit", "differences / total_t * unit"),
     Mutant(SOFT_LAUNCHES, "share forgotten", "differences = (differences * shrunk_t).sum(0)", "differences = differences.sum(0)"),
     Mutant(SOFT_LAUNCHES, "wrong factor", "(0.5 if of_one_kind else 1.0)", "1.0"),
     Mutant(SOFT_LAUNCHES, "wrong side", "own=-first if swapped else first", "own=first"),
+    # contrasts, in chunks that kernels read
+    Mutant(CHUNK_SWEEPS, "padding counted", "exist = (rows < n_rows)[:, None] & (columns < m)[None, :]", "exist = (rows < n_rows)[:, None] & (columns < stride)[None, :]"),
+    Mutant(CHUNK_SWEEPS, "factor dropped", "s *= f[:, None] * g[None, :]", "s *= f[:, None]"),
+    Mutant(CHUNK_SWEEPS, "chunk forgotten", "query = start + rows", "query = rows"),
+    Mutant(CHUNK_SWEEPS, "wrong view", "other = first + tl.where(", "other = tl.where("),
+    Mutant(CHUNK_SWEEPS, "lift dropped", "slopes *= tl.load(lift_ptr)", "slopes *= 1.0"),
+    Mutant(CHUNK_SWEEPS, "factor dropped", "(slopes * g[None, :]).to", "slopes.to"),
+    Mutant(CHUNK_SWEEPS, "factor dropped", "slopes * tl.load(row_factors_ptr + row)", "slopes"),
+    Mutant(CHUNK_SWEEPS, "columns forgotten", "if column < n_trained:", "if column == 0:"),
+    Mutant(CHUNK_SWEEPS, "block forgotten", "high = tl.minimum(low + n_blocks * COLUMNS, m)", "high = tl.minimum(low + COLUMNS, m)", 1),
+    Mutant(CHUNK_SWEEPS, "share counted twice", "high = tl.minimum(low + n_blocks * COLUMNS, m)", "high = m", 2),
+    Mutant(CHUNK_SWEEPS, "term dropped", "total = total * tl.exp(largest - risen) + tl.sum", "total = total + tl.sum"),
+    Mutant(CHUNK_SWEEPS, "rows forgotten", "for row in range(0, n_rows, ROWS):", "for row in range(0, ROWS, ROWS):"),
+    Mutant(CHUNK_SWEEPS, "columns dropped", "slopes += tl.where(paired[None, :], by_columns, 0.0)", "slopes += 0.0"),
+    Mutant(CHUNK_SWEEPS, "bank paired", "tl.where(paired[None, :], by_columns, 0.0)", "tl.exp(s)"),
+    Mutant(CHUNK_SWEEPS, "weight dropped", "weights[:, None] * slopes, products_ptr", "slopes, products_ptr"),
+    Mutant(CHUNK_SWEEPS, "term dropped", "differences = differences * shrunk_t + e_t", "differences = differences + e_t"),
+    Mutant(CHUNK_SWEEPS, "networks swapped", "- tl.exp(t - of_rows_t[:, None])", "+ tl.exp(t - of_rows_t[:, None])"),
+    Mutant(CHUNK_LAUNCHES, "shares lost", "return found.logsumexp(0) if n_shares > 1 else found[0]", "return found[0]"),
+    Mutant(CHUNK_LAUNCHES, "shares lost", "losses, slopes = sums.sum(0)", "losses, slopes = sums[0]"),
+    Mutant(CHUNK_LAUNCHES, "wrong side", "self.stored[0, : len(part)], self.stored[-1, : len(part)]", "self.stored[-1, : len(part)], self.stored[0, : len(part)]"),
+    Mutant(CHUNK_LAUNCHES, "chunk forgotten", "self.halves[0].factors[rows], self.key_factors", "self.halves[0].factors, self.key_factors"),
+    Mutant(SOFT_LAUNCHES, "unit forgotten", "((largest_t - risen_t) * unit).exp()", "(largest_t - risen_t).exp()"),
     # contrasts, in chunks
     Mutant(PORTABLE_CONTRASTS, "sign flipped", "-slopes * weights", "slopes * weights"),
     Mutant(PORTABLE_CONTRASTS, "term dropped", "of_anchors = -slopes - column_slopes[own_columns(problem)]\n    if problem.wanted:\n        u", "of_anchors = -slopes\n    if problem.wanted:\n        u"),

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from broken import (
     BUDGETS,
+    CHUNK_LAUNCHES,
+    CHUNK_SWEEPS,
     CHUNKS,
     CONTRAST_LAUNCHES,
     CONTRASTIVE,
@@ -120,6 +122,10 @@ def selections(mutant: Mutant) -> Iterator[list[str]]:
         if mutant.file != GROUP:
             yield ["tests/test_relational.py", "-m", "smoke", "-k", "portable"]
         yield ["tests/test_distributed.py", "-k", "relations and 3"]
+        return
+    if mutant.file in (CHUNK_SWEEPS, CHUNK_LAUNCHES):
+        yield ["tests/test_contrastive_kernels.py", "-m", "smoke", "-k", "chunks"]
+        yield ["tests/test_contrastive_kernels.py", "-k", "chunks_of_half"]
         return
     names = ("contrastive", "similarity", "contrastive_kernels", "contrastive_training")
     contrasts = [*(f"tests/test_{name}.py" for name in names), "-k"]
