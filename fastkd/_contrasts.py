@@ -90,7 +90,9 @@ def by_engine(
         if group is not None:
             (key_anchors,), _ = _distributed.gathered([key_anchors], group)
         key_weights = weights.new_full((n_columns,), 0.5 / n_columns)
-    if key is query:  # the compiler refuses a tensor twice
+    if bank is not None and (bank is query or bank is key):  # the compiler refuses a tensor twice
+        bank = bank.view_as(bank)
+    if key is query:
         key = key.view_as(key)
     trained = {"query": query, "key": key, "scale": scale, "anchors": anchors}
     wanted = [name for name, x in trained.items() if x is not None and is_differentiated(x)]

@@ -115,7 +115,7 @@ def _bound(
     """
     given = {name: options.pop(name) for name in tensors if name in options}
     rest = [signature.parameters[name].default for name in tensors[len(arguments) :]]
-    if not given and inspect.Parameter.empty not in rest:  # what takes no time
+    if not given and rest and inspect.Parameter.empty not in rest:  # what takes no time
         return *arguments, *rest
     return signature.bind(*arguments, **given).args
 

@@ -46,9 +46,11 @@ class Chunks(Similarities):
 
     def buffer(self) -> Tensor:
         buffer = super().buffer()
-        if len(self.k) == self.stride:
+        n_rows, n_columns = buffer.shape
+        if n_columns == self.stride:
             return buffer
-        return buffer.new_empty(len(buffer), self.stride)[:, : len(self.k)]
+        del buffer  # never both
+        return self.q.new_empty(n_rows, self.stride)[:, :n_columns]
 
     def rows(self, rows: slice, buffer: Tensor) -> Tensor:
         return self.products(rows, buffer)
@@ -107,6 +109,8 @@ class Chunks(Similarities):
 
     def add_stored(self, rows: slice, part: Tensor) -> None:
         """The slopes that a kernel left."""
+        if not any(self.trains):
+            return
         if self.stored is None:
             self.add(rows, part)
             return

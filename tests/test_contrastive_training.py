@@ -122,13 +122,14 @@ def test_numbers_are_not_burned_into_the_graph():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_one_tensor_in_two_places(compiled, engine):
     (x,) = embeddings((9,), 4, n=1)
-    constant = normal(9, 4, seed=9)
+    constant = normal(9, 4, seed=9)  # as key and as bank too
     for loss in (
         lambda x: fastkd.clip_contrastive(x, x, 3.0),
         lambda x: fastkd.siglip(x, x, 3.0, -1.0),
         lambda x: fastkd.nt_xent(x, x),
         lambda x: fastkd.info_nce(x, x, normalize=False, symmetric=True),
         lambda x: fastkd.info_nce(x, x, x, in_batch_negatives=False),
+        lambda x: fastkd.info_nce(x, constant, constant),
         lambda x: similarity_kl(x, constant, x, constant),
     ):
         torch._dynamo.reset()

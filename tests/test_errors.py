@@ -166,3 +166,9 @@ def test_labels_out_of_range(wrong, inputs):
 def test_backend():
     with says(ValueError, "got the backend 'cuda'", "need one of auto, triton, portable, formula"):
         fastkd.backend("cuda")
+
+
+@pytest.mark.parametrize("loss, n", [(fastkd.forward_kl, 2), (fastkd.info_nce, 3)])
+def test_an_option_by_its_place(loss, n):
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        loss(*torch.ones(n, 4, 3, device=DEVICE), 2.0)
