@@ -140,9 +140,9 @@ def exponentials_of_chunk(
     slopes = tl.load(slopes_ptr + rows)[:, None] * tl.exp(s - of_rows[:, None])
     if PAIRED:
         paired = columns < n_paired
-        of_columns = tl.load(of_columns_ptr + columns, mask=paired, other=0.0)
+        of_columns = tl.load(of_columns_ptr + columns, mask=columns < stride, other=0.0)
         of_columns = tl.maximum(of_columns, LOWEST)
-        weights = tl.load(column_slopes_ptr + columns, mask=paired, other=0.0)
+        weights = tl.load(column_slopes_ptr + columns, mask=columns < stride, other=0.0)
         by_columns = weights[None, :] * tl.exp(s - of_columns[None, :])
         slopes += tl.where(paired[None, :], by_columns, 0.0)
     _store_slopes(

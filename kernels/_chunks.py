@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,8 +39,11 @@ class Chunks(Similarities):
         self.stored: Tensor | None = None
         self.stride = triton.cdiv(len(self.k), _ALIGNED) * _ALIGNED
         if self.halves is not None:
-            factors = self.halves[1].factors
-            self.key_factors = torch.nn.functional.pad(factors, (0, self.stride - len(factors)))
+            self.key_factors = self.padded(self.halves[1].factors)
+
+    def padded(self, of_columns: Tensor) -> Tensor:
+        """To be read as the products are, a vector at a time."""
+        return F.pad(of_columns, (0, self.stride - len(of_columns)))
 
     def shift(self) -> float | None:
         return None  # a look at the numbers would wait for them
@@ -86,8 +90,8 @@ class Chunks(Similarities):
         exponentials_of_chunk[len(part), triton.cdiv(len(self.k), COLUMNS)](
             **self.of_chunk(rows, part), **self.left_out(rows, part), **self.slopes_to(part),
             of_rows_ptr=of_rows, slopes_ptr=slopes, m=len(self.k),
-            of_columns_ptr=of_rows if of_columns is None else of_columns,
-            column_slopes_ptr=of_rows if column_slopes is None else column_slopes,
+            of_columns_ptr=of_rows if of_columns is None else self.padded(of_columns),
+            column_slopes_ptr=of_rows if column_slopes is None else self.padded(column_slopes),
             n_paired=0 if of_columns is None else len(of_columns),
             PAIRED=of_columns is not None, COLUMNS=COLUMNS,
         )  # fmt: skip
