@@ -20,6 +20,13 @@ def _places(pointer, rows, columns, stride):
 
 
 @triton.jit
+def _share(m, n_blocks, COLUMNS: tl.constexpr):
+    """Of the columns of a row, those of this program."""
+    low = tl.program_id(1) * n_blocks * COLUMNS
+    return low, tl.minimum(low + n_blocks * COLUMNS, m)
+
+
+@triton.jit
 def _similarities(
     products_ptr, scale_ptr, row_factors_ptr, factors_ptr, rows, columns, n_rows, m, stride,
     first, start, n, OWN: tl.constexpr, VIEWS: tl.constexpr, FACTORS: tl.constexpr,
@@ -80,8 +87,7 @@ def log_sums_of_chunk(
 ):  # fmt: skip
     """Programs (row, share of the columns): log Σ_j exp S_ij for each share."""
     rows = tl.program_id(0) + tl.arange(0, 1)
-    low = tl.program_id(1) * n_blocks * COLUMNS
-    high = tl.minimum(low + n_blocks * COLUMNS, m)
+    low, high = _share(m, n_blocks, COLUMNS)
     largest, total = tl.full([1, COLUMNS], LOWEST, DTYPE), tl.zeros([1, COLUMNS], DTYPE)
     for column in range(low, high, COLUMNS):
         s = _similarities(
@@ -107,7 +113,7 @@ def fold_chunk(
     """Programs (some of the first m columns): Σ_i exp(S_ij − largest_j) of this chunk too."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     exist = columns < m
-    largest = tl.load(largest_ptr + columns, mask=exist, other=LOWEST)
+    largest = tl.maximum(tl.load(largest_ptr + columns, mask=exist, other=LOWEST), LOWEST)
     total = tl.load(sums_ptr + columns, mask=exist, other=0.0)
     for row in range(0, n_rows, ROWS):
         s = _similarities(
@@ -164,8 +170,7 @@ def pairs_of_chunk(
     With SLOPES weights_i σ(S_ij − a_i) too.
     """
     rows = tl.program_id(0) + tl.arange(0, 1)
-    low = tl.program_id(1) * n_blocks * COLUMNS
-    high = tl.minimum(low + n_blocks * COLUMNS, m)
+    low, high = _share(m, n_blocks, COLUMNS)
     anchors = tl.load(anchors_ptr + rows)
     weights = tl.load(weights_ptr + rows)
     of_pairs, of_slopes = tl.zeros([1, COLUMNS], DTYPE), tl.zeros([1, COLUMNS], DTYPE)
@@ -199,8 +204,7 @@ def divergences_of_chunk(
 ):  # fmt: skip
     """Programs (row, share of the columns): [shares, 5, rows] statistics of the tiles' kind."""
     rows = tl.program_id(0) + tl.arange(0, 1)
-    low = tl.program_id(1) * n_blocks * COLUMNS
-    high = tl.minimum(low + n_blocks * COLUMNS, m)
+    low, high = _share(m, n_blocks, COLUMNS)
     largest, total = tl.full([1, COLUMNS], LOWEST, DTYPE), tl.zeros([1, COLUMNS], DTYPE)
     largest_t, total_t, differences = largest, total, total
     for column in range(low, high, COLUMNS):

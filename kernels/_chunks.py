@@ -21,7 +21,6 @@ from fastkd.kernels._chunk_sweeps import (
     pairs_of_chunk,
 )
 from fastkd.kernels._launch import device_of
-from fastkd.kernels._similarity_tiles import LOWEST
 from fastkd.portable._similarities import Similarities
 
 COLUMNS = 2048  # of a row that a program reads at once
@@ -70,7 +69,6 @@ class Chunks(Similarities):
 
     def fold(self, rows: slice, part: Tensor, largest: Tensor, sums: Tensor) -> None:
         rows_at_once, columns = _TILE
-        largest.clamp_(min=LOWEST.value)
         fold_chunk[(triton.cdiv(len(largest), columns),)](
             **self.of_chunk(rows, part), **self.left_out(rows, part), largest_ptr=largest,
             sums_ptr=sums, m=len(largest), ROWS=rows_at_once, COLUMNS=columns,

@@ -53,7 +53,7 @@ def test_chunks(case, multiprocessors, kernels, monkeypatch):
     sweeps = pytest.importorskip("fastkd.kernels._chunks")
     monkeypatch.setattr(sweeps, "device_of", lambda tensor: device)
     inputs = case.inputs((19,), 5)
-    assert_same(results(case, inputs), results(case.eager, inputs), 1e-11)
+    assert_same(results(case, inputs), results(case.eager, inputs), 1e-13)
 
 
 @each_loss
@@ -84,7 +84,7 @@ def test_however_programs_share_the_work(case, multiprocessors, kernels, monkeyp
     for module in (kernels, family):
         monkeypatch.setattr(module, "device_of", lambda tensor: device)
     inputs = case.inputs((150,), 5)
-    assert_same(results(case, inputs), results(case.eager, inputs), 1e-11)
+    assert_same(results(case, inputs), results(case.eager, inputs), 1e-13)
 
 
 @smoke
@@ -109,7 +109,7 @@ def test_queries_of_one_rank(form, columns, two_views, first, way):
     options = form, first, two_views, True, "", "query key scale anchors", ""
     arguments = query, key, scale, anchors, weights, bank, *of_keys, *options
     for x, y in zip(family.forward(*arguments), by_chunks.forward(*arguments), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-14)
 
 
 @smoke
@@ -127,7 +127,7 @@ def test_similarities_of_one_rank(first, way):
     ]
     arguments = *networks, first, "", "", "query key scale"
     for x, y in zip(family.forward(*arguments), similarity.forward(*arguments), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-14)
 
 
 @each_case

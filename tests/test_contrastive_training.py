@@ -1,5 +1,6 @@
 """Losses of similarities in training loops: autograd, compiler, autocast, devices."""
 
+import contracts
 import contrasts
 import pytest
 import torch
@@ -16,7 +17,6 @@ from contrasts import (
 from exactness import assert_same, results
 from losses import DEVICE, normal
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 import fastkd
 
@@ -38,55 +38,32 @@ def test_no_step_waits_for_a_gpu(case, tensors, engine):
 
 @each_case
 def test_two_runs_agree_bit_for_bit(case, engine):
-    inputs = case.inputs((70,), 5, torch.float32)
-    for first, second in zip(results(case, inputs), results(case, inputs), strict=True):
-        assert torch.equal(first, second)
+    contracts.agrees_with_itself(case, case.inputs((70,), 5, torch.float32))
 
 
 @each_loss
 def test_func_grad_and_vmap(case, engine):
-    inputs = [x.detach() for x in case.inputs((2, 5), 3)]
+    inputs = case.inputs((2, 5), 3)
     both = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
-    gradient_and_value = torch.func.grad_and_value(case, both if case is not SOFT else 0)
-    single = [gradient_and_value(*pair) for pair in zip(*inputs, strict=True)]
-    found = torch.func.vmap(gradient_and_value)(*inputs)
-    flat = [torch.utils._pytree.tree_leaves(x) for x in single]
-    expected = [torch.stack(x) for x in zip(*flat, strict=True)]
-    assert_same(torch.utils._pytree.tree_leaves(found), expected)
+    contracts.maps_over_batches(case, inputs, both if case is not SOFT else 0)
 
 
 @each_loss
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoint(case, reentrant, engine):
-    inputs = case.inputs((5,), 3)
-    trained = [x for x in inputs if x.requires_grad]
-    expected = torch.autograd.grad(case(*inputs), trained)
-    checkpoint(case, *inputs, use_reentrant=reentrant).backward()
-    assert_same([x.grad for x in trained], expected)
+    contracts.survives_checkpoint(case, case.inputs((5,), 3), reentrant)
 
 
 @smoke
 @each_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_changes_nothing(case, dtype, engine):
-    inputs = case.inputs((9,), 5, torch.float32)
-    trained = [x for x in inputs if x.requires_grad]
-    expected = case(*inputs)
-    with torch.autocast(DEVICE.type, dtype):
-        found = case(*inputs)
-    assert torch.equal(found, expected)
-    for x, y in zip(*(torch.autograd.grad(z, trained) for z in (found, expected)), strict=True):
-        assert torch.equal(x, y)
+    contracts.ignores_autocast(case, case.inputs((9,), 5, torch.float32), dtype, engine)
 
 
 @each_case
 def test_torch_compile(case, engine):
-    inputs = case.inputs((19,), 3)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *x: case(*x) * 1.5, backend="aot_eager", fullgraph=True)
-    assert_same(results(compiled, inputs), results(lambda *x: case(*x) * 1.5, inputs))
-    with torch.no_grad():
-        assert_same([compiled(*inputs)], [case(*inputs) * 1.5])
+    contracts.compiles(case, case.inputs((19,), 3))
 
 
 @each_case
@@ -179,11 +156,4 @@ def test_an_empty_bank_is_on_the_graph(engine):
 
 @each_loss
 def test_double_backward_says_how(case, engine):
-    inputs = case.inputs((4,), 3)
-    if engine == "formula":
-        inputs = [x.detach().requires_grad_() if x.requires_grad else x for x in inputs]
-        assert torch.autograd.gradgradcheck(lambda x: case(x, *inputs[1:]), inputs[:1])
-        return
-    gradients = torch.autograd.grad(case(*inputs), inputs[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match=r'Double backward .* fastkd.backend\("formula"\)'):
-        gradients[0].square().sum().backward()
+    contracts.says_how_to_differentiate_twice(case, case.inputs((4,), 3), engine)

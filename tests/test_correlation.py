@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import contracts
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,6 @@ from exactness import assert_as_exact, assert_same, exact, results
 from losses import DEVICE, BatchCase, embeddings, logits, normal
 from meter import PeakMemory
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 import fastkd
 from fastkd import _backend, _checks
@@ -337,51 +337,30 @@ def test_a_student_without_gradient(case, engine):
 
 @each_loss
 def test_two_runs_agree_bit_for_bit(case, engine):
-    inputs = case.inputs((70,), 5, torch.float32)
-    for first, second in zip(results(case, inputs), results(case, inputs), strict=True):
-        assert torch.equal(first, second)
+    contracts.agrees_with_itself(case, case.inputs((70,), 5, torch.float32))
 
 
 @each_loss
 def test_func_grad_and_vmap(case, engine):
-    student, teacher = (x.detach() for x in case.inputs((2, 5), 3))
-    gradient_and_value = torch.func.grad_and_value(case)
-    single = [gradient_and_value(*pair) for pair in zip(student, teacher, strict=True)]
-    trained = student[0].clone().requires_grad_()
-    assert_same(single[0][:1], torch.autograd.grad(case(trained, teacher[0]), trained))
-    found = torch.func.vmap(gradient_and_value)(student, teacher)
-    assert_same(found, [torch.stack(x) for x in zip(*single, strict=True)])
+    contracts.maps_over_batches(case, case.inputs((2, 5), 3))
 
 
 @each_loss
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoint(case, reentrant, engine):
-    student, teacher = case.inputs((5,), 3)
-    expected = torch.autograd.grad(case(student, teacher), student)
-    checkpoint(case, student, teacher, use_reentrant=reentrant).backward()
-    assert_same([student.grad], expected)
+    contracts.survives_checkpoint(case, case.inputs((5,), 3), reentrant)
 
 
 @smoke
 @each_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_changes_nothing(case, dtype, engine):
-    student, teacher = case.inputs((9,), 5, torch.float32)
-    expected = case(student, teacher)
-    with torch.autocast(DEVICE.type, dtype):
-        found = case(student, teacher)
-    gradients = [torch.autograd.grad(loss, student)[0] for loss in (found, expected)]
-    assert torch.equal(found, expected) and torch.equal(*gradients)
+    contracts.ignores_autocast(case, case.inputs((9,), 5, torch.float32), dtype, engine)
 
 
 @each_loss
 def test_torch_compile(case, engine):
-    inputs = case.inputs((19,), 3)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *x: case(*x) * 1.5, backend="aot_eager", fullgraph=True)
-    assert_same(results(compiled, inputs), results(lambda *x: case(*x) * 1.5, inputs))
-    with torch.no_grad():
-        assert_same([compiled(*inputs)], [case(*inputs) * 1.5])
+    contracts.compiles(case, case.inputs((19,), 3))
 
 
 def test_a_new_batch_size_and_other_options_compile_nothing():
@@ -402,13 +381,7 @@ def test_a_new_batch_size_and_other_options_compile_nothing():
 
 @each_case
 def test_double_backward_works_or_says_how(case, engine):
-    student, teacher = case.inputs((4,), 3)
-    if engine == "formula":
-        assert torch.autograd.gradgradcheck(lambda x: case(x, teacher), [student])
-        return
-    (gradient,) = torch.autograd.grad(case(student, teacher), student, create_graph=True)
-    with pytest.raises(RuntimeError, match=r'Double backward .* fastkd.backend\("formula"\)'):
-        gradient.square().sum().backward()
+    contracts.says_how_to_differentiate_twice(case, case.inputs((4,), 3), engine)
 
 
 def test_the_op_keeps_the_promises_of_its_schema():
