@@ -1,49 +1,31 @@
 """The table of mutants: each line of code, and the mistake that `mutants.py` puts in its place."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
-TERMS, SWEEPS = "kernels/_divergence_terms.py", "kernels/_divergence_sweeps.py"
-TILES, LAUNCHES = "kernels/_tiles.py", "kernels/divergence.py"
-PORTABLE, SMALL = "fastkd/portable/divergence.py", "fastkd/portable/_small_divergence.py"
-LOSSES = "fastkd/divergence.py"
-PAIRS, RELATIONS = "kernels/_relational_tiles.py", "kernels/relational.py"
-PORTABLE_RELATIONS, RELATIONAL = "fastkd/portable/relational.py", "fastkd/relational.py"
-GROUP = "fastkd/_distributed.py"
-CORRELATIONS, CORRELATION = "fastkd/portable/correlation.py", "fastkd/correlation.py"
-SIMILARITY_TILES, CONTRASTS = "kernels/_similarity_tiles.py", "kernels/_contrastive_tiles.py"
-CONTRAST_LAUNCHES, SIDES = "kernels/contrastive.py", "kernels/_similarities.py"
-SOFT_TILES, SOFT_LAUNCHES = "kernels/_divergence_of_tiles.py", "kernels/similarity.py"
-CHUNK_SWEEPS, CHUNK_LAUNCHES = "kernels/_chunk_sweeps.py", "kernels/_chunks.py"
-PORTABLE_CONTRASTS, CHUNKS = "fastkd/portable/contrastive.py", "fastkd/portable/_similarities.py"
-PORTABLE_SOFT, SOFT = "fastkd/portable/similarity.py", "fastkd/similarity.py"
-CONTRASTIVE, PAIRED = "fastkd/contrastive.py", "fastkd/_pairs.py"
-SELF_DISTILLATION, MODULES = "fastkd/self_distillation.py", "fastkd/modules.py"
-METER, GUARD, INTERPRETER = "tests/meter.py", "tests/guard.py", "tests/interpreter.py"
-GATE, SASS = "tests/gate.py", "tests/sass.py"
-COUNTS, BUDGETS = "tests/counts.py", "tests/budgets.py"
-FLOOR = "benchmarks/floor.py"
-
-
-@dataclass(frozen=True)
-class Mutant:
-    file: str
-    operator: str  # what kind of mistake
-    old: str  # must be in the file once, or `place` times counting from 1
-    new: str
-    place: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.operator}: {' '.join(self.old.split())} → {' '.join(self.new.split())}"
-
-    def apply(self, root: Path) -> None:
-        path = root / self.file.replace("kernels/", "fastkd/kernels/", 1)
-        parts = path.read_text().split(self.old)
-        if len(parts) <= self.place:
-            raise SystemExit(f"{self.file} no longer has {self.old!r}: renew the table of mutants")
-        before, after = self.old.join(parts[: self.place]), self.old.join(parts[self.place :])
-        path.write_text(before + self.new + after)
-
+from broken_contrasts import CONTRASTIVE_MUTANTS
+from mutant import (
+    BUDGETS,
+    CORRELATION,
+    CORRELATIONS,
+    COUNTS,
+    FLOOR,
+    GATE,
+    GROUP,
+    GUARD,
+    INTERPRETER,
+    LAUNCHES,
+    LOSSES,
+    METER,
+    PAIRS,
+    PORTABLE,
+    PORTABLE_RELATIONS,
+    RELATIONAL,
+    RELATIONS,
+    SASS,
+    SMALL,
+    SWEEPS,
+    TERMS,
+    TILES,
+    Mutant,
+)
 
 MUTANTS = [
     # the sums of the KLs
@@ -441,107 +423,5 @@ MUTANTS = [
     Mutant(CORRELATIONS, "statistics swapped", "* (teacher_deviation * b)", "* (deviation * b)"),
     Mutant(CORRELATIONS, "centre dropped", "torch.sub(rows, rows[0], out=product).mean(0).add_(rows[0])", "rows.mean(0)"),
     Mutant(CORRELATION, "empty batch", "if not student.numel():", "if False:"),
-    # contrasts, in tiles
-    Mutant(SIMILARITY_TILES, "factor dropped", "return tl.load(factors_ptr + first + tl.arange(0, ROWS)) * scale", "return tl.full([ROWS], 1.0, DTYPE) * scale"),
-    Mutant(SIMILARITY_TILES, "factor dropped", "weights *= tl.load(factors_ptr + column + tl.arange(0, COLUMNS))[None, :]", "weights *= 1.0"),
-    Mutant(SIMILARITY_TILES, "factor dropped", "    s *= tl.load(factors_ptr + column + tl.arange(0, COLUMNS))[None, :]", "    s *= 1.0"),
-    Mutant(SIMILARITY_TILES, "edge forgotten", "(columns < m)[None, :]", "(columns < m + 1)[None, :]"),
-    Mutant(SIMILARITY_TILES, "edge forgotten", "(rows < n)[:, None]", "(rows < n + 1)[:, None]"),
-    Mutant(SIMILARITY_TILES, "own pair kept", "rows[:, None] + own == columns[None, :]", "rows[:, None] + own + 1 == columns[None, :]"),
-    Mutant(SIMILARITY_TILES, "off by one", "+ COLUMNS - 1) // COLUMNS", ") // COLUMNS"),
-    Mutant(SIMILARITY_TILES, "tile forgotten", "return first, start, stop - start, end", "return first, start, stop - start, end - 1"),
-    Mutant(CONTRASTS, "term dropped", "total = total * shrunk + tl.sum(e, 1)", "total = total + tl.sum(e, 1)"),
-    Mutant(CONTRASTS, "term dropped", "values * shrunk[:, None], lifted(e, y.dtype)", "values, lifted(e, y.dtype)"),
-    Mutant(CONTRASTS, "term dropped", "other=0.0) * tl.exp2(before - of_column)", "other=0.0)"),
-    Mutant(CONTRASTS, "sums forgotten", "known = (places < n_paired) & (is_first == 0)", "known = places < 0"),
-    Mutant(CONTRASTS, "term dropped", "total *= tl.exp2(largest - risen)", "total *= 1.0"),
-    Mutant(CONTRASTS, "tile forgotten", "tl.cdiv(n_padded // ROWS - program, tl.num_programs(0))", "1"),
-    Mutant(CONTRASTS, "term dropped", "* LN2 + _log1p(y, DTYPE)", "* LN2"),
-    Mutant(CONTRASTS, "sign flipped", "tl.where(x >= 0, 1.0, y) / (1 + y)", "tl.where(x >= 0, y, 1.0) / (1 + y)"),
-    Mutant(CONTRASTS, "term dropped", "slopes += tl.exp2(s - of_rows[:, None])", "slopes += 0.0"),
-    Mutant(CONTRASTS, "weight dropped", "slopes *= tl.load(weights_ptr + places)[None, :]", "slopes *= 1.0"),
-    Mutant(CONTRAST_LAUNCHES, "weight dropped", "values = values[:n] * u[:, None]", "values = values[:n]"),
-    Mutant(CONTRAST_LAUNCHES, "wrong factor", "(1.0 if self.problem.key is not None else 0.5)", "1.0"),
-    Mutant(CONTRAST_LAUNCHES, "wrong side", "own=-first if swapped else first", "own=first"),
-    Mutant(CONTRAST_LAUNCHES, "wrong view", "places + first, self.x, -1", "places, self.x, -1"),
-    Mutant(CONTRAST_LAUNCHES, "share forgotten", "sums = (values * parts_of_rows[..., None]).sum(0)", "sums = values.sum(0)"),
-    Mutant(CONTRAST_LAUNCHES, "anchor forgotten", "of_anchors - v[by_chunks.own_columns(problem)]", "of_anchors"),
-    Mutant(CONTRAST_LAUNCHES, "zero slope", "torch.where(slopes == 0, torch.inf, shift)", "shift"),
-    Mutant(SIDES, "projection dropped", "torch.addcmul(values, units, along[:, None], value=-1)", "values.clone()"),
-    Mutant(SIDES, "length dropped", "gradient.mul_(scale / self.lengths)", "gradient.mul_(scale)"),
-    Mutant(SOFT_TILES, "term dropped", "differences = differences * shrunk_t + ", "differences = differences + "),
-    Mutant(SOFT_TILES, "networks swapped", "difference = t - s", "difference = s - t"),
-    Mutant(SOFT_TILES, "term dropped", "tl.exp2(s - of_rows[:, None]) - tl.exp2(t - of_rows_t[:, None])", "tl.exp2(s - of_rows[:, None])"),
-    Mutant(SOFT_TILES, "term dropped", "tl.exp2(s - of_columns) - tl.exp2(t - of_columns_t)", "tl.exp2(s - of_columns)"),
-    Mutant(SOFT_LAUNCHES, "term dropped", "(differences / total_t + (largest - largest_t)) * unit", "differences / total_t * unit"),
-    Mutant(SOFT_LAUNCHES, "share forgotten", "differences = (differences * shrunk_t).sum(0)", "differences = differences.sum(0)"),
-    Mutant(SOFT_LAUNCHES, "wrong factor", "(0.5 if of_one_kind else 1.0)", "1.0"),
-    Mutant(SOFT_LAUNCHES, "wrong side", "own=-first if swapped else first", "own=first"),
-    # contrasts, in chunks that kernels read
-    Mutant(CHUNK_SWEEPS, "padding counted", "exist = (rows < n_rows)[:, None] & (columns < m)[None, :]", "exist = (rows < n_rows)[:, None] & (columns < stride)[None, :]"),
-    Mutant(CHUNK_SWEEPS, "factor dropped", "s *= f[:, None] * g[None, :]", "s *= f[:, None]"),
-    Mutant(CHUNK_SWEEPS, "chunk forgotten", "query = start + rows", "query = rows"),
-    Mutant(CHUNK_SWEEPS, "wrong view", "other = first + tl.where(", "other = tl.where("),
-    Mutant(CHUNK_SWEEPS, "lift dropped", "slopes *= tl.load(lift_ptr)", "slopes *= 1.0"),
-    Mutant(CHUNK_SWEEPS, "factor dropped", "(slopes * g[None, :]).to", "slopes.to"),
-    Mutant(CHUNK_SWEEPS, "factor dropped", "slopes * tl.load(row_factors_ptr + row)", "slopes"),
-    Mutant(CHUNK_SWEEPS, "columns forgotten", "if column < n_trained:", "if column == 0:"),
-    Mutant(CHUNK_SWEEPS, "block forgotten", "return low, tl.minimum(low + n_blocks * COLUMNS, m)", "return low, tl.minimum(low + COLUMNS, m)"),
-    Mutant(CHUNK_SWEEPS, "share counted twice", "return low, tl.minimum(low + n_blocks * COLUMNS, m)", "return low, m"),
-    Mutant(CHUNK_SWEEPS, "term dropped", "total = total * tl.exp(largest - risen) + tl.sum", "total = total + tl.sum"),
-    Mutant(CHUNK_SWEEPS, "rows forgotten", "for row in range(0, n_rows, ROWS):", "for row in range(0, ROWS, ROWS):"),
-    Mutant(CHUNK_SWEEPS, "columns dropped", "slopes += tl.where(paired[None, :], by_columns, 0.0)", "slopes += 0.0"),
-    Mutant(CHUNK_SWEEPS, "bank paired", "tl.where(paired[None, :], by_columns, 0.0)", "tl.exp(s)"),
-    Mutant(CHUNK_SWEEPS, "weight dropped", "weights[:, None] * slopes, products_ptr", "slopes, products_ptr"),
-    Mutant(CHUNK_SWEEPS, "term dropped", "differences = differences * shrunk_t + e_t", "differences = differences + e_t"),
-    Mutant(CHUNK_SWEEPS, "networks swapped", "- tl.exp(t - of_rows_t[:, None])", "+ tl.exp(t - of_rows_t[:, None])"),
-    Mutant(CHUNK_LAUNCHES, "shares lost", "return found.logsumexp(0) if n_shares > 1 else found[0]", "return found[0]"),
-    Mutant(CHUNK_LAUNCHES, "shares lost", "losses, slopes = sums.sum(0)", "losses, slopes = sums[0]"),
-    Mutant(CHUNK_LAUNCHES, "wrong side", "self.stored[0, : len(part)], self.stored[-1, : len(part)]", "self.stored[-1, : len(part)], self.stored[0, : len(part)]"),
-    Mutant(CHUNK_LAUNCHES, "chunk forgotten", "self.halves[0].factors[rows], self.key_factors", "self.halves[0].factors, self.key_factors"),
-    Mutant(SOFT_LAUNCHES, "unit forgotten", "((largest_t - risen_t) * unit).exp()", "(largest_t - risen_t).exp()"),
-    # contrasts, in chunks
-    Mutant(PORTABLE_CONTRASTS, "sign flipped", "-slopes * weights", "slopes * weights"),
-    Mutant(PORTABLE_CONTRASTS, "term dropped", "of_anchors = -slopes - column_slopes[own_columns(problem)]\n    if problem.wanted:\n        u", "of_anchors = -slopes\n    if problem.wanted:\n        u"),
-    Mutant(PORTABLE_CONTRASTS, "term dropped", "of_anchors = -slopes - column_slopes[own_columns(problem)]\n    if problem.wanted:\n        for", "of_anchors = -slopes\n    if problem.wanted:\n        for"),
-    Mutant(PORTABLE_CONTRASTS, "shift dropped", "column_slopes.mul_(torch.exp(shift - of_columns))", "column_slopes.mul_(torch.exp(-of_columns))"),
-    Mutant(PORTABLE_CONTRASTS, "stale sums", "similarities.reset()", "pass"),
-    Mutant(CHUNKS, "term dropped", "sums.mul_((largest - risen).exp_()).add_", "sums.add_"),
-    Mutant(CHUNKS, "term dropped", "part[:, : by_columns.shape[1]] += by_columns", "pass"),
-    Mutant(PORTABLE_CONTRASTS, "slope dropped", "odds.sigmoid() * weights", "weights.clone()"),
-    Mutant(CHUNKS, "wrong diagonal", "start = len(self.q), self.first + rows.start", "start = len(self.q), self.first"),
-    Mutant(CHUNKS, "wrong view", "place = self.first + low + other", "place = low + other"),
-    Mutant(CHUNKS, "projection dropped", "gradients.addcmul_(units, along, value=-1)", "gradients"),
-    Mutant(CHUNKS, "scale dropped", "gradient.mul_(scale), self.x", "gradient, self.x"),
-    Mutant(CHUNKS, "gradient dropped", 'self.of_keys = self.of_queries if "query" in self.wanted else None', "pass"),
-    Mutant(CHUNKS, "mean's part dropped", "gradient.addcmul_(self.slopes[:, None], self.mean - self.x)", "pass"),
-    Mutant(CHUNKS, "mean's part dropped", "of_values + self.slopes @ (self.x @ self.mean)", "of_values"),
-    Mutant(CHUNKS, "factors dropped", "sums * of_rows", "sums"),
-    Mutant(CHUNKS, "bank trained", "slopes[:, trained].mT, trained, rows", "slopes[:, -self.n_trained:].mT, trained, rows"),
-    Mutant(CHUNKS, "too small a sum", "return not sums.numel() or bool(sums.min() > _LEAST_SUM)", "return True"),
-    Mutant(CHUNKS, "exponent kept", "torch.ldexp(rows, -exponents)", "rows"),
-    Mutant(CHUNKS, "lift kept", "+= values / self.lift\n        if", "+= values\n        if"),
-    Mutant(PORTABLE_SOFT, "quotient overflows", "2 * (sums[0].sqrt() / sums[1].sqrt()).log()", "(sums[0] / sums[1]).log()"),
-    Mutant(PORTABLE_SOFT, "sign flipped", "s.sub_(t)", "s.add_(t)"),
-    Mutant(SOFT, "wrong mean", "return loss / n", "return loss / len(query)"),
-    Mutant(CONTRASTIVE, "margin kept", "(own - margin) * scale", "own * scale"),
-    Mutant(CONTRASTIVE, "λ dropped", "scale - logarithm(negative_weight, query)", "scale"),
-    Mutant(PORTABLE_CONTRASTS, "centre kept", 'centred=problem.form == "linear"', "centred=False"),
-    Mutant(CONTRASTIVE, "centre kept", "c = z - z.detach().mean(0)", "c = z - 0 * z.detach().mean(0)"),
-    Mutant(CONTRASTIVE, "squares dropped", "(alike + 2 * h[own]) * scale", "alike * scale"),
-    Mutant(CONTRASTIVE, "bank dropped", "constant = negatives", "pass"),
-    Mutant(CONTRASTIVE, "oneself counted", "torch.ones_like(n_alike))[place] - 1", "torch.ones_like(n_alike))[place]"),
-    Mutant(CONTRASTIVE, "half dropped", "(0.5 if symmetric else 1) / n", "1 / n"),
-    Mutant(PAIRED, "burned in", "return like.new_ones(()) * number", "return torch.as_tensor(number, dtype=like.dtype, device=like.device)"),
-    # crops, and the centre of a teacher
-    Mutant(SELF_DISTILLATION, "own view kept", "torch.cat([p[:v], p[v + 1 :]]) if v < n_own else p", "p"),
-    Mutant(SELF_DISTILLATION, "wrong divisor", "len(student) * len(teacher) - n_same", "len(student) * len(teacher)"),
-    Mutant(SELF_DISTILLATION, "weight dropped", "losses.append(len(others) * loss)", "losses.append(loss)"),
-    Mutant(SELF_DISTILLATION, "temperature dropped", "target = student_temperature * ", "target = "),
-    Mutant(SELF_DISTILLATION, "centre dropped", "p = teacher if center is None else teacher - center", "p = teacher"),
-    Mutant(SELF_DISTILLATION, "share returned", "loss * (n / n_of_all)", "loss"),
-    Mutant(MODULES, "weights swapped", "rate = (1 - self.center_momentum)", "rate = self.center_momentum"),
-    Mutant(MODULES, "empty batch", " * n.clamp(max=1)", ""),
-    Mutant(MODULES, "moved in evaluation", "if self.training:\n            self._move", "if True:\n            self._move"),
-    Mutant(MODULES, "ranks forgotten", "total = _distributed.summed(total, ", "_distributed.summed(total, "),
+    *CONTRASTIVE_MUTANTS,
 ]  # fmt: skip

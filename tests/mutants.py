@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from broken import (
+from broken import MUTANTS
+from mutant import (
     BUDGETS,
     CHUNK_LAUNCHES,
     CHUNK_SWEEPS,
@@ -34,7 +35,6 @@ from broken import (
     INTERPRETER,
     METER,
     MODULES,
-    MUTANTS,
     PAIRED,
     PAIRS,
     PORTABLE,
