@@ -23,6 +23,7 @@ class Problem(NamedTuple):
     pairs     Σ_i w_i Σ_j softplus(S_ij − a_i)
 
     and with anchors of keys, in the first two, the same over the columns of those keys besides.
+    With classes it is linear, and r_j S_ij is taken off for each pair of one class.
     """
 
     query: Tensor  # [n, D]
@@ -33,6 +34,8 @@ class Problem(NamedTuple):
     bank: Tensor | None  # [B, D], further keys, which get no gradient
     key_anchors: Tensor | None  # [N], of the first N keys
     key_weights: Tensor | None
+    classes: Tensor | None  # [M], of all keys and, among them, of the queries' own; numbers
+    attractions: Tensor | None  # r, [M], the same for all of a class
     form: str
     first: int  # the own pair of query i is key first + i; -1: it has none
     two_views: bool  # queries are two views of each example, own pairs those with the other too
@@ -60,7 +63,8 @@ class Problem(NamedTuple):
 _engine = Engine(
     "contrastive",
     tensors="Tensor query, Tensor? key, Tensor scale, Tensor anchors, Tensor weights, "
-    "Tensor? bank, Tensor? key_anchors, Tensor? key_weights",
+    "Tensor? bank, Tensor? key_anchors, Tensor? key_weights, Tensor? classes, "
+    "Tensor? attractions",
     options="str form, int first, bool two_views, bool normalize, str half, str wanted, str group",
     n_trained=4,
 )
@@ -81,6 +85,8 @@ def by_engine(
     two_views: bool = False,
     normalize: bool = True,
     n_columns: int = 0,
+    classes: Tensor | None = None,
+    attractions: Tensor | None = None,
     group: Any = None,
 ) -> Tensor:
     """The loss of the whole batch by an engine; with columns, of the first keys."""
@@ -99,6 +105,7 @@ def by_engine(
     over = group.group_name if group is not None and n_columns else ""
     loss, _ = _engine(
         engine, query, key, scale, anchors, weights, bank, key_anchors, key_weights,
+        classes, attractions,
         form, first, two_views, normalize, half, " ".join(wanted), over,
     )  # fmt: skip
     return loss

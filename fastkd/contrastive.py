@@ -365,32 +365,40 @@ def _fused_sup_con(
     whole, first = everyone(features, group)
     if len(whole) < 2:
         return nothing(features, temperature)
-    scale, own = scale_of(temperature, features), slice(first, first + len(features))
+    own = slice(first, first + len(features))
     place = _places(everyone(labels, group)[0])
-    z = F.normalize(whole)
-    # ⟨z_i, z_j⟩ = h_i + h_j + ⟨c_i, c_j⟩ of rows without their mean: sums of rows that are alike
-    # would lose what sets them apart, and slopes along z, whose length is 1, do not count
-    c = z - z.detach().mean(0)
-    h = (z.detach().square().sum(1) - c.square().sum(1)) / 2
-    del z  # no gradient needs it
-    sums = torch.zeros_like(c)
-    if c.is_cuda:  # index_add would add in any order
-        sums = sums.index_put((place,), c, accumulate=True)
-    else:
-        sums = sums.index_add(0, place, c)
-    n_alike = torch.zeros_like(place, dtype=features.dtype)
-    n_alike = n_alike.index_add(0, place, torch.ones_like(n_alike))[place] - 1
-    # the positives are those of the own class, without oneself; all of a class have one weight, so
-    # that the h of an example's positives are as many as its own for their sake
-    alike = (c[own] * (sums[place[own]] - c[own])).sum(1) / n_alike[own].clamp(min=1)
-    alike = (alike + 2 * h[own]) * scale
-    is_anchor = n_alike > 0
-    n_anchors = is_anchor.sum().clamp(min=1) if anchors == "with_positive" else len(whole)
+    zeros = torch.zeros_like(place, dtype=whole.dtype)
+    n_alike = zeros.index_add(0, place, zeros + 1)[place]
+    n_positives = (n_alike - 1).clamp(min=1)
+    weights = (n_alike > 1).to(zeros.dtype)
+    weights = weights / (weights.sum().clamp(min=1) if anchors == "with_positive" else len(whole))
+    scale = scale_of(temperature, features)
+    with torch.no_grad():  # gradients are those of each pair, by the engine
+        z = F.normalize(whole)
+        of_class = (z[own] * _means(z, place, n_alike)[own]).sum(1) * n_alike[own]
+        positives = (of_class - z[own].square().sum(1)) / n_positives[own] * scale
+        del z
     share = by_engine(
-        engine, features, None if group is None else whole, scale, alike,
-        is_anchor[own].to(features.dtype) / n_anchors, first=first, form="linear", half=half,
+        engine, features, None if group is None else whole, scale, positives, weights[own],
+        first=first, form="linear", half=half, classes=place.to(zeros.dtype),
+        attractions=weights / n_positives,
     )  # fmt: skip
     return of_all_ranks(share, group)
+
+
+def _means(rows: Tensor, place: Tensor, n_alike: Tensor) -> Tensor:
+    """Of each row's class: twice, since the sum of many rows that are alike is rounded often."""
+
+    def of_class(rows: Tensor) -> Tensor:
+        sums = torch.zeros_like(rows)
+        if rows.is_cuda:  # index_add would add in any order
+            sums.index_put_((place,), rows, accumulate=True)
+        else:
+            sums.index_add_(0, place, rows)
+        return sums[place].div_(n_alike[:, None])
+
+    means = of_class(rows)
+    return means.add_(of_class(rows - means))
 
 
 def _places(labels: Tensor) -> Tensor:

@@ -129,13 +129,18 @@ def fold_chunk(
 
 @triton.jit(do_not_specialize=["n_rows", "m", "n_trained", "n_paired", "first", "start", "n"])
 def exponentials_of_chunk(
-    products_ptr, scale_ptr, row_factors_ptr, factors_ptr, of_rows_ptr, slopes_ptr,
-    of_columns_ptr, column_slopes_ptr, of_queries_ptr, of_keys_ptr, lift_ptr,
+    products_ptr, scale_ptr, row_factors_ptr, factors_ptr, row_classes_ptr, classes_ptr,
+    attractions_ptr, of_rows_ptr, slopes_ptr, of_columns_ptr, column_slopes_ptr,
+    of_queries_ptr, of_keys_ptr, lift_ptr,
     n_rows, m, n_trained, n_paired, stride, first, start, n,
-    PAIRED: tl.constexpr, OWN: tl.constexpr, VIEWS: tl.constexpr, FACTORS: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, DTYPE: tl.constexpr, COLUMNS: tl.constexpr,
+    CLASSES: tl.constexpr, PAIRED: tl.constexpr, OWN: tl.constexpr, VIEWS: tl.constexpr,
+    FACTORS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DTYPE: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Programs (row, some columns): slopes_i exp(S_ij − of_rows_i), PAIRED the same of columns."""
+    """Programs (row, some columns): slopes_i exp(S_ij − of_rows_i), PAIRED the same of columns.
+
+    With CLASSES attractions_i less for each pair of one class.
+    """
     rows, column = tl.program_id(0) + tl.arange(0, 1), tl.program_id(1) * COLUMNS
     columns = column + tl.arange(0, COLUMNS)
     s = _similarities(
@@ -144,6 +149,11 @@ def exponentials_of_chunk(
     )  # fmt: skip
     of_rows = tl.maximum(tl.load(of_rows_ptr + rows), LOWEST)
     slopes = tl.load(slopes_ptr + rows)[:, None] * tl.exp(s - of_rows[:, None])
+    if CLASSES:
+        classes = tl.load(classes_ptr + columns, mask=columns < stride, other=0.0)
+        alike = tl.load(row_classes_ptr + rows)[:, None] == classes[None, :]
+        alike &= s != -INFINITY  # for what is left out
+        slopes -= tl.where(alike, tl.load(attractions_ptr + rows)[:, None], 0.0)
     if PAIRED:
         paired = columns < n_paired
         of_columns = tl.load(of_columns_ptr + columns, mask=columns < stride, other=0.0)

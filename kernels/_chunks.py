@@ -86,8 +86,8 @@ class Chunks(Similarities):
         if not any(self.trains):
             return
         exponentials_of_chunk[len(part), triton.cdiv(len(self.k), COLUMNS)](
-            **self.of_chunk(rows, part), **self.left_out(rows, part), **self.slopes_to(part),
-            of_rows_ptr=of_rows, slopes_ptr=slopes, m=len(self.k),
+            **self.of_chunk(rows, part), **self.left_out(rows, part), **self.of_classes(rows, part),
+            **self.slopes_to(part), of_rows_ptr=of_rows, slopes_ptr=slopes, m=len(self.k),
             of_columns_ptr=of_rows if of_columns is None else self.padded(of_columns),
             column_slopes_ptr=of_rows if column_slopes is None else self.padded(column_slopes),
             n_paired=0 if of_columns is None else len(of_columns),
@@ -143,6 +143,16 @@ class Chunks(Similarities):
             n_rows=len(part), first=self.first, start=rows.start, n=len(self.q),
             OWN=self.first >= 0, VIEWS=self.two_views,
             DTYPE=tl.float64 if part.dtype == torch.float64 else tl.float32,
+        )  # fmt: skip
+
+    def of_classes(self, rows: slice, part: Tensor) -> dict[str, Any]:
+        of_rows = of_keys = attractions = part
+        if self.classes is not None and self.attractions is not None:
+            of_rows, of_keys = self.own(self.classes, rows), self.padded(self.classes)
+            attractions = self.own(self.attractions, rows)
+        return dict(
+            row_classes_ptr=of_rows, classes_ptr=of_keys, attractions_ptr=attractions,
+            CLASSES=self.classes is not None,
         )  # fmt: skip
 
     def slopes_to(self, part: Tensor) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fastkd.kernels._similarity_tiles import (
     LOWEST,
+    alike,
     left_out,
     lifted,
     other_views_out,
@@ -226,11 +227,11 @@ def softplus_sums(
 
 @triton.jit
 def _add_slopes(
-    values, x, scales, others, of_rows, y_ptr, y_factors_ptr, of_columns_ptr, weights_ptr,
-    row, column, n, m, own,
-    MASKED: tl.constexpr, OWN: tl.constexpr, VIEWS: tl.constexpr, FACTORS: tl.constexpr,
-    PAIRS: tl.constexpr, BOTH: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    values, x, scales, others, classes, attractions, of_rows, y_ptr, y_factors_ptr,
+    y_classes_ptr, of_columns_ptr, weights_ptr, row, column, n, m, own,
+    MASKED: tl.constexpr, OWN: tl.constexpr, VIEWS: tl.constexpr, CLASSES: tl.constexpr,
+    FACTORS: tl.constexpr, PAIRS: tl.constexpr, BOTH: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     y, s = similarities(
         x, scales, y_ptr, y_factors_ptr, column, FACTORS, PRECISION, DTYPE, COLUMNS, DEPTH
@@ -247,27 +248,34 @@ def _add_slopes(
         slopes = tl.exp2(s - tl.load(of_columns_ptr + places)[None, :])
         if BOTH:
             slopes += tl.exp2(s - of_rows[:, None])
+        if CLASSES:
+            same = alike(s, classes, y_classes_ptr, column, MASKED, COLUMNS)
+            slopes = tl.where(same, slopes - attractions[:, None], slopes)
     return weighed(values, slopes, y, y_factors_ptr, column, FACTORS, PRECISION, COLUMNS, DTYPE)
 
 
 @triton.jit(do_not_specialize=["n", "m", "per_split", "own"])
 def weighed_sums(
-    x_ptr, y_ptr, x_factors_ptr, y_factors_ptr, scale_ptr, others_ptr, of_rows_ptr,
-    of_columns_ptr, weights_ptr, values_ptr, n, n_padded, m, per_split, own,
-    OWN: tl.constexpr, VIEWS: tl.constexpr, FACTORS: tl.constexpr, PAIRS: tl.constexpr,
-    BOTH: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    x_ptr, y_ptr, x_factors_ptr, y_factors_ptr, scale_ptr, others_ptr, x_classes_ptr,
+    y_classes_ptr, attractions_ptr, of_rows_ptr, of_columns_ptr, weights_ptr, values_ptr,
+    n, n_padded, m, per_split, own,
+    OWN: tl.constexpr, VIEWS: tl.constexpr, CLASSES: tl.constexpr, FACTORS: tl.constexpr,
+    PAIRS: tl.constexpr, BOTH: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Programs (tile of rows, share of the columns): Σ_j G_ij g_j y_j for each share.
 
     G_ij = exp2(S_ij − of_columns_j), with BOTH + exp2(S_ij − of_rows_i); of PAIRS it is
-    weights_j σ(S_ij − of_columns_j).
+    weights_j σ(S_ij − of_columns_j). With CLASSES attractions_i less for each pair of one class.
     """
     row, split = tl.program_id(0) * ROWS, tl.program_id(1)
     low, high = split * per_split, tl.minimum(split * per_split + per_split, m)
     x = tl.load(rows_of(x_ptr, row, ROWS, DEPTH))
     scales = scales_of(scale_ptr, x_factors_ptr, row, FACTORS, ROWS, DTYPE)
-    others, of_rows = scales, scales
+    others, of_rows, classes, attractions = scales, scales, scales, scales
+    if CLASSES:
+        classes = tl.load(x_classes_ptr + row + tl.arange(0, ROWS))
+        attractions = tl.load(attractions_ptr + row + tl.arange(0, ROWS))
     if VIEWS:
         others = tl.load(others_ptr + row + tl.arange(0, ROWS))
     if BOTH:
@@ -277,15 +285,17 @@ def weighed_sums(
     for k in range(first, end - n_looked_at):
         column = tl.where(k < looked_at, k, k + n_looked_at) * COLUMNS
         values = _add_slopes(
-            values, x, scales, others, of_rows, y_ptr, y_factors_ptr, of_columns_ptr,
-            weights_ptr, row, column, n, m, own, False, OWN, VIEWS, FACTORS, PAIRS, BOTH,
+            values, x, scales, others, classes, attractions, of_rows, y_ptr, y_factors_ptr,
+            y_classes_ptr, of_columns_ptr, weights_ptr, row, column, n, m, own,
+            False, OWN, VIEWS, CLASSES, FACTORS, PAIRS, BOTH,
             PRECISION, DTYPE, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
     for k in range(n_looked_at + (high > end * COLUMNS)):
         column = tl.where(k < n_looked_at, looked_at + k, end) * COLUMNS
         values = _add_slopes(
-            values, x, scales, others, of_rows, y_ptr, y_factors_ptr, of_columns_ptr,
-            weights_ptr, row, column, n, m, own, True, OWN, VIEWS, FACTORS, PAIRS, BOTH,
+            values, x, scales, others, classes, attractions, of_rows, y_ptr, y_factors_ptr,
+            y_classes_ptr, of_columns_ptr, weights_ptr, row, column, n, m, own,
+            True, OWN, VIEWS, CLASSES, FACTORS, PAIRS, BOTH,
             PRECISION, DTYPE, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
     values_ptr += split.to(tl.int64) * n_padded * DEPTH

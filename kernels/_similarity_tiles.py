@@ -69,6 +69,16 @@ def other_views_out(s, others, column, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def alike(s, classes, classes_ptr, column, MASKED: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pairs of one class in a tile, but for those that are left out."""
+    of_columns = tl.load(classes_ptr + column + tl.arange(0, COLUMNS))
+    same = classes[:, None] == of_columns[None, :]
+    if MASKED:
+        same &= s != -INFINITY
+    return same
+
+
+@triton.jit
 def left_out(
     s, row, column, n, m, own, EDGES: tl.constexpr, OWN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

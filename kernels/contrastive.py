@@ -9,9 +9,10 @@ needs no product with the slopes u and v. Without columns the first sweep makes 
 queries too. Programs own what they sum: no atomics, the same bits in every run.
 
 Work, in products of 2 N M D FLOPs: rows 1, 2 with the gradient in queries, 4 in both; rows and
-columns 1, 3, 5; examples of one kind 1, 3. Products are of the embeddings as they came, in half
-precision, summed in float32; of float32 they are where the user allows TF32. All else goes by
-chunks through cuBLAS, rows 3 and rows and columns 4, whose numbers kernels read twice.
+columns, and rows with classes, 1, 3, 5; examples of one kind 1, 3. Products are of the embeddings
+as they came, in half precision, summed in float32; of float32 they are where the user allows TF32.
+All else goes by chunks through cuBLAS, rows 3 and rows and columns 4, whose numbers kernels read
+twice.
 """
 
 from __future__ import annotations
@@ -77,6 +78,11 @@ class _Sweeps:
             self.y = side(keys, problem.normalize, problem.half, tiles)
             self.trained = self.y.first(len(problem.key))
         self.others = self._other_views() if problem.two_views else {}
+        self.classes: dict[int, Tensor] = {}
+        if problem.classes is not None:
+            of_all = problem.classes.to(dtype)
+            self.classes[id(self.y)] = padded(of_all, self.y, -1)
+            self.classes[id(self.x)] = padded(of_all[by_chunks.own_columns(problem)], self.x, -1)
         self.trains_rows = bool({"query", "scale"} & {*self.wanted})
         self.trains_columns = problem.key is not None and "key" in self.wanted
 
@@ -105,7 +111,7 @@ class _Sweeps:
         """The loss, its gradient in the anchors, and the sums over columns and over rows."""
         problem, x, y = self.problem, self.x, self.y
         n, n_columns = len(x.rows), 0 if problem.key_anchors is None else len(problem.key_anchors)
-        both = n_columns > 0 or problem.key is None
+        both = n_columns > 0 or problem.key is None or problem.classes is not None
         of_rows, values, of_columns = self._log_sums(n_columns, self.trains_rows and not both)
         loss, u = by_chunks.penalty(problem, of_rows, slice(0, n))
         of_anchors, v = -u, u
@@ -122,12 +128,22 @@ class _Sweeps:
         columns = rows
         if n_columns:
             columns = padded(_relative(of_columns, v, most), y, torch.inf)
+        elif problem.key is not None and values is None:  # there is no loss of columns
+            columns = padded(rows[:0], y, torch.inf)
         most = most * 2**-HEADROOM
+        of_rows = of_columns = None
+        if problem.attractions is not None:
+            r = problem.attractions.to(most.dtype)
+            r = torch.where(r == 0, 0, r / most)
+            # of one kind each pair is met as (i, j) and as (j, i)
+            of_rows = padded(2 * r if y is x else r[by_chunks.own_columns(problem)], x)
+            of_columns = padded(r, y)
         if self.trains_rows and values is None:
-            values = self._weighed(x, y, rows, columns) * most
+            values = self._weighed(x, y, rows, columns, attractions=of_rows) * most
         sums = None
         if self.trains_columns:
-            sums = self._weighed(self.trained, x, columns if n_columns else None, rows) * most
+            by_rows = columns if n_columns else None
+            sums = self._weighed(self.trained, x, by_rows, rows, attractions=of_columns) * most
         return loss, of_anchors, values, sums
 
     def _pairs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -191,13 +207,16 @@ class _Sweeps:
 
     def _weighed(
         self, x: Side, y: Side, of_rows: Tensor | None, of_columns: Tensor,
-        weights: Tensor | None = None,
+        weights: Tensor | None = None, attractions: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Σ_j G_ij y_j."""
-        n_shares, per_share = shares(x, y, self.tiles)
+        tiles = self.tiles.narrow() if self.classes and self.tiles.depth > 128 else self.tiles
+        n_shares, per_share = shares(x, y, tiles)
         values = self._values(x, n_shares)
-        weighed_sums[len(x.matrix) // self.tiles.rows, n_shares](
-            **self._sides(x, y, per_share, self.tiles, swapped=x is not self.x), **self._views(x),
+        weighed_sums[len(x.matrix) // tiles.rows, n_shares](
+            **self._sides(x, y, per_share, tiles, swapped=x is not self.x), **self._views(x),
+            **self._classes(x, y),
+            attractions_ptr=of_columns if attractions is None else attractions,
             of_rows_ptr=of_columns if of_rows is None else of_rows, of_columns_ptr=of_columns,
             weights_ptr=of_columns if weights is None else weights, values_ptr=values,
             PAIRS=weights is not None, BOTH=of_rows is not None,
@@ -217,6 +236,12 @@ class _Sweeps:
 
     def _views(self, x: Side) -> dict[str, Any]:
         return dict(others_ptr=self.others.get(id(x), x.matrix), VIEWS=bool(self.others))
+
+    def _classes(self, x: Side, y: Side) -> dict[str, Any]:
+        return dict(
+            x_classes_ptr=self.classes.get(id(x), x.matrix),
+            y_classes_ptr=self.classes.get(id(y), y.matrix), CLASSES=bool(self.classes),
+        )  # fmt: skip
 
     def _values(self, x: Side, n_shares: int) -> Tensor:
         return self.scale.new_empty((n_shares, len(x.matrix), self.tiles.depth))

@@ -137,14 +137,27 @@ def test_views_that_found_each_other_keep_their_gradient(temperature, engine):
 
 @smoke
 @pytest.mark.parametrize("spread", [1e-3, 0.1, 1.0])
-def test_classes_hardly_apart_keep_their_gradient(spread, engine):
-    """What attracts and what repels an example cancel but for the last digits."""
-    centre, noise = normal(1, 64, seed=3), normal(256, 64)
-    inputs = [(centre + spread * noise).requires_grad_(), torch.arange(256, device=DEVICE) % 10]
+@pytest.mark.parametrize("n_centres", [1, 10])
+def test_classes_hardly_apart_keep_their_gradient(n_centres, spread, engine):
+    """Of all features that are alike, or of those of a class: attraction and repulsion cancel."""
+    centres, noise = normal(n_centres, 64, seed=3), normal(256, 64)
+    labels = torch.arange(256, device=DEVICE) % 10
+    inputs = [(centres[labels % n_centres] + spread * noise).requires_grad_(), labels]
     truth, narrow = results(published_sup_con, inputs), in_dtype(torch.float32, inputs)
     found = results(fastkd.sup_con, narrow)
     with fastkd.backend("formula"):
         assert_as_exact(found, results(fastkd.sup_con, narrow), truth)
+
+
+@smoke
+def test_large_classes_keep_their_loss():
+    """Sums of many features that are alike are rounded often."""
+    centre, noise = normal(1, 4, seed=3), normal(4096, 4)
+    features, labels = centre + 0.01 * noise, torch.arange(4096, device=DEVICE) % 2
+    loss = partial(fastkd.sup_con, labels=labels, temperature=0.05)
+    with fastkd.backend("formula"):
+        truth = loss(features)
+    assert (loss(features.float()) - truth).abs() <= torch.finfo(torch.float32).eps * truth
 
 
 @pytest.mark.parametrize("alike", ["all", "none", "some"])

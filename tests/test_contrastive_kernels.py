@@ -93,6 +93,7 @@ def test_however_programs_share_the_work(case, multiprocessors, kernels, monkeyp
     "form, columns, two_views",
     [
         ("linear", False, False),
+        ("classes", False, False),
         ("softplus", True, False),
         ("softplus", False, True),
         ("pairs", False, False),
@@ -106,8 +107,12 @@ def test_queries_of_one_rank(form, columns, two_views, first, way):
     weights, of_keys = anchors.square(), (None, None)
     if columns:
         of_keys = normal(200, seed=4), normal(200, seed=5).square()
+    of_classes = None, None
+    if form == "classes":
+        form, bank, numbers = "linear", None, torch.arange(200, device=DEVICE) % 7
+        of_classes = numbers.to(query.dtype), normal(7, seed=6).square()[numbers]
     options = form, first, two_views, True, "", "query key scale anchors", ""
-    arguments = query, key, scale, anchors, weights, bank, *of_keys, *options
+    arguments = query, key, scale, anchors, weights, bank, *of_keys, *of_classes, *options
     for x, y in zip(family.forward(*arguments), by_chunks.forward(*arguments), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-14)
 
@@ -153,7 +158,7 @@ def test_float16_keeps_what_is_small(kernels):
     def gradients(engine, dtype):
         tensors = [x.to(dtype) for x in (query, key, scale, anchors, weights)]
         options = "pairs", -1, False, True, "float16", "query key", ""
-        found = engine.forward(*tensors, None, None, None, *options)[1].double()
+        found = engine.forward(*tensors, *[None] * 5, *options)[1].double()
         return found.split([query.numel(), key.numel()])
 
     for x, y in zip(

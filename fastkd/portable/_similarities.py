@@ -27,8 +27,8 @@ class Similarities:
     """Of queries and keys, or of the queries among each other; `wanted`: what gets a gradient.
 
     After the keys come those of a `bank`, which get none. `half` holds all of them without
-    rounding; slopes are at most the largest of `weights`, or 1. `centred`: of rows divided by their
-    lengths gradients are exact though all be alike, if what is added to them is.
+    rounding; slopes are at most the largest of `weights`, or 1. `classes` of all keys: for each
+    pair of one class its `attractions` are taken off the slopes that `add_softmax` adds.
     """
 
     def __init__(
@@ -44,12 +44,14 @@ class Similarities:
         normalize: bool,
         half: str,
         weights: Tensor | None = None,
-        centred: bool = False,
+        classes: Tensor | None = None,
+        attractions: Tensor | None = None,
         wanted: str,
     ) -> None:
         self.scale, self.first, self.two_views = scale.to(dtype), first, two_views
         self.wanted = wanted.split()
         self.spare: Tensor | None = None
+        self.classes, self.attractions = classes, attractions
         keys = query if key is None else key
         self.n_trained = len(keys)
         if bank is not None:
@@ -66,13 +68,12 @@ class Similarities:
             self.lift = 2**HEADROOM / most.amax().clamp(min=1e-30)
             self.halves = of_queries, of_keys
         trains_query = bool({"query", "scale"} & {*self.wanted})
-        centred = centred and normalize and self.halves is None
-        self.of_queries = _Sums(self.q, self.k, centred) if trains_query else None
+        self.of_queries = _Sums(self.q, self.k) if trains_query else None
         self.of_keys = None
         if key is None:
             self.of_keys = self.of_queries if "query" in self.wanted else None
         elif "key" in self.wanted:
-            self.of_keys = _Sums(self.k[: self.n_trained], self.q, centred)
+            self.of_keys = _Sums(self.k[: self.n_trained], self.q)
 
     def buffer(self) -> Tensor:
         """For a chunk of rows."""
@@ -134,6 +135,16 @@ class Similarities:
             part.sub_(shift)
         return self.leave_out(rows, part.exp_(), 0.0)
 
+    def own(self, of_keys: Tensor, rows: slice) -> Tensor:
+        """Of numbers of the keys those of these rows' own ones."""
+        return of_keys[self.first + rows.start : self.first + rows.stop]
+
+    def of_spare(self, part: Tensor) -> Tensor:
+        """Memory for as many numbers."""
+        if self.spare is None:
+            self.spare = torch.empty_like(part)
+        return self.spare[: len(part)]
+
     def log_sums(self, rows: slice, part: Tensor) -> Tensor:
         """log Σ_j exp S_ij with maxima, as all that follows; `part` then has −∞ for own pairs."""
         return self.leave_out(rows, part, -torch.inf).logsumexp(1)
@@ -160,9 +171,23 @@ class Similarities:
         if of_columns is not None and column_slopes is not None:
             by_columns = part[:, : len(of_columns)] - of_columns.clamp(min=_lowest(part))
             by_columns.exp_().mul_(column_slopes)
-        part.sub_(of_rows[:, None].clamp(min=_lowest(part))).exp_().mul_(slopes[:, None])
-        if by_columns is not None:
-            part[:, : by_columns.shape[1]] += by_columns
+        part.sub_(of_rows[:, None].clamp(min=_lowest(part))).exp_()
+        if by_columns is None:
+            self.add_softmax(rows, part, slopes)
+        else:
+            part.mul_(slopes[:, None])[:, : by_columns.shape[1]] += by_columns
+            self.add(rows, part)
+
+    def add_softmax(self, rows: slice, part: Tensor, slopes: Tensor) -> None:
+        """slopes_i `part`_ij as slopes in S, less what attracts the others of a class."""
+        if self.classes is None or self.attractions is None:
+            self.add(rows, part, slopes)
+            return
+        alike = self.of_spare(part)
+        torch.eq(self.own(self.classes, rows)[:, None], self.classes, out=alike)
+        self.leave_out(rows, alike, 0.0)
+        # the difference of each pair: sums of both would round it away
+        part.mul_(slopes[:, None]).addcmul_(alike, self.attractions, value=-1)
         self.add(rows, part)
 
     def add_pairs(
@@ -170,9 +195,7 @@ class Similarities:
     ) -> tuple[Tensor, Tensor]:
         """Σ_j softplus(S_ij − a_i) and its slope in a_i; weights_i of it are in the loss."""
         self.leave_out(rows, part.sub_(anchors[:, None]), -torch.inf)
-        if self.spare is None:
-            self.spare = torch.empty_like(part)
-        of_pairs = self.spare[: len(part)]
+        of_pairs = self.of_spare(part)
         F.softplus(part, threshold=LINEAR, out=of_pairs)  # type: ignore[call-arg]
         losses = of_pairs.sum(1)
         if not self.wanted:
@@ -236,20 +259,10 @@ class Similarities:
 
 
 class _Sums:
-    """Σ_j G_ij y_j of rows x_i, from slopes G.
+    """Σ_j G_ij y_j of rows x_i, from slopes G."""
 
-    Centred: of y without its mean m, and of the slopes, for rows that are divided by their lengths.
-    Where all are alike the plain sums would lose what sets them apart. Σ_j G_ij m is then added
-    without a part along x_i, which the gradient in the rows loses.
-    """
-
-    def __init__(self, x: Tensor, y: Tensor, centred: bool) -> None:
-        self.x, self.y = x, y
-        self.mean: Tensor | None = None
-        if centred:
-            self.mean = y.sum(0) / max(len(y), 1)  # a rank may have none
-            self.y = y - self.mean
-        self.values, self.slopes = torch.zeros_like(x), x.new_zeros(len(x))
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y, self.values = x, y, torch.zeros_like(x)
 
     def add(
         self,
@@ -268,25 +281,17 @@ class _Sums:
             values.addmm_(slopes, y)
         else:
             values.addcmul_(slopes @ y, of_rows[:, None])
-        if self.mean is not None:
-            sums = slopes.sum(1) if of_columns is None else slopes @ of_columns
-            self.slopes[rows] += sums if of_rows is None else sums * of_rows
 
     def reset(self) -> None:
         self.values.zero_()
-        self.slopes.zero_()
 
     def along(self) -> Tensor:
         """Σ_ij G_ij ⟨x_i, y_j⟩."""
-        of_values = (self.x * self.values).sum()
-        return of_values if self.mean is None else of_values + self.slopes @ (self.x @ self.mean)
+        return (self.x * self.values).sum()
 
     def gradient(self, scale: Tensor, lengths: Tensor | None) -> Tensor:
         """In the rows, in place."""
-        gradient = self.values
-        if self.mean is not None:
-            gradient.addcmul_(self.slopes[:, None], self.mean - self.x)
-        return _of_lengths(gradient.mul_(scale), self.x, lengths)
+        return _of_lengths(self.values.mul_(scale), self.x, lengths)
 
 
 class Half(NamedTuple):

@@ -40,7 +40,7 @@ def forward(*arguments: Any, chunks: type[Similarities] = Similarities) -> tuple
         problem.query, problem.key, problem.scale,
         bank=problem.bank, dtype=problem.dtype, first=problem.first, two_views=problem.two_views,
         normalize=problem.normalize, half=problem.half, weights=problem.weights,
-        centred=problem.form == "linear", wanted=problem.wanted,
+        classes=problem.classes, attractions=problem.attractions, wanted=problem.wanted,
     )  # fmt: skip
     loss, of_anchors = _LOSSES[problem.form](problem, similarities)
     wanted = [of_anchors] if "anchors" in similarities.wanted else []
@@ -96,7 +96,7 @@ def _of_rows(
         loss += share
         if problem.wanted:
             torch.neg(slopes, out=of_anchors[rows])
-            similarities.add(rows, part, slopes.div_(sums))
+            similarities.add_softmax(rows, part, slopes.div_(sums))
     return loss, of_anchors
 
 
