@@ -15,6 +15,12 @@ def gathered(tensors: Sequence[Tensor], group: Any) -> tuple[list[Tensor], int]:
 
     All tensors have as many rows, and any number of them on each rank. It waits for the sizes.
     """
+    wholes, n_rows = _gathered(tensors, group)
+    return wholes, sum(n_rows[: dist.get_rank(group)])
+
+
+def _gathered(tensors: Sequence[Tensor], group: Any) -> tuple[list[Tensor], list[int]]:
+    """And how many rows each rank has."""
     mine = torch.tensor([len(tensors[0])], device=tensors[0].device)
     sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, mine, group)
@@ -27,25 +33,27 @@ def gathered(tensors: Sequence[Tensor], group: Any) -> tuple[list[Tensor], int]:
         parts = [torch.empty_like(padded) for _ in n_rows]
         dist.all_gather(parts, padded, group)
         wholes.append(torch.cat([part[:n] for part, n in zip(parts, n_rows, strict=True)]))
-    return wholes, sum(n_rows[: dist.get_rank(group)])
+    return wholes, n_rows
 
 
 def shared(rows: Tensor, group: Any) -> tuple[Tensor, int]:
     """The rows of all ranks, and where the own ones begin; gradients are summed over the ranks."""
-    (whole,), first = gathered([rows], group)
-    return _Shared.apply(rows, whole, first, group), first
+    (whole,), n_rows = _gathered([rows], group)
+    return _Shared.apply(rows, whole, n_rows, group), sum(n_rows[: dist.get_rank(group)])
 
 
 class _Shared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, whole: Tensor, first: int, group: Any) -> Tensor:
-        ctx.own, ctx.group = slice(first, first + len(rows)), group
+    def forward(ctx: Any, rows: Tensor, whole: Tensor, n_rows: list[int], group: Any) -> Tensor:
+        ctx.n_rows, ctx.group = n_rows, group
         return whole
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        # ranks hold any number of rows: what reduce_scatter does not take
-        return summed(upstream, ctx.group)[ctx.own], None, None, None
+        parts = [*upstream.contiguous().split(ctx.n_rows)]
+        own = torch.empty_like(parts[dist.get_rank(ctx.group)])
+        dist.reduce_scatter(own, parts, group=ctx.group)
+        return own, None, None, None
 
 
 def log_sum_exp(of_ranks: Tensor, group: str) -> Tensor:

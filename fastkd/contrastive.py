@@ -140,18 +140,19 @@ def info_nce(
         query, key = F.normalize(query), F.normalize(key)
         negatives = None if negatives is None else F.normalize(negatives)
     query = query / temperature
-    similarities = query @ key.mT
     bank = [] if negatives is None else [query @ negatives.mT]
     n_others = len(query) - 1 if in_batch_negatives else 0
     if not len(query) or not n_others + sum(x.shape[1] for x in bank):
         return nothing(query, key, *bank, temperature, negative_weight, margin)
 
-    logits, positive = similarities, similarities.diagonal()
+    logits = query @ key.mT if in_batch_negatives else (query * key).sum(1, keepdim=True)
+    positive = logits.diagonal() if in_batch_negatives else logits[:, 0]
     if decoupled or not (is_number(margin, 0) and is_number(negative_weight, 1)):
         # what all logits of a row share does not count: λ is taken off the positive one
         positive = positive - margin / temperature
         positive = positive - logarithm(negative_weight, positive)
-        logits = logits.diagonal_scatter(positive - torch.inf if decoupled else positive)
+        own_logit = positive - torch.inf if decoupled else positive
+        logits = logits.diagonal_scatter(own_logit) if in_batch_negatives else own_logit[:, None]
 
     def against(logits: Tensor, own: Tensor) -> Tensor:
         return (
@@ -159,9 +160,7 @@ def info_nce(
         )
 
     own = torch.arange(len(query), device=query.device)
-    if not in_batch_negatives:
-        logits = bank[0] if decoupled else torch.cat([positive[:, None], *bank], 1)
-        return against(logits, 0 * own)
+    own = own if in_batch_negatives else 0 * own
     loss = against(torch.cat([logits, *bank], 1) if bank else logits, own)
     if not symmetric:
         return loss
