@@ -150,7 +150,7 @@ def test_classes_hardly_apart_keep_their_gradient(n_centres, spread, engine):
 
 
 @smoke
-def test_large_classes_keep_their_loss():
+def test_large_classes_of_close_features_keep_their_loss():
     """Sums of many features that are alike are rounded often."""
     centre, noise = normal(1, 4, seed=3), normal(4096, 4)
     features, labels = centre + 0.01 * noise, torch.arange(4096, device=DEVICE) % 2
