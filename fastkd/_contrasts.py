@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import _distributed
 from fastkd._engine import Engine, compute_dtype, is_differentiated
 from fastkd._pairs import empty_gradients, empty_statistics
 
@@ -84,25 +83,22 @@ def by_engine(
     bank: Tensor | None = None,
     two_views: bool = False,
     normalize: bool = True,
-    n_columns: int = 0,
+    key_anchors: Tensor | None = None,
     classes: Tensor | None = None,
     attractions: Tensor | None = None,
     group: Any = None,
 ) -> Tensor:
-    """The loss of the whole batch by an engine; with columns, of the first keys."""
-    key_anchors = key_weights = None
-    if n_columns:
-        key_anchors = anchors.detach()
-        if group is not None:
-            (key_anchors,), _ = _distributed.gathered([key_anchors], group)
-        key_weights = weights.new_full((n_columns,), 0.5 / n_columns)
+    """The loss of the whole batch by an engine; with anchors of keys, half of it theirs."""
+    key_weights = None
+    if key_anchors is not None:
+        key_weights = torch.full_like(key_anchors, 0.5 / len(key_anchors))
     if bank is not None and (bank is query or bank is key):  # the compiler refuses a tensor twice
         bank = bank.view_as(bank)
     if key is query:
         key = key.view_as(key)
     trained = {"query": query, "key": key, "scale": scale, "anchors": anchors}
     wanted = [name for name, x in trained.items() if x is not None and is_differentiated(x)]
-    over = group.group_name if group is not None and n_columns else ""
+    over = group.group_name if group is not None and key_anchors is not None else ""
     loss, _ = _engine(
         engine, query, key, scale, anchors, weights, bank, key_anchors, key_weights,
         classes, attractions,

@@ -36,10 +36,13 @@ def _gathered(tensors: Sequence[Tensor], group: Any) -> tuple[list[Tensor], list
     return wholes, n_rows
 
 
-def shared(rows: Tensor, group: Any) -> tuple[Tensor, int]:
-    """The rows of all ranks, and where the own ones begin; gradients are summed over the ranks."""
-    (whole,), n_rows = _gathered([rows], group)
-    return _Shared.apply(rows, whole, n_rows, group), sum(n_rows[: dist.get_rank(group)])
+def shared(rows: Tensor, group: Any, *constants: Tensor) -> tuple[Any, ...]:
+    """The rows of all ranks, where the own ones begin, and the constants of all of these rows.
+
+    Gradients in the rows are summed over the ranks.
+    """
+    (whole, *rest), n_rows = _gathered([rows, *constants], group)
+    return _Shared.apply(rows, whole, n_rows, group), sum(n_rows[: dist.get_rank(group)]), *rest
 
 
 class _Shared(torch.autograd.Function):

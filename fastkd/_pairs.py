@@ -60,9 +60,12 @@ def is_small(query: Tensor, key: Any, *rest: Any, most: int) -> bool:
     return len(query) * n_keys <= most and is_plain_on_cpu(query, key)
 
 
-def everyone(rows: Tensor, group: Any) -> tuple[Tensor, int]:
-    """The rows of all ranks, with gradients, and the place of the first own one."""
-    return (rows, 0) if group is None else _distributed.shared(rows, group)
+def everyone(rows: Tensor, group: Any, *constants: Tensor) -> tuple[Any, ...]:
+    """The rows of all ranks, with gradients, the place of the first own one, and constants of all.
+
+    In one exchange: ranks wait for each other's sizes.
+    """
+    return (rows, 0, *constants) if group is None else _distributed.shared(rows, group, *constants)
 
 
 def of_all_ranks(share: Tensor, group: Any) -> Tensor:

@@ -88,13 +88,13 @@ def _fused_info_nce(
     group: Any,
 ) -> Tensor:
     bank = query[:0] if negatives is None else negatives
-    keys, first = everyone(key, group)
-    n = len(keys)
-    if not n or not len(bank) + (n - 1 if in_batch_negatives else 0):
-        return nothing(query, key, bank, temperature, negative_weight, margin)
     scale = scale_of(temperature, query)
     own = cosines(query, key) if normalize else (query * key).sum(1)
     anchors = (own - margin) * scale - logarithm(negative_weight, query)
+    keys, first, *of_keys = everyone(key, group, *([anchors.detach()] if symmetric else []))
+    n = len(keys)
+    if not n or not len(bank) + (n - 1 if in_batch_negatives else 0):
+        return nothing(query, key, bank, temperature, negative_weight, margin)
     constant = None
     if not in_batch_negatives:
         keys, first = bank, -1
@@ -106,7 +106,7 @@ def _fused_info_nce(
     share = by_engine(
         engine, query, keys, scale, anchors, weights, first=first, half=half, group=group,
         bank=constant, normalize=normalize, form="linear" if decoupled else "softplus",
-        n_columns=n if symmetric and n > 1 else 0,
+        key_anchors=of_keys[0] if symmetric and n > 1 else None,
     )  # fmt: skip
     return of_all_ranks(share, group)
 
@@ -202,14 +202,16 @@ def _fused_clip(
     half: str,
     group: Any,
 ) -> Tensor:
-    texts, first = everyone(text, group)
-    n, scale = len(texts), image.new_ones(()) * logit_scale
+    scale = image.new_ones(()) * logit_scale
+    own = (image * text).sum(1) * scale
+    texts, first, of_keys = everyone(text, group, own.detach())
+    n = len(texts)
     if n < 2:
         return nothing(image, text, scale, logit_bias)
     weights = image.new_full((len(image),), 0.5 / n)
     share = by_engine(
-        engine, image, texts, scale, (image * text).sum(1) * scale, weights,
-        first=first, form="softplus", half=half, normalize=False, n_columns=n, group=group,
+        engine, image, texts, scale, own, weights, first=first, form="softplus", half=half,
+        normalize=False, key_anchors=of_keys, group=group,
     )  # fmt: skip
     if logit_bias is not None:
         share = share + 0 * logit_bias  # it cancels, but is on the graph
@@ -361,11 +363,11 @@ def _fused_sup_con(
     half: str,
     group: Any,
 ) -> Tensor:
-    whole, first = everyone(features, group)
+    whole, first, labels = everyone(features, group, labels)
     if len(whole) < 2:
         return nothing(features, temperature)
     own = slice(first, first + len(features))
-    place = _places(everyone(labels, group)[0])
+    place = _places(labels)
     zeros = torch.zeros_like(place, dtype=whole.dtype)
     n_alike = zeros.index_add(0, place, zeros + 1)[place]
     n_positives = (n_alike - 1).clamp(min=1)

@@ -131,9 +131,6 @@ def _fused(
         for network in ((student, student_keys), (teacher, teacher_keys))
     )
 
-    def whole(x: Tensor | None) -> tuple[Tensor | None, int]:
-        return (None, 0) if x is None else everyone(x, group)
-
     with without_autocast(student.device):
         student, teacher = in_dtype(student, dtype), in_dtype(teacher.detach(), dtype)
         if student_keys is not None and teacher_keys is not None:
@@ -144,12 +141,11 @@ def _fused(
             if is_small(student, keys, most=_FEW_PAIRS):
                 engine = "formula"
         if engine == "formula":
-            student_keys, teacher_keys = (
-                whole(student_keys)[0],
-                whole(teacher_keys)[0],
-            )
+            student, _, teacher = everyone(student, group, teacher)
+            if student_keys is not None and teacher_keys is not None:
+                student_keys, _, teacher_keys = everyone(student_keys, group, teacher_keys)
             return formula(
-                everyone(student, group)[0], everyone(teacher, group)[0],
+                student, teacher,
                 student_keys=student_keys, teacher_keys=teacher_keys,
                 student_temperature=student_temperature, teacher_temperature=teacher_temperature,
                 symmetric=symmetric, mask_self=mask_self,
@@ -163,7 +159,9 @@ def _fused(
             """The own share of the mean over all rows."""
             if group is not None and key is None:  # the own queries are a part of the keys
                 key, teacher_key = query, teacher_query
-            (key, first), (teacher_key, _) = whole(key), whole(teacher_key)
+            first = 0
+            if key is not None and teacher_key is not None:
+                key, first, teacher_key = everyone(key, group, teacher_key)
             n = len(query)
             if group is not None:
                 n = int(_distributed.summed(torch.tensor(n, device=query.device), group))
