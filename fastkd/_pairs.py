@@ -19,45 +19,56 @@ _FEW_PAIRS = 1 << 16
 SHORTEST = 1e-12  # what F.normalize divides by at least
 
 
-def in_batches(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def in_batches(few: Callable[..., Tensor | None]) -> Callable[..., Callable[..., Tensor]]:
     """Of (engine, *tensors, **options) a `fused` for `batch_loss`; the first two are the batch.
 
     All come in what is computed in, without autocast, and `half` tells what the embeddings were
     in, which products may use. The formula gets those of all ranks: the gradients of the ranks then
-    add up to their number times the batch's, as they shall.
+    add up to their number times the batch's, as they shall. `few` gets small batches on a CPU: the
+    formula those for which it returns None.
     """
 
-    @functools.wraps(run)
-    def fused(
-        formula: Callable[..., Tensor], engine: str, *tensors: Any, group: Any, **options: Any
-    ) -> Tensor:
-        dtype = compute_dtype(*tensors[:2])
-        batch = [
-            in_dtype(x, dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-            for x in tensors
-        ]
-        if engine == "portable" and group is None and is_small(*batch, most=_FEW_PAIRS):
-            engine = "formula"
-        with without_autocast(batch[0].device):
-            if engine == "formula":
-                whole = [everyone(x, group)[0] for x in batch[:2]]
-                return formula(*whole, *batch[2:], **options)
-            embeddings = [x for x in tensors if isinstance(x, Tensor) and x.ndim == 2]
-            return run(engine, *batch, half=half_of(*embeddings), group=group, **options)
+    def decorate(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(run)
+        def fused(
+            formula: Callable[..., Tensor], engine: str, *tensors: Any, group: Any, **options: Any
+        ) -> Tensor:
+            dtype = compute_dtype(*tensors[:2])
+            batch = [
+                in_dtype(x, dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+                for x in tensors
+            ]
+            with without_autocast(batch[0].device):
+                if engine == "portable" and group is None and is_small(*batch, most=_FEW_PAIRS):
+                    loss = few(*batch, **options) if batch[0].shape[0] > 1 else None
+                    if loss is not None:
+                        return loss
+                    engine = "formula"
+                if engine == "formula":
+                    whole = [everyone(x, group)[0] for x in batch[:2]]
+                    return formula(*whole, *batch[2:], **options)
+                embeddings = [x for x in tensors if isinstance(x, Tensor) and x.ndim == 2]
+                return run(engine, *batch, half=half_of(*embeddings), group=group, **options)
 
-    return fused
+        return fused
+
+    return decorate
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    x = x.to(dtype)
+    if x.dtype != dtype:
+        x = x.to(dtype)
     # what torch.inference_mode made cannot be saved for a backward
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 def is_small(query: Tensor, key: Any, *rest: Any, most: int) -> bool:
     """Whether calls of PyTorch on a CPU cost more than what they compute: the formula has least."""
-    n_keys = sum(len(x) for x in (key, *rest) if isinstance(x, Tensor) and x.ndim)
-    return len(query) * n_keys <= most and is_plain_on_cpu(query, key)
+    n_keys = 0
+    for x in (key, *rest):
+        if isinstance(x, Tensor) and x.ndim:
+            n_keys += x.shape[0]
+    return query.shape[0] * n_keys <= most and is_plain_on_cpu(query, key)
 
 
 def everyone(rows: Tensor, group: Any, *constants: Tensor) -> tuple[Any, ...]:

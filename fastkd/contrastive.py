@@ -38,6 +38,7 @@ from fastkd._pairs import (
     scale_of,
     softplus,
 )
+from fastkd.portable import _small_contrastive
 
 # ----------------------------------------------------------------------------------------- InfoNCE
 
@@ -70,7 +71,7 @@ def _check_info_nce(
     _checks.process_group(group)
 
 
-@in_batches
+@in_batches(_small_contrastive.info_nce)
 def _fused_info_nce(
     engine: str,
     query: Tensor,
@@ -191,7 +192,7 @@ def _check_clip(
     _check_siglip(image, text, logit_scale, bias, group=group)
 
 
-@in_batches
+@in_batches(_small_contrastive.clip_contrastive)
 def _fused_clip(
     engine: str,
     image: Tensor,
@@ -218,7 +219,7 @@ def _fused_clip(
     return of_all_ranks(share, group)
 
 
-@in_batches
+@in_batches(_small_contrastive.siglip)
 def _fused_siglip(
     engine: str,
     image: Tensor,
@@ -291,7 +292,7 @@ def _check_nt_xent(view1: Tensor, view2: Tensor, *, temperature: Number, group: 
     _checks.process_group(group)
 
 
-@in_batches
+@in_batches(_small_contrastive.nt_xent)
 def _fused_nt_xent(
     engine: str,
     view1: Tensor,
@@ -352,7 +353,7 @@ def _check_sup_con(
     _checks.process_group(group)
 
 
-@in_batches
+@in_batches(_small_contrastive.sup_con)
 def _fused_sup_con(
     engine: str,
     features: Tensor,
