@@ -15,7 +15,8 @@ from fastkd._backend import is_plain_on_cpu
 from fastkd._engine import compute_dtype, without_autocast
 
 Number = float | Tensor
-_FEW_PAIRS = 1 << 16
+_FEW_PAIRS = 1 << 20  # whose matrix is smaller than a chunk of the engine, and quicker
+_FEWER_PAIRS = 1 << 16  # where the formula is quicker than the engine
 SHORTEST = 1e-12  # what F.normalize divides by at least
 
 
@@ -24,8 +25,8 @@ def in_batches(few: Callable[..., Tensor | None]) -> Callable[..., Callable[...,
 
     All come in what is computed in, without autocast, and `half` tells what the embeddings were
     in, which products may use. The formula gets those of all ranks: the gradients of the ranks then
-    add up to their number times the batch's, as they shall. `few` gets small batches on a CPU: the
-    formula those for which it returns None.
+    add up to their number times the batch's, as they shall. Small batches on a CPU go to `few` and,
+    where it returns None, the smaller ones to the formula.
     """
 
     def decorate(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -40,10 +41,11 @@ def in_batches(few: Callable[..., Tensor | None]) -> Callable[..., Callable[...,
             ]
             with without_autocast(batch[0].device):
                 if engine == "portable" and group is None and is_small(*batch, most=_FEW_PAIRS):
-                    loss = few(*batch, **options) if batch[0].shape[0] > 1 else None
+                    loss = few(*batch, **options) if len(batch[0]) > 1 else None
                     if loss is not None:
                         return loss
-                    engine = "formula"
+                    if is_small(*batch, most=_FEWER_PAIRS):
+                        engine = "formula"
                 if engine == "formula":
                     whole = [everyone(x, group)[0] for x in batch[:2]]
                     return formula(*whole, *batch[2:], **options)
@@ -63,7 +65,7 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_small(query: Tensor, key: Any, *rest: Any, most: int) -> bool:
-    """Whether calls of PyTorch on a CPU cost more than what they compute: the formula has least."""
+    """Whether calls of PyTorch on a CPU cost more than what they compute."""
     n_keys = 0
     for x in (key, *rest):
         if isinstance(x, Tensor) and x.ndim:

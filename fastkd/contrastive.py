@@ -1,9 +1,9 @@
 """Contrastive losses: an embedding against its positive key among many negative ones.
 
 In distillation the queries are the student's embeddings and the keys the teacher's. The matrix of
-their similarities is never stored: memory grows with N + M, not with N · M. Both sides get
-gradients; detach what shall get none. A temperature or a scale may be a number or a 0-dim tensor,
-which gets a gradient too. A loss is one number for the batch. All of them take
+their similarities is never stored, unless it is small: memory grows with N + M, not with N · M.
+Both sides get gradients; detach what shall get none. A temperature or a scale may be a number or a
+0-dim tensor, which gets a gradient too. A loss is one number for the batch. All of them take
 
 group  a torch.distributed process group whose ranks hold parts of the batch, of any sizes: the keys
        of all ranks are negatives. Each rank gets the loss of the whole and, times the number of

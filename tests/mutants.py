@@ -48,6 +48,7 @@ from mutant import (
     SIDES,
     SIMILARITY_TILES,
     SMALL,
+    SMALL_CONTRASTS,
     SOFT,
     SOFT_LAUNCHES,
     SOFT_TILES,
@@ -132,6 +133,10 @@ def selections(mutant: Mutant) -> Iterator[list[str]]:
     if mutant.file in CONTRASTIVE_KERNELS:
         yield [*contrasts, "triton or however or rank", "-m", "smoke"]
         yield [*contrasts, "triton and (dtype or any_scale or nan or kind) or rounded"]
+        return
+    if mutant.file == SMALL_CONTRASTS:
+        yield [*contrasts, "few", "-m", "smoke"]
+        yield [*contrasts, "few"]
         return
     if mutant.file in CONTRASTIVE_LOSSES:
         yield [*contrasts, "portable or close", "-m", "smoke"]

@@ -9,6 +9,7 @@ from contrasts import (
     FEW,
     FOR_FEW,
     SOFT,
+    WITH_OPTIONS,
     each_case,
     each_loss,
     embeddings,
@@ -24,6 +25,7 @@ from losses import DEVICE, normal
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
+from fastkd import _pairs
 from fastkd.portable import _small_contrastive
 
 engine = contrasts.engine
@@ -134,6 +136,12 @@ def test_what_few_examples_leave_to_the_formula(computed):
         assert computed == taken
         with fastkd.backend("formula"):
             assert_same([found], [loss()])
+
+
+def test_what_many_examples_leave_to_the_engine(monkeypatch):
+    monkeypatch.setattr(_pairs, "_FEWER_PAIRS", 0)
+    case = WITH_OPTIONS[5]
+    contracts.says_how_to_differentiate_twice(case, case.inputs((4,), 3), "portable")
 
 
 def test_numbers_are_not_burned_into_the_graph():

@@ -3,7 +3,7 @@
 The matrix S of similarities is kept. The fewest calls of PyTorch turn it, in place, into the slopes
 G of the loss in it, and with dQ = scale · G K and dK = scale · Gᵀ Q all is ready for the backward.
 Exponentials are powers of 2, which are the quickest, and need no maxima where S has bounds.
-Infinities are not cared for: they show in the loss, and the caller then takes the formula.
+Infinities are not cared for: they show in the loss, and the caller then goes another way.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ class _Slopes(NamedTuple):
 
 
 class _Contrast(NamedTuple):
-    slopes: Callable[
-        [Tensor, float, bool], _Slopes | None
-    ]  # of S in bits, its bound, is it trained
+    slopes: Callable[[Tensor, float, bool], _Slopes | None]  # of S in bits, its bound, is_trained
     normalize: bool = True
     is_inverse: bool = True  # the number is a temperature, not a scale
     bank: Tensor | None = None  # keys after the others, that get no gradient
@@ -298,7 +296,7 @@ class _Side(NamedTuple):
 
 def _side(rows: Tensor, normalize: bool) -> _Side | None:
     """None where F.normalize divides by something else."""
-    if not normalize:
+    if not normalize or not len(rows):  # what has no rows would end the process
         return _Side(rows, rows, None, None)
     rows = rows.contiguous()
     ones = rows.new_ones(len(rows))
