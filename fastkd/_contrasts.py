@@ -22,7 +22,7 @@ class Problem(NamedTuple):
     pairs     Σ_i w_i Σ_j softplus(S_ij − a_i)
 
     and with anchors of keys, in the first two, the same over the columns of those keys besides.
-    With classes it is linear, and r_j S_ij is taken off for each pair of one class.
+    With classes it is linear, and r_i S_ij, which is r_j S_ij, is taken off for each pair of one.
     """
 
     query: Tensor  # [n, D]

@@ -394,9 +394,9 @@ def _means(rows: Tensor, place: Tensor, n_alike: Tensor) -> Tensor:
     def of_class(rows: Tensor) -> Tensor:
         sums = torch.zeros_like(rows)
         if rows.is_cuda:  # index_add would add in any order
-            sums.index_put_((place,), rows, accumulate=True)
+            sums = sums.index_put((place,), rows, accumulate=True)
         else:
-            sums.index_add_(0, place, rows)
+            sums = sums.index_add(0, place, rows)
         return sums[place].div_(n_alike[:, None])
 
     means = of_class(rows)

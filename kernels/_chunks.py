@@ -146,13 +146,11 @@ class Chunks(Similarities):
         )  # fmt: skip
 
     def of_classes(self, rows: slice, part: Tensor) -> dict[str, Any]:
-        of_rows = of_keys = attractions = part
-        if self.classes is not None and self.attractions is not None:
-            of_rows, of_keys = self.own(self.classes, rows), self.padded(self.classes)
-            attractions = self.own(self.attractions, rows)
+        if self.classes is None or self.attractions is None:
+            return dict(row_classes_ptr=part, classes_ptr=part, attractions_ptr=part, CLASSES=False)
         return dict(
-            row_classes_ptr=of_rows, classes_ptr=of_keys, attractions_ptr=attractions,
-            CLASSES=self.classes is not None,
+            row_classes_ptr=self.own(self.classes, rows), classes_ptr=self.padded(self.classes),
+            attractions_ptr=self.own(self.attractions, rows), CLASSES=True,
         )  # fmt: skip
 
     def slopes_to(self, part: Tensor) -> dict[str, Any]:

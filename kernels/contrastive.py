@@ -81,8 +81,8 @@ class _Sweeps:
         self.classes: dict[int, Tensor] = {}
         if problem.classes is not None:
             of_all = problem.classes.to(dtype)
-            self.classes[id(self.y)] = padded(of_all, self.y, -1)
-            self.classes[id(self.x)] = padded(of_all[by_chunks.own_columns(problem)], self.x, -1)
+            own = of_all[by_chunks.own_columns(problem)]
+            self.classes = {id(x): padded(y, x, -1) for x, y in ((self.x, own), (self.y, of_all))}
         self.trains_rows = bool({"query", "scale"} & {*self.wanted})
         self.trains_columns = problem.key is not None and "key" in self.wanted
 
@@ -128,7 +128,7 @@ class _Sweeps:
         columns = rows
         if n_columns:
             columns = padded(_relative(of_columns, v, most), y, torch.inf)
-        elif problem.key is not None and values is None:  # there is no loss of columns
+        elif self.classes and problem.key is not None:  # there is no loss of columns
             columns = padded(rows[:0], y, torch.inf)
         most = most * 2**-HEADROOM
         of_rows = of_columns = None
@@ -238,10 +238,10 @@ class _Sweeps:
         return dict(others_ptr=self.others.get(id(x), x.matrix), VIEWS=bool(self.others))
 
     def _classes(self, x: Side, y: Side) -> dict[str, Any]:
-        return dict(
-            x_classes_ptr=self.classes.get(id(x), x.matrix),
-            y_classes_ptr=self.classes.get(id(y), y.matrix), CLASSES=bool(self.classes),
-        )  # fmt: skip
+        of_rows, of_columns = x.matrix, y.matrix
+        if self.classes:
+            of_rows, of_columns = self.classes[id(x)], self.classes[id(y)]
+        return dict(x_classes_ptr=of_rows, y_classes_ptr=of_columns, CLASSES=bool(self.classes))
 
     def _values(self, x: Side, n_shares: int) -> Tensor:
         return self.scale.new_empty((n_shares, len(x.matrix), self.tiles.depth))

@@ -9,6 +9,7 @@ from contrasts import (
     FEW,
     FOR_FEW,
     SOFT,
+    SUP_CON,
     WITH_OPTIONS,
     each_case,
     each_loss,
@@ -59,6 +60,16 @@ def test_func_grad_and_vmap(case, engine):
 
 
 @each_loss
+@for_many
+def test_vmap_over_labels_alone(engine):
+    """Of one and the same features, whose classes are told in several ways."""
+    features, labels = SUP_CON.inputs((3, 9), 4)
+    features = features[0].detach()
+    found = torch.func.vmap(torch.func.grad_and_value(fastkd.sup_con), (None, 0))(features, labels)
+    single = [torch.func.grad_and_value(fastkd.sup_con)(features, each) for each in labels]
+    assert_same(found, [torch.stack(x) for x in zip(*single, strict=True)])
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoint(case, reentrant, engine):
     contracts.survives_checkpoint(case, case.inputs((5,), 3), reentrant)
