@@ -78,7 +78,7 @@ CONTRASTIVE_MUTANTS = [
     Mutant(CHUNK_SWEEPS, "rows forgotten", "for row in range(0, n_rows, ROWS):", "for row in range(0, ROWS, ROWS):"),
     Mutant(CHUNK_SWEEPS, "own pair kept", "alike &= s != -INFINITY", "alike &= s == s"),
     Mutant(CHUNK_SWEEPS, "attraction dropped", "slopes -= tl.where(alike,", "slopes -= 0 * tl.where(alike,"),
-    Mutant(CHUNK_LAUNCHES, "wrong rows", "attractions = self.own(self.attractions, rows)", "attractions = self.attractions"),
+    Mutant(CHUNK_LAUNCHES, "wrong rows", "attractions_ptr=self.own(self.attractions, rows)", "attractions_ptr=self.attractions"),
     Mutant(CHUNK_SWEEPS, "columns dropped", "slopes += tl.where(paired[None, :], by_columns, 0.0)", "slopes += 0.0"),
     Mutant(CHUNK_SWEEPS, "bank paired", "tl.where(paired[None, :], by_columns, 0.0)", "tl.exp(s)"),
     Mutant(CHUNK_SWEEPS, "weight dropped", "weights[:, None] * slopes, products_ptr", "slopes, products_ptr"),

@@ -59,7 +59,6 @@ def test_func_grad_and_vmap(case, engine):
     contracts.maps_over_batches(case, inputs, both if case is not SOFT else 0)
 
 
-@each_loss
 @for_many
 def test_vmap_over_labels_alone(engine):
     """Of one and the same features, whose classes are told in several ways."""
@@ -70,6 +69,7 @@ def test_vmap_over_labels_alone(engine):
     assert_same(found, [torch.stack(x) for x in zip(*single, strict=True)])
 
 
+@each_loss
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoint(case, reentrant, engine):
     contracts.survives_checkpoint(case, case.inputs((5,), 3), reentrant)
