@@ -22,6 +22,7 @@ from fastkd._pairs import SHORTEST, Number, is_number
 _LN2 = math.log(2)
 _LARGEST = 60.0  # exp of it, times the keys, is a float32 number, and so is exp(-60)
 _LEAST = 1e-25  # of an own power: below, others that count may have been flushed to 0
+_MOST = 1e37  # of powers: the reciprocal of more may be flushed to 0
 _MOST_CLASSES = 1 << 24  # that float32 tells apart
 _units_and_lengths = torch._weight_norm_interface  # each in one call
 _of_units: Any = torch.ops.aten._weight_norm_interface_backward.default
@@ -111,6 +112,8 @@ def _found_both_ways(s: Tensor, bound: float, is_trained: bool) -> _Slopes | Non
     if not _are_powers(s, own, bound):
         return None
     rows, columns, factor = s.sum(1), s.sum(0), 0.5 / len(s)
+    if bound == math.inf and not rows.sum().item() < _MOST:
+        return None
     loss = (rows / own).mul_(columns / own).log_().sum().mul_(factor)
     if is_trained:
         s.mul_(rows.reciprocal_().unsqueeze(1) + columns.reciprocal_())
@@ -258,7 +261,14 @@ def _computed(
     if key is not None:
         k = _side(key, normalize)
     b = None if bank is None else _side(bank, normalize)
-    if not scale or q is None or k is None or (bank is not None and b is None):
+    # a product with a factor that is no number may be one
+    if (
+        not scale
+        or not math.isfinite(scale)
+        or q is None
+        or k is None
+        or (bank is not None and b is None)
+    ):
         return None
     keys = k.units if b is None else torch.cat((k.units, b.units))
     added: Any = bias
@@ -267,6 +277,8 @@ def _computed(
         added, share = keys.new_empty(()), 0.0
     elif not isinstance(bias, Tensor):
         added = keys.new_full((), bias)
+    elif bias.dtype != keys.dtype:  # a whole number
+        added = bias.to(keys.dtype)
     s = torch.addmm(added, q.units, keys.T, beta=share, alpha=scale / _LN2)
     slopes = contrast.slopes(s, abs(scale) if normalize else math.inf, any(wanted))
     if slopes is None or not math.isfinite(slopes.loss.item()):
