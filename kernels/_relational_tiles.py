@@ -146,7 +146,10 @@ def _is_own(i, first, n_own):
     return ((a >= first) & (a < first + n_own))[:, None]
 
 
-@triton.jit(do_not_specialize=["n", "n_lengths", "first", "n_own"])
+@triton.jit(
+    do_not_specialize=["n", "n_lengths", "first", "n_own"],
+    do_not_specialize_on_alignment=["losses_ptr"],
+)
 def distances(
     pairs_ptr, lengths_ptr, losses_ptr, of_means_ptr, n, padded, n_lengths, first, n_own,
     distance_weight, beta, ON_DEVICE: tl.constexpr, PART: tl.constexpr, DTYPE: tl.constexpr,
