@@ -105,3 +105,26 @@ def by_engine(
         form, first, two_views, normalize, half, " ".join(wanted), over,
     )  # fmt: skip
     return loss
+
+
+def means_of_classes(rows: Tensor, place: Tensor, n_alike: Tensor) -> Tensor:
+    """Of each row's class: twice, since the sum of many rows that are alike is rounded often."""
+
+    def of_class(rows: Tensor) -> Tensor:
+        sums = torch.zeros_like(rows)
+        if rows.is_cuda:  # index_add would add in any order
+            sums = sums.index_put((place,), rows, accumulate=True)
+        else:
+            sums = sums.index_add(0, place, rows)
+        return sums[place].div_(n_alike[:, None])
+
+    means = of_class(rows)
+    return means.add_(of_class(rows - means))
+
+
+def places_of_classes(labels: Tensor) -> Tensor:
+    """Classes numbered from 0, without waiting for their number."""
+    ordered, order = labels.sort()
+    is_new = ordered != ordered.roll(1)
+    is_new[:1] = False
+    return is_new.cumsum(0)[order.argsort()]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import _checks
-from fastkd._contrasts import by_engine
+from fastkd._contrasts import by_engine, means_of_classes, places_of_classes
 from fastkd._engine import is_differentiated
 from fastkd._loss import batch_loss
 from fastkd._pairs import (
@@ -368,7 +368,7 @@ def _fused_sup_con(
     if len(whole) < 2:
         return nothing(features, temperature)
     own = slice(first, first + len(features))
-    place = _places(labels)
+    place = places_of_classes(labels)
     zeros = torch.zeros_like(place, dtype=whole.dtype)
     n_alike = zeros.index_add(0, place, zeros + 1)[place]
     n_positives = (n_alike - 1).clamp(min=1)
@@ -377,7 +377,7 @@ def _fused_sup_con(
     scale = scale_of(temperature, features)
     with torch.no_grad():  # gradients are those of each pair, by the engine
         z = F.normalize(whole)
-        of_class = (z[own] * _means(z, place, n_alike)[own]).sum(1) * n_alike[own]
+        of_class = (z[own] * means_of_classes(z, place, n_alike)[own]).sum(1) * n_alike[own]
         positives = (of_class - z[own].square().sum(1)) / n_positives[own] * scale
         del z
     share = by_engine(
@@ -386,29 +386,6 @@ def _fused_sup_con(
         attractions=weights / n_positives,
     )  # fmt: skip
     return of_all_ranks(share, group)
-
-
-def _means(rows: Tensor, place: Tensor, n_alike: Tensor) -> Tensor:
-    """Of each row's class: twice, since the sum of many rows that are alike is rounded often."""
-
-    def of_class(rows: Tensor) -> Tensor:
-        sums = torch.zeros_like(rows)
-        if rows.is_cuda:  # index_add would add in any order
-            sums = sums.index_put((place,), rows, accumulate=True)
-        else:
-            sums = sums.index_add(0, place, rows)
-        return sums[place].div_(n_alike[:, None])
-
-    means = of_class(rows)
-    return means.add_(of_class(rows - means))
-
-
-def _places(labels: Tensor) -> Tensor:
-    """Classes numbered from 0, without waiting for their number."""
-    ordered, order = labels.sort()
-    is_new = ordered != ordered.roll(1)
-    is_new[:1] = False
-    return is_new.cumsum(0)[order.argsort()]
 
 
 @batch_loss(_check_sup_con, _fused_sup_con, group=None)

@@ -146,6 +146,7 @@ def _is_own(i, first, n_own):
     return ((a >= first) & (a < first + n_own))[:, None]
 
 
+# one number of each program goes to `losses`: where they begin changes nothing
 @triton.jit(
     do_not_specialize=["n", "n_lengths", "first", "n_own"],
     do_not_specialize_on_alignment=["losses_ptr"],

@@ -82,7 +82,9 @@ class _Sweeps:
         if problem.classes is not None:
             of_all = problem.classes.to(dtype)
             own = of_all[by_chunks.own_columns(problem)]
-            self.classes = {id(x): padded(y, x, -1) for x, y in ((self.x, own), (self.y, of_all))}
+            self.classes = {id(self.y): padded(of_all, self.y, -1)}
+            if self.x is not self.y:
+                self.classes[id(self.x)] = padded(own, self.x, -1)
         self.trains_rows = bool({"query", "scale"} & {*self.wanted})
         self.trains_columns = problem.key is not None and "key" in self.wanted
 
@@ -210,6 +212,7 @@ class _Sweeps:
         weights: Tensor | None = None, attractions: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Σ_j G_ij y_j."""
+        # what attracts takes registers too
         tiles = self.tiles.narrow() if self.classes and self.tiles.depth > 128 else self.tiles
         n_shares, per_share = shares(x, y, tiles)
         values = self._values(x, n_shares)

@@ -19,6 +19,7 @@ PORTABLE_CONTRASTS, CHUNKS = "fastkd/portable/contrastive.py", "fastkd/portable/
 SMALL_CONTRASTS = "fastkd/portable/_small_contrastive.py"
 PORTABLE_SOFT, SOFT = "fastkd/portable/similarity.py", "fastkd/similarity.py"
 CONTRASTIVE, PAIRED = "fastkd/contrastive.py", "fastkd/_pairs.py"
+CONTRAST_PROBLEM = "fastkd/_contrasts.py"
 SELF_DISTILLATION, MODULES = "fastkd/self_distillation.py", "fastkd/modules.py"
 METER, GUARD, INTERPRETER = "tests/meter.py", "tests/guard.py", "tests/interpreter.py"
 GATE, SASS = "tests/gate.py", "tests/sass.py"

@@ -23,6 +23,7 @@ from mutant import (
     CHUNK_SWEEPS,
     CHUNKS,
     CONTRAST_LAUNCHES,
+    CONTRAST_PROBLEM,
     CONTRASTIVE,
     CONTRASTS,
     CORRELATION,
@@ -62,7 +63,7 @@ CONTRASTIVE_KERNELS = [
 ]
 CONTRASTIVE_LOSSES = [
     *(PORTABLE_CONTRASTS, CHUNKS, PORTABLE_SOFT),
-    *(SOFT, CONTRASTIVE, PAIRED),
+    *(SOFT, CONTRASTIVE, PAIRED, CONTRAST_PROBLEM),
 ]
 
 # each tool's own tests; those in tests/compiled run without the interpreter
@@ -118,10 +119,11 @@ def selections(mutant: Mutant) -> Iterator[list[str]]:
         yield from TESTS_OF_TOOLS[mutant.file]
         return
     if mutant.file in (PAIRS, RELATIONS, PORTABLE_RELATIONS, RELATIONAL, GROUP):
+        relations = ["tests/test_relational.py", "tests/test_relational_training.py"]
         if mutant.file not in (PORTABLE_RELATIONS, GROUP):
-            yield ["tests/test_relational.py", "-m", "smoke", "-k", "triton"]
+            yield [*relations, "-m", "smoke", "-k", "triton"]
         if mutant.file != GROUP:
-            yield ["tests/test_relational.py", "-m", "smoke", "-k", "portable"]
+            yield [*relations, "-m", "smoke", "-k", "portable"]
         yield ["tests/test_distributed.py", "-k", "relations and 3"]
         return
     if mutant.file in (CHUNK_SWEEPS, CHUNK_LAUNCHES):

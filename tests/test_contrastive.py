@@ -200,13 +200,14 @@ def test_hardly_any_examples(case, n, engine):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
 
 
-def test_a_vector_of_zeros(engine):
-    """As torch.nn.functional.normalize has it."""
-    for case in (INFO_NCE, BOTH_WAYS, NT_XENT):
+@smoke
+@pytest.mark.parametrize("length", [0, 1e-13])
+def test_a_vector_without_a_direction(length, engine):
+    """As torch.nn.functional.normalize has it: divided by 1e-12, and not projected."""
+    for case in (INFO_NCE, BOTH_WAYS, NT_XENT, SUP_CON):
         inputs = case.inputs((5,), 3)
-        inputs[0].detach()[2] = 0
-        found = results(case, inputs)
-        assert all(x.isfinite().all() for x in found)
+        inputs[0].detach()[2] *= length
+        assert_same(results(case, inputs), results(case.eager, inputs))
 
 
 @each_case

@@ -134,7 +134,7 @@ def test_what_few_examples_leave_to_the_formula(computed):
         (lambda: fastkd.info_nce(query, key, margin=0.1), []),
         (lambda: fastkd.info_nce(query, key, negative_weight=0.1), []),
         (lambda: fastkd.info_nce(query, key, decoupled=True), []),
-        (lambda: fastkd.info_nce(tiny, key), [False]),
+        (lambda: fastkd.info_nce(tiny, key), [True]),
         (lambda: fastkd.info_nce(query, key, temperature=1e-4), [False]),
         (lambda: fastkd.nt_xent(query, close, temperature=1 / 80), [True]),
         (lambda: fastkd.info_nce(query, close, temperature=1 / 100), [True]),
@@ -151,7 +151,7 @@ def test_what_few_examples_leave_to_the_formula(computed):
         found = loss()
         assert computed == taken
         with fastkd.backend("formula"):
-            assert_same([found], [loss()], 1e-12 if found.dtype == torch.float64 else 1e-4)
+            assert_same([found], [loss()], 1e-12 if found.dtype == torch.float64 else 1e-6)
 
 
 def test_what_many_examples_leave_to_the_engine(monkeypatch):

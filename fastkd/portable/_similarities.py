@@ -17,8 +17,8 @@ from fastkd._pairs import SHORTEST
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 22}  # 16 MB of float32, what a CPU's last cache holds
 _LARGE_CHUNK = 1 << 24  # elsewhere a chunk must pay for its launches
-_LARGEST = 60.0  # exp of it, times the keys, is a float32 number, and so is exp(-60)
-_LEAST_SUM = 1e-25  # below, exponentials that count may have been flushed to 0
+LARGEST = 60.0  # exp of it, times the keys, is a float32 number, and so is exp(-60)
+LEAST = 1e-25  # below, exponentials that count may have been flushed to 0
 LINEAR = 50.0  # from where a softplus is its argument, in float64 too
 HEADROOM = 12  # of slopes in half precision: in float16 what is small shall not vanish
 
@@ -56,10 +56,10 @@ class Similarities:
         self.n_trained = len(keys)
         if bank is not None:
             keys = torch.cat([keys, bank])
-        self.q, self.q_lengths = _units(query.to(dtype), normalize)
+        self.q, self.q_lengths = units(query.to(dtype), normalize)
         self.k, self.k_lengths = self.q, self.q_lengths
         if keys is not query:
-            self.k, self.k_lengths = _units(keys.to(dtype), normalize)
+            self.k, self.k_lengths = units(keys.to(dtype), normalize)
         self.halves: tuple[Half, Half] | None = None
         if half and len(query) and multiplies_halves(self.q, half):
             of_queries = in_half(query, self.q_lengths, half)
@@ -119,7 +119,7 @@ class Similarities:
         return part
 
     def shift(self) -> float | None:
-        """What S exceeds by _LARGEST at most; None where the exponentials need maxima.
+        """What S exceeds by LARGEST at most; None where the exponentials need maxima.
 
         So on a GPU, which a look at the values would wait for.
         """
@@ -127,7 +127,7 @@ class Similarities:
             return None
         longest = [torch.linalg.vector_norm(x, dim=1).max() for x in (self.q, self.k)]
         bound = (self.scale.abs() * longest[0] * longest[1]).item()
-        return max(0.0, bound - _LARGEST) if bound < 4 * _LARGEST else None
+        return max(0.0, bound - LARGEST) if bound < 4 * LARGEST else None
 
     def exponentials(self, rows: slice, part: Tensor, shift: float) -> Tensor:
         """exp(S − shift) in place, 0 for what is left out."""
@@ -291,7 +291,7 @@ class _Sums:
 
     def gradient(self, scale: Tensor, lengths: Tensor | None) -> Tensor:
         """In the rows, in place."""
-        return _of_lengths(self.values.mul_(scale), self.x, lengths)
+        return of_lengths(self.values.mul_(scale), self.x, lengths)
 
 
 class Half(NamedTuple):
@@ -325,7 +325,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def _units(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+def units(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     """Rows divided by their lengths, and these."""
     if not normalize:
         return rows, None
@@ -333,11 +333,13 @@ def _units(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     return rows / lengths, lengths
 
 
-def _of_lengths(gradients: Tensor, units: Tensor, lengths: Tensor | None) -> Tensor:
+def of_lengths(gradients: Tensor, units: Tensor, lengths: Tensor | None) -> Tensor:
     """From gradients in the units, in place, those in the rows that they were made of."""
     if lengths is None:
         return gradients
     along = torch.linalg.vecdot(gradients, units)[:, None]
+    # what is shorter is divided by a constant, and loses nothing
+    along.mul_(lengths > SHORTEST)
     return gradients.addcmul_(units, along, value=-1).div_(lengths)
 
 
@@ -348,7 +350,7 @@ def _lowest(like: Tensor) -> float:
 
 def are_large(sums: Tensor) -> bool:
     """Whether sums of shifted exponentials have lost nothing that counts."""
-    return not sums.numel() or bool(sums.min() > _LEAST_SUM)
+    return not sums.numel() or bool(sums.min() > LEAST)
 
 
 def split(statistics: Tensor, gradients: tuple[Tensor, ...], upstream: Tensor) -> None:

@@ -17,15 +17,12 @@ import torch
 from torch import Tensor
 
 from fastkd import _engine
-from fastkd._pairs import SHORTEST, Number, is_number
+from fastkd._pairs import Number, is_number
+from fastkd.portable._similarities import LARGEST, LEAST, of_lengths, units
 
 _LN2 = math.log(2)
-_LARGEST = 60.0  # exp of it, times the keys, is a float32 number, and so is exp(-60)
-_LEAST = 1e-25  # of an own power: below, others that count may have been flushed to 0
 _MOST = 1e37  # of powers: the reciprocal of more may be flushed to 0
 _MOST_CLASSES = 1 << 24  # that float32 tells apart
-_units_and_lengths = torch._weight_norm_interface  # each in one call
-_of_units: Any = torch.ops.aten._weight_norm_interface_backward.default
 
 
 class _Slopes(NamedTuple):
@@ -145,10 +142,10 @@ def _found_each_other(s: Tensor, bound: float, is_trained: bool) -> _Slopes | No
 
 def _are_powers(s: Tensor, own: Tensor, bound: float) -> bool:
     """2^S in place, and whether nothing that counts was flushed to 0; an overflow shows itself."""
-    if _LARGEST < bound < math.inf:
+    if LARGEST < bound < math.inf:
         s.sub_(own.amax())
     s.exp2_()
-    return bound <= _LARGEST or own.amin().item() > _LEAST
+    return bound <= LARGEST or own.amin().item() > LEAST
 
 
 def _told_apart(s: Tensor, bound: float, is_trained: bool) -> _Slopes:
@@ -169,7 +166,7 @@ def _attracted(
 ) -> _Slopes | None:
     """Each example finds those of its class."""
     labels = labels.to(s.dtype)
-    if bound > _LARGEST or labels.abs().amax().item() >= _MOST_CLASSES:
+    if bound > LARGEST or labels.abs().amax().item() >= _MOST_CLASSES:
         return None
     # booleans and their sums take far longer
     alike = torch.eq(labels.unsqueeze(1), labels, out=torch.empty_like(s)).fill_diagonal_(0)
@@ -256,21 +253,13 @@ def _computed(
     scale = number.item() if isinstance(number, Tensor) else float(number)
     if contrast.is_inverse:
         scale = 1 / scale if scale else math.inf
-    normalize, bank = contrast.normalize, contrast.bank
-    q = k = _side(query, normalize)
-    if key is not None:
-        k = _side(key, normalize)
-    b = None if bank is None else _side(bank, normalize)
     # a product with a factor that is no number may be one
-    if (
-        not scale
-        or not math.isfinite(scale)
-        or q is None
-        or k is None
-        or (bank is not None and b is None)
-    ):
+    if not scale or not math.isfinite(scale):
         return None
-    keys = k.units if b is None else torch.cat((k.units, b.units))
+    normalize, bank = contrast.normalize, contrast.bank
+    q, q_lengths = units(query, normalize)
+    k, k_lengths = (q, q_lengths) if key is None else units(key, normalize)
+    keys = k if bank is None else torch.cat((k, units(bank, normalize)[0]))
     added: Any = bias
     share = 1 / _LN2
     if bias is None:  # a factor of 0 ignores what it multiplies
@@ -279,7 +268,7 @@ def _computed(
         added = keys.new_full((), bias)
     elif bias.dtype != keys.dtype:  # a whole number
         added = bias.to(keys.dtype)
-    s = torch.addmm(added, q.units, keys.T, beta=share, alpha=scale / _LN2)
+    s = torch.addmm(added, q, keys.T, beta=share, alpha=scale / _LN2)
     slopes = contrast.slopes(s, abs(scale) if normalize else math.inf, any(wanted))
     if slopes is None or not math.isfinite(slopes.loss.item()):
         return None
@@ -287,40 +276,21 @@ def _computed(
     of_query, of_key, of_number, of_bias = wanted
     found: list[Tensor | None] = [None] * 4
     if of_query or of_number:
-        found[0], along = _gradient(q, g, keys, scale * factor, of_number)
-        if of_number:  # in G + Gᵀ each pair counts twice
+        found[0], along = _gradient(q, q_lengths, g, keys, scale * factor, of_number)
+        if along is not None:  # in G + Gᵀ each pair counts twice
             slope = -scale if contrast.is_inverse else 1 / scale
-            found[2] = along.sum().mul_(slope / 2 if key is None else slope)
+            found[2] = along.mul_(slope / 2 if key is None else slope)
     if of_key:
-        of_trained = g.T if b is None else g[:, : len(k.rows)].T
-        found[1], _ = _gradient(k, of_trained, q.units, scale * factor)
+        found[1], _ = _gradient(k, k_lengths, g[:, : len(k)].T, q, scale * factor, False)
     if of_bias:
         found[3] = g.sum().mul_(factor)
     return loss, found
 
 
-class _Side(NamedTuple):
-    rows: Tensor
-    units: Tensor  # the same, if they are not divided by their lengths
-    lengths: Tensor | None
-    ones: Tensor | None
-
-
-def _side(rows: Tensor, normalize: bool) -> _Side | None:
-    """None where F.normalize divides by something else."""
-    if not normalize or not len(rows):  # what has no rows would end the process
-        return _Side(rows, rows, None, None)
-    rows = rows.contiguous()
-    ones = rows.new_ones(len(rows))
-    units, lengths = _units_and_lengths(rows, ones)
-    return _Side(rows, units, lengths, ones) if lengths.amin().item() >= SHORTEST else None
-
-
 def _gradient(
-    side: _Side, g: Tensor, others: Tensor, scale: float, of_scale: bool = False
-) -> tuple[Tensor, Tensor]:
+    units: Tensor, lengths: Tensor | None, g: Tensor, others: Tensor, scale: float, of_scale: bool
+) -> tuple[Tensor, Tensor | None]:
     """In the rows, and what adds up to that in the logarithm of the scale, if it is wanted."""
-    sums = torch.addmm(side.rows, g, others, beta=0, alpha=scale)
-    if side.lengths is not None:
-        return _of_units(sums, side.rows, side.ones, side.lengths, 0)
-    return sums, sums * side.rows if of_scale else sums
+    sums = torch.addmm(units, g, others, beta=0, alpha=scale)
+    along = torch.linalg.vecdot(sums, units).sum() if of_scale else None
+    return of_lengths(sums, units, lengths), along
