@@ -47,14 +47,6 @@ class Chunks(Similarities):
     def shift(self) -> float | None:
         return None  # a look at the numbers would wait for them
 
-    def buffer(self) -> Tensor:
-        buffer = super().buffer()
-        n_rows, n_columns = buffer.shape
-        if n_columns == self.stride:
-            return buffer
-        del buffer  # never both
-        return self.q.new_empty(n_rows, self.stride)[:, :n_columns]
-
     def rows(self, rows: slice, buffer: Tensor) -> Tensor:
         return self.products(rows, buffer)
 

@@ -37,6 +37,7 @@ def engine(request, monkeypatch):
         monkeypatch.setattr(family, "_FEW_PAIRS", most)
     if request.param == "portable in chunks":
         monkeypatch.setitem(portable._CHUNK_ELEMENTS, "cpu", 50)
+        monkeypatch.setattr(portable, "_PAGE", 1)  # rows with a gap, of any length
     if request.param == "portable in half":
         multiply_halves(monkeypatch)
     if request.param in ("portable with maxima", "portable in half"):  # as on a GPU

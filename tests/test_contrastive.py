@@ -317,6 +317,16 @@ def test_no_matrix_of_similarities(case, monkeypatch):
         assert peak_of(case, inputs) >= 2 * 4 * n * n
 
 
+@pytest.mark.parametrize("n_keys, gap", [(1000, 0), (1024, 16), (8192, 16)])
+def test_rows_of_a_chunk_share_no_lines_of_a_cache(n_keys, gap):
+    """Which would slow products down."""
+    query, key = torch.ones(2, 1), torch.ones(n_keys, 1)
+    options = dict(dtype=query.dtype, first=0, normalize=True, half="", wanted="")
+    similarities = portable.Similarities(query, key, torch.tensor(1.0), **options)
+    for part in (similarities.buffer(), similarities.of_spare(similarities.buffer())):
+        assert part.shape == (2, n_keys) and part.stride() == (n_keys + gap, 1)
+
+
 # ----------------------------------------------------------------------------------------- queue
 
 

@@ -20,6 +20,7 @@ _LARGE_CHUNK = 1 << 24  # elsewhere a chunk must pay for its launches
 LARGEST = 60.0  # exp of it, times the keys, is a float32 number, and so is exp(-60)
 LEAST = 1e-25  # below, exponentials that count may have been flushed to 0
 LINEAR = 50.0  # from where a softplus is its argument, in float64 too
+_PAGE, _LINE = 1024, 16  # numbers of float32
 HEADROOM = 12  # of slopes in half precision: in float16 what is small shall not vanish
 
 
@@ -56,6 +57,8 @@ class Similarities:
         self.n_trained = len(keys)
         if bank is not None:
             keys = torch.cat([keys, bank])
+        # rows whole pages apart would share few lines of a cache
+        self.stride = len(keys) + (0 if len(keys) % _PAGE else _LINE)
         self.q, self.q_lengths = units(query.to(dtype), normalize)
         self.k, self.k_lengths = self.q, self.q_lengths
         if keys is not query:
@@ -80,7 +83,7 @@ class Similarities:
         n, m = len(self.q), len(self.k)
         elements = _CHUNK_ELEMENTS.get(self.q.device.type, _LARGE_CHUNK)
         n_chunks = max(1, -(-n * m // elements))
-        return self.q.new_empty(min(n, max(1, -(-n // n_chunks))), m)
+        return self.q.new_empty(min(n, max(1, -(-n // n_chunks))), self.stride)[:, :m]
 
     def chunks(self, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Rows of S, one chunk after the other in the same buffer."""
@@ -142,7 +145,7 @@ class Similarities:
     def of_spare(self, part: Tensor) -> Tensor:
         """Memory for as many numbers."""
         if self.spare is None:
-            self.spare = torch.empty_like(part)
+            self.spare = self.buffer()
         return self.spare[: len(part)]
 
     def log_sums(self, rows: slice, part: Tensor) -> Tensor:

@@ -120,11 +120,11 @@ def _of_both(
     if problem.wanted:
         u, v = slopes.div_(row_sums), q.new_zeros(buffer.shape[1])
         v[:n_columns] = column_slopes.mul_(torch.exp(shift - of_columns))
-        factors, kept = torch.empty_like(buffer), len(buffer) == len(q)
+        kept = len(buffer) == len(q)
         for rows, part in [(everything, buffer)] if kept else similarities.chunks(buffer):
             e = part if kept else similarities.exponentials(rows, part, shift)
-            slopes_of_rows = torch.add(u[rows, None], v, out=factors[: len(e)]).mul_(e)
-            similarities.add(rows, slopes_of_rows)
+            factors = torch.add(u[rows, None], v, out=similarities.of_spare(part))
+            similarities.add(rows, factors.mul_(e))
     return loss + share, of_anchors
 
 

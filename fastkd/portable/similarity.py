@@ -67,9 +67,7 @@ class Divergence:
 
     def losses(self, rows: slice, s: Tensor, t: Tensor) -> Tensor:
         """Of these rows; leaves P in s and R in t."""
-        if self.student.spare is None:
-            self.student.spare = torch.empty_like(s)
-        difference = torch.sub(t, s, out=self.student.spare[: len(s)])
+        difference = torch.sub(t, s, out=self.student.of_spare(s))
         self.student.leave_out(rows, difference, 0.0)
         largest, sums = [], []
         for network, x, shift in zip(
