@@ -141,6 +141,8 @@ CONTRASTIVE_MUTANTS = [
     Mutant(SMALL_CONTRASTS, "no number multiplied", "or not math.isfinite(scale)", "or False"),
     Mutant(SMALL_CONTRASTS, "flushed to 0", "if bound == math.inf and not rows.sum().item() < _MOST:", "if False:"),
     Mutant(SMALL_CONTRASTS, "whole numbers refused", "elif bias.dtype != keys.dtype:", "elif False:"),
+    Mutant(CHUNKS, "lines shared", "(0 if len(keys) % _PAGE else _LINE)", "0"),
+    Mutant(CHUNKS, "gap read", "self.stride)[:, :m]", "self.stride)"),
     Mutant(CHUNKS, "short rows", "along.mul_(lengths > SHORTEST)", "pass"),
     Mutant(SMALL_CONTRASTS, "second order", "_Constant.apply(x, *trained)", "x"),
     Mutant(SMALL_CONTRASTS, "bias dropped", "found[3] = g.sum().mul_(factor)", "found[3] = g.sum()"),

@@ -317,8 +317,9 @@ def test_no_matrix_of_similarities(case, monkeypatch):
         assert peak_of(case, inputs) >= 2 * 4 * n * n
 
 
+@smoke
 @pytest.mark.parametrize("n_keys, gap", [(1000, 0), (1024, 16), (8192, 16)])
-def test_rows_of_a_chunk_share_no_lines_of_a_cache(n_keys, gap):
+def test_rows_of_a_portable_chunk_share_no_lines_of_a_cache(n_keys, gap):
     """Which would slow products down."""
     query, key = torch.ones(2, 1), torch.ones(n_keys, 1)
     options = dict(dtype=query.dtype, first=0, normalize=True, half="", wanted="")

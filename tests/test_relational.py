@@ -244,17 +244,20 @@ def test_nan_is_not_hidden(case, value, whose, engine):
 # ----------------------------------------------------------------------------------- accuracy
 
 
-def clusters(offset, spread, n=64, n_features=32):
+N = 40  # more than a tile of the kernels
+
+
+def clusters(offset, spread, n_features=32):
     """Eight of them on a unit sphere, far from the origin."""
     centres = F.normalize(normal(8, n_features, seed=3))
-    points = centres.repeat(n // 8, 1) + spread * normal(n, n_features, seed=4)
+    points = centres.repeat(N // 8, 1) + spread * normal(N, n_features, seed=4)
     return (points + offset).float()
 
 
 HOSTILE = {
-    "normal": lambda: normal(64, 32, seed=5).float(),
-    "on the sphere": lambda: F.normalize(normal(64, 32, seed=5)).float(),
-    "one cluster far away": lambda: (100 + 1e-2 * normal(64, 32, seed=5)).float(),
+    "normal": lambda: normal(N, 32, seed=5).float(),
+    "on the sphere": lambda: F.normalize(normal(N, 32, seed=5)).float(),
+    "one cluster far away": lambda: (100 + 1e-2 * normal(N, 32, seed=5)).float(),
     "eight clusters": lambda: clusters(0, 1e-2),
     "eight clusters far away": lambda: clusters(100, 1e-2),
 }
@@ -270,7 +273,7 @@ def next_numbers(x):
 @pytest.mark.parametrize("data", HOSTILE)
 def test_as_accurate_as_the_embeddings_themselves(case, data, engine):
     """The error of float32 is that of embeddings off by one unit in the last place."""
-    student, teacher = HOSTILE[data]().requires_grad_(), normal(64, 9, seed=6).float()
+    student, teacher = HOSTILE[data]().requires_grad_(), normal(N, 9, seed=6).float()
     truth = results(case, exact([student, teacher]))
     moved = results(case, exact([next_numbers(student.detach()).requires_grad_(), teacher]))
     for x, y, true in zip(results(case, [student, teacher]), moved, truth, strict=True):
@@ -282,7 +285,7 @@ def test_as_accurate_as_the_embeddings_themselves(case, data, engine):
 @each_relation
 @pytest.mark.parametrize("data", HOSTILE)
 def test_high_precision(case, data, engine):
-    student, teacher = HOSTILE[data]().requires_grad_(), normal(64, 9, seed=6).float()
+    student, teacher = HOSTILE[data]().requires_grad_(), normal(N, 9, seed=6).float()
     truth = results(case, exact([student, teacher]))
     found = results(lambda *x: case(*x, precision="high"), [student, teacher])
     assert all(x.dtype == torch.float32 for x in found)
