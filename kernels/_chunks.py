@@ -26,7 +26,6 @@ from fastkd.portable._similarities import Similarities
 COLUMNS = 2048  # of a row that a program reads at once
 _TILE = 32, 64  # rows and columns, where columns are added up
 _PROGRAMS = 4  # for each multiprocessor, so that some wait for memory while others compute
-_ALIGNED = 16  # elements: products of half precision want rows that start on 16 bytes
 
 
 class Chunks(Similarities):
@@ -36,7 +35,6 @@ class Chunks(Similarities):
         super().__init__(*arguments, **options)
         self.trains = self.of_queries is not None, self.of_keys is not None
         self.stored: Tensor | None = None
-        self.stride = triton.cdiv(len(self.k), _ALIGNED) * _ALIGNED
         if self.halves is not None:
             self.key_factors = self.padded(self.halves[1].factors)
 

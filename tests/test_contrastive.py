@@ -318,9 +318,9 @@ def test_no_matrix_of_similarities(case, monkeypatch):
 
 
 @smoke
-@pytest.mark.parametrize("n_keys, gap", [(1000, 0), (1024, 16), (8192, 16)])
-def test_rows_of_a_portable_chunk_share_no_lines_of_a_cache(n_keys, gap):
-    """Which would slow products down."""
+@pytest.mark.parametrize("n_keys, gap", [(1000, 8), (1008, 0), (1024, 16), (8191, 17)])
+def test_rows_of_a_portable_chunk_start_on_lines_that_few_share(n_keys, gap):
+    """Products of others are slower."""
     query, key = torch.ones(2, 1), torch.ones(n_keys, 1)
     options = dict(dtype=query.dtype, first=0, normalize=True, half="", wanted="")
     similarities = portable.Similarities(query, key, torch.tensor(1.0), **options)

@@ -20,7 +20,8 @@ _LARGE_CHUNK = 1 << 24  # elsewhere a chunk must pay for its launches
 LARGEST = 60.0  # exp of it, times the keys, is a float32 number, and so is exp(-60)
 LEAST = 1e-25  # below, exponentials that count may have been flushed to 0
 LINEAR = 50.0  # from where a softplus is its argument, in float64 too
-_PAGE, _LINE = 1024, 16  # numbers of float32
+_LINE = 16  # numbers: rows that start on one are read and multiplied quicker
+_PAGE = 1024  # of float32: rows whole pages apart share few lines of a CPU's cache
 HEADROOM = 12  # of slopes in half precision: in float16 what is small shall not vanish
 
 
@@ -57,8 +58,9 @@ class Similarities:
         self.n_trained = len(keys)
         if bank is not None:
             keys = torch.cat([keys, bank])
-        # rows whole pages apart would share few lines of a cache
-        self.stride = len(keys) + (0 if len(keys) % _PAGE else _LINE)
+        self.stride = -(-len(keys) // _LINE) * _LINE
+        if query.is_cpu and not self.stride % _PAGE:
+            self.stride += _LINE
         self.q, self.q_lengths = units(query.to(dtype), normalize)
         self.k, self.k_lengths = self.q, self.q_lengths
         if keys is not query:
@@ -336,14 +338,14 @@ def units(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     return rows / lengths, lengths
 
 
-def of_lengths(gradients: Tensor, units: Tensor, lengths: Tensor | None) -> Tensor:
-    """From gradients in the units, in place, those in the rows that they were made of."""
+def of_lengths(gradients: Tensor, rows: Tensor, lengths: Tensor | None) -> Tensor:
+    """From gradients in the units `rows`, in place, those in what they were made of."""
     if lengths is None:
         return gradients
-    along = torch.linalg.vecdot(gradients, units)[:, None]
-    # what is shorter is divided by a constant, and loses nothing
+    along = torch.linalg.vecdot(gradients, rows)[:, None]
+    # what is not longer is divided by a constant, and loses nothing
     along.mul_(lengths > SHORTEST)
-    return gradients.addcmul_(units, along, value=-1).div_(lengths)
+    return gradients.addcmul_(rows, along, value=-1).div_(lengths)
 
 
 def _lowest(like: Tensor) -> float:

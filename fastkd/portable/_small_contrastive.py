@@ -276,21 +276,26 @@ def _computed(
     of_query, of_key, of_number, of_bias = wanted
     found: list[Tensor | None] = [None] * 4
     if of_query or of_number:
-        found[0], along = _gradient(q, q_lengths, g, keys, scale * factor, of_number)
+        found[0], along = _gradient(q, q_lengths, g, keys, scale * factor, of_scale=of_number)
         if along is not None:  # in G + Gᵀ each pair counts twice
             slope = -scale if contrast.is_inverse else 1 / scale
             found[2] = along.mul_(slope / 2 if key is None else slope)
     if of_key:
-        found[1], _ = _gradient(k, k_lengths, g[:, : len(k)].T, q, scale * factor, False)
+        found[1], _ = _gradient(k, k_lengths, g[:, : len(k)].T, q, scale * factor)
     if of_bias:
         found[3] = g.sum().mul_(factor)
     return loss, found
 
 
 def _gradient(
-    units: Tensor, lengths: Tensor | None, g: Tensor, others: Tensor, scale: float, of_scale: bool
+    rows: Tensor,
+    lengths: Tensor | None,
+    g: Tensor,
+    others: Tensor,
+    scale: float,
+    of_scale: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """In the rows, and what adds up to that in the logarithm of the scale, if it is wanted."""
-    sums = torch.addmm(units, g, others, beta=0, alpha=scale)
-    along = torch.linalg.vecdot(sums, units).sum() if of_scale else None
-    return of_lengths(sums, units, lengths), along
+    sums = torch.addmm(rows, g, others, beta=0, alpha=scale)
+    along = torch.linalg.vecdot(sums, rows).sum() if of_scale else None
+    return of_lengths(sums, rows, lengths), along
