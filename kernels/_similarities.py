@@ -128,7 +128,7 @@ class Side(NamedTuple):
             return values * scale, torch.linalg.vecdot(self.rows, values)
         units = self.rows / self.lengths
         along = torch.linalg.vecdot(units, values)
-        # what is shorter is divided by a constant, and loses nothing
+        # what is not longer is divided by a constant, and loses nothing
         lost = along * (self.lengths[:, 0] > SHORTEST)
         gradient = torch.addcmul(values, units, lost[:, None], value=-1)
         return gradient.mul_(scale / self.lengths), along
