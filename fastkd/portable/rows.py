@@ -466,14 +466,17 @@ def _logit_mse(z: Tensor, z_teacher: Tensor, dtype: torch.dtype, scratch: Scratc
     lowest = torch.finfo(dtype).min  # in place of −∞, since −∞ in both networks is no difference
     if not is_finite:
         difference = torch.clamp(z, min=lowest, out=scratch[0]).sub_(z_teacher.clamp(min=lowest))
-    square = torch.mul(difference, difference, out=scratch[1])
+    spare = torch.empty_like(difference) if scratch[1] is None else scratch[1]
+
+    def value(scale: Number) -> Tensor:
+        return torch.mul(difference, difference, out=spare).mean(-1, keepdim=True).mul_(scale)
 
     def slope(out: Tensor, factor: Number) -> None:
         torch.mul(difference, factor * (2 / z.shape[-1]), out=out)
         if not is_finite:
             out.masked_fill_(z < lowest, 0)
 
-    return _Terms(lambda scale: square.mean(-1, keepdim=True).mul_(scale), slope, square)
+    return _Terms(value, slope, spare)
 
 
 _DIVERGENCES: dict[str, Callable[[_Softmax, _Softmax, Number, Scratch], _Terms]] = {
