@@ -35,7 +35,6 @@ from fastkd.kernels.device import device_of, on_device
 from fastkd.kernels.relations.tiles import (
     TILE,
     Embeddings,
-    Pairs,
     distances,
     edges,
     laplacian,
@@ -63,50 +62,52 @@ def value_and_gradients(
     n_splits = _n_splits(problem, n_tiles)
     has_distance = problem.parts != "angle"
     new = student.new_empty
-    pairs = Pairs(new((padded, 4 * padded), dtype=dtype), padded)
+    pairs = new((padded, 4 * padded), dtype=dtype)
     lengths = new((2, n_sides, n_sides), dtype=dtype)
     slopes = new((max(1, n_splits), padded, padded) if with_slopes else 0, dtype=dtype)
     losses = new((has_distance + n_splits, n_tiles, n_tiles), dtype=dtype)
     of_means = new((n_tiles, n_tiles), dtype=dtype)
     loss = new((), dtype=result_dtype)
+    gradient = new((n_local, student.shape[1]), dtype=result_dtype) if with_slopes else None
     numbers = _numbers(problem)
-    scalars = dict(n=n, beta=numbers.beta, ON_DEVICE=numbers.on_device)
-    scalars["DTYPE"] = tl.float64 if dtype == torch.float64 else tl.float32
-    means = dict(lengths_ptr=lengths, n_lengths=n_sides**2, of_means_ptr=of_means)
-    means["distance_weight"] = numbers.distance_weight
+    shared = dict(
+        pairs_ptr=pairs, n=n, padded=padded, beta=numbers.beta, ON_DEVICE=numbers.on_device,
+        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+    )  # fmt: skip
+    means = dict(
+        lengths_ptr=lengths, n_lengths=n_sides**2, of_means_ptr=of_means,
+        distance_weight=numbers.distance_weight,
+    )  # fmt: skip
     local = dict(first=problem.first, n_local=n_local)
-    gradient = None
+    x, y = (Embeddings(rows, rows.stride(0), rows.shape[1]) for rows in (student, teacher))
     with on_device(student):
         squares[(n_sides, n_sides, 2)](
-            Embeddings(student, student.stride(0), student.shape[1]),
-            Embeddings(teacher, teacher.stride(0), teacher.shape[1]),
-            pairs, lengths, **scalars, SIDE=side, DEPTH=4, num_warps=n_warps * side // TILE.value,
+            student=x, teacher=y, lengths_ptr=lengths, **shared, SIDE=side, DEPTH=4,
+            num_warps=n_warps * side // TILE.value,
         )  # fmt: skip
         if has_distance:
             distances[(n_tiles, n_tiles)](
-                pairs, losses_ptr=losses[n_splits], **means, **local, **scalars,
-                PART=is_part, num_warps=n_warps,
+                **shared, **means, **local, losses_ptr=losses[n_splits], PART=is_part,
+                num_warps=n_warps,
             )  # fmt: skip
         if n_splits:
             edges[(n_tiles, n_tiles, n_splits)](
-                pairs, slopes, losses, **local, **scalars, per_split=triton.cdiv(n, n_splits),
-                angle_weight=numbers.angle_weight, NEEDS_GRAD=with_slopes, PART=is_part,
-                num_warps=n_warps, **_register_limit(student, dtype),
+                **shared, **local, slopes_ptr=slopes, losses_ptr=losses,
+                per_split=triton.cdiv(n, n_splits), angle_weight=numbers.angle_weight,
+                NEEDS_GRAD=with_slopes, PART=is_part, num_warps=n_warps,
+                **_register_limit(student, dtype),
             )  # fmt: skip
         sum_splits[(n_tiles, n_tiles) if with_slopes else (1, 1)](
-            pairs, slopes, losses, loss, **means, **scalars, n_tiles=n_tiles,
-            n_losses=losses.numel(), n_splits=n_splits, DISTANCE=has_distance,
+            **shared, **means, slopes_ptr=slopes, losses_ptr=losses, loss_ptr=loss,
+            n_tiles=n_tiles, n_losses=losses.numel(), n_splits=n_splits, DISTANCE=has_distance,
             NEEDS_GRAD=with_slopes, num_warps=n_warps,
         )  # fmt: skip
-        if with_slopes:
-            width = student.shape[1]
-            gradient = new((n_local, width), dtype=result_dtype)
-            if n_local:
-                laplacian[(triton.cdiv(n_local, TILE.value), triton.cdiv(width, _FEATURES))](
-                    Embeddings(student, student.stride(0), width), slopes, gradient, n=n,
-                    padded=padded, **local, DTYPE=scalars["DTYPE"], ROWS=TILE.value,
-                    COLUMNS=_FEATURES, num_warps=n_warps,
-                )  # fmt: skip
+        if with_slopes and n_local:
+            grid = triton.cdiv(n_local, TILE.value), triton.cdiv(student.shape[1], _FEATURES)
+            laplacian[grid](
+                x=x, slopes_ptr=slopes, gradient_ptr=gradient, n=n, padded=padded, **local,
+                DTYPE=shared["DTYPE"], ROWS=TILE.value, COLUMNS=_FEATURES, num_warps=n_warps,
+            )  # fmt: skip
     return loss, (gradient,)
 
 

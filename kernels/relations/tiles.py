@@ -29,13 +29,6 @@ class Embeddings(NamedTuple):
     width: Any
 
 
-class Pairs(NamedTuple):
-    """The numbers of all pairs, as an argument of kernels."""
-
-    ptr: Any  # (padded, padded / TILE, 4, TILE)
-    padded: Any  # N, rounded up to whole tiles
-
-
 # integers that vary with N stay outside of tuples: not every Triton would leave them unspecialised
 
 
@@ -70,12 +63,12 @@ def _total(parts_ptr, n_parts, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _pairs_at(pairs, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _pairs_at(pairs_ptr, row, column, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Return pointers [ROWS, COLUMNS] to h of the student, (row, column) being the first pair."""
-    start = (row.to(tl.int64) * pairs.padded + column) * 4
+    start = (row.to(tl.int64) * padded + column) * 4
     lanes = tl.arange(0, COLUMNS)
     places = lanes // TILE * (4 * TILE) + lanes % TILE
-    return pairs.ptr + start + (tl.arange(0, ROWS)[:, None] * (4 * pairs.padded) + places[None, :])
+    return pairs_ptr + start + (tl.arange(0, ROWS)[:, None] * (4 * padded) + places[None, :])
 
 
 @triton.jit
@@ -100,9 +93,10 @@ def _squares_of_tile(x, rows, columns, n, zeros, DTYPE: tl.constexpr, DEPTH: tl.
 def squares(
     student,  # Embeddings
     teacher,  # Embeddings
-    pairs,  # Pairs, written
+    pairs_ptr,  # (padded, padded / TILE, 4, TILE), written
     lengths_ptr,  # (2, tiles, tiles), written: sums of the distances
     n,
+    padded,  # N, rounded up to whole tiles
     beta,
     ON_DEVICE: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -120,8 +114,8 @@ def squares(
         tl.store(length_ptr, 0.0)
         return
     rows, columns = i * SIDE + tl.arange(0, SIDE), j * SIDE + tl.arange(0, SIDE)
-    pairs = Pairs(pairs.ptr + network * (2 * TILE), pairs.padded)
-    h_ptr = _pairs_at(pairs, i * SIDE, j * SIDE, SIDE, SIDE)
+    pairs_ptr += network * (2 * TILE)
+    h_ptr = _pairs_at(pairs_ptr, i * SIDE, j * SIDE, padded, SIDE, SIDE)
     # loaded, because zeros get the layout of the stores then, which is the one with vectors
     zeros = tl.load(h_ptr, mask=(rows < 0)[:, None] & (columns < 0)[None, :], other=0.0)
     if network == 0:
@@ -140,7 +134,7 @@ def squares(
     tl.store(h_ptr, h)
     tl.store(h_ptr + TILE, r)
     if i != j:
-        mirrored_ptr = _pairs_at(pairs, j * SIDE, i * SIDE, SIDE, SIDE)
+        mirrored_ptr = _pairs_at(pairs_ptr, j * SIDE, i * SIDE, padded, SIDE, SIDE)
         tl.store(mirrored_ptr, tl.trans(h))
         tl.store(mirrored_ptr + TILE, tl.trans(r))
 
@@ -177,11 +171,12 @@ def _is_local(i, first, n_local):
     do_not_specialize_on_alignment=["losses_ptr"],
 )
 def distances(
-    pairs,  # Pairs
+    pairs_ptr,  # (padded, padded / TILE, 4, TILE)
     lengths_ptr,  # (2, n_lengths)
     losses_ptr,  # (tiles, tiles), written
     of_means_ptr,  # (tiles, tiles), written: sums of slope · distance
     n,
+    padded,  # N, rounded up to whole tiles
     n_lengths,
     first,
     n_local,
@@ -194,7 +189,7 @@ def distances(
     """Write the loss of the distances: programs (tile, tile)."""
     i, j = tl.program_id(0), tl.program_id(1)
     place = i * tl.num_programs(1) + j
-    h_ptr = _pairs_at(pairs, i * TILE, j * TILE, TILE, TILE)
+    h_ptr = _pairs_at(pairs_ptr, i * TILE, j * TILE, padded, TILE, TILE)
     h, ht = tl.load(h_ptr), tl.load(h_ptr + 2 * TILE)
     beta_, size = number(beta, ON_DEVICE, DTYPE), n.to(DTYPE)
     apart = _apart(i, j, n)
@@ -210,10 +205,11 @@ def distances(
 
 @triton.jit(do_not_specialize=["n", "first", "n_local", "per_split"])
 def edges(
-    pairs,  # Pairs
+    pairs_ptr,  # (padded, padded / TILE, 4, TILE)
     slopes_ptr,  # (splits, padded, padded), written: the place of b comes before that of a
     losses_ptr,  # (splits, tiles, tiles), written
     n,
+    padded,  # N, rounded up to whole tiles
     first,
     n_local,
     per_split,  # third points
@@ -238,13 +234,12 @@ def edges(
         tl.store(losses_ptr, 0.0)
         return
     lanes = tl.arange(0, TILE)
-    h_ptr = _pairs_at(pairs, i * TILE, j * TILE, TILE, TILE)
+    h_ptr = _pairs_at(pairs_ptr, i * TILE, j * TILE, padded, TILE, TILE)
     h, r = tl.load(h_ptr), tl.load(h_ptr + TILE)
     ht, rt = tl.load(h_ptr + 2 * TILE), tl.load(h_ptr + 3 * TILE)
     k, kt, half_r = h * r, ht * rt, 0.5 * r
     loss, by_r, by_u = h * 0, h * 0, h * 0
-    padded = pairs.padded
-    row_ptr = pairs.ptr + start.to(tl.int64) * (4 * padded) + lanes
+    row_ptr = pairs_ptr + start.to(tl.int64) * (4 * padded) + lanes
     a_ptr, b_ptr = row_ptr + i * (4 * TILE), row_ptr + j * (4 * TILE)
     for _ in range(start, stop):
         ha, hb = tl.load(a_ptr)[:, None], tl.load(b_ptr)[None, :]
@@ -285,13 +280,14 @@ def edges(
 
 @triton.jit(do_not_specialize=["n", "n_lengths", "n_tiles", "n_losses", "n_splits"])
 def sum_splits(
-    pairs,  # Pairs
+    pairs_ptr,  # (padded, padded / TILE, 4, TILE)
+    lengths_ptr,  # (2, n_lengths)
     slopes_ptr,  # (splits, padded, padded), the first of which is written
     losses_ptr,  # (n_losses,)
-    loss_ptr,  # (), written
-    lengths_ptr,  # (2, n_lengths)
     of_means_ptr,  # (n_tiles, n_tiles)
+    loss_ptr,  # (), written
     n,
+    padded,  # N, rounded up to whole tiles
     n_lengths,
     n_tiles,
     n_losses,
@@ -309,7 +305,7 @@ def sum_splits(
         loss = _total(losses_ptr, n_losses, DTYPE)
         tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
     if NEEDS_GRAD:
-        lanes, padded = tl.arange(0, TILE), pairs.padded
+        lanes = tl.arange(0, TILE)
         slope_ptr = slopes_ptr + i.to(tl.int64) * TILE * padded + j * TILE
         slope_ptr += lanes[:, None] * padded + lanes[None, :]
         slope = tl.load(slope_ptr, mask=(lanes < n_splits * TILE)[:, None], other=0.0)
@@ -318,7 +314,7 @@ def sum_splits(
             split_ptr += padded.to(tl.int64) * padded
             slope += tl.load(split_ptr)
         if DISTANCE:
-            h_ptr = _pairs_at(pairs, i * TILE, j * TILE, TILE, TILE)
+            h_ptr = _pairs_at(pairs_ptr, i * TILE, j * TILE, padded, TILE, TILE)
             h, r, ht = tl.load(h_ptr), tl.load(h_ptr + TILE), tl.load(h_ptr + 2 * TILE)
             beta_, size = number(beta, ON_DEVICE, DTYPE), n.to(DTYPE)
             apart = _apart(i, j, n)
