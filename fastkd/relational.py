@@ -67,10 +67,8 @@ def rkd_distance(
     if len(student) < 2:
         return student[:0].sum()
     s, t = (_rows(x, normalize, precision) for x in (student, teacher))
-    penalty = F.smooth_l1_loss(
-        _relative_distances(s), _relative_distances(t), beta=smooth_l1_beta
-    )
-    return penalty.to(student.dtype)
+    loss = _mean_penalty(_relative_distances(s), _relative_distances(t), smooth_l1_beta)
+    return loss.to(student.dtype)
 
 
 @loss(relations.check, relations.angles, per_example=False)
@@ -117,7 +115,7 @@ def rkd_angle(
     if len(student) < 2:
         return student[:0].sum()
     s, t = (_rows(x, normalize, precision) for x in (student, teacher))
-    return F.smooth_l1_loss(_cosines(s), _cosines(t), beta=smooth_l1_beta).to(student.dtype)
+    return _mean_penalty(_cosines(s), _cosines(t), smooth_l1_beta).to(student.dtype)
 
 
 @loss(relations.check, relations.distances_and_angles, per_example=False)
@@ -168,6 +166,11 @@ def rkd(
         for formula in (rkd_distance.formula, rkd_angle.formula)
     )
     return (distance_weight * distance + angle_weight * angle).to(student.dtype)
+
+
+def _mean_penalty(student: Tensor, teacher: Tensor, beta: Number) -> Tensor:
+    """Return the mean of the smooth L1 penalty; PyTorch takes a 0-dim tensor as its beta too."""
+    return F.smooth_l1_loss(student, teacher, beta=beta)  # type: ignore[arg-type]
 
 
 def _rows(embeddings: Tensor, normalize: bool, precision: str) -> Tensor:

@@ -94,9 +94,12 @@ def _relations(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> Te
         epsilon = PKT_EPSILON if name == "pkt" else 0.0
         lengths = _lengths(x)
         divisors, teacher_divisors = lengths + epsilon, _lengths(y) + epsilon
-    measure = {"pkt": _neighbours, "kernel": functools.partial(_kernels, problem)}.get(
-        name, _similarities
-    )
+    measures: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+        "similarity_preserving": _similarities,
+        "pkt": _neighbours,
+        "kernel": functools.partial(_kernels, problem),
+    }
+    measure = measures[name]
     buffers = _Buffers.make(problem, dtype, 4, n)
     if gradient is not None:
         gradient.zero_()
@@ -121,15 +124,19 @@ def _relations(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> Te
             gradient.addmm_(slopes.T, x[rows], alpha=share)
         return loss
 
-    def project(rows: slice, product: Tensor, *_: Tensor) -> None:
-        along = torch.mul(x[rows], gradient[rows], out=product).sum(1)
-        along.div_(lengths[rows] * divisors[rows])
-        gradient[rows].addcmul_(x[rows], along[:, None], value=-1)
-
     loss = _total(buffers.for_each(add, n, n)) * share
     if gradient is not None and of_cosines:
+        project = functools.partial(_project, gradient, x, lengths * divisors)
         buffers.for_each(project, n, width)
     return loss
+
+
+def _project(
+    gradient: Tensor, x: Tensor, squares: Tensor, rows: slice, product: Tensor, *_: Tensor
+) -> None:
+    """Take from the gradient of these rows its part along x, since a length is no direction."""
+    along = torch.mul(x[rows], gradient[rows], out=product).sum(1).div_(squares[rows])
+    gradient[rows].addcmul_(x[rows], along[:, None], value=-1)
 
 
 def _lengths(rows: Tensor) -> Tensor:

@@ -116,9 +116,22 @@ def _distances(
 class _Cosines(NamedTuple):
     """The factors of the cosines of both networks, in units of beta."""
 
-    squares: Tensor  # [2, N, N]
+    q: Tensor  # [N, N], of the student
+    teacher_q: Tensor  # [N, N]
     ends: Tensor  # [j, i, 4]: d and r of the student, −d and −r of the teacher
     others: Tensor  # [j, 4, k]: r and d of the student, r and d of the teacher
+
+
+class _Block(NamedTuple):
+    """Pairs of ends, and what the chunks of vertices that see them have in common."""
+
+    i: slice
+    k: slice
+    mirrored: bool  # whether the sums are those of the pairs (k, i) too
+    q: Tensor  # [i, k]
+    teacher_q: Tensor  # [i, k]
+    buffers: tuple[Tensor, ...]
+    zero: Tensor
 
 
 class _Sums(NamedTuple):
@@ -144,19 +157,21 @@ def _angles(
     others, ends = (torch.stack(x, 1) for x in ((r, d), (d, r)))
     ends[1].neg_()
     others, ends = others.view(4, n, n).transpose(0, 1), ends.view(4, n, n).permute(1, 2, 0)
-    cosines, whole = _Cosines(squares, ends, others), slice(0, n)
+    cosines, whole = _Cosines(*squares, ends, others), slice(0, n)
     loss, at_local = _summed(cosines, local, whole, with_slopes)
     loss = loss * (beta * weight / float(n) ** 3)
     if at_local is None:
         return loss, loss
     r_squared = r[0].square().mul_(beta / 2)
     arms = arms_with_local = torch.addcmul(at_local.v, at_local.s, r_squared, value=-1)
-    with_local = at_local
+    facing = at_local.u
     if local != whole:
         _, with_local = _summed(cosines, whole, local, with_slopes)
+        assert with_local is not None
         arms_with_local = torch.addcmul(with_local.v, with_local.s, r_squared, value=-1)
+        facing = with_local.u
     # an edge (local, b) is an arm of the angles at both of its ends, and faces all other vertices
-    slopes = (arms[local] + arms_with_local[:, local].T).sub_(with_local.u[local])
+    slopes = (arms[local] + arms_with_local[:, local].T).sub_(facing[local])
     slopes[:, local].fill_diagonal_(0)
     return loss, slopes.mul_(weight / float(n) ** 3)
 
@@ -165,22 +180,23 @@ def _summed(
     cosines: _Cosines, vertices: slice, ends: slice, with_slopes: bool
 ) -> tuple[Tensor, _Sums | None]:
     """Return the penalties of the angles at `vertices` between one of `ends` and any example."""
-    q, n = cosines.squares[0], cosines.squares.shape[-1]
+    q, n = cosines.q, len(cosines.q)
     whole, rows = slice(0, n), range(vertices.start, vertices.stop)
     # with small blocks the calls would cost more than the half of the angles that they spare
     n_blocks = 1 if n < 256 or ends != whole else 2 if n < 512 else 4
     blocks = _cut(whole, -(-n // n_blocks))
     sums = _Sums(*q.new_zeros(3, n, n)) if with_slopes else None
     most = _chunks.most_elements(q, _ON_CPU, _ELSEWHERE)
-    buffers = q.new_empty(2, max(most, n * n))
+    buffers, zero = q.new_empty(2, max(most, n * n)).unbind(), q.new_zeros(1)
     losses = []
     for i in blocks if ends == whole else [ends]:
         for k in blocks:
             if ends == whole and k.start < i.start:
                 continue  # because its mirror image is visited
             mirrored = ends == whole and k != i
-            size = most // max(1, q[i, k].numel())
-            add = functools.partial(_add, sums, cosines, buffers, i, k, mirrored)
+            block = _Block(i, k, mirrored, q[i, k], cosines.teacher_q[i, k], buffers, zero)
+            add = functools.partial(_add, sums, cosines, block)
+            size = most // max(1, block.q.numel())
             losses += _chunks.for_each(add, rows, size) * (2 if mirrored else 1)
             if mirrored and sums is not None:
                 sums.u[k, i] = sums.u[i, k].T
@@ -191,32 +207,23 @@ def _summed(
     return loss, sums
 
 
-def _add(
-    sums: _Sums | None,
-    cosines: _Cosines,
-    buffers: Tensor,
-    i: slice,
-    k: slice,
-    mirrored: bool,
-    j: slice,
-) -> Tensor:
-    """Add a chunk of vertices, j, and return the penalties of their angles between i and k.
+def _add(sums: _Sums | None, cosines: _Cosines, block: _Block, j: slice) -> Tensor:
+    """Add a chunk of vertices, j, and return the penalties of their angles in the block.
 
     A chunk owns its rows of V and S. All chunks add to U in place, because a U for each of them
     would be many times as large as all the rest: a thread needs sums and buffers of its own.
     """
-    q, teacher_q = cosines.squares
-    q_ik, teacher_q_ik = q[i, k], teacher_q[i, k]
+    i, k, mirrored, q_ik, teacher_q_ik, buffers, zero = block
     shape = j.stop - j.start, *q_ik.shape
     x, w = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
     left, right = cosines.ends[j, i], cosines.others[j, :, k]
     torch.mul(teacher_q_ik, left[..., 3:], out=x).mul_(right[:, 2:3])
     torch.mul(left[..., 1:2], right[:, :1], out=w)
     x.addcmul_(w, q_ik).baddbmm_(left, right, beta=-0.5, alpha=0.5)  # A − B
-    loss = F.huber_loss(x, x.new_zeros(1).expand_as(x), reduction="sum")
+    loss = F.huber_loss(x, zero.expand_as(x), reduction="sum")
     if sums is None:
         return loss
-    u, v, s = sums
+    q, (u, v, s) = cosines.q, sums
     w.mul_(x.clamp_(-1, 1))
     # the difference is taken first, because its terms are as large as the batch is wide
     torch.sub(q[j, None, k], q_ik, out=x)

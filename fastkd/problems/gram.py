@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from fastkd import _checks
-from fastkd._op import Op, compute_dtype
+from fastkd._op import Number, Op, compute_dtype
 
 if TYPE_CHECKING:
     from fastkd._loss import Call
-
-Number = float | Tensor
 
 # as published
 PKT_EPSILON = 1e-7  # added to lengths and to probabilities

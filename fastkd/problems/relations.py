@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from fastkd import _checks
-from fastkd._op import Op, compute_dtype
+from fastkd._op import Number, Op, compute_dtype
 
 if TYPE_CHECKING:
     from fastkd._loss import Call
-
-Number = float | Tensor
 
 # as published: squared distances are at least this, shorter differences have no direction
 LEAST_SQUARE = 1e-12
@@ -88,7 +86,8 @@ def distances_and_angles(
     precision: str,
 ) -> Tensor:
     """Return the weighted sum of both losses of the batch that all ranks hold."""
-    dtype, result_dtype = _compute_dtype(student, teacher, precision), compute_dtype(student, teacher)
+    dtype = _compute_dtype(student, teacher, precision)
+    result_dtype = compute_dtype(student, teacher)
     whole, first = None, 0
     if call.ranks:
         (whole, teacher), first = call.ranks.gather(student, teacher)
