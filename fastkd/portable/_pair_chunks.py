@@ -118,19 +118,32 @@ class PairChunks:
         return _product(self.halves[0].matrix[rows], self.halves[1].matrix.mT, part)
 
     def mask(self, rows: slice, part: Tensor, value: float) -> Tensor:
-        """Fill the masked pairs, which lie on diagonals of these rows, with a value."""
-        n, start = len(self.q), self.first + rows.start
-        if self.first >= 0:
-            part[:, start : start + len(part)].diagonal().fill_(value)
-        if self.two_views:  # the other view is half of the rank's queries away
-            half = n // 2
-            for low, high, shift in ((0, half, half), (half, n, -half)):
-                low, high = max(rows.start, low), min(rows.stop, high)
-                if low < high:
-                    of_view = part[low - rows.start : high - rows.start]
-                    place = self.first + low + shift
-                    of_view[:, place : place + len(of_view)].diagonal().fill_(value)
+        """Fill the masked pairs of these rows, which are no negatives, with a value."""
+        for _, diagonal in self._own_pairs(rows, part):
+            diagonal.fill_(value)
+        if self.two_views:
+            for _, diagonal in self.positive_pairs(rows, part):
+                diagonal.fill_(value)
         return part
+
+    def positive_pairs(self, rows: slice, part: Tensor) -> list[tuple[slice, Tensor]]:
+        """Return the positive pairs of these rows as views: (some rows of the chunk, a diagonal)."""
+        if not self.two_views:
+            return self._own_pairs(rows, part)
+        n, found = len(self.q), []
+        for low, high, shift in ((0, n // 2, n // 2), (n // 2, n, -(n // 2))):
+            low, high = max(rows.start, low), min(rows.stop, high)
+            if low < high:
+                place = self.first + low + shift
+                some = slice(low - rows.start, high - rows.start)
+                found.append((some, part[some, place : place + high - low].diagonal()))
+        return found
+
+    def _own_pairs(self, rows: slice, part: Tensor) -> list[tuple[slice, Tensor]]:
+        if self.first < 0:
+            return []
+        start = self.first + rows.start
+        return [(slice(len(part)), part[:, start : start + len(part)].diagonal())]
 
     def own(self, of_keys: Tensor, rows: slice) -> Tensor:
         """Return what these queries' own keys have of a value for each key."""
@@ -152,15 +165,23 @@ class PairChunks:
         largest = bound.item()
         return max(0.0, largest - LARGEST) if largest < 4 * LARGEST else None
 
-    def exponentials(self, rows: slice, part: Tensor, shift: float) -> Tensor:
+    def exponentials(
+        self, rows: slice, part: Tensor, shift: float | None
+    ) -> tuple[Tensor | float, Tensor]:
+        """Turn rows of S into exp(S − shift), in place, with 0 for masked pairs.
+
+        Return the shift and the sums of the rows. Without a shift, that of a row is its maximum.
+        """
+        if shift is None:
+            largest = self.mask(rows, part, -torch.inf).amax(1).clamp_(min=lowest(part))
+            return largest, part.sub_(largest[:, None]).exp_().sum(1)
+        return shift, self.shifted_exponentials(rows, part, shift).sum(1)
+
+    def shifted_exponentials(self, rows: slice, part: Tensor, shift: float) -> Tensor:
         """Return exp(S − shift), in place, with 0 for masked pairs."""
         if shift:
             part.sub_(shift)
         return self.mask(rows, part.exp_(), 0.0)
-
-    def log_sums(self, rows: slice, part: Tensor) -> Tensor:
-        """Return log Σ_j exp S_ij by maxima; `part` then has −∞ for masked pairs."""
-        return self.mask(rows, part, -torch.inf).logsumexp(1)
 
     # ------------------------------------------------------------------------------- gradients
 

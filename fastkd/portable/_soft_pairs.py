@@ -42,7 +42,7 @@ def value_and_gradients(
         # the log-sum-exps are large and alike, so that their difference is made of the differences
         # of their parts. The quotient of the sums may be no float32 number; that of their roots is.
         log_sums = (s_shift - t_shift) + 2 * (s_sums.sqrt() / t_sums.sqrt()).log()
-        torch.linalg.vecdot(t, difference.add_(log_sums), out=losses[rows])
+        torch.linalg.vecdot(t, difference.add_(log_sums[:, None]), out=losses[rows])
         if any(needs_grad):
             student.add(rows, s.sub_(t))
 
@@ -54,14 +54,8 @@ def _softmax(
     chunks: PairChunks, rows: slice, x: Tensor, shift: float | None
 ) -> tuple[Tensor | float, Tensor]:
     """Turn rows of S into their softmax; return what was subtracted from S, and the sums of exp."""
-    if shift is not None:
-        sums = chunks.exponentials(rows, x, shift).sum(1, keepdim=True)
-        if are_large(sums):
-            x.div_(sums)
-            return shift, sums
-        chunks.rows(rows, x)
-    chunks.mask(rows, x, -torch.inf)
-    largest = x.amax(1, keepdim=True)
-    sums = x.sub_(largest).exp_().sum(1, keepdim=True)
-    x.div_(sums)
-    return largest, sums
+    subtracted, sums = chunks.exponentials(rows, x, shift)
+    if shift is not None and not are_large(sums):
+        subtracted, sums = chunks.exponentials(rows, chunks.rows(rows, x), None)
+    x.div_(sums[:, None])
+    return subtracted, sums

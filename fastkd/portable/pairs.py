@@ -28,10 +28,10 @@ from fastkd.problems.pairs import (
     Pairs,
     SoftPairs,
     column_penalty,
+    means_over_classes,
     over_ranks,
     own_columns,
     penalty,
-    with_positives,
 )
 
 
@@ -42,20 +42,23 @@ def value_and_gradients(
     if isinstance(problem, SoftPairs):
         return _soft_pairs.value_and_gradients(problem, needs_grad)
     solved = _kept_pairs.value_and_gradients(problem, needs_grad)
-    return _by_chunks(problem, needs_grad) if solved is None else solved
-
-
-@with_positives
-def _by_chunks(problem: Pairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gradients]:
-    loss, gradients = _Solver(problem, needs_grad).solve()
-    return loss, gradients
+    return _Solver(problem, needs_grad).solve() if solved is None else solved
 
 
 class _Solver:
-    """A problem whose positive logits are given, solved chunk by chunk."""
+    """A problem that is solved chunk by chunk."""
 
     def __init__(self, problem: Pairs, needs_grad: Sequence[bool]) -> None:
-        self.problem, self.needs_grad = problem, needs_grad
+        self.needs_grad = needs_grad
+        # positive logits that are not given are similarities, and S has gradients at those pairs
+        self.reads_positives = problem.positive_logits is None and problem.classes is None
+        if self.reads_positives:
+            positive = torch.empty_like(problem.weights, dtype=problem.query.dtype)
+            columns = positive if problem.key_weights is not None else None
+            problem = problem._replace(positive_logits=positive, key_positive_logits=columns)
+        elif problem.positive_logits is None:
+            problem = problem._replace(positive_logits=means_over_classes(problem))
+        self.problem = problem
         self.chunks = PairChunks(
             problem.query, problem.key, problem.scale, needs_grad,
             bank=problem.bank, first=problem.first, two_views=problem.two_views,
@@ -67,6 +70,19 @@ class _Solver:
         """Return the loss and its gradients."""
         loss, of_logits = self._pairs() if self.problem.form == "pairs" else self._log_sum_exps()
         return loss, (*self.chunks.gradients(), of_logits if self.needs_grad[3] else None)
+
+    def _read_positives(self, rows: slice, part: Tensor) -> None:
+        """Copy the positive logits of these rows from S, unless they are given."""
+        if self.reads_positives:
+            assert self.problem.positive_logits is not None
+            for some, pairs in self.chunks.positive_pairs(rows, part):
+                self.problem.positive_logits[rows][some] = pairs
+
+    def _write_positives(self, rows: slice, part: Tensor, slopes: Tensor) -> None:
+        """Copy slopes, one for each of these rows, to their positive pairs."""
+        if self.reads_positives:
+            for some, pairs in self.chunks.positive_pairs(rows, part):
+                pairs.copy_(slopes[some])
 
     # ------------------------------------------------------------ the forms of log-sum-exps
 
@@ -86,19 +102,15 @@ class _Solver:
         chunks, of_logits = self.chunks, self.buffer.new_empty(len(self.chunks.q))
 
         def of_chunk(rows: slice, part: Tensor) -> Tensor:
-            if shift is None:
-                log_sums = chunks.log_sums(rows, part)
-            else:
-                sums = _not_too_small(chunks.exponentials(rows, part, shift).sum(1))
-                log_sums = shift + sums.log()
-            share, slopes = penalty(self.problem, log_sums, rows)
+            self._read_positives(rows, part)
+            largest, sums = chunks.exponentials(rows, part, shift)
+            if shift is not None:
+                _check_size(sums)
+            share, slopes = penalty(self.problem, sums.log(), rows, largest)
             torch.neg(slopes, out=of_logits[rows])
             if any(self.needs_grad):
-                if shift is None:
-                    part.sub_(log_sums[:, None].clamp(min=lowest(part))).exp_()
-                else:
-                    slopes.div_(sums)
-                self._add_softmax(rows, part, slopes)
+                self._write_positives(rows, part, -sums)
+                self._add_softmax(rows, part, slopes.div_(sums))
             return share
 
         return _total(of_logits, chunks.for_each(self.buffer, of_chunk)), of_logits
@@ -121,51 +133,48 @@ class _Solver:
         problem, chunks, buffer = self.problem, self.chunks, self.buffer
         assert problem.key_weights is not None
         n, n_columns = len(chunks.q), len(problem.key_weights)
-        of_rows = buffer.new_empty(n)
-        sums = buffer.new_zeros(n_columns)
-        largest = torch.full_like(sums, -torch.inf if shift is None else shift)
+        largest, sums = buffer.new_empty(2, n)
+        column_largest = buffer.new_full((n_columns,), -torch.inf if shift is None else shift)
+        column_sums = buffer.new_zeros(n_columns)
 
         def of_chunk(rows: slice, part: Tensor) -> None:
             columns = part[:, :n_columns]
+            self._read_positives(rows, part)
             if shift is None:
-                of_rows[rows] = chunks.log_sums(rows, part)
-                add_to_columns_with_maxima(columns)
-            else:
-                row_sums = _not_too_small(chunks.exponentials(rows, part, shift).sum(1))
-                torch.add(row_sums.log(), shift, out=of_rows[rows])
-                sums.add_(columns.sum(0))
-
-        def add_to_columns_with_maxima(columns: Tensor) -> None:
-            risen = torch.maximum(largest, columns.amax(0)).clamp_(min=lowest(columns))
-            sums.mul_((largest - risen).exp_()).add_((columns - risen).exp_().sum(0))
-            largest.copy_(risen)
+                chunks.mask(rows, part, -torch.inf)
+                _add_to_columns(columns, column_largest, column_sums)
+            largest[rows], sums[rows] = chunks.exponentials(rows, part, shift)
+            if shift is not None:
+                _check_size(sums[rows])
+                column_sums.add_(columns.sum(0))
 
         chunks.for_each(buffer, of_chunk)
         if shift is not None:
-            _not_too_small(sums)
-        of_columns = over_ranks(largest + sums.log(), problem.group)
-        loss, slopes = penalty(problem, of_rows, slice(0, n))
-        share, column_slopes = column_penalty(problem, of_columns)
+            _check_size(column_sums)
+        if problem.group:
+            of_columns = over_ranks(column_largest + column_sums.log(), problem.group)
+            if shift is None:
+                column_largest = of_columns.clamp(min=lowest(buffer))
+            column_sums = (of_columns - column_largest).exp_()
+        loss, slopes = penalty(problem, sums.log(), slice(0, n), largest)
+        share, column_slopes = column_penalty(problem, column_sums.log(), column_largest)
         of_logits = -slopes - column_slopes[own_columns(problem)]
         if not any(self.needs_grad):
             return loss + share, of_logits
-
-        if shift is not None:
-            u = slopes * (shift - of_rows).exp_()
-            v = buffer.new_zeros(buffer.shape[1])
-            v[:n_columns] = column_slopes * (shift - of_columns).exp_()
+        u, v = slopes.div_(sums), buffer.new_zeros(buffer.shape[1])
+        v[:n_columns] = column_slopes.div_(column_sums)
 
         def add_slopes(rows: slice, part: Tensor) -> None:
             if shift is None:
                 chunks.mask(rows, part, -torch.inf)
-                by_columns = part[:, :n_columns] - of_columns.clamp(min=lowest(part))
-                by_columns.exp_().mul_(column_slopes)
-                part.sub_(of_rows[rows, None].clamp(min=lowest(part))).exp_()
-                part.mul_(slopes[rows, None])[:, :n_columns] += by_columns
+                by_columns = (part[:, :n_columns] - column_largest).exp_().mul_(v[:n_columns])
+                part.sub_(largest[rows, None]).exp_().mul_(u[rows, None])
+                part[:, :n_columns] += by_columns
             else:
                 if len(buffer) < n:
-                    chunks.exponentials(rows, part, shift)
+                    chunks.shifted_exponentials(rows, part, shift)
                 part.mul_(torch.add(u[rows, None], v, out=chunks.of_spare(part)))
+            self._write_positives(rows, part, of_logits[rows])
             chunks.add(rows, part)
 
         if shift is not None and len(buffer) == n:
@@ -177,19 +186,25 @@ class _Solver:
     # --------------------------------------------------------------------- the form of single pairs
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
-        """Return Σ_i w_i Σ_j softplus(S_ij − a_i) and its gradient in a."""
+        """Return the sum of softplus(± (S_ij − a_i)), − for positive pairs; its gradient in a."""
         problem, chunks, dtype = self.problem, self.chunks, self.buffer.dtype
         assert problem.positive_logits is not None
         logits, weights = problem.positive_logits.to(dtype), problem.weights.to(dtype)
         losses, slopes = torch.zeros_like(weights), torch.zeros_like(weights)
 
         def of_chunk(rows: slice, part: Tensor) -> None:
-            chunks.mask(rows, part.sub_(logits[rows, None]), -torch.inf)
+            part.sub_(logits[rows, None])
+            positive = chunks.positive_pairs(rows, part)
+            for _, pairs in positive:
+                pairs.neg_()
             of_pairs = chunks.of_spare(part)
             F.softplus(part, threshold=LINEAR, out=of_pairs)  # type: ignore[call-arg]
             torch.sum(of_pairs, 1, out=losses[rows])
             if any(self.needs_grad):
-                torch.sum(part.sigmoid_(), 1, out=slopes[rows])
+                part.sigmoid_()
+                for _, pairs in positive:
+                    pairs.neg_()
+                torch.sum(part, 1, out=slopes[rows])
                 chunks.add(rows, part, weights[rows])
 
         chunks.for_each(self.buffer, of_chunk)
@@ -200,10 +215,16 @@ class _Underflow(Exception):
     """Exponentials without maxima were too small."""
 
 
-def _not_too_small(sums: Tensor) -> Tensor:
+def _check_size(sums: Tensor) -> None:
     if not are_large(sums):
         raise _Underflow
-    return sums
+
+
+def _add_to_columns(part: Tensor, largest: Tensor, sums: Tensor) -> None:
+    """Combine the rows of S in a chunk with Σ_i exp(S_ij − largest_j) of the chunks before."""
+    risen = torch.maximum(largest, part.amax(0)).clamp_(min=lowest(part))
+    sums.mul_((largest - risen).exp_()).add_((part - risen).exp_().sum(0))
+    largest.copy_(risen)
 
 
 def _total(like: Tensor, shares: list[Tensor]) -> Tensor:

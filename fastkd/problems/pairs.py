@@ -132,19 +132,27 @@ def own_columns(problem: Pairs) -> slice:
     return slice(problem.first, problem.first + len(problem.query))
 
 
-def penalty(problem: Pairs, log_sums: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """Return the share of these rows in the loss, and the slopes in their log-sum-exps."""
+def penalty(
+    problem: Pairs, log_sums: Tensor, rows: slice, shift: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return the share of these rows in the loss, and the slopes in their log-sum-exps.
+
+    The log-sum-exps are those of S − shift. It is added to them after the positive logits are
+    subtracted, because both may be large and alike.
+    """
     assert problem.positive_logits is not None
     dtype = problem.query.dtype
-    odds = log_sums - problem.positive_logits[rows].to(dtype)
+    odds = log_sums + (shift - problem.positive_logits[rows].to(dtype))
     return _of_form(problem.form, odds, problem.weights[rows].to(dtype))
 
 
-def column_penalty(problem: Pairs, log_sums: Tensor) -> tuple[Tensor, Tensor]:
+def column_penalty(
+    problem: Pairs, log_sums: Tensor, shift: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Return the share of the queries' own columns in the loss, and the slopes of all columns."""
     assert problem.key_positive_logits is not None and problem.key_weights is not None
     weights, own = problem.key_weights.to(problem.query.dtype), own_columns(problem)
-    odds = log_sums - problem.key_positive_logits.to(problem.query.dtype)
+    odds = log_sums + (shift - problem.key_positive_logits.to(problem.query.dtype))
     _, slopes = _of_form(problem.form, odds, weights)
     return _of_form(problem.form, odds[own], weights[own])[0], slopes
 
@@ -178,7 +186,7 @@ def with_positives(solve_negatives: Solve) -> Solve:
     ) -> tuple[Tensor, Gradients]:
         if problem.classes is not None and problem.positive_logits is None:
             return solve_negatives(
-                problem._replace(positive_logits=_means_over_classes(problem)), needs_grad
+                problem._replace(positive_logits=means_over_classes(problem)), needs_grad
             )
         by_pairs = problem.form == "pairs"
         if problem.first < 0 or not (by_pairs or problem.positive_logits is None):
@@ -245,7 +253,7 @@ def _add_positive_pairs(
         of_query += of_lengths(k * slopes, q, q_lengths)
 
 
-def _means_over_classes(problem: Pairs) -> Tensor:
+def means_over_classes(problem: Pairs) -> Tensor:
     """Return for each query its mean similarity to the others of its class."""
     assert problem.classes is not None
     queries = slice(0, None) if problem.key is None else own_columns(problem)
