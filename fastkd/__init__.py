@@ -14,3 +14,4 @@ from fastkd.divergence import (
     symmetric_kl,
     total_variation,
 )
+from fastkd.self_distillation import dino

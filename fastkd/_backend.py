@@ -100,4 +100,3 @@ def choose(tensors: Sequence[Tensor], has_kernels: bool = True) -> str:
         return _current
     on_gpu = bool(tensors) and all(tensor.device.type == "cuda" for tensor in tensors)
     return "triton" if on_gpu and triton_obstacle(tensors) is None else "portable"
-

@@ -86,7 +86,7 @@ class Op:
     Args:
         problem: The NamedTuple. Its fields are tensors, numbers, which vary at run time, and
             options, which select code.
-        trained: The fields that get a gradient.
+        trained: The fields that get a gradient, the first of which is always there.
         losses: One entry for each loss: the field that it needs, or None if it is always there. A
             loss whose field is None has the shape (..., 0).
         per_example: Whether a loss has one value for each example. All tensors of the problem then
@@ -106,7 +106,8 @@ class Op:
     ) -> None:
         kinds = typing.get_type_hints(problem)
         fields: tuple[str, ...] = problem._fields  # type: ignore[attr-defined]
-        self.problem, self.losses, self.recomputes = problem, losses, recomputes
+        self.problem, self.recomputes = problem, recomputes
+        self.losses = [None if name is None else fields.index(name) for name in losses]
         self.per_example, self.n_losses = per_example, len(losses)
         self.module, self.name = problem.__module__.rpartition(".")[2], problem.__name__.lower()
         self.n_arguments = len(fields) + len(trained) + 1
@@ -118,7 +119,7 @@ class Op:
         self.rowwise = [per_example and i in tensors for i in range(self.n_arguments)]
         self._register([f"{_SCHEMA[kinds[x]]} {x}" for x in fields], trained)
         _ops[self.name] = self
-        self._function, self._traced_function = _differentiable(self.name)
+        self._eager, self._mapped, self._traced = _differentiable(self.name)
 
     def __call__(self, engine: str, problem: Any) -> Any:
         """Solve the problem with the engine "portable" or "triton"."""
@@ -131,11 +132,11 @@ class Op:
         if torch.compiler.is_compiling():
             traced = self._numbers_as_tensors(arguments)
             # the compiler would call `forward` with a context where nothing is trained
-            return (self._traced_function.apply if is_trained else self.opaque_forward)(*traced)
+            return (self._traced.apply if is_trained else self.opaque_forward)(*traced)
         if transforms_active():
-            return self._function.apply(*arguments)
+            return self._mapped.apply(*arguments)
         # this is what `apply` does without torch.func: binding a signature would cost a launch
-        function: Any = super(torch.autograd.Function, self._function)
+        function: Any = super(torch.autograd.Function, self._eager)
         return function.apply(*arguments)
 
     # --------------------------------------------------------------- what autograd functions call
@@ -144,7 +145,7 @@ class Op:
         """Return the losses and what the backward wants, in one tuple."""
         if _is_traced(arguments):
             return self.opaque_forward(*self._numbers_as_tensors(arguments))
-        return self._solve(arguments, *self._needs_grad(arguments))
+        return self._solve(arguments, self._needs_grad(arguments))
 
     def backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         """Return the gradients from the upstream ones, what the forward saved and its arguments."""
@@ -161,14 +162,13 @@ class Op:
             return (found,) if isinstance(found, Tensor) else found
         return self._differentiate(upstream, saved, arguments)
 
-    def _solve(self, arguments: Sequence[Any], *needs_grad: bool) -> tuple[Tensor, ...]:
+    def _solve(self, arguments: Sequence[Any], needs_grad: Sequence[bool]) -> tuple[Tensor, ...]:
         problem, engine = self._problem(arguments)
-        with without_autocast(arguments[self.trained[0]].device):
-            if self.recomputes:
-                losses, saved = engine.forward(problem, needs_grad)
-                return *losses, *saved
-            loss, gradients = engine.value_and_gradients(problem, needs_grad)
-            return loss, *(loss.new_empty(0) if x is None else x for x in gradients)
+        if self.recomputes:
+            losses, saved = engine.forward(problem, needs_grad)
+            return *losses, *saved
+        loss, gradients = engine.value_and_gradients(problem, needs_grad)
+        return loss, *(loss.new_empty(0) if x is None else x for x in gradients)
 
     def _differentiate(
         self, upstream: Sequence[Any], saved: Sequence[Any], arguments: Sequence[Any]
@@ -206,17 +206,18 @@ class Op:
                 self._fake_backward,
             )
 
-    def _run(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def _run(self, *traced: Any) -> tuple[Tensor, ...]:
         # of a recomputed problem the compiler must know what is saved: statistics
+        arguments = _detached(traced)
         needs_grad = self._needs_grad(arguments)
         if self.recomputes:
-            needs_grad = [False] * len(self.trained)
-        with torch.no_grad():
-            return self._solve(_detached(arguments), *needs_grad)
+            needs_grad = (False,) * len(self.trained)
+        # autocast is off where an eager loss is solved, but may be on in a compiled graph
+        with torch.no_grad(), without_autocast(arguments[self.trained[0]].device):
+            return self._solve(arguments, needs_grad)
 
-    def _run_backward(self, *arguments: Any) -> Any:
-        start = len(arguments) - self.n_arguments
-        arguments = _detached(arguments)
+    def _run_backward(self, *traced: Any) -> Any:
+        arguments, start = _detached(traced), len(traced) - self.n_arguments
         upstream, saved = arguments[: self.n_losses], arguments[self.n_losses : start]
         with torch.no_grad():
             found = self._differentiate(upstream, saved, arguments[start:])
@@ -228,7 +229,7 @@ class Op:
         wide = [x for x in problem if isinstance(x, Tensor) and x.ndim]
         new = functools.partial(like.new_empty, dtype=compute_dtype(*wide))
         examples = like.shape[:-1] if self.per_example else like.shape[:0]
-        absent = [x is not None and getattr(problem, x) is None for x in self.losses]
+        absent = [field is not None and problem[field] is None for field in self.losses]
         losses = [new((*examples, 0) if gone else examples) for gone in absent]
         if self.recomputes:
             return *losses, new((*examples, engine.n_statistics(problem)))
@@ -317,12 +318,50 @@ class _FirstOrder(torch.autograd.Function):
         raise RuntimeError(_SECOND_ORDER.format("Forward-mode AD"))
 
 
-def _differentiable(
-    name: str,
-) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
-    """Return the function of an op for eager mode, and that for torch.compile, which has no `jvp`.
+def _keep(ctx: Any, op: Op, arguments: Sequence[Any], saved: Sequence[Tensor]) -> None:
+    """Save for the backward what the forward made, the tensors that it needs, and the rest."""
+    fields = [arguments[i] for i in op.saved_fields]
+    # an inference tensor, often a teacher's logits, cannot be saved: the context keeps it
+    ctx.kept = [x if is_inference(x) else None for x in fields]
+    fields = [x if kept is None else None for x, kept in zip(fields, ctx.kept, strict=True)]
+    ctx.save_for_backward(*saved, *fields)
+    ctx.set_materialize_grads(False)
+    ctx.arguments = [None if i in op.saved_fields else x for i, x in enumerate(arguments)]
 
-    The op is looked up by its name, because the compiler cannot see an Op in a closure.
+
+def _gradients(ctx: Any, op: Op, gradient_node: Any, upstream: Sequence[Any]) -> Any:
+    """Return the gradients of all arguments, None for those that have none."""
+    tensors = ctx.saved_tensors
+    n_saved = len(tensors) - len(op.saved_fields)
+    saved, fields = tensors[:n_saved], tensors[n_saved:]
+    arguments, gradients = [*ctx.arguments], [None] * op.n_arguments
+    for i, x, kept in zip(op.saved_fields, fields, ctx.kept, strict=True):
+        arguments[i] = x if kept is None else kept
+    # the compiler fills in zeros even for a loss of no elements
+    upstream = [
+        None if field is not None and arguments[field] is None else x
+        for field, x in zip(op.losses, upstream[: op.n_losses], strict=True)
+    ]
+    if all(x is None for x in upstream):
+        return tuple(gradients)
+    backward: Callable[..., Any] = op.backward
+    # grad mode is on in a backward only under create_graph=True, and vmap may map over it
+    if not torch.compiler.is_compiling():
+        _refuse_batches(upstream)
+        if torch.is_grad_enabled() or transforms_active():
+            backward = gradient_node.apply
+    found = backward(*upstream, *saved, *arguments)
+    for i, x in zip(op.trained, found, strict=True):
+        gradients[i] = x if ctx.needs_input_grad[i] else None
+    return tuple(gradients)
+
+
+def _differentiable(name: str) -> tuple[type[torch.autograd.Function], ...]:
+    """Return the functions of an op for eager mode, for torch.func and for torch.compile.
+
+    In eager mode the losses are the only outputs, which saves time; torch.func wants all that is
+    saved among them; torch.compile refuses any `jvp`. All look the op up by its name, because the
+    compiler cannot see an Op in a closure.
     """
 
     class Gradient(_FirstOrder):
@@ -337,7 +376,23 @@ def _differentiable(
             rowwise = [op.per_example] * n_before + op.rowwise
             return _batched(Gradient, rowwise, info.batch_size, in_dims, arguments)
 
-    class TracedLoss(torch.autograd.Function):
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+            op = _ops[name]
+            outputs = op.forward(*arguments)
+            _keep(ctx, op, arguments, outputs[op.n_losses :])
+            return outputs[: op.n_losses]
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Any) -> Any:
+            return _gradients(ctx, _ops[name], Gradient, upstream)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise RuntimeError(_SECOND_ORDER.format("Forward-mode AD"))
+
+    class Traced(torch.autograd.Function):
         @staticmethod
         def forward(*arguments: Any) -> tuple[Tensor, ...]:
             return _ops[name].forward(*arguments)
@@ -345,55 +400,27 @@ def _differentiable(
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             op = _ops[name]
-            saved, fields = output[op.n_losses :], [inputs[i] for i in op.saved_fields]
+            saved = output[op.n_losses :]
             ctx.mark_non_differentiable(*saved)
-            ctx.set_materialize_grads(False)
-            # an inference tensor, often a teacher's logits, cannot be saved: the context keeps it
-            ctx.kept = [x if is_inference(x) else None for x in fields]
-            fields = [x if kept is None else None for x, kept in zip(fields, ctx.kept, strict=True)]
-            ctx.save_for_backward(*saved, *fields)
-            ctx.arguments = [None if i in op.saved_fields else x for i, x in enumerate(inputs)]
+            _keep(ctx, op, inputs, saved)
 
         @staticmethod
         def backward(ctx: Any, *upstream: Any) -> Any:
-            op, tensors = _ops[name], ctx.saved_tensors
-            n_saved = len(tensors) - len(op.saved_fields)
-            saved, fields = tensors[:n_saved], tensors[n_saved:]
-            arguments = [*ctx.arguments]
-            for i, x, kept in zip(op.saved_fields, fields, ctx.kept, strict=True):
-                arguments[i] = x if kept is None else kept
-            problem, upstream = op.problem(*arguments[: len(op.problem._fields)]), [*upstream]
-            for i, field in enumerate(op.losses):
-                if field is not None and getattr(problem, field) is None:
-                    upstream[i] = None  # the compiler fills in zeros even for a loss of no elements
-            upstream = upstream[: op.n_losses]
-            none = [None] * op.n_arguments
-            if all(x is None for x in upstream):
-                return tuple(none)
-            # grad mode is on in a backward only under create_graph=True, and vmap may map over it
-            eager = not torch.compiler.is_compiling()
-            gradient: Callable[..., Any] = op.backward
-            if eager:
-                _refuse_batches(upstream)
-                if torch.is_grad_enabled() or transforms_active():
-                    gradient = Gradient.apply
-            found = gradient(*upstream, *saved, *arguments)
-            for i, x in zip(op.trained, found, strict=True):
-                none[i] = x if ctx.needs_input_grad[i] else None
-            return tuple(none)
+            return _gradients(ctx, _ops[name], Gradient, upstream)
 
+    class Mapped(Traced):
         @staticmethod
         def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-            return _batched(Loss, _ops[name].rowwise, info.batch_size, in_dims, arguments)
+            return _batched(Mapped, _ops[name].rowwise, info.batch_size, in_dims, arguments)
 
-    class Loss(TracedLoss):
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
             raise RuntimeError(_SECOND_ORDER.format("Forward-mode AD"))
 
-    Loss.__name__ = Loss.__qualname__ = name.capitalize()
-    Loss._backward_cls.__name__ = f"{Loss.__name__}Backward"  # the name of the grad_fn
-    return Loss, TracedLoss
+    for function in (Eager, Mapped):  # the name of the grad_fn
+        function.__name__ = function.__qualname__ = name.capitalize()
+        function._backward_cls.__name__ = f"{function.__name__}Backward"  # type: ignore[attr-defined]
+    return Eager, Mapped, Traced
 
 
 def _batched(

@@ -26,7 +26,10 @@ from fastkd.problems.rows import Rows
 _ON_CPU, _ELSEWHERE = 1 << 18, 1 << 23  # elements of a chunk
 _LN2 = math.log(2)
 _N_SCRATCH = 6  # buffers of a chunk: d and e of both networks, and two for a divergence
+_NO_SCRATCH = (None,) * _N_SCRATCH
 _N_STATISTICS = 4  # −pivot and Z of the student, and of the teacher
+
+_NUMBERS = ("student_temperature", "teacher_temperature", "weight", "scale")
 
 Losses = tuple[Tensor, Tensor]
 Scratch = Sequence[Tensor | None]
@@ -59,7 +62,7 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Te
         known, terms = _terms(problem, z, z_teacher, scratch)
         if known:
             torch.cat(known, 1, out=table[rows])
-        losses.view(-1, 1)[rows] = terms.value()
+        losses.view(-1, 1)[rows] = terms.value(problem.scale)
 
     _for_chunks(work, problem.student, problem.teacher)
     return _masked(problem, losses, cross_entropies), (statistics,)
@@ -75,13 +78,12 @@ def backward(
     if len(saved) == 1:
         _fill(gradient, problem, factors, ce_factors, saved[0])
         return (gradient,)
-    slopes = [x.view(-1, x.shape[-1]) for x in saved]
-    flat = gradient.view(-1, gradient.shape[-1])
-    products = [x * f for x, f in zip(slopes, (factors, ce_factors), strict=True) if f is not None]
-    if len(products) == 1:
-        flat.copy_(products[0])
-    else:
-        torch.add(*products, out=flat)
+    flat, (slopes, ce_slopes) = _matrix(gradient), saved
+    if factors is not None:
+        torch.mul(_matrix(slopes), factors, out=flat)
+    if ce_factors is not None:
+        of_labels = _matrix(ce_slopes) * ce_factors
+        flat.copy_(of_labels if factors is None else of_labels.add_(_matrix(slopes) * factors))
     return (gradient,)
 
 
@@ -112,29 +114,34 @@ def value_and_gradients(
 
 def _losses_and_slopes(problem: Rows) -> tuple[Losses, tuple[Tensor, Tensor]]:
     """Return both losses of a small problem and their gradients, in one pass without scratch."""
-    n_cols, labels = problem.student.shape[-1], _column(problem.labels)
-    z, z_teacher = (x.reshape(-1, n_cols).contiguous() for x in (problem.student, problem.teacher))
-    losses, cross_entropies = _empty_losses(problem)
-    dtype, scratch = losses.dtype, [None] * _N_SCRATCH
-    slopes = torch.empty_like(z, dtype=dtype)
-    ce_slopes = slopes.new_empty(0, n_cols)
+    student, labels = problem.student, _column(problem.labels)
+    z, z_teacher = _matrix(student), _matrix(problem.teacher)
+    dtype = compute_dtype(z, z_teacher)
+    cross_entropies = ce_slopes = z.new_empty((*student.shape[:-1], 0), dtype=dtype)
     if labels is not None:
-        q = _softmax(z, 1.0, dtype, scratch)
-        cross_entropies.view(-1, 1).copy_(_cross_entropy(q, labels))
-        ce_slopes = q.e.div_(q.total).scatter_add_(
-            1, labels.clamp(min=0), torch.full_like(q.total, -1)
-        )
-        ce_slopes.masked_fill_(labels < 0, 0)
-    _, terms = _terms(problem, z, z_teacher, scratch)
-    losses.view(-1, 1).copy_(terms.value())
+        q = _softmax(z, 1.0, dtype, _NO_SCRATCH)
+        cross_entropies = _cross_entropy(q, labels).masked_fill_(labels < 0, 0)
+        ce_slopes = q.e.div_(q.total)
+        ce_slopes.scatter_add_(1, labels.clamp(min=0), torch.full_like(q.total, -1))
+        ce_slopes = ce_slopes.masked_fill_(labels < 0, 0).view(student.shape)
+    _, terms = _terms(problem, z, z_teacher, _NO_SCRATCH)
+    losses, slopes = terms.value(problem.scale), terms.spare
     terms.slope(slopes, problem.scale / problem.student_temperature)
     if problem.row_mask is not None:
-        slopes.masked_fill_(~problem.row_mask.reshape(-1, 1), 0)
-    shape = problem.student.shape
-    return _masked(problem, losses, cross_entropies), (
-        slopes.view(shape),
-        ce_slopes.view(shape) if labels is not None else ce_slopes,
-    )
+        masked = ~problem.row_mask.reshape(-1, 1)
+        losses.masked_fill_(masked, 0)
+        slopes.masked_fill_(masked, 0)
+    rows = student.shape[:-1]
+    if labels is not None:
+        cross_entropies = cross_entropies.view(rows)
+    return (losses.view(rows), cross_entropies), (slopes.view(student.shape), ce_slopes)
+
+
+def _matrix(logits: Tensor) -> Tensor:
+    """Return the logits as contiguous rows."""
+    if logits.ndim != 2:
+        logits = logits.reshape(-1, logits.shape[-1])
+    return logits.contiguous()
 
 
 def _fill(
@@ -178,10 +185,13 @@ def _fill(
 
 def _in_compute_dtype(problem: Rows) -> Rows:
     """Return the problem with the numbers that are tensors in the precision of the logits."""
+    numbers = {x: getattr(problem, x) for x in _NUMBERS}
+    if not any(isinstance(x, Tensor) for x in numbers.values()):
+        return problem
     dtype = compute_dtype(problem.student, problem.teacher)
-    names = ("student_temperature", "teacher_temperature", "weight", "scale")
-    tensors = {x: getattr(problem, x) for x in names if isinstance(getattr(problem, x), Tensor)}
-    return problem._replace(**{x: y.to(dtype) for x, y in tensors.items()}) if tensors else problem
+    return problem._replace(
+        **{name: x.to(dtype) if isinstance(x, Tensor) else x for name, x in numbers.items()}
+    )
 
 
 def _most(like: Tensor) -> int:
@@ -240,7 +250,7 @@ def _for_chunks(work: Callable[[slice, list[Tensor], Scratch], None], *tensors: 
         return
     n_cols, most = student.shape[-1], _most(student)
     if student.numel() <= most and all(x.is_contiguous() for x in tensors):
-        work(slice(None), [x.view(-1, n_cols) for x in tensors], [None] * _N_SCRATCH)
+        work(slice(None), [x.view(-1, n_cols) for x in tensors], _NO_SCRATCH)
         return
     inner = student.shape[-2] if student.ndim > 1 else 1
     blocks = [x.reshape(-1, inner, n_cols) for x in tensors]
@@ -273,10 +283,11 @@ class _Softmax(NamedTuple):
 
 
 class _Terms(NamedTuple):
-    """A divergence of a chunk. A value is asked for before a slope, which overwrites all."""
+    """A divergence of a chunk: its value and, asked for afterwards, its slope."""
 
-    value: Callable[[], Tensor]  # rows [R, 1] of scale · divergence
+    value: Callable[[Number], Tensor]  # rows [R, 1] of the divergence times a number
     slope: Callable[[Tensor, Number], None]  # writes factor · (h − q Σ h) to [R, V]
+    spare: Tensor  # [R, V], a buffer that the slope may be written to
 
 
 def _softmax(
@@ -309,16 +320,13 @@ def _terms(
     statistics: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], _Terms]:
     """Return the statistics of a chunk's softmaxes, and the value and slope of its divergence."""
-    dtype, scale = compute_dtype(problem.student, problem.teacher), problem.scale
-    known: list[Tensor] = []
+    dtype = compute_dtype(z, z_teacher)
     if problem.divergence == "logit_mse":
-        terms = _logit_mse(z, z_teacher, dtype, scratch)
-    else:
-        q = _softmax(z, problem.student_temperature, dtype, scratch[:2], statistics[:2])
-        p = _softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4], statistics[2:])
-        terms = _DIVERGENCES[problem.divergence](q, p, problem.weight, scratch[4])
-        known = [q.shift, q.total, p.shift, p.total]
-    return known, _Terms(lambda: terms.value().mul_(scale), terms.slope)
+        return [], _logit_mse(z, z_teacher, dtype, scratch)
+    q = _softmax(z, problem.student_temperature, dtype, scratch[:2], statistics[:2])
+    p = _softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4], statistics[2:])
+    terms = _DIVERGENCES[problem.divergence](q, p, problem.weight, scratch[4:])
+    return [q.shift, q.total, p.shift, p.total], terms
 
 
 def _cross_entropy(q: _Softmax, classes: Tensor) -> Tensor:
@@ -336,111 +344,110 @@ def _log_ratio(p: _Softmax, q: _Softmax) -> Tensor:
     return (p.total / q.total).log2_()
 
 
-def _forward_kl(q: _Softmax, p: _Softmax, weight: Number, scratch: Tensor | None) -> _Terms:
-    def value() -> Tensor:
+def _forward_kl(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
+    def value(scale: Number) -> Tensor:
         above = p.d.sub_(q.d)
-        return (_mean(above, p, out=above) - _log_ratio(p, q)).mul_(_LN2)
+        return _mean(above, p, out=above).sub_(_log_ratio(p, q)).mul_(scale * _LN2)
 
-    return _Terms(value, lambda out, factor: _difference(q, p, out, factor))
-
-
-def _soft_cross_entropy(q: _Softmax, p: _Softmax, weight: Number, scratch: Tensor | None) -> _Terms:
-    def value() -> Tensor:
-        return (q.total.log2() - _mean(q.d, p, out=q.d)).mul_(_LN2)
-
-    return _Terms(value, lambda out, factor: _difference(q, p, out, factor))
+    return _Terms(value, lambda out, factor: _difference(q, p, out, factor), p.d)
 
 
-def _reverse_kl(q: _Softmax, p: _Softmax, weight: Number, scratch: Tensor | None) -> _Terms:
+def _soft_cross_entropy(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
+    def value(scale: Number) -> Tensor:
+        return q.total.log2().sub_(_mean(q.d, p, out=q.d)).mul_(scale * _LN2)
+
+    return _Terms(value, lambda out, factor: _difference(q, p, out, factor), p.d)
+
+
+def _reverse_kl(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
     ratio, above = _log_ratio(p, q), q.d.sub_(p.d)
-    of_q = _mean(above, q, out=scratch)
+    of_q = _mean(above, q, out=scratch[0])
 
     def slope(out: Tensor, factor: Number) -> None:
-        torch.mul(above.nan_to_num_(0).sub_(of_q), q.e, out=out)
-        out.mul_((ratio * 0 + factor) / q.total * _LN2)
+        _deviations(above, of_q, q, out, ratio, factor * _LN2)
 
-    return _Terms(lambda: (of_q + ratio).mul_(_LN2), slope)
+    return _Terms(lambda scale: (of_q + ratio).mul_(scale * _LN2), slope, p.d)
 
 
-def _symmetric_kl(q: _Softmax, p: _Softmax, weight: Number, scratch: Tensor | None) -> _Terms:
+def _symmetric_kl(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
     ratio, above = _log_ratio(p, q), q.d.sub_(p.d)
-    of_q = _mean(above, q, out=scratch)
+    of_q = _mean(above, q, out=scratch[0])
 
-    def value() -> Tensor:
-        forward = _mean(above, p, out=scratch).add_(ratio).neg_()
-        return (forward * weight + (of_q + ratio) * (1 - weight)).mul_(_LN2)
+    def value(scale: Number) -> Tensor:
+        forward = _mean(above, p, out=p.d).add_(ratio).neg_()
+        return (forward * weight).add_((of_q + ratio).mul_(1 - weight)).mul_(scale * _LN2)
 
     def slope(out: Tensor, factor: Number) -> None:
-        factor = ratio * 0 + factor
-        torch.mul(above.nan_to_num_(0).sub_(of_q), q.e, out=out)
-        out.mul_(factor / q.total * ((1 - weight) * _LN2))
-        out.add_(q.e.mul_(factor / q.total * weight)).sub_(p.e.mul_(factor / p.total * weight))
+        _deviations(above, of_q, q, out, ratio, factor * ((1 - weight) * _LN2))
+        out.add_(q.e.mul_(_each(q, factor * weight))).sub_(p.e.mul_(_each(p, factor * weight)))
 
-    return _Terms(value, slope)
+    return _Terms(value, slope, p.d)
 
 
-def _total_variation(q: _Softmax, p: _Softmax, weight: Number, scratch: Tensor | None) -> _Terms:
+def _total_variation(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
     ratio = _log_ratio(p, q)
-    q = _in_units_of(p, q, ratio)
+    q = _in_units_of(p, q)
     difference = torch.sub(q.e, p.e, out=q.d)
 
-    def value() -> Tensor:
+    def value(scale: Number) -> Tensor:
         above = torch.abs(difference, out=p.d)
-        return above.sum(-1, keepdim=True).mul_(0.5).div_(p.total)
+        return above.sum(-1, keepdim=True).div_(p.total).mul_(scale * 0.5)
 
     def slope(out: Tensor, factor: Number) -> None:
-        _centred(difference.sign_(), q, out, (ratio * 0 + factor) * 0.5)
+        sign = difference.sign_()
+        _deviations(sign, _mean(sign, q, out=out), q, out, ratio, factor * 0.5)
 
-    return _Terms(value, slope)
+    return _Terms(value, slope, p.d)
 
 
-def _skew_kl(q: _Softmax, p: _Softmax, weight: Number, scratch: Tensor | None) -> _Terms:
+def _skew_kl(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
     ratio = _log_ratio(p, q)
-    q = _in_units_of(p, q, ratio)
-    m = _mixture(q, p, weight, scratch)
+    q = _in_units_of(p, q)
+    m = _mixture(q, p, weight, scratch[0])
 
-    def value() -> Tensor:
+    def value(scale: Number) -> Tensor:
         above = p.d.sub_(torch.log2(m, out=q.d))
-        return (_mean(above, p, out=above) + ratio * 0).mul_(_LN2)
+        return _mean(above, p, out=above).add_(ratio * 0).mul_(scale * _LN2)
 
     def slope(out: Tensor, factor: Number) -> None:
-        _centred(p.e.div_(m), q, out, (ratio * 0 + factor) * (weight - 1))
+        share = p.e.div_(m)
+        _deviations(share, _mean(share, q, out=out), q, out, ratio, factor * (weight - 1))
 
-    return _Terms(value, slope)
+    return _Terms(value, slope, p.d)
 
 
-def _skew_reverse_kl(q: _Softmax, p: _Softmax, weight: Number, scratch: Tensor | None) -> _Terms:
+def _skew_reverse_kl(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
     ratio = _log_ratio(p, q)
-    q = _in_units_of(p, q, ratio)
-    m = _mixture(p, q, weight, scratch)
+    q = _in_units_of(p, q)
+    m = _mixture(p, q, weight, scratch[0])
     above = q.d.add_(ratio).sub_(torch.log2(m, out=p.d))
 
     def slope(out: Tensor, factor: Number) -> None:
         of_m = torch.div(q.e, m, out=p.e).mul_(-weight / _LN2)
         v = above.nan_to_num_(0).add_(of_m)
-        _centred(v, q, out, (ratio * 0 + factor) * _LN2)
+        _deviations(v, _mean(v, q, out=out), q, out, ratio, factor * _LN2)
 
-    return _Terms(lambda: (_mean(above, q, out=p.d) + ratio * 0).mul_(_LN2), slope)
+    return _Terms(
+        lambda scale: _mean(above, q, out=p.d).add_(ratio * 0).mul_(scale * _LN2), slope, p.d
+    )
 
 
-def _jensen_shannon(q: _Softmax, p: _Softmax, weight: Number, scratch: Tensor | None) -> _Terms:
+def _jensen_shannon(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
     ratio = _log_ratio(p, q)
-    q = _in_units_of(p, q, ratio)
-    log_m = _mixture(q, p, weight, scratch).log2_()
+    q = _in_units_of(p, q)
+    log_m = _mixture(q, p, weight, scratch[0]).log2_()
     above = q.d.add_(ratio).sub_(log_m)
+    of_q = _mean(above, q, out=scratch[1])
 
-    def of_q(out: Tensor | None) -> Tensor:
-        return _mean(above, q, out=out)
-
-    def value() -> Tensor:
+    def value(scale: Number) -> Tensor:
         above_p = p.d.sub_(log_m)
         of_p = _mean(above_p, p, out=above_p)
-        return (of_p * weight + of_q(log_m) * (1 - weight) + ratio * 0).mul_(_LN2)
+        return of_p.mul_(weight).add_(of_q * (1 - weight)).add_(ratio * 0).mul_(scale * _LN2)
 
     def slope(out: Tensor, factor: Number) -> None:
-        _centred(above.nan_to_num_(0), q, out, (ratio * 0 + factor) * ((1 - weight) * _LN2))
+        _deviations(above, of_q, q, out, ratio, factor * ((1 - weight) * _LN2))
 
-    return _Terms(value, slope)
+    return _Terms(value, slope, p.d)
 
 
 def _logit_mse(z: Tensor, z_teacher: Tensor, dtype: torch.dtype, scratch: Scratch) -> _Terms:
@@ -449,17 +456,18 @@ def _logit_mse(z: Tensor, z_teacher: Tensor, dtype: torch.dtype, scratch: Scratc
     teacher = torch.clamp(z_teacher.to(dtype), min=lowest, out=scratch[2])
     difference = student.sub_(teacher)
 
-    def value() -> Tensor:
-        return torch.mul(difference, difference, out=teacher).mean(-1, keepdim=True)
+    def value(scale: Number) -> Tensor:
+        square = torch.mul(difference, difference, out=teacher)
+        return square.mean(-1, keepdim=True).mul_(scale)
 
     def slope(out: Tensor, factor: Number) -> None:
         torch.mul(difference, factor * (2 / z.shape[-1]), out=out)
         out.masked_fill_(z < lowest, 0)
 
-    return _Terms(value, slope)
+    return _Terms(value, slope, teacher)
 
 
-_DIVERGENCES: dict[str, Callable[[_Softmax, _Softmax, Number, Tensor | None], _Terms]] = {
+_DIVERGENCES: dict[str, Callable[[_Softmax, _Softmax, Number, Scratch], _Terms]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jensen_shannon": _jensen_shannon,
@@ -471,20 +479,29 @@ _DIVERGENCES: dict[str, Callable[[_Softmax, _Softmax, Number, Tensor | None], _T
 }
 
 
+def _each(softmax: _Softmax, factor: Number) -> Tensor:
+    """Return factor / Z, what a row's e are multiplied by."""
+    return torch.mul(softmax.total.reciprocal(), factor)
+
+
 def _difference(q: _Softmax, p: _Softmax, out: Tensor, factor: Number) -> None:
     """Write factor · (softmax of q − softmax of p), the slope of h = −p."""
-    torch.mul(q.e, factor / q.total, out=out)
-    out.sub_(p.e.mul_(factor / p.total))
+    torch.mul(q.e, _each(q, factor), out=out)
+    out.sub_(p.e.mul_(_each(p, factor)))
 
 
-def _centred(v: Tensor, q: _Softmax, out: Tensor, factor: Tensor) -> None:
-    """Write factor · q (v − Σ q·v), the slope of h = q·v; overwrites v."""
-    mean = torch.mul(v, q.e, out=out).sum(-1, keepdim=True).div_(q.total)
-    torch.mul(v.sub_(mean), q.e, out=out)
-    out.mul_(factor / q.total)
+def _deviations(
+    v: Tensor, mean: Tensor, q: _Softmax, out: Tensor, ratio: Tensor, factor: Number
+) -> None:
+    """Write factor · q (v − mean), the slope of h = q·v; overwrites v.
+
+    Where v is NaN, q is 0. The NaN of an input, which the sums drop, comes back from the ratio.
+    """
+    torch.mul(v.sub_(mean).nan_to_num_(0), q.e, out=out)
+    out.mul_(_each(q, factor).add_(ratio * 0))
 
 
-def _in_units_of(p: _Softmax, q: _Softmax, ratio: Tensor) -> _Softmax:
+def _in_units_of(p: _Softmax, q: _Softmax) -> _Softmax:
     """Return q with its e in units of the teacher's Z."""
     q.e.mul_(p.total / q.total)
     return q._replace(total=p.total)
