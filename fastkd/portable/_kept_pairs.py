@@ -87,13 +87,6 @@ def _similarities(q: Tensor, keys: Tensor, scale: float, less: Tensor | None = N
     return torch.addmm(less.unsqueeze(1), q, keys.T, beta=-1 / _LN2, alpha=scale / _LN2)
 
 
-def _own_pairs(problem: Pairs, s: Tensor) -> Tensor | None:
-    """Return a view of the pairs (i, first + i), or None if there are none."""
-    if problem.first < 0:
-        return None
-    return s[:, problem.first : problem.first + len(s)].diagonal()
-
-
 def _pairs_of_views(problem: Pairs, s: Tensor) -> Tensor:
     """Return a view [2, n/2] of the pairs of each view with the other one of its example."""
     n, m = s.shape
@@ -105,75 +98,77 @@ def _log_sum_exps(
     problem: Pairs, q: Tensor, keys: Tensor, scale: float, needs_grad: Sequence[bool]
 ) -> _Slopes | None:
     """Return the loss of rows and, with weights of keys, of columns, and its slopes."""
-    given, of_kind = problem.positive_logits, problem.key is None
-    has_columns = problem.key_weights is not None
-    if has_columns and (of_kind or problem.group) or of_kind and not problem.two_views:
+    given, key_weights, of_kind = problem.positive_logits, problem.key_weights, problem.key is None
+    if key_weights is not None and (of_kind or problem.group):
         return None
+    if given is None and (of_kind != problem.two_views or problem.first < 0):
+        return None
+    given = None if given is None else given.to(q.dtype)
     s = _similarities(q, keys, scale)
-    own = _own_pairs(problem, s)
-    of_positive = _pairs_of_views(problem, s) if problem.two_views else own
+    own = s.diagonal(problem.first) if problem.first >= 0 else None
+    pairs = _pairs_of_views(problem, s) if problem.two_views else own
+    # the largest positive logit is subtracted where powers could overflow
     bound = abs(scale) if problem.normalize else math.inf
-    positive = of_positive if given is None else given.to(s.dtype) / _LN2
-    assert positive is not None
+    shift = None
     if LARGEST < bound < math.inf:
-        shift = positive.amax()
+        largest = pairs if given is None else given / _LN2
+        assert largest is not None
+        shift = largest.amax()
         s.sub_(shift)
-        if given is not None:
-            positive.sub_(shift)
     s.exp2_()
     if given is not None:
-        positive.exp2_()
-    elif of_positive is own:
-        positive = positive.clone()
+        positive = _powers(given, shift)
     else:
-        positive = positive.flatten()
+        assert pairs is not None
+        positive = pairs.clone() if pairs is own else pairs.flatten()
     if own is not None:
         own.zero_()
-    if of_positive is not own and of_positive is not None:
-        of_positive.zero_()
+    if pairs is not own and pairs is not None:
+        pairs.zero_()
 
     sums = s.sum(1)
-    weights = problem.weights.to(s.dtype)
-    loss, u = _penalty(problem.form, sums, positive, weights)
-    if bound > LARGEST and not _are_in_range(problem.form, sums, positive):
-        return None
-    if has_columns:
-        assert problem.key_weights is not None
-        column_sums = s[:, : len(problem.key_weights)].sum(0)
-        of_columns = positive
-        if given is not None:
-            assert problem.key_positive_logits is not None
-            of_columns = problem.key_positive_logits.to(s.dtype) / _LN2
-            if LARGEST < bound < math.inf:
-                of_columns.sub_(shift)
-            of_columns.exp2_()
-        share, v = _penalty(
-            problem.form, column_sums, of_columns, problem.key_weights.to(s.dtype)
-        )
-        if bound > LARGEST and not _are_in_range(problem.form, column_sums, of_columns):
-            return None
+    loss, u = _penalty(problem.form, sums, positive, problem.weights.to(s.dtype))
+    is_in_range = bound <= LARGEST or _are_in_range(problem.form, sums, positive)
+    if key_weights is not None:
+        column_sums = s[:, : len(key_weights)].sum(0)
+        if problem.key_positive_logits is not None:
+            positive = _powers(problem.key_positive_logits.to(s.dtype), shift)
+        share, v = _penalty(problem.form, column_sums, positive, key_weights.to(s.dtype))
         loss = loss + share
+        is_in_range &= bound <= LARGEST or _are_in_range(problem.form, column_sums, positive)
+    if not is_in_range:
+        return None
     if not any(needs_grad):
         return _Slopes(loss, s, None, None)
 
-    slopes = u * sums
-    if has_columns:
-        column_slopes = v * column_sums
-        slopes.add_(column_slopes if given is None else column_slopes[own_columns(problem)])
+    factors = None
+    if key_weights is not None:
+        of_columns = v * column_sums
+        if given is not None:
+            of_columns = of_columns[own_columns(problem)]
+        slopes = torch.addcmul(of_columns, u, sums)
         if len(v) < len(keys):
             v = torch.cat((v, v.new_zeros(len(keys) - len(v))))
         s.mul_(u.unsqueeze(1) + v)
     elif of_kind:
+        slopes = u * sums
         s.mul_(u.unsqueeze(1) + u)
-    of_logits = None
+    else:  # the rows of S remain to be multiplied by u
+        factors, slopes = u, sums if given is None else u * sums
     if given is not None:
-        of_logits = slopes.neg_()
-    elif of_kind:  # (i, j) and (j, i) are one pair
-        of_positive.sub_(slopes.view(2, -1).sum(0))
+        return _Slopes(loss, s, factors, slopes.neg_())
+    assert pairs is not None
+    if of_kind:  # (i, j) and (j, i) are one pair
+        pairs.sub_(slopes.view(2, -1).sum(0))
     else:
-        slopes = slopes if has_columns else sums
-        torch.neg(slopes.view(of_positive.shape), out=of_positive)
-    return _Slopes(loss, s, None if has_columns or of_kind else u, of_logits)
+        torch.neg(slopes, out=pairs)
+    return _Slopes(loss, s, factors, None)
+
+
+def _powers(logits: Tensor, shift: Tensor | None) -> Tensor:
+    """Return exp(logits), divided by 2^shift."""
+    in_bits = logits / _LN2
+    return in_bits.exp2_() if shift is None else in_bits.sub_(shift).exp2_()
 
 
 def _penalty(
@@ -190,7 +185,7 @@ def _are_in_range(form: str, sums: Tensor, positive: Tensor) -> bool:
     """Return whether no exponential that matters was flushed to 0, nor will a slope be."""
     if form == "linear" and not sums.amin().item() > LEAST:
         return False
-    return positive.amin().item() > LEAST and (sums + positive).amax().item() < _MOST
+    return positive.amin().item() > LEAST and (sums + positive).sum().item() < _MOST
 
 
 def _with_classes(
@@ -203,11 +198,10 @@ def _with_classes(
     if not problem.normalize or abs(scale) > LARGEST or problem.two_views:
         return None
     s = _similarities(q, keys, scale)
-    own, columns = _own_pairs(problem, s), own_columns(problem)
-    assert own is not None
+    own, columns = s.diagonal(problem.first), own_columns(problem)
     # eq gives numbers here, because booleans and their sums take far longer
     alike = torch.eq(classes[columns].unsqueeze(1), classes, out=torch.empty_like(s))
-    alike.diagonal(problem.first)[: len(s)].zero_()
+    alike.diagonal(problem.first).zero_()
     attracted = torch.linalg.vecdot(alike, s).mul_(r[columns])
     s.exp2_()
     own.zero_()
@@ -230,7 +224,8 @@ def _softplus_of_pairs(
     if logits is None or problem.key is None or problem.two_views:
         return None
     s = _similarities(q, keys, scale, less=logits.to(q.dtype))
-    own, weights = _own_pairs(problem, s), problem.weights.to(q.dtype)
+    own = s.diagonal(problem.first) if problem.first >= 0 else None
+    weights = problem.weights.to(q.dtype)
     if own is not None:
         own.neg_()
     e = s.exp2_()

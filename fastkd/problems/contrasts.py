@@ -131,7 +131,7 @@ def info_nce(
 ) -> Tensor:
     half = half_of(query, key, negatives)
     query, key, bank = in_compute_dtype(query, key, negatives)
-    scale = 1 / _number_like(temperature, query)
+    scale = _inverse(temperature, query)
     logits = None
     is_plain = in_batch_negatives and is_number(margin, 0) and is_number(negative_weight, 1)
     if not is_plain or (symmetric and call.ranks):
@@ -210,7 +210,7 @@ def nt_xent(call: Call, view1: Tensor, view2: Tensor, *, temperature: Number) ->
     if n <= 2:
         return zero_loss(view1, view2, temperature)
     share = _solve(
-        call, both, views if call.ranks else None, 1 / _number_like(temperature, both), 1 / n,
+        call, both, views if call.ranks else None, _inverse(temperature, both), 1 / n,
         form="softplus", first=first, two_views=True, half=half,
     )  # fmt: skip
     return call.ranks.total(share)
@@ -230,7 +230,7 @@ def sup_con(
     weights = n_positives.clamp(max=1)  # 1 for anchors, which have a positive
     weights = weights / (weights.sum().clamp(min=1) if anchors == "with_positive" else n)
     share = _solve(
-        call, features, whole if call.ranks else None, 1 / _number_like(temperature, features),
+        call, features, whole if call.ranks else None, _inverse(temperature, features),
         weights[first : first + len(features)], form="linear", first=first, half=half,
         classes=classes.to(whole.dtype), attractions=weights / n_positives.clamp(min=1),
     )  # fmt: skip
@@ -267,8 +267,8 @@ def similarity_kl(
         student, teacher.detach(), student_keys,
         None if teacher_keys is None else teacher_keys.detach(),
     )  # fmt: skip
-    scale = 1 / _number_like(student_temperature, student)
-    teacher_scale = (1 / _number_like(teacher_temperature, student)).detach()
+    scale = _inverse(student_temperature, student)
+    teacher_scale = _inverse(teacher_temperature, student).detach()
 
     def of_rows(
         query: Tensor, key: Tensor | None, teacher_query: Tensor, teacher_key: Tensor | None
@@ -360,12 +360,18 @@ def half_of(*embeddings: Tensor | None) -> str:
 
 
 def _number_like(number: Number, like: Tensor) -> Tensor:
-    """Return a 0-dim tensor on the device of `like`.
+    """Return a 0-dim tensor on the device of `like`."""
+    if isinstance(number, Tensor) or torch.compiler.is_compiling():
+        # a copy from the host is a host sync, and the compiler would specialise on a number
+        return like.new_ones(()) * number
+    return like.new_full((), number)
 
-    A product makes it, because a copy from the host is a host sync and the compiler would
-    specialise on the number.
-    """
-    return like.new_ones(()) * number
+
+def _inverse(temperature: Number, like: Tensor) -> Tensor:
+    """Return 1 / temperature as a 0-dim tensor on the device of `like`."""
+    if isinstance(temperature, Tensor) or torch.compiler.is_compiling():
+        return 1 / _number_like(temperature, like)
+    return like.new_full((), 1 / temperature)
 
 
 def logarithm(number: Number, like: Tensor) -> Tensor:
