@@ -16,7 +16,7 @@ from fastkd.kernels.pairs.sweeps import softplus
 from fastkd.kernels.pairs.tiles import LOWEST
 from fastkd.kernels.tiles import INFINITY, LOG2E
 
-# all that varies with N and M is passed by itself, since a member of a tuple is always specialised
+# What varies with N and M is passed by itself, because members of a tuple are always specialised.
 
 
 class Products(NamedTuple):
@@ -37,7 +37,7 @@ class Factors(NamedTuple):
 
 
 class SlopesOut(NamedTuple):
-    """Where slopes go if there are factors; without factors they replace the products."""
+    """Memory for slopes if there are factors; without factors they replace the products."""
 
     query_ptr: Any  # [n_rows, stride], lift · slope_ij g_j; None: queries are not trained
     key_ptr: Any  # [n_rows, stride], lift · slope_ij f_i; None: keys are not trained

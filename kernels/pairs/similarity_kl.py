@@ -34,7 +34,7 @@ class _Statistics(NamedTuple):
     differences: Any  # [ROWS], Σ_j exp2(T_ij − largest_t_i)(T_ij − S_ij)
 
 
-class _OfStatistics(NamedTuple):
+class _StatisticOperands(NamedTuple):
     student: Any  # Similarities
     teacher: Any
     block: Any
@@ -81,7 +81,7 @@ def divergences(
     zeros = tl.zeros([TILE.ROWS], TILE.DTYPE)
     sums = _Statistics(largest, zeros, largest, zeros, zeros)
     sums = fold_tiles(
-        sums, _OfStatistics(student, teacher, block, block_t, TILE_T),
+        sums, _StatisticOperands(student, teacher, block, block_t, TILE_T),
         row, low, high, Mask(n, m, diagonal, False), _add_divergence, TILE,
     )  # fmt: skip
     statistics_ptr += split * 5 * n_padded + row + tl.arange(0, TILE.ROWS)
@@ -99,7 +99,7 @@ class Shifts(NamedTuple):
     teacher_ptr: Any
 
 
-class _OfDifferences(NamedTuple):
+class _DifferenceOperands(NamedTuple):
     student: Any  # Similarities
     teacher: Any
     block: Any
@@ -159,7 +159,7 @@ def weighed_differences(
     values = tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE)
     values = fold_tiles(
         values,
-        _OfDifferences(
+        _DifferenceOperands(
             student, teacher, block, block_t, of_rows, of_rows_t, column_shifts, TILE_T
         ),
         row, low, high, Mask(n, m, diagonal, False), _add_differences, TILE,

@@ -30,7 +30,7 @@ from fastkd.kernels.pairs.tiles import (
 )
 from fastkd.kernels.tiles import LN2
 
-# all that varies with N and M is passed by itself, since a member of a tuple is always specialised
+# What varies with N and M is passed by itself, because members of a tuple are always specialised.
 
 
 class ColumnSums(NamedTuple):
@@ -41,7 +41,7 @@ class ColumnSums(NamedTuple):
 
 
 class Classes(NamedTuple):
-    """What attracts the pairs of one class."""
+    """Numbers of classes, and what is subtracted from the slopes of pairs of one class."""
 
     x_ptr: Any  # [n_padded], numbers of classes
     y_ptr: Any  # [m_padded]
@@ -54,7 +54,7 @@ class _Sums(NamedTuple):
     weighted: Any  # [ROWS, DEPTH], Σ_j exp2(S_ij − largest_i) g_j y_j
 
 
-class _OfSums(NamedTuple):
+class _SumOperands(NamedTuple):
     similarities: Any
     block: Any
     other_view: Any  # [ROWS], columns; None: there are no two views
@@ -114,7 +114,7 @@ def log_sums(
 ):
     """Compute log2 Σ_j exp2 S_ij; program (blocks of rows, split of the columns).
 
-    In values the mean of g_j y_j by softmax_j S_ij, times 4096 in float16.
+    The values are Σ_j softmax_j(S_ij) g_j y_j over the columns of the split.
     """
     program, split = tl.program_id(0), tl.program_id(1)
     low, high = columns_of_split(split, per_split, m)
@@ -137,7 +137,7 @@ def log_sums(
         )
         sums = fold_tiles(
             sums,
-            _OfSums(
+            _SumOperands(
                 similarities, block, other_view, columns, n_columns, is_first,
                 values_ptr is not None,
             ),
@@ -212,7 +212,7 @@ class _Softplus(NamedTuple):
     weighted: Any  # [ROWS, DEPTH], Σ_j slope_ij g_j y_j
 
 
-class _OfSoftplus(NamedTuple):
+class _SoftplusOperands(NamedTuple):
     similarities: Any
     block: Any
     positive_logits: Any  # [ROWS]
@@ -250,7 +250,7 @@ def softplus_sums(
 ):
     """Compute Σ_j softplus(S_ij − a_i) and Σ_j of its slopes; program (tile of rows, split).
 
-    In values Σ_j slope_ij g_j y_j.
+    The values are Σ_j slope_ij g_j y_j.
     """
     row, split = tl.program_id(0) * TILE.ROWS, tl.program_id(1)
     low, high = columns_of_split(split, per_split, m)
@@ -263,7 +263,7 @@ def softplus_sums(
         tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE),
     )
     sums = fold_tiles(
-        sums, _OfSoftplus(similarities, block, positive_logits, values_ptr is not None),
+        sums, _SoftplusOperands(similarities, block, positive_logits, values_ptr is not None),
         row, low, high, Mask(n, m, diagonal, False), _add_softplus, TILE,
     )  # fmt: skip
     tl.store(sums_ptr + split * n_padded + rows, sums.total)
@@ -273,7 +273,7 @@ def softplus_sums(
         store_values(values_ptr, sums.weighted / one, split, n_padded, row, TILE)
 
 
-class _OfSlopes(NamedTuple):
+class _SlopeOperands(NamedTuple):
     similarities: Any
     block: Any
     other_view: Any  # [ROWS], or None
@@ -343,7 +343,7 @@ def weighed_sums(
     values = tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE)
     values = fold_tiles(
         values,
-        _OfSlopes(
+        _SlopeOperands(
             similarities, block, other_view, classes, row_classes, attractions, row_shifts,
             column_shifts_ptr, weights_ptr,
         ),

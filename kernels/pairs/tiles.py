@@ -55,7 +55,7 @@ class Block(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """Which pairs of a tile are masked: those outside of [n, m], and those on a diagonal."""
+    """The masked pairs of a tile: those outside of [n, m], and those on a diagonal."""
 
     n: Any
     m: Any
@@ -165,9 +165,10 @@ def split_tiles(row, low, high, mask, TILE):
 
 @triton.jit
 def fold_tiles(state, operands, row, low, high, mask, FOLD: tl.constexpr, TILE):
-    """Return the state after FOLD(state, operands, row, column, mask, MASKED, TILE) of all tiles.
+    """Return the state after FOLD took every tile of the columns [low, high).
 
-    Those of columns [low, high): in two loops, so that the first one compares no places.
+    FOLD(state, operands, row, column, mask, MASKED, TILE) returns the next state. Masked tiles have
+    a loop of their own, so that the loop over all others compares no places.
     """
     first, first_masked, n_masked, end = split_tiles(row, low, high, mask, TILE)
     for k in range(first, end - n_masked):

@@ -1,4 +1,4 @@
-"""How a problem of pairs is cut into tiles, and embeddings as the kernels over tiles read them."""
+"""Cut the similarities of a problem into tiles, and lay out embeddings as the kernels read them."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Tiling(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """How Triton compiles a kernel over these tiles."""
+        """Return the options with which Triton compiles a kernel over these tiles."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 def tiling(rows: Tensor, half: str, dtype: torch.dtype) -> Tiling | None:
     """Return the tiles for these embeddings, None where chunks through cuBLAS are the better way.
 
-    That is for wide embeddings, and for float32 that must not be rounded to TF32.
+    Chunks are better for wide embeddings, and for float32 that must not be rounded to TF32.
     """
     depth = max(16, triton.next_power_of_2(rows.shape[1]))
     device = device_of(rows)
@@ -128,7 +128,7 @@ class Embeddings(NamedTuple):
 
     @property
     def side(self) -> Side:
-        """What the kernels read."""
+        """Return the pointers that the kernels read."""
         return Side(self.matrix, self.factors)
 
     def head(self, n: int) -> Embeddings:
@@ -185,7 +185,7 @@ def _padded(n: int) -> int:
 def splits_of(x: Embeddings, y: Embeddings, tiles: Tiling) -> tuple[int, int]:
     """Return how many programs split the columns of a tile of rows, and the columns of each.
 
-    As many as fill the device; each has whole tiles.
+    The programs are as many as fill the device; each has whole tiles.
     """
     n_blocks = len(x.matrix) // tiles.rows
     n_tiles = triton.cdiv(len(y.rows), tiles.columns)
