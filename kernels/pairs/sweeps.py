@@ -129,7 +129,7 @@ def log_sums(
         block = load_block(similarities, row, TILE)
         other_view = None
         if other_view_ptr is not None:
-            other_view = tl.load(other_view_ptr + rows)
+            other_view = tl.load(other_view_ptr + row + tl.arange(0, TILE.ROWS))
         sums = _Sums(
             tl.full([TILE.ROWS], LOWEST, TILE.DTYPE),
             tl.zeros([TILE.ROWS], TILE.DTYPE),
@@ -331,15 +331,15 @@ def weighed_sums(
     row, split = tl.program_id(0) * TILE.ROWS, tl.program_id(1)
     low, high = columns_of_split(split, per_split, m)
     block = load_block(similarities, row, TILE)
-    rows = row + tl.arange(0, TILE.ROWS)
+    lanes = tl.arange(0, TILE.ROWS)
     other_view, row_classes, attractions, row_shifts = None, None, None, None
     if classes is not None:
-        row_classes = tl.load(classes.x_ptr + rows)
-        attractions = tl.load(classes.attractions_ptr + rows)
+        row_classes = tl.load(classes.x_ptr + row + lanes)
+        attractions = tl.load(classes.attractions_ptr + row + lanes)
     if other_view_ptr is not None:
-        other_view = tl.load(other_view_ptr + rows)
+        other_view = tl.load(other_view_ptr + row + lanes)
     if row_shifts_ptr is not None:
-        row_shifts = tl.load(row_shifts_ptr + rows)
+        row_shifts = tl.load(row_shifts_ptr + row + lanes)
     values = tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE)
     values = fold_tiles(
         values,
