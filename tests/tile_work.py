@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-from fastkd.kernels._relational_tiles import TILE
+from fastkd.kernels.relations.tiles import TILE
 
 SIDE = TILE.value
 
