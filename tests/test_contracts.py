@@ -1,5 +1,6 @@
 """What holds for every loss, whichever engine computes it: each promise once, for all cases."""
 
+import re
 import warnings
 
 import pytest
@@ -30,12 +31,13 @@ SHAPES = [
     for shapes, marks in ((SMALL, ()), (LARGE, ()), (OTHERS, full))
     for case in CASES
     for shape in shapes.get(case.problem or "rows", shapes["pairs"])
+    if case.per_example or len(shape[0]) == 1
 ]
 
 
 def small(case: Case, dtype: torch.dtype = torch.float64, n: int = 9, width: int = 5) -> list:
-    """Return inputs of one block."""
-    return case.inputs((n,), width, dtype)
+    """Return inputs of one block; of rows a few, because each is a program of its own."""
+    return case.inputs((min(n, 4) if case.problem == "rows" else n,), width, dtype)
 
 
 def trained(inputs):
@@ -85,10 +87,11 @@ def test_formulas_are_the_published_losses(case):
         (torch.bfloat16, torch.float32),
         (torch.float32, torch.float16),
     ],
-    shape=[((5,), 37), ((67,), 33)],
+    n=[5, 67],
 )
-def test_the_error_is_that_of_the_formula(case, engine, dtypes, shape):
-    inputs = case.inputs(*shape)
+def test_the_error_is_that_of_the_formula(case, engine, dtypes, n):
+    # few pairs have an error of luck, and rows are programs of their own
+    inputs = case.inputs(({"pairs": 67, "rows": 5}.get(case.problem, n),), 33 if n == 5 else 37)
     inputs[:2] = [in_dtype(d, [x])[0] for d, x in zip(dtypes, inputs[:2], strict=True)]
     if len(inputs) > 2 and case.problem == "pairs":
         inputs[2:] = in_dtype(dtypes[0], inputs[2:])
@@ -153,7 +156,7 @@ def test_no_example_or_one(case, n, engine):
     if n == 0:
         assert not losses.any() and losses.dtype == torch.float32
     elif case.problem == "relations" or (case.problem == "gram" and case.name != "dist_kd"):
-        assert all(x.abs().max() <= 1e-15 for x in (losses, *gradients))
+        assert all(x.abs().max() <= 1e-14 for x in (losses, *gradients))
     else:
         inputs = case.inputs((n,), 3)
         for x, y in zip(results(case, inputs), results(case.truth, inputs), strict=True):
@@ -197,7 +200,7 @@ def test_more_dimensions_are_flattened(case, engine):
 
 @each_engined
 @pytest.mark.parametrize("place", [0, 1, -1])
-@quick_if(lambda case, place, engine: case in LOSSES)
+@quick_if(lambda case, place, engine: case in LOSSES and (place or engine != "triton"))
 def test_nan_is_not_hidden(case, place, engine):
     inputs = [x.detach() for x in small(case, n=40)]
     if inputs[place].is_floating_point():
@@ -250,13 +253,13 @@ def test_the_teacher_gets_no_gradient_and_that_is_said_once(case, engine):
     inputs[1].requires_grad_()
     _checks._warn_once.cache_clear()
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         case(*inputs)
     with pytest.warns(UserWarning, match=r"teacher(_logits)?.* requires grad|\.detach\(\)"):
         losses = case(*inputs)
     assert torch.autograd.grad(losses.sum(), inputs[1], allow_unused=True) == (None,)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         case(*inputs)
 
 
@@ -274,21 +277,20 @@ def test_an_engine_is_one_node_of_the_graph(case, engine):
 # ---------------------------------------------------------------------------------- training loops
 
 
-@pytest.mark.parametrize("tensors", ["fake", "meta"])
 @each_engined
-@quick_if(lambda case, tensors, engine: engine != "portable in chunks")
-def test_no_step_waits_for_a_gpu(case, tensors, engine):
-    """Looking at a value that is not there raises."""
-    if engine == "triton" and (tensors == "meta" or case.problem == "rows"):
-        pytest.skip("kernels for tensors without memory are compiled: tests/compiled")
+def test_no_step_waits_for_a_gpu(case, engine):
+    """Looking at a value that is not there raises: fake tensors run the ops, meta ones the engines.
+
+    Kernels for tensors without memory are compiled in tests/compiled.
+    """
     like = case.inputs((19,), 5, torch.float32)
-    with FakeTensorMode() if tensors == "fake" else torch.device("meta"):
-        inputs = [torch.empty(x.shape, dtype=x.dtype).requires_grad_(x.requires_grad) for x in like]
-        weights = torch.empty(19)
-        rows = dict(weights=weights, reduction="mean", temperature=torch.empty(()))
-        for options in ({}, rows) if case.per_example else ({},):
-            gradients = torch.autograd.grad(case(*inputs, **options).sum(), trained(inputs))
-    assert [x.shape for x in gradients] == [x.shape for x in trained(like)]
+    for mode in (FakeTensorMode(), torch.device("meta"))[: 1 if engine == "triton" else 2]:
+        with mode:
+            inputs = [torch.empty(x.shape, dtype=x.dtype).requires_grad_(x.requires_grad) for x in like]
+            rows = dict(weights=torch.empty(19), reduction="mean", temperature=torch.empty(()))
+            for options in ({}, rows) if case.per_example else ({},):
+                gradients = torch.autograd.grad(case(*inputs, **options).sum(), trained(inputs))
+        assert [x.shape for x in gradients] == [x.shape for x in trained(like)]
 
 
 @each_way
@@ -312,9 +314,10 @@ def test_a_retained_graph_gives_its_gradient_again(case, engine):
 
 
 @each_way
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_what_is_overwritten_before_the_backward_is_noticed_or_not_needed(case, reduction, engine):
-    options = dict(reduction=reduction) if case.per_example else {}
+@pytest.mark.parametrize("options", [{}, dict(reduction="mean")], ids=str)
+def test_what_is_overwritten_before_the_backward_is_noticed_or_not_needed(case, options, engine):
+    if options and not case.per_example:
+        return
     inputs = small(case)
     expected = torch.autograd.grad(case(*inputs, **options).sum(), inputs[0])
     student = inputs[0] * 1
@@ -323,14 +326,14 @@ def test_what_is_overwritten_before_the_backward_is_noticed_or_not_needed(case, 
     try:
         found = torch.autograd.grad(loss, inputs[0])
     except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
+        assert re.search("modified (by an )?inplace", str(error))
     else:
         assert_same(found, expected)
 
 
 @each_engined
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@quick_if(lambda case, dtype, engine: dtype == torch.bfloat16 or case in WAYS)
+@quick_if(lambda case, dtype, engine: dtype == torch.bfloat16 and (case in WAYS or engine == "portable"))
 def test_autocast_changes_nothing(case, dtype, engine):
     inputs = small(case, torch.float32)
     expected = results(case, inputs)
