@@ -40,16 +40,12 @@ def normal(
 Inputs = Callable[..., list[Tensor]]
 
 
-def logits(
-    examples: tuple[int, ...], width: int, dtype: torch.dtype = torch.float64, seed: int = 0, device: Any = DEVICE
-) -> list[Tensor]:  # fmt: skip
+def logits(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     student, teacher = 3 * normal(2, *examples, width, seed=seed, device=device)
     return [student.to(dtype).requires_grad_(), teacher.to(dtype)]
 
 
-def logits_and_labels(
-    examples: tuple[int, ...], width: int, dtype: torch.dtype = torch.float64, seed: int = 0, device: Any = DEVICE
-) -> list[Tensor]:  # fmt: skip
+def logits_and_labels(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(width, examples, generator=generator).to(device)
     return [*logits(examples, width, dtype, seed, device), labels]
@@ -58,9 +54,7 @@ def logits_and_labels(
 def embeddings(wider: int = 0, trained: int = 1, unit: bool = False) -> Inputs:
     """Return the inputs of two networks; the second has `wider` features more."""
 
-    def inputs(
-        examples: tuple[int, ...], width: int, dtype: torch.dtype = torch.float64, seed: int = 0, device: Any = DEVICE
-    ) -> list[Tensor]:  # fmt: skip
+    def inputs(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
         tensors = [
             normal(*examples, width + i * wider, dtype=dtype, seed=seed + i, device=device)
             for i in range(2)
@@ -72,31 +66,26 @@ def embeddings(wider: int = 0, trained: int = 1, unit: bool = False) -> Inputs:
     return inputs
 
 
-def with_bank(
-    examples: tuple[int, ...], width: int, dtype: torch.dtype = torch.float64, seed: int = 0, device: Any = DEVICE
-) -> list[Tensor]:  # fmt: skip
+def with_bank(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     bank = normal(*examples[:-1], 13, width, seed=seed + 7, dtype=dtype, device=device)
     return [*embeddings(trained=2)(examples, width, dtype, seed, device), bank.requires_grad_()]
 
 
-def with_classes(
-    examples: tuple[int, ...], width: int, dtype: torch.dtype = torch.float64, seed: int = 0, device: Any = DEVICE
-) -> list[Tensor]:  # fmt: skip
+def with_classes(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(-2, 3, examples, generator=generator).mul_(1000).to(device)
-    return [normal(*examples, width, dtype=dtype, seed=seed, device=device).requires_grad_(), labels]
+    return [
+        normal(*examples, width, dtype=dtype, seed=seed, device=device).requires_grad_(),
+        labels,
+    ]
 
 
-def with_keys(
-    examples: tuple[int, ...], width: int, dtype: torch.dtype = torch.float64, seed: int = 0, device: Any = DEVICE
-) -> list[Tensor]:  # fmt: skip
+def with_keys(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     queries = embeddings(wider=2)(examples, width, dtype, seed, device)
     return queries + embeddings(wider=2)((*examples[:-1], 11), width, dtype, seed + 5, device)
 
 
-def crops(
-    examples: tuple[int, ...], width: int, dtype: torch.dtype = torch.float64, seed: int = 0, device: Any = DEVICE
-) -> list[Tensor]:  # fmt: skip
+def crops(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     """Return outputs of four and two crops and a centre, small as the temperatures want them."""
     *batches, n = examples
     student = 0.3 * normal(*batches, 4, n, width, seed=seed, device=device)
@@ -125,12 +114,13 @@ class Case:
     """A loss with options, and what is known of it independently of fastkd."""
 
     loss: Callable[..., Any]
-    problem: str | None  # that engines solve; None where the formula computes it everywhere
+    problem: str  # that engines solve
     inputs: Inputs
     published: Callable[..., Tensor]  # (*inputs, **options): for each example, or of the batch
     options: Mapping[str, Any] = field(default_factory=dict)
     by_hand: Callable[..., float] | None = None  # in Python floats, of one row or of the batch
     per_example: bool = False
+    has_kernels: bool = True
     note: str = ""
 
     @property
@@ -143,12 +133,8 @@ class Case:
         return "-".join([self.name, *([self.note] if self.note else []), *options])
 
     @property
-    def has_kernels(self) -> bool:
-        return self.problem in ("rows", "pairs", "relations")
-
-    @property
     def kernel_sizes(self) -> list[tuple[int, int]]:
-        return KERNEL_SIZES[self.problem] if self.problem else []
+        return KERNEL_SIZES[self.problem] if self.has_kernels else []
 
     def __str__(self) -> str:
         return self.id
@@ -179,9 +165,11 @@ class Case:
         return losses.view(inputs[0].shape[:-1]) if self.per_example else losses
 
 
-def _rows(loss: Callable, known: tuple, temperature: float = 2.0, **options: Any) -> Case:
+def _rows(
+    loss: Callable, known: tuple, temperature: float = 2.0, has_kernels: bool = True, **options: Any
+) -> Case:
     options = dict(temperature=temperature) | options
-    return Case(loss, "rows", logits, known[1], options, known[0], per_example=True)
+    return Case(loss, "rows", logits, known[1], options, known[0], True, has_kernels)
 
 
 def _kd(divergence: str, known: tuple, **options: Any) -> Case:
@@ -190,31 +178,20 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
     return Case(fastkd.kd, "rows", logits_and_labels, eager, options, by_hand, per_example=True)
 
 
-def _batch(
-    problem: str, loss: Callable, as_published: Callable, inputs: Inputs, note: str = "",
-    by_hand: Callable | None = None, **options: Any,
-) -> Case:  # fmt: skip
-    return Case(loss, problem, inputs, as_published, options, by_hand, note=note)
+def _batch(problem: str, loss: Callable, inputs: Inputs, note: str = "", **options: Any) -> Case:
+    as_published, by_hand = (getattr(x, loss.__name__, None) for x in (published, textbook))
+    has_kernels = problem != "gram"
+    return Case(loss, problem, inputs, as_published, options, by_hand, False, has_kernels, note)
 
 
-def _nce(inputs: Inputs = embeddings(trained=2), note: str = "", **options: Any) -> Case:  # noqa: B008
-    return _batch("pairs", fastkd.info_nce, published.info_nce, inputs, note, **options)
-
-
-def _soft(inputs: Inputs = embeddings(wider=2), note: str = "", **options: Any) -> Case:  # noqa: B008
-    loss = _similarity_kl if note else fastkd.similarity_kl
-    return _batch("pairs", loss, published.similarity_kl, inputs, note, **options)
-
-
-def _similarity_kl(student, teacher, student_keys, teacher_keys, **options):
+def _with_keys(student, teacher, student_keys, teacher_keys, **options):
     keys = dict(student_keys=student_keys, teacher_keys=teacher_keys)
     return fastkd.similarity_kl(student, teacher, **keys, **options)
 
 
-_similarity_kl.__name__ = "similarity_kl"
+_with_keys.__name__ = "similarity_kl"
 ONE_WIDTH, TWO_WIDTHS, UNIT = embeddings(), embeddings(wider=2), embeddings(trained=2, unit=True)
 VIEWS = embeddings(trained=2)
-CONGRUENCE = fastkd.correlation_congruence, published.correlation_congruence
 
 CASES = [
     _rows(fastkd.forward_kl, textbook.FORWARD_KL, temperature=4.0),
@@ -233,50 +210,58 @@ CASES = [
     _rows(fastkd.symmetric_kl, textbook.FORWARD_KL, weight=1.0),
     _rows(fastkd.total_variation, textbook.TOTAL_VARIATION),
     _rows(fastkd.soft_cross_entropy, textbook.SOFT_CROSS_ENTROPY, temperature=4.0),
-    Case(
-        fastkd.logit_mse, None, logits, textbook.LOGIT_MSE[1],
-        dict(temperature=2.0, scale_t2=False), textbook.LOGIT_MSE[0], per_example=True,
-    ),
+    _rows(fastkd.logit_mse, textbook.LOGIT_MSE, scale_t2=False, has_kernels=False),
     _kd("forward_kl", textbook.FORWARD_KL),
     _kd("jensen_shannon", textbook.JENSEN_SHANNON, beta=0.1),
     _kd("total_variation", textbook.TOTAL_VARIATION),
-    _batch("rows", fastkd.dino, published.dino, crops),
-    _batch("rows", fastkd.dino, published.dino, crops, skip_same_view=False, teacher_temperature=0.07),
-    _batch("relations", fastkd.rkd, published.rkd, TWO_WIDTHS, by_hand=textbook.rkd),
+    _batch("rows", fastkd.dino, crops),
+    _batch("rows", fastkd.dino, crops, skip_same_view=False, teacher_temperature=0.07),
+    _batch("relations", fastkd.rkd, TWO_WIDTHS),
     _batch(
-        "relations", fastkd.rkd, published.rkd, TWO_WIDTHS, by_hand=textbook.rkd,
-        distance_weight=1.0, angle_weight=2.0, smooth_l1_beta=0.25,
+        "relations",
+        fastkd.rkd,
+        TWO_WIDTHS,
+        distance_weight=1.0,
+        angle_weight=2.0,
+        smooth_l1_beta=0.25,
     ),
-    _batch("relations", fastkd.rkd_distance, published.rkd_distance, TWO_WIDTHS, by_hand=textbook.rkd_distance),
-    _batch("relations", fastkd.rkd_angle, published.rkd_angle, TWO_WIDTHS, by_hand=textbook.rkd_angle),
-    _batch("gram", fastkd.similarity_preserving, published.similarity_preserving, TWO_WIDTHS),
-    _batch("gram", fastkd.pkt, published.pkt, TWO_WIDTHS),
-    _batch("gram", *CONGRUENCE, TWO_WIDTHS, form="kernel"),
-    _batch("gram", *CONGRUENCE, TWO_WIDTHS, form="kernel", gamma=1.5, order=1),
-    _batch("gram", *CONGRUENCE, TWO_WIDTHS, form="kernel", gamma=0.8, order=4),
-    _batch("gram", *CONGRUENCE, ONE_WIDTH),
-    _batch("gram", fastkd.dist_kd, published.dist_kd, logits),
-    _batch("gram", fastkd.dist_kd, published.dist_kd, logits, beta=2.0, gamma=0.5, temperature=4.0),
-    _nce(),
-    _nce(symmetric=True),
-    _nce(with_bank, "bank", negative_weight=0.3, margin=0.1),
-    _nce(with_bank, "bank", negative_weight=0.3, symmetric=True, decoupled=True),
-    _nce(with_bank, "bank", in_batch_negatives=False, temperature=0.2),
-    _nce(with_bank, "bank", in_batch_negatives=False, decoupled=True),
-    _nce(UNIT, "unit", normalize=False, symmetric=True, margin=-0.2),
-    _nce(decoupled=True, negative_weight=2.0),
-    _batch("pairs", fastkd.clip_contrastive, published.clip_contrastive, UNIT, logit_scale=5.0),
-    _batch("pairs", fastkd.siglip, published.siglip, UNIT, logit_scale=5.0, logit_bias=-2.0),
-    _batch("pairs", fastkd.nt_xent, published.nt_xent, VIEWS),
-    _batch("pairs", fastkd.sup_con, published.sup_con, with_classes),
-    _batch("pairs", fastkd.sup_con, published.sup_con, with_classes, anchors="all", temperature=0.3),
-    _soft(),
-    _soft(mask_self=True, teacher_temperature=0.2),
-    _soft(mask_self=True, symmetric=True),
-    _soft(with_keys, "keys", teacher_temperature=0.03),
-    _soft(with_keys, "keys", symmetric=True),
-]  # fmt: skip
-ENGINED = [case for case in CASES if case.problem]
+    _batch("relations", fastkd.rkd_distance, TWO_WIDTHS),
+    _batch("relations", fastkd.rkd_angle, TWO_WIDTHS),
+    _batch("gram", fastkd.similarity_preserving, TWO_WIDTHS),
+    _batch("gram", fastkd.pkt, TWO_WIDTHS),
+    _batch("gram", fastkd.correlation_congruence, TWO_WIDTHS, form="kernel"),
+    _batch("gram", fastkd.correlation_congruence, TWO_WIDTHS, form="kernel", gamma=1.5, order=1),
+    _batch("gram", fastkd.correlation_congruence, TWO_WIDTHS, form="kernel", gamma=0.8, order=4),
+    _batch("gram", fastkd.correlation_congruence, ONE_WIDTH),
+    _batch("gram", fastkd.dist_kd, logits),
+    _batch("gram", fastkd.dist_kd, logits, beta=2.0, gamma=0.5, temperature=4.0),
+    _batch("pairs", fastkd.info_nce, VIEWS),
+    _batch("pairs", fastkd.info_nce, VIEWS, symmetric=True),
+    _batch("pairs", fastkd.info_nce, with_bank, "bank", negative_weight=0.3, margin=0.1),
+    _batch(
+        "pairs",
+        fastkd.info_nce,
+        with_bank,
+        "bank",
+        negative_weight=0.3,
+        symmetric=True,
+        decoupled=True,
+    ),
+    _batch("pairs", fastkd.info_nce, with_bank, "bank", in_batch_negatives=False, temperature=0.2),
+    _batch("pairs", fastkd.info_nce, with_bank, "bank", in_batch_negatives=False, decoupled=True),
+    _batch("pairs", fastkd.info_nce, UNIT, "unit", normalize=False, symmetric=True, margin=-0.2),
+    _batch("pairs", fastkd.info_nce, VIEWS, decoupled=True, negative_weight=2.0),
+    _batch("pairs", fastkd.clip_contrastive, UNIT, logit_scale=5.0),
+    _batch("pairs", fastkd.siglip, UNIT, logit_scale=5.0, logit_bias=-2.0),
+    _batch("pairs", fastkd.nt_xent, VIEWS),
+    _batch("pairs", fastkd.sup_con, with_classes),
+    _batch("pairs", fastkd.sup_con, with_classes, anchors="all", temperature=0.3),
+    _batch("pairs", fastkd.similarity_kl, TWO_WIDTHS),
+    _batch("pairs", fastkd.similarity_kl, TWO_WIDTHS, mask_self=True, teacher_temperature=0.2),
+    _batch("pairs", fastkd.similarity_kl, TWO_WIDTHS, mask_self=True, symmetric=True),
+    _batch("pairs", _with_keys, with_keys, "keys", teacher_temperature=0.03),
+    _batch("pairs", _with_keys, with_keys, "keys", symmetric=True),
+]
 # the first line of each function: what does not depend on the options is tested with it
 LOSSES = [case for i, case in enumerate(CASES) if case.name not in [c.name for c in CASES[:i]]]
 

@@ -121,7 +121,10 @@ def rkd_angle(student, teacher, smooth_l1_beta=1.0):
 
 
 def rkd(student, teacher, distance_weight=25.0, angle_weight=50.0, **options):
-    distance, angle = rkd_distance(student, teacher, **options), rkd_angle(student, teacher, **options)
+    distance, angle = (
+        rkd_distance(student, teacher, **options),
+        rkd_angle(student, teacher, **options),
+    )
     return distance_weight * distance + angle_weight * angle
 
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, DEVICE, ENGINED, LOSSES, WAYS, Case, normal, of
+from cases import CASES, DEVICE, LOSSES, WAYS, Case, normal, of
 from choice import ENGINES, full, pairwise, quick_if
 from exactness import assert_exact, assert_same, by_formula, in_dtype, results
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,7 +18,6 @@ import fastkd
 from fastkd import _checks
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
-each_engined = pytest.mark.parametrize("case", ENGINED, ids=str)
 each_loss = pytest.mark.parametrize("case", LOSSES, ids=str)
 each_way = pytest.mark.parametrize("case", WAYS, ids=str)
 by_ways = quick_if(lambda case, engine: case in WAYS and engine != "portable in chunks")
@@ -30,7 +29,7 @@ SHAPES = [
     pytest.param(case, shape, id=f"{case}-{shape}", marks=marks)
     for shapes, marks in ((SMALL, ()), (LARGE, ()), (OTHERS, full))
     for case in CASES
-    for shape in shapes.get(case.problem or "rows", shapes["pairs"])
+    for shape in shapes.get(case.problem, shapes["pairs"])
     if case.per_example or len(shape[0]) == 1
 ]
 
@@ -53,7 +52,9 @@ def one_number(case):
 
 @pytest.mark.parametrize("case, shape", SHAPES)
 @quick_if(
-    lambda case, shape, engine: case in LOSSES or shape[1] < 10 or case.problem not in ("rows", "pairs")
+    lambda case, shape, engine: (
+        case in LOSSES or shape[1] < 10 or case.problem not in ("rows", "pairs")
+    )
 )
 def test_value_and_gradient_are_the_published_ones(case, shape, engine):
     inputs = case.inputs(*shape)
@@ -74,7 +75,9 @@ def test_formulas_are_the_published_losses(case):
     for n, width in ((2, 3), (7, 5)):
         inputs = case.inputs((n,), width)
         for x, y in zip(by_formula(case, inputs), results(case.truth, inputs), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12 * max(1.0, float(y.abs().max())))
+            torch.testing.assert_close(
+                x, y, rtol=1e-12, atol=1e-12 * max(1.0, float(y.abs().max()))
+            )
 
 
 @pairwise(
@@ -100,7 +103,7 @@ def test_the_error_is_that_of_the_formula(case, engine, dtypes, n):
     assert_exact(case, inputs, rounds_halves=engine == "triton")
 
 
-@each_engined
+@each_case
 def test_dtypes_of_losses_and_gradients(case, engine):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         inputs = small(case, dtype)
@@ -109,7 +112,9 @@ def test_dtypes_of_losses_and_gradients(case, engine):
         assert [x.dtype for x in gradients] == [x.dtype for x in trained(inputs)]
     inputs = small(case, torch.bfloat16)
     inputs[1] = inputs[1].detach().double() if inputs[1].is_floating_point() else inputs[1]
-    assert case(*inputs).dtype == (torch.float64 if inputs[1].is_floating_point() else torch.float32)
+    assert case(*inputs).dtype == (
+        torch.float64 if inputs[1].is_floating_point() else torch.float32
+    )
 
 
 @each_loss
@@ -120,7 +125,7 @@ def test_gradcheck_of_the_formula(case):
         assert torch.autograd.gradcheck(lambda *xs: case(*xs) * weights, inputs)
 
 
-@each_engined
+@each_case
 @quick_if(lambda case, engine: case in LOSSES)
 def test_two_runs_agree_bit_for_bit(case, engine):
     inputs = small(case, torch.float32, n=40)
@@ -128,7 +133,7 @@ def test_two_runs_agree_bit_for_bit(case, engine):
         assert torch.equal(first, second)
 
 
-@each_engined
+@each_case
 @quick_if(lambda case, engine: case in LOSSES)
 def test_every_element_is_written(case, engine):
     """Memory that was forgotten shows, because it is filled with NaN first."""
@@ -145,7 +150,7 @@ def test_every_element_is_written(case, engine):
 # ---------------------------------------------------------------------------------------- batches
 
 
-@each_engined
+@each_case
 @pytest.mark.parametrize("n", [0, 1])
 def test_no_example_or_one(case, n, engine):
     """There is no loss without examples, and without relations none between them."""
@@ -156,7 +161,7 @@ def test_no_example_or_one(case, n, engine):
     if n == 0:
         assert not losses.any() and losses.dtype == torch.float32
     elif case.problem == "relations" or (case.problem == "gram" and case.name != "dist_kd"):
-        assert all(x.abs().max() <= 1e-14 for x in (losses, *gradients))
+        assert all(x.abs().max() <= 1e-12 for x in (losses, *gradients))
     else:
         inputs = case.inputs((n,), 3)
         for x, y in zip(results(case, inputs), results(case.truth, inputs), strict=True):
@@ -173,7 +178,7 @@ LAYOUTS = {
 
 
 @pairwise(
-    case=[case for case in LOSSES if case.problem],
+    case=LOSSES,
     engine=ENGINES,
     layout=LAYOUTS,
     which=[(0, 1), (0,), (1,)],
@@ -198,7 +203,7 @@ def test_more_dimensions_are_flattened(case, engine):
     assert_same([loss, gradient.reshape(of_flat.shape)], [expected, of_flat])
 
 
-@each_engined
+@each_case
 @pytest.mark.parametrize("place", [0, 1, -1])
 @quick_if(lambda case, place, engine: case in LOSSES and (place or engine != "triton"))
 def test_nan_is_not_hidden(case, place, engine):
@@ -208,7 +213,7 @@ def test_nan_is_not_hidden(case, place, engine):
         assert case(*inputs).isnan().any()
 
 
-@each_engined
+@each_case
 @quick_if(lambda case, engine: case in LOSSES)
 def test_duplicates_and_collapsed_students_train(case, engine):
     inputs = case.inputs((9,), 4)
@@ -225,7 +230,7 @@ def test_duplicates_and_collapsed_students_train(case, engine):
 # -------------------------------------------------------------------------------- gradients of what
 
 
-@each_engined
+@each_case
 def test_only_some_get_a_gradient(case, engine):
     """What is detached changes nothing for the others, and in evaluation nothing is on the graph."""
     inputs = small(case)
@@ -263,7 +268,9 @@ def test_the_teacher_gets_no_gradient_and_that_is_said_once(case, engine):
         case(*inputs)
 
 
-@pytest.mark.parametrize("case", [case for case in WAYS if case.name not in ("kd", "dino")], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in WAYS if case.name not in ("kd", "dino")], ids=str
+)
 def test_an_engine_is_one_node_of_the_graph(case, engine):
     """A formula would have a node for each of its operations."""
     names, nodes = [], [case(*small(case)).grad_fn]
@@ -277,7 +284,7 @@ def test_an_engine_is_one_node_of_the_graph(case, engine):
 # ---------------------------------------------------------------------------------- training loops
 
 
-@each_engined
+@each_case
 def test_no_step_waits_for_a_gpu(case, engine):
     """Looking at a value that is not there raises: fake tensors run the ops, meta ones the engines.
 
@@ -286,7 +293,9 @@ def test_no_step_waits_for_a_gpu(case, engine):
     like = case.inputs((19,), 5, torch.float32)
     for mode in (FakeTensorMode(), torch.device("meta"))[: 1 if engine == "triton" else 2]:
         with mode:
-            inputs = [torch.empty(x.shape, dtype=x.dtype).requires_grad_(x.requires_grad) for x in like]
+            inputs = [
+                torch.empty(x.shape, dtype=x.dtype).requires_grad_(x.requires_grad) for x in like
+            ]
             rows = dict(weights=torch.empty(19), reduction="mean", temperature=torch.empty(()))
             for options in ({}, rows) if case.per_example else ({},):
                 gradients = torch.autograd.grad(case(*inputs, **options).sum(), trained(inputs))
@@ -331,9 +340,11 @@ def test_what_is_overwritten_before_the_backward_is_noticed_or_not_needed(case, 
         assert_same(found, expected)
 
 
-@each_engined
+@each_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@quick_if(lambda case, dtype, engine: dtype == torch.bfloat16 and (case in WAYS or engine == "portable"))
+@quick_if(
+    lambda case, dtype, engine: dtype == torch.bfloat16 and (case in WAYS or engine == "portable")
+)
 def test_autocast_changes_nothing(case, dtype, engine):
     inputs = small(case, torch.float32)
     expected = results(case, inputs)
@@ -348,7 +359,9 @@ def test_autocast_changes_nothing(case, dtype, engine):
 @each_way
 def test_what_an_autocast_layer_returns_trains_its_weight(case, engine):
     inputs = small(case, torch.float32)
-    weight = (torch.eye(5, device=DEVICE) + 0.1 * normal(5, 5, dtype=torch.float32)).requires_grad_()
+    weight = (
+        torch.eye(5, device=DEVICE) + 0.1 * normal(5, 5, dtype=torch.float32)
+    ).requires_grad_()
     hidden = inputs[0].detach()
     with torch.autocast(DEVICE.type, torch.bfloat16):
         losses = case(F.linear(hidden, weight), *inputs[1:])
