@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 from choice import ENGINES
+from force import in_chunks_of
 
 import fastkd
 from fastkd._backend import triton_obstacle
@@ -23,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 @pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
-    """Let each engine in turn compute the losses of the test, the portable one in many chunks too."""
+    """Let each engine in turn compute the losses, the portable one in many chunks too."""
     name = request.param
     if hasattr(fastkd._backend, "is_plain_on_cpu"):  # before the rebuild formulas solve small pairs
         monkeypatch.setattr(fastkd._pairs, "_FEW_PAIRS", 0)
@@ -38,21 +39,6 @@ def engine(request, monkeypatch):
             pytest.skip(f"{obstacle}; TRITON_INTERPRET=1 runs the kernels without one")
     with fastkd.backend(name.split()[0]):
         yield name
-
-
-def in_chunks_of(n_elements, monkeypatch):
-    """Make the portable engines work in chunks of so many numbers at most."""
-    import importlib
-
-    if hasattr(importlib.import_module("fastkd._backend"), "is_plain_on_cpu"):  # before the rebuild
-        for name in ("divergence", "relational", "correlation", "_similarities"):
-            module = importlib.import_module(f"fastkd.portable.{name}")
-            monkeypatch.setitem(module._CHUNK_ELEMENTS, "cpu", n_elements)
-        small = importlib.import_module("fastkd.portable._small_divergence")
-        monkeypatch.setattr(small, "_MOST_ELEMENTS", 0)
-    from fastkd.portable import _chunks
-
-    monkeypatch.setattr(_chunks, "LIMIT", n_elements)
 
 
 @pytest.hookimpl(tryfirst=True)

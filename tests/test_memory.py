@@ -3,9 +3,9 @@
 import published
 import pytest
 import torch
-from cases import LOSSES, named, of
+from cases import LOSSES, of
 from choice import full
-from conftest import in_chunks_of
+from force import in_chunks_of
 from meter import PeakMemory
 
 import fastkd
@@ -47,12 +47,12 @@ def test_rows_keep_the_gradient_and_one_chunk(case, dtype):
     assert peak <= 4 * gradient + SCRATCH * CHUNK + 4 * 256 * n_rows
 
 
-@pytest.mark.parametrize("case", named(*(case.id for case in ROWS[:3])), ids=str)
+@pytest.mark.parametrize("case", ROWS[:3], ids=str)
 def test_rows_at_the_size_of_a_language_model(case):
-    """The gradient is 250 MiB, all else a few."""
-    n_rows, n_cols = 2048, 32000
+    """The gradient is 62 MiB, all else a few."""
+    n_rows, n_cols = 512, 32000
     inputs = case.inputs((n_rows,), n_cols, torch.float32, device="meta")
-    assert peak_of(case, inputs, reduction="mean") <= 1.05 * 4 * n_rows * n_cols
+    assert peak_of(case, inputs, reduction="mean") <= 1.15 * 4 * n_rows * n_cols
 
 
 def test_formulas_take_more():

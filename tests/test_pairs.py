@@ -1,4 +1,4 @@
-"""What is particular to pairs: scales, maxima, classes, banks and queues, memory, one tensor twice."""
+"""What is particular to pairs: scales, maxima, classes, banks and queues, memory."""
 
 from functools import partial
 
@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from cases import DEVICE, LOSSES, VIEWS, named, normal, of, with_bank, with_classes
 from choice import ENGINES, full, pairwise
-from conftest import in_chunks_of
 from exactness import (
     assert_as_exact,
     assert_exact,
@@ -17,6 +16,7 @@ from exactness import (
     in_dtype,
     results,
 )
+from force import in_chunks_of
 from meter import PeakMemory
 
 import fastkd

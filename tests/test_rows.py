@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, DEVICE, LOSSES, logits, logits_and_labels, named, normal, of
 from choice import ENGINES, full, pairwise, quick_if
-from conftest import in_chunks_of
 from exactness import assert_exact, assert_same, by_formula, exact, results
+from force import in_chunks_of
 
 import fastkd
 
