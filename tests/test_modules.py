@@ -186,17 +186,6 @@ def test_temperature_may_be_a_tensor():
     torch.testing.assert_close(loss(*tensors), fastkd.kd(*tensors, temperature=2.0))
 
 
-@pytest.mark.parametrize("engine", ["formula", "portable"])
-@pytest.mark.parametrize("module", [fastkd.SkewKLLoss, fastkd.KDLoss])
-def test_compiles_without_a_break(module, engine):
-    loss, tensors = module(**OPTIONS[module]), batch(module)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    with fastkd.backend(engine):
-        got, expected = (value_and_gradient(f, tensors) for f in (compiled, loss))
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_options_belong_to_the_construction():
     tensors = batch(fastkd.ForwardKLLoss)
     with pytest.raises(TypeError):
