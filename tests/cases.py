@@ -97,18 +97,6 @@ def crops(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
 
 # ------------------------------------------------------------------------------------------ table
 
-# the sizes (examples, width) at which launch sites choose other code, for budgets and gate
-KERNEL_SIZES: dict[str, list[tuple[int, int]]] = {
-    # long rows, off the boundary of 16 bytes, fewer than multiprocessors, on chip, many in one
-    "rows": [(4096, 128256), (4096, 151669), (8, 128256), (8192, 8192), (256, 1000), (128, 10)],
-    # several programs for a third of each tile's points, and one
-    "relations": [(2048, 1024), (1024, 512), (256, 512), (64, 128)],
-    # many and few rows of tiles, and the widest tiles
-    "pairs": [(32768, 256), (32768, 128), (4096, 256), (4096, 64)],
-    "gram": [],
-}
-
-
 @dataclass(frozen=True)
 class Case:
     """A loss with options, and what is known of it independently of fastkd."""
@@ -131,10 +119,6 @@ class Case:
     def id(self) -> str:
         options = (f"{k}={v}" for k, v in self.options.items())
         return "-".join([self.name, *([self.note] if self.note else []), *options])
-
-    @property
-    def kernel_sizes(self) -> list[tuple[int, int]]:
-        return KERNEL_SIZES[self.problem] if self.has_kernels else []
 
     def __str__(self) -> str:
         return self.id
