@@ -97,6 +97,7 @@ def crops(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
 
 # ------------------------------------------------------------------------------------------ table
 
+
 @dataclass(frozen=True)
 class Case:
     """A loss with options, and what is known of it independently of fastkd."""

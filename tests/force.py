@@ -2,23 +2,41 @@
 
 import importlib
 
+import torch
+
+from fastkd.portable import _chunks
+
 
 def in_chunks_of(n_elements, monkeypatch):
     """Make the portable engines work in chunks of so many numbers at most."""
-    if hasattr(importlib.import_module("fastkd._backend"), "is_plain_on_cpu"):  # before the rebuild
-        for name in ("divergence", "relational", "correlation", "_similarities"):
-            module = importlib.import_module(f"fastkd.portable.{name}")
-            for device in ("cpu", "meta"):
-                monkeypatch.setitem(module._CHUNK_ELEMENTS, device, n_elements)
-        small = importlib.import_module("fastkd.portable._small_divergence")
-        monkeypatch.setattr(small, "_MOST_ELEMENTS", 0)
-    from fastkd.portable import _chunks
-
     monkeypatch.setattr(_chunks, "LIMIT", n_elements)
 
 
 def on_device_of(multiprocessors, monkeypatch, nvidia=False):
-    """Let launch sites of rows divide the work for a device of so many multiprocessors."""
-    kernels = importlib.import_module("fastkd.kernels.divergence")
-    device = importlib.import_module("fastkd.kernels._launch").Device(multiprocessors, nvidia)
-    monkeypatch.setattr(kernels, "device_of", lambda tensor: device)
+    """Make launch sites divide the work for a device of so many multiprocessors."""
+    module = importlib.import_module("fastkd.kernels.device")
+    device = module.Device(multiprocessors, nvidia)
+    monkeypatch.setattr(module, "Device", lambda *_: device)  # which the interpreter's is made of
+    rows = importlib.import_module("fastkd.kernels.rows.launch")
+    monkeypatch.setattr(rows, "device_of", lambda tensor: device)
+
+
+def through_chunks(monkeypatch, columns=16):
+    """Make kernels of pairs go through cuBLAS: several chunks, several programs for a row."""
+    launch = importlib.import_module("fastkd.kernels.pairs.launch")
+    chunks = importlib.import_module("fastkd.kernels.pairs.chunks")
+    monkeypatch.setattr(launch, "tiling", lambda *arguments: None)
+    monkeypatch.setattr(chunks, "COLUMNS", columns)
+    monkeypatch.setattr(chunks, "_TILE", (8, 16))
+    monkeypatch.setattr(chunks, "ELEMENTS", 20 * columns)
+
+
+def multiplying_halves(monkeypatch):
+    """Multiply half precision and sum in float32, as cuBLAS does."""
+    chunks = importlib.import_module("fastkd.kernels.pairs.chunks")
+
+    def product(a, b, out):
+        return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+    monkeypatch.setattr(chunks, "multiplies_halves", lambda rows, half: rows.dtype == torch.float32)
+    monkeypatch.setattr(chunks, "_product", product)
