@@ -50,7 +50,7 @@ class Launch:
     name: str
     device: Device
     grid: tuple[int, int, int]
-    args: dict[str, Any]  # by parameter name: a Tensor, or the value
+    args: dict[str, Any]  # by parameter name: a Tensor, the value, or a NamedTuple of both
     kernel: Any  # triton's CompiledKernel
 
     @property
@@ -152,4 +152,6 @@ def capture(target: str = "sm_90"):
 def describe(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return Tensor(tuple(value.shape), value.stride(), value.dtype)
+    if isinstance(value, tuple):  # a NamedTuple of arguments
+        return type(value)(*map(describe, value))
     return value

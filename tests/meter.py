@@ -2,7 +2,8 @@
 
     with Meter() as meter:            under TRITON_INTERPRET=1
         operation(...)
-    meter.launches[0].arguments["student_ptr"].loaded     bytes, every time they are asked for
+    meter.launches[0].arguments["labels_ptr"].loaded      bytes, every time they are asked for
+    meter.launches[0].arguments["student.ptr"].loaded     the same of a field of a NamedTuple
     meter.traffic, meter.floor        bytes asked for; bytes if each were moved once per launch
     assert not meter.races            accesses whose result depends on the order of programs
 
@@ -16,6 +17,7 @@ and the order of atomics are not seen; temporaries inside one ATen operation are
 
 import weakref
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from unittest import mock
@@ -172,7 +174,8 @@ class Meter:
 
     def _begin(self, executor, args, kwargs):
         storages: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-        for name, value in {**dict(zip(executor.arg_names, args, strict=False)), **kwargs}.items():
+        given = {**dict(zip(executor.arg_names, args, strict=False)), **kwargs}
+        for name, value in (leaf for argument in given.items() for leaf in leaves(*argument)):
             if not isinstance(value, torch.Tensor):
                 value = getattr(value, "base", None)  # of a tensor descriptor
             if value is not None and value.untyped_storage().nbytes():
@@ -213,6 +216,15 @@ class Meter:
                 setattr(argument, kind, getattr(argument, kind) + int(moved) * size)
             units = (first[:, None] + np.arange(size // memory.unit)).ravel()
             memory.record(kind, units, program, launch)
+
+
+def leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield an argument, or the fields of a NamedTuple as "argument.field"."""
+    if not isinstance(value, tuple):
+        yield name, value
+        return
+    for key, part in zip(value._fields, value, strict=True):
+        yield from leaves(f"{name}.{key}", part)
 
 
 class PeakMemory(TorchDispatchMode):

@@ -213,11 +213,8 @@ def test_slopes_that_are_small_survive_float16(solver, engine):
     twin = importlib.import_module("fastkd.portable.pairs")
 
     def gradients(module, dtype, kind):
-        numbers = [
-            x.to(dtype) for x in (*half, torch.tensor(1.0, device=DEVICE), positive, weights)
-        ]
-        others = [None] * 5
-        problem = Pairs(*numbers, *others, "pairs", -1, False, True, kind, "")
+        numbers = [x.to(dtype) for x in (*half, torch.ones((), device=DEVICE), positive, weights)]
+        problem = Pairs(*numbers, *[None] * 5, "pairs", -1, False, True, kind, "")
         return module.value_and_gradients(problem, (True, True, False, False))[1][:2]
 
     found = gradients(solver("pairs"), torch.float32, "float16")
@@ -233,17 +230,15 @@ def test_slopes_that_are_small_survive_float16(solver, engine):
 def test_parts_of_a_batch_have_shares_of_the_loss(parts, sizes, solver):
     (whole, *_) = of("relations")
     inputs = whole.inputs((sum(sizes),), 3)
-    options = dict(
-        distance_weight=2.0 * (parts != "angle"), angle_weight=4.0 * (parts != "distance")
-    )
+    weights = 2.0 * (parts != "angle"), 4.0 * (parts != "distance")
+    options = dict(distance_weight=weights[0], angle_weight=weights[1])
     expected = results(lambda *x: fastkd.rkd(*x, **options), inputs)
     upstream = normal(seed=99)
     student, teacher = inputs[0].detach(), inputs[1]
     losses, gradients, first = [], [], 0
     for n in sizes:
-        problem = Relations(
-            student[first : first + n], teacher, student, *options.values(), 1.0, parts, "default", first
-        )  # fmt: skip
+        mine = student[first : first + n]
+        problem = Relations(mine, teacher, student, *weights, 1.0, parts, "default", first)
         loss, (gradient,) = solver("relations").value_and_gradients(problem, (True,))
         without, (nothing,) = solver("relations").value_and_gradients(problem, (False,))
         assert nothing is None
