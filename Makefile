@@ -5,7 +5,7 @@ INTEGRATIONS ?= .venv-integrations
 BIN = $(VENV)/bin
 ENVIRONMENT = $(VENV)/.installed
 
-.PHONY: demo test check bench mutants counted budgets test-integrations
+.PHONY: demo test check bench mutants budgets test-integrations
 
 demo: $(ENVIRONMENT)
 	$(BIN)/fastkd demo
@@ -19,12 +19,9 @@ test: $(ENVIRONMENT)
 test-integrations: $(INTEGRATIONS)/.installed
 	$(INTEGRATIONS)/bin/pytest -q tests/integrations
 
-# What suits the machine: the CPU's engine, or the kernels where there is a GPU.
+# On a CPU, for example `make bench ARGUMENTS="--loss kd --threads 1"`; a GPU has gpu_run.py.
 bench: $(ENVIRONMENT)
-	$(BIN)/pytest -q --benchmark-quiet benchmarks/bench.py
-
-counted: $(ENVIRONMENT)
-	$(BIN)/python benchmarks/counted.py
+	$(BIN)/python benchmarks/bench.py $(ARGUMENTS)
 
 # What differs from tests/budgets.json; `python tests/budgets.py --write` records it.
 budgets: $(ENVIRONMENT)
