@@ -128,8 +128,8 @@ def is_stale(row: Row, cases: Iterable[Any]) -> bool:
 def sources(case: Any, engine: str) -> str:
     """Return the hash of the code that computes a loss: its problem and the engine that solves it.
 
-    A comment, a docstring or another layout leaves it as it is. Of a loss without a problem the
-    code is its formula.
+    A comment, a docstring, another layout or the text of an error leaves it as it is. Of a loss
+    without a problem the code is its formula.
     """
     return _sources(case.loss, case.problem, engine if case.has_kernels else "portable")
 
@@ -146,20 +146,28 @@ def _sources(loss: Any, problem: str | None, engine: str) -> str:
 
 
 def modules(problem: str, engine: str) -> list[Path]:
-    """Return the files that state a problem and solve it."""
-    if engine == "triton":
-        kernels = ROOT / "kernels"
-        files = [*(kernels / problem).glob("*.py"), kernels / "tiles.py", kernels / "device.py"]
-    else:
-        files = [ROOT / "fastkd" / "portable" / f"{name}.py" for name in (problem, "_chunks")]
-    files.append(ROOT / "fastkd" / "problems" / f"{problem}.py")
-    return sorted(file for file in files if file.exists())
+    """Return the files of an engine: its module for the problem, and all that this imports of it."""
+    kernels = engine == "triton"
+    found: set[Path] = set()
+    waiting = [f"fastkd.kernels.{problem}.launch" if kernels else f"fastkd.portable.{problem}"]
+    while waiting:
+        package, *inside = waiting.pop().split(".")[1:]
+        file = ROOT.joinpath(*["fastkd"] * (package != "kernels"), package, *inside)
+        file = file.with_suffix(".py")
+        if package in ("kernels", "portable", "problems") and file.is_file() and file not in found:
+            found.add(file)
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastkd."):
+                    waiting += [f"{node.module}", *(f"{node.module}.{x.name}" for x in node.names)]
+    return sorted(found)
 
 
 def structure(node: Any) -> str:
-    """Return the code as text, without comments, docstrings and layout."""
+    """Return the code as text, without comments, docstrings, layout and errors."""
     if isinstance(node, list):
         return f"[{','.join(structure(x) for x in node if not _is_docstring(x))}]"
+    if isinstance(node, ast.Raise):
+        return "Raise"
     if isinstance(node, ast.AST):
         # a field without a value may be missing in another release of Python
         fields = ((name, x) for name, x in ast.iter_fields(node) if x is not None and x != [])

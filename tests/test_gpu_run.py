@@ -83,7 +83,7 @@ def test_the_most_telling_problems_come_first():
         for dtype in device.dtypes
         for direction in runner.DIRECTIONS
     }
-    assert all_sizes < {*keys}
+    assert all_sizes == {*keys}
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
