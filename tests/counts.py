@@ -29,12 +29,10 @@ from fastkd.kernels import _launch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from cases import CASES, Case
+from workloads import FUSED as FUSED
+from workloads import Workload as Case
 
 RELATED = (40, 24)  # examples and features, of more than one tile
-FUSED = [  # those with kernels of their own
-    case for case in CASES if getattr(case.loss, "fused", True) and case.family.compiled_sizes
-]
 
 
 class Compiled(NamedTuple):
