@@ -1,0 +1,205 @@
+"""The pages say what is true: they build without a warning, their code runs, their names exist."""
+
+import ast
+import importlib.util
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastkd
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [name for name in fastkd.__all__ if name not in ("__version__", "backend")]
+FUNCTIONS = [name for name in NAMES if name.islower()]
+FRAMEWORKS = ("lightning", "transformers", "trl")  # in the extra `integrations` alone
+
+
+def page_id(page):
+    return str(page.relative_to(ROOT))
+
+
+def code_of(page):
+    """Return the Python code blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+# ------------------------------------------------------------------------------------------- code
+
+
+def loop_of_the_reader():
+    """Return the names that the pages take for granted: a batch, and networks for it."""
+    torch.manual_seed(0)
+    batch, width, n_classes, length = 8, 16, 10, 5
+
+    def leaf(*shape):
+        return torch.randn(*shape, requires_grad=True)
+
+    def normalized(width):
+        return F.normalize(torch.randn(batch, width)).requires_grad_()
+
+    inputs = torch.randint(n_classes, (2, length))
+    return dict(
+        torch=torch, F=F, fastkd=fastkd, T=2.0, alpha=0.3,
+        student_logits=leaf(batch, n_classes), teacher_logits=torch.randn(batch, n_classes),
+        labels=torch.randint(n_classes, (batch,)),
+        student_features=leaf(batch, width), teacher_features=torch.randn(batch, width),
+        image=normalized(width), text=normalized(width),
+        teacher_image=normalized(24).detach(), teacher_text=normalized(24).detach(),
+        logit_scale=torch.tensor(10.0, requires_grad=True),
+        student_lm=torch.nn.Embedding(n_classes, n_classes),
+        teacher_lm=torch.nn.Embedding(n_classes, n_classes).requires_grad_(False),
+        micro_batches=[(inputs, inputs), (inputs[:1], inputs[:1])],
+        student_head=torch.nn.Linear(width, 64), crops=torch.randn(10 * batch, width),
+        teacher_head=torch.nn.Linear(width, 64),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CONTRIBUTING.md"], ids=page_id)
+def test_the_code_of_a_page_runs(page):
+    names = loop_of_the_reader()
+    for code in code_of(page):
+        imported = {
+            name.split(".")[0]
+            for node in ast.walk(ast.parse(code))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in ([node.module] if isinstance(node, ast.ImportFrom) else
+                         [alias.name for alias in node.names])
+        }  # fmt: skip
+        if all(importlib.util.find_spec(name) for name in imported):
+            exec(compile(code, page_id(page), "exec"), names)
+
+
+def test_the_code_before_and_after_in_the_readme_is_one_loss():
+    before, after = code_of(ROOT / "README.md")[:2]
+    results = []
+    for code in (before, after):
+        names = loop_of_the_reader()
+        exec(code, names)
+        results.append([names["loss"], *torch.autograd.grad(names["loss"], names["student_logits"])])
+    torch.testing.assert_close(*results)
+
+
+def test_the_classes_for_frameworks_are_those_that_the_integration_tests_train():
+    trained = "\n".join(
+        file.read_text(encoding="utf-8") for file in (ROOT / "tests/integrations").glob("*.py")
+    )
+    for code in code_of(ROOT / "docs/frameworks.md"):
+        if any(name in code for name in FRAMEWORKS):
+            assert code[code.index("class ") :].strip() in trained
+
+
+# ------------------------------------------------------------------------------------------ names
+
+
+def test_the_readme_has_one_row_for_each_public_name():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.*) \| (.*) \|$", text, re.M)
+    assert sorted(name for row in rows for name in row[:2]) == sorted(NAMES)
+    for function, module, _, paper in rows:
+        assert getattr(fastkd, module).function is getattr(fastkd, function)
+        documented = getattr(fastkd, function).__doc__
+        for number in re.findall(r"arxiv.org/abs/(\d+\.\d+)", paper):
+            assert number in documented, f"{function}: the README names another paper"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_docstring_tells_all_about_its_function(name):
+    function = getattr(fastkd, name)
+    text = inspect.getdoc(function)
+    sections = dict(re.findall(r"^(Args|Returns|Raises):\n((?:    .*\n|\n)*)", text + "\n", re.M))
+    assert set(sections) == {"Args", "Returns", "Raises"}
+    documented = re.findall(r"^    (\w+)(?: \(.*\))?:", sections["Args"], re.M)
+    assert documented == list(inspect.signature(function).parameters)
+
+
+# ------------------------------------------------------------------------------------------ links
+
+
+def slugs(page):
+    """Return the anchors of the headings of a page, made as GitHub and MkDocs make them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("https://"):
+            assert re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{4,5}", link), link
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if page.parent == ROOT / "docs":
+            assert target.parent == ROOT / "docs", f"{link} is no page of the site"
+        if anchor:
+            assert anchor in slugs(target), link
+
+
+# ------------------------------------------------------------------------------------------- site
+
+
+class Loaded(HTMLParser):
+    """The addresses from which a page loads something when it is opened."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses = []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag in ("script", "img", "iframe", "source"):
+            self.addresses.append(attributes.get("src") or "")
+        if tag == "link" and attributes.get("rel") != "canonical":
+            self.addresses.append(attributes.get("href") or "")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Build the site as `make docs` does, without network, so that a warning is an error."""
+    pytest.importorskip("mkdocs", reason="needs the extra `docs`")
+    folder = tmp_path_factory.mktemp("site")
+    no_network = {"http_proxy": "http://0.0.0.0:9", "https_proxy": "http://0.0.0.0:9"}
+    environment = os.environ | no_network | {"NO_MKDOCS_2_WARNING": "1"}
+    result = subprocess.run(
+        [sys.executable, ROOT / "docs/build.py", folder],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_the_site_documents_every_public_name(site):
+    headings = re.findall(
+        r'<h3 id="([\w.]+)" class="doc doc-heading">',
+        (site / "losses.html").read_text() + (site / "modules.html").read_text(),
+    )
+    assert sorted(heading.split(".")[-1] for heading in headings) == sorted([*NAMES, "backend"])
+
+
+def test_the_site_loads_nothing_from_another_host(site):
+    for page in site.rglob("*.html"):
+        parser = Loaded()
+        parser.feed(page.read_text(encoding="utf-8"))
+        assert not [address for address in parser.addresses if "//" in address], page.name
+    for sheet in site.rglob("*.css"):
+        assert not re.findall(r"url\(['\"]?https?:|@import", sheet.read_text(encoding="utf-8"))
+
+
+def test_the_site_holds_the_records(site):
+    page = (site / "results.html").read_text(encoding="utf-8")
+    assert "forward_kl" in page and "Traceback" not in page
