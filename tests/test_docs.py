@@ -3,9 +3,9 @@
 import ast
 import importlib.util
 import inspect
-import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -85,7 +85,9 @@ def test_the_code_before_and_after_in_the_readme_is_one_loss():
     for code in (before, after):
         names = loop_of_the_reader()
         exec(code, names)
-        results.append([names["loss"], *torch.autograd.grad(names["loss"], names["student_logits"])])
+        results.append(
+            [names["loss"], *torch.autograd.grad(names["loss"], names["student_logits"])]
+        )
     torch.testing.assert_close(*results)
 
 
@@ -96,6 +98,68 @@ def test_the_classes_for_frameworks_are_those_that_the_integration_tests_train()
     for code in code_of(ROOT / "docs/frameworks.md"):
         if any(name in code for name in FRAMEWORKS):
             assert code[code.index("class ") :].strip() in trained
+
+
+# ----------------------------------------------------------------------------------------- recipe
+
+
+def apply(change, root):
+    """Apply a diff of a page, which has no line numbers, to a file below the root."""
+    name, *lines = change.splitlines()
+    file = root / name.removeprefix("--- ")
+    before = "".join(f"{line[1:]}\n" for line in lines if line[:1] != "+")
+    after = "".join(f"{line[1:]}\n" for line in lines if line[:1] != "-")
+    text = file.read_text(encoding="utf-8")
+    assert text.count(before) == 1, f"CONTRIBUTING.md quotes lines that {name} does not have once"
+    file.write_text(text.replace(before, after), encoding="utf-8")
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """Return a copy of the repository in which the recipe of CONTRIBUTING.md was followed."""
+    copied = (
+        "fastkd",
+        "kernels",
+        "tests",
+        "docs",
+        "README.md",
+        "CONTRIBUTING.md",
+        "pyproject.toml",
+    )
+    for name in copied:
+        source = ROOT / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", *["kernels"] * (name == "fastkd"))
+            shutil.copytree(source, tmp_path / name, ignore=ignored)
+        else:
+            shutil.copy(source, tmp_path)
+    (tmp_path / "fastkd/kernels").symlink_to("../kernels")
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for change in re.findall(r"^```diff\n(.*?)^```$", page, re.M | re.S):
+        apply(change, tmp_path)
+    return tmp_path
+
+
+def test_the_recipe_quotes_the_code_as_it_is(changed):
+    assert "squared_hellinger" in (changed / "kernels/rows/terms.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("selected", [
+    ["tests/test_contracts.py", "-k", "squared_hellinger"],
+    ["tests/test_docs.py", "-k", "readme or squared_hellinger"],
+])  # fmt: skip
+def test_the_recipe_adds_a_loss_that_keeps_all_contracts(changed, selected):
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected],
+        cwd=changed,
+        env=os.environ | {"PYTHONPATH": str(changed), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
 
 
 # ------------------------------------------------------------------------------------------ names

@@ -1,4 +1,4 @@
-"""What a type checker and an editor see, and what an installation holds."""
+"""Types as a checker and an editor see them, and packages as they are installed."""
 
 import importlib.metadata
 import shutil
