@@ -182,7 +182,8 @@ def test_a_docstring_tells_all_about_its_function(name):
     text = inspect.getdoc(function)
     sections = dict(re.findall(r"^(Args|Returns|Raises):\n((?:    .*\n|\n)*)", text + "\n", re.M))
     assert set(sections) == {"Args", "Returns", "Raises"}
-    documented = re.findall(r"^    (\w+)(?: \(.*\))?:", sections["Args"], re.M)
+    entries = re.findall(r"^    (\w+(?:, \w+)*)(?: \(.*\))?:", sections["Args"], re.M)
+    documented = [name for entry in entries for name in entry.split(", ")]
     assert documented == list(inspect.signature(function).parameters)
 
 
