@@ -21,16 +21,16 @@ class SharedEntries(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Rewrite the docstrings of all functions of the package, which is loaded by now."""
-        functions = {function.name: function for function in _functions(pkg)}
-        texts = {name: f"{function.docstring.value}\n" for name, function in functions.items()}
+        functions = [*_functions(pkg)]
+        texts = {function.path: f"{function.docstring.value}\n" for function in functions}
 
         def entries(match: re.Match[str]) -> str:
             names, source = match.groups()
-            lines = (f"    {x}:{_description(texts[source], x)}" for x in names.split(", "))
-            return "".join(lines)
+            text = texts[pkg.members[source].canonical_path]  # of a public function
+            return "".join(f"    {x}:{_description(text, x)}" for x in names.split(", "))
 
-        for name, function in functions.items():
-            function.docstring.value = _SHARED.sub(entries, texts[name]).rstrip()
+        for function in functions:
+            function.docstring.value = _SHARED.sub(entries, texts[function.path]).rstrip()
 
 
 def _functions(module: griffe.Module) -> Iterator[griffe.Function]:
