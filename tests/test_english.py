@@ -1,6 +1,7 @@
 """Docstrings are sentences, in the words of the glossary of CONTRIBUTING.md."""
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -27,8 +28,10 @@ SYNONYMS = {
 }
 
 
-def sentences(text):
+@functools.cache
+def sentences(file):
     """Return (where, sentence) of the docstrings and of the comments of a file."""
+    text = file.read_text(encoding="utf-8")
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
     docstrings = [(getattr(x, "name", "module"), ast.get_docstring(x) or "") for x in nodes]
@@ -41,7 +44,7 @@ def test_docstrings_are_sentences():
     wrong = [
         f"{file.relative_to(ROOT)}, {where}: {docstring.splitlines()[0]}"
         for file in SOURCES
-        for where, docstring in sentences(file.read_text(encoding="utf-8"))[0]
+        for where, docstring in sentences(file)[0]
         if re.match(r"\W*\w*", docstring)[0] in REFUSED
     ]
     assert not wrong, "start these with a verb:\n" + "\n".join(wrong)
@@ -52,7 +55,7 @@ def test_words_are_those_of_the_glossary():
         f"{file.relative_to(ROOT)}, {where}: {words!r} is {better!r} here"
         for file in SOURCES
         if file != Path(__file__).resolve()
-        for where, sentence in chain(*sentences(file.read_text(encoding="utf-8")))
+        for where, sentence in chain(*sentences(file))
         for words, better in SYNONYMS.items()
         if re.search(rf"\b{words}\b", sentence)
     ]
