@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import inspect
+import json
+import math
 import os
 import re
 import shutil
@@ -174,6 +176,41 @@ def test_the_readme_has_one_row_for_each_public_name():
         documented = getattr(fastkd, function).__doc__
         for number in re.findall(r"arxiv.org/abs/(\d+\.\d+)", paper):
             assert number in documented, f"{function}: the README names another paper"
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_records():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (measured|counted) \| (.*?) \| (.*?) \| (.*?) \|$", text, re.M)
+    results = ROOT / "benchmarks/results"
+    measured = json.loads((results / "amd-epyc.json").read_text())["rows"]
+    for (loss, shape), (_, what, ours, others) in zip(
+        {"forward_kl": [2048, 32000], "rkd": [256, 512], "info_nce": [8192, 256]}.items(),
+        rows,
+        strict=False,
+    ):
+        assert f"`{loss}`" in what
+        (found,) = (
+            row["implementations"]
+            for row in measured
+            if (row["loss"], row["shape"], row["dtype"]) == (loss, shape, "float32")
+            and (row["direction"], row["threads"]) == ("forward+backward", 1)
+        )
+        milliseconds = float(re.match(r"([\d.]+) ms", ours)[1])
+        assert milliseconds == pytest.approx(found["fastkd"]["milliseconds"], rel=0.005)
+        ratio = float(re.search(r"([\d.]+) × the time", others)[1])
+        assert ratio == pytest.approx(found["eager"]["ratio"], rel=0.02)
+        unit = 4 * math.prod(shape) if "tensors" in ours else 1e6
+        for cell, name in ((ours, "fastkd"), (others, "eager")):
+            memory = float(re.search(r"([\d.]+) (?:MB|tensors)", cell)[1])
+            assert memory == pytest.approx(found[name]["peak_extra_bytes"] / unit, rel=0.02)
+    counted = json.loads((results / "inductor.json").read_text())["losses"][0]
+    assert counted["loss"] == "forward_kl"
+    numbers = [int(n) for cell in rows[3][2:] for n in re.findall(r"\d+", cell)]
+    assert numbers == [
+        round(counted[name][of][1])
+        for name in ("fastkd", "eager", "torch.compile")
+        for of in ("bytes_per_entry", "launches")
+    ]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
