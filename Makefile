@@ -28,12 +28,12 @@ test-all: $(ENVIRONMENT)
 test-integrations: $(INTEGRATIONS)/.installed
 	$(INTEGRATIONS)/bin/pytest -q tests/integrations
 
-# What suits the machine: the CPU's engine, or the kernels where there is a GPU.
+# On a CPU, for example `make bench ARGUMENTS="--loss kd --threads 1"`; a GPU has gpu_run.py.
 bench: $(ENVIRONMENT)
-	$(BIN)/pytest -q --benchmark-quiet benchmarks/bench.py
+	$(BIN)/python benchmarks/bench.py $(ARGUMENTS)
 
 counted: $(ENVIRONMENT)
-	$(BIN)/python benchmarks/counted.py
+	$(BIN)/python benchmarks/report.py counted
 
 # What differs from tests/budgets.json; `python tests/budgets.py --write` records it.
 budgets: $(ENVIRONMENT)
