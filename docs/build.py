@@ -19,7 +19,7 @@ _LINK = r'<a href="https://arxiv.org/abs/\1">arXiv:\1</a>'
 def main(folder: Path) -> None:
     """Write the tables, then the site into the folder."""
     report = [sys.executable, "benchmarks/report.py"]
-    tables = subprocess.run(report, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    tables = subprocess.run(report, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     (ROOT / "build").mkdir(exist_ok=True)
     (ROOT / "build/measured.md").write_text(tables, encoding="utf-8")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--clean"]
