@@ -224,23 +224,21 @@ class Order:
     """The tests that fit the mutant's file come first, and one that does not end is ended."""
 
     def __init__(self, mutant: Mutant) -> None:
+        functions = re.findall(r"^def ([a-z]\w+)", (ROOT / mutant.file).read_text(), re.MULTILINE)
         parts = Path(mutant.file).with_suffix("").parts[1:]
-        topics = {part.strip("_").split("_")[0] for part in parts} - {"problems", "portable"}
-        imports = re.compile(rf"^(from|import) .*\b({'|'.join(topics)})\b", re.MULTILINE)
-        for path in (ROOT / "fastkd").glob("*.py"):  # their losses, by which tests are named
-            if path.stem in topics or imports.search(path.read_text()):
-                topics |= set(re.findall(r"^def ([a-z]\w+)", path.read_text(), re.MULTILINE))
-        self.topics = topics
+        self.topics = {part.strip("_") for part in [*parts, *functions]} - {"problems", "portable"}
         self.engine = "triton" if mutant.file.startswith("kernels/") else "portable"
         is_engine = mutant.file.startswith(("kernels/", "fastkd/portable/"))
         self.others = {"formula", "portable", "triton"} - {self.engine} if is_engine else set()
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         random.Random(0).shuffle(items)
         turns, ranks = defaultdict(itertools.count), {}
         for item in items:  # the cases of a test take turns with those of others
             name, case = item.nodeid.partition("[")[::2]
-            fits = (self.engine in case) + any(x in item.nodeid for x in self.topics)
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            topics = item.nodeid + getattr(parameters.get("case"), "problem", "")
+            fits = (self.engine in case) + any(x in topics for x in self.topics)
             if self.engine in case or not any(x in case for x in self.others):
                 ranks[item] = (-fits, next(turns[name, fits]))
         items[:] = sorted(ranks, key=ranks.__getitem__)
@@ -264,9 +262,11 @@ def judge(mutant: Mutant | None, marker: str) -> str:
             process = os.fork()
             if not process:
                 _run_tests(root, mutant, [*selection, "-m", marker])
-            _, status = os.waitpid(process, 0)
-            with contextlib.suppress(ProcessLookupError):  # what the tests have started
-                os.killpg(process, signal.SIGKILL)
+            try:
+                _, status = os.waitpid(process, 0)
+            finally:
+                with contextlib.suppress(ProcessLookupError):  # what the tests have started
+                    os.killpg(process, signal.SIGKILL)
             if os.WIFSIGNALED(status):
                 return f"signal {os.WTERMSIG(status)}"
             if os.WEXITSTATUS(status) not in (0, 5):  # 5: no test is selected
@@ -284,7 +284,7 @@ def _run_tests(root: Path, mutant: Mutant | None, arguments: list[str]) -> None:
         os.dup2(output, 1), os.dup2(output, 2)
         os.chdir(root)
         os.environ["PYTHONPATH"] = str(root)
-        sys.path[:] = [str(root), *(x for x in sys.path if not x.startswith(str(ROOT / "tests")))]
+        sys.path[:] = [str(root), *(x for x in sys.path if x != str(ROOT / "tests"))]
         resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
         arguments = ["-x", "-q", "-W", "ignore", "-p", "no:cacheprovider", *arguments]
         if COMPILED[0] in arguments:
