@@ -14,7 +14,9 @@ Number = float | Tensor
 
 SHORTEST = 1e-12  # F.normalize divides by at least this length
 LINEAR = 50.0  # from here on a softplus equals its argument, in float64 too
-HEADROOM = 12  # slopes in half precision are lifted by 2^12, since small ones would vanish in float16
+HEADROOM = (
+    12  # slopes in half precision are lifted by 2^12, since small ones would vanish in float16
+)
 
 
 class Pairs(NamedTuple):
@@ -110,7 +112,9 @@ def own_columns(problem: Pairs) -> slice:
 def penalty(problem: Pairs, log_sums: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """The share of the loss of these rows, and the slopes in their log-sum-exps."""
     weights = problem.weights[rows].to(problem.query.dtype)
-    return _of_form(problem.form, log_sums - problem.positive_logits[rows].to(problem.query.dtype), weights)
+    return _of_form(
+        problem.form, log_sums - problem.positive_logits[rows].to(problem.query.dtype), weights
+    )
 
 
 def column_penalty(problem: Pairs, log_sums: Tensor) -> tuple[Tensor, Tensor]:
