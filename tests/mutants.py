@@ -37,7 +37,7 @@ CPU_SECONDS, SECONDS, BYTES = 120, 900, 8 << 30  # limits of one test, so that e
 INTERPRETED = ["tests", "--ignore=tests/compiled", "--ignore=tests/integrations"]
 COMPILED = ["tests/compiled"]
 
-# (file, function, edit as it is printed, why no test can see it)
+# (file, function, edit as it is printed or * for all, why no test can see it)
 EQUIVALENT: list[tuple[str, str, str, str]] = []
 
 SYMBOLS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="}
@@ -45,11 +45,11 @@ SYMBOLS |= {ast.Add: "+", ast.Sub: "-"}
 OPPOSITES = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+"}
 ENDS = {"min": "max", "minimum": "maximum", "amin": "amax", "clamp_min": "clamp_max"}
 ENDS |= {largest: least for least, largest in ENDS.items()}
-GUARDS = ("masked_fill", "clamp", "clamp_min", "clamp_max", "nan_to_num", "detach")
-# calls that check types, speak to people or give the compiler a hint
+DROPPED_CALLS = "[a-z].*_|masked_fill|clamp.*|nan_to_num|detach|abs"
+# calls that check types, speak to people, hint at something or fail at once with other arguments
 IGNORED_CALLS = (
     "isinstance|hasattr|getattr|cast|TypeVar|warn|print|add_argument|.*Error"
-    "|static_assert|multiple_of|max_contiguous|assume"
+    "|arange|static_assert|multiple_of|max_contiguous|assume"
 )
 IGNORED_NAMES = ("__repr__", "extra_repr", "num_warps", "num_stages", "stacklevel")
 IGNORED_NODES = (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom, ast.JoinedStr)
@@ -165,13 +165,12 @@ class Generator:
                 is_check = isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise)
                 if not (is_check or isinstance(node, ast.While)):
                     yield "condition ignored", *self.span(test), "True"
-            case ast.Constant(bool() as value):
-                yield "constant changed", *self.span(node), str(not value)
             case ast.Constant(int() | float() as value):
                 other = 1 - value if value in (0, 1) else value * 2 if value % 1 else value + 1
+                other = not value if isinstance(value, bool) else other
                 yield "constant changed", *self.span(node), repr(other)
             case ast.AugAssign(target, op, value):
-                yield "in-place operation dropped", *self.span(node), "pass"
+                yield "operation dropped", *self.span(node), "pass"
                 if type(op) in SYMBOLS:
                     yield "sign flipped", *self.between(target, op, value)
             case ast.Expr(ast.Call(ast.Attribute(attr="store" | "append" | "update"))):
@@ -182,7 +181,9 @@ class Generator:
         if name in ENDS:
             yield "minimum and maximum swapped", name_end - len(name), name_end, ENDS[name]
         for pair in itertools.pairwise(node.args):
-            if not any(isinstance(x, ast.Starred) for x in pair):
+            if name not in ("full", "map", "zip") and not any(
+                isinstance(x, ast.Starred) for x in pair
+            ):
                 (first, low), (high, last) = map(self.span, pair)
                 swapped = self.text(high, last) + self.text(low, high) + self.text(first, low)
                 yield "arguments swapped", first, last, swapped
@@ -192,10 +193,8 @@ class Generator:
             yield "mask dropped", start, end, f"{self.of(node.func)}({call})"
         if name == "where" and len(node.args) == 3:
             yield "mask dropped", start, end, self.of(node.args[1])
-        elif isinstance(node.func, ast.Attribute) and re.fullmatch("[a-z].*_", name):
-            yield "in-place operation dropped", start, end, self.of(node.func.value)
-        elif isinstance(node.func, ast.Attribute) and name in GUARDS:
-            yield "guard dropped", start, end, self.of(node.func.value)
+        elif isinstance(node.func, ast.Attribute) and re.fullmatch(DROPPED_CALLS, name):
+            yield "operation dropped", start, end, self.of(node.func.value)
 
     def between(self, left: Any, operator: Any, right: Any) -> tuple[int, int, str]:
         """Return the edit that turns an operator between two operands into its opposite."""
@@ -311,13 +310,14 @@ def main() -> int:
     files = [x for x in files if re.match("(fastkd/(?!demo/|kernels/)|kernels/)", x)]
     mutants = [mutant for file in files for mutant in Generator(file).mutants()]
     listed = {entry[:3] for entry in EQUIVALENT}
-    if stale := listed - {(x.file, x.function, x.what) for x in mutants}:
+    names = {x: ((x.file, x.function, x.what), (x.file, x.function, "*")) for x in mutants}
+    if stale := listed.difference(*names.values()):
         raise SystemExit(f"EQUIVALENT has what the code does not have: {sorted(stale)}")
     drawn = [x for x in mutants if x.file.startswith(tuple(options.paths))]
     chosen = sample(drawn, options.seed, options.number)
     if options.list:
         return print(*chosen, f"{len(chosen)} of {len(drawn)}", sep="\n") or 0
-    run = [x for x in chosen if (x.file, x.function, x.what) not in listed]
+    run = [x for x in chosen if listed.isdisjoint(names[x])]
     os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     for module in ("torch", "triton.language", "numpy", "hypothesis"):
         importlib.import_module(module)  # once: each mutant is judged in a fork of this process
