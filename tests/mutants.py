@@ -181,7 +181,7 @@ class Generator:
         if name in ENDS:
             yield "minimum and maximum swapped", name_end - len(name), name_end, ENDS[name]
         for pair in itertools.pairwise(node.args):
-            if name not in ("full", "map", "zip") and not any(
+            if name not in (*ENDS, "full", "map", "zip") and not any(
                 isinstance(x, ast.Starred) for x in pair
             ):
                 (first, low), (high, last) = map(self.span, pair)
