@@ -418,10 +418,10 @@ def gradient(
     temperature = number(numbers.student_temperature, ON_DEVICE, DTYPE)
     units = _units(numbers, ON_DEVICE, DTYPE)
     LABELS: tl.constexpr = ce_upstream is not None
-    scale = number(numbers.scale, ON_DEVICE, DTYPE) / temperature
     factors = _row_factors(
-        row, row >= 0, n_cols, upstream, ce_upstream, row_mask_ptr, labels_ptr, scale, DTYPE
-    )
+        row, row >= 0, n_cols, upstream, ce_upstream, row_mask_ptr, labels_ptr,
+        number(numbers.scale, ON_DEVICE, DTYPE) / temperature, DTYPE,
+    )  # fmt: skip
     statistics = _load_statistics(statistics_ptr + row.to(tl.int64) * N_STATISTICS)
 
     student_row = student.ptr + row_offset(row, inner, student)
