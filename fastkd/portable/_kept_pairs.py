@@ -171,9 +171,7 @@ def _powers(logits: Tensor, shift: Tensor | None) -> Tensor:
     return in_bits.exp2_() if shift is None else in_bits.sub_(shift).exp2_()
 
 
-def _penalty(
-    form: str, sums: Tensor, positive: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
+def _penalty(form: str, sums: Tensor, positive: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss from the sums of exponentials, and its slopes in the sums."""
     ratios = sums / positive
     if form == "softplus":

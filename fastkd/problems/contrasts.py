@@ -247,7 +247,7 @@ def _classes(labels: Tensor) -> tuple[Tensor, Tensor]:
     return place, torch.searchsorted(ordered, labels, right=True) - place
 
 
-# ------------------------------------------------------------------------ two networks' similarities
+# ---------------------------------------------------------------------- two networks' similarities
 
 
 def similarity_kl(
@@ -348,8 +348,11 @@ def in_compute_dtype(*embeddings: Any) -> list[Any]:
     them for a backward.
     """
     dtype = compute_dtype(*embeddings[:2])
-    found = [None if x is None else x.to(dtype) for x in embeddings]
-    return [x.clone() if is_inference(x) else x for x in found]
+    return [x if x is None else _cloned_inference(x.to(dtype)) for x in embeddings]
+
+
+def _cloned_inference(x: Tensor) -> Tensor:
+    return x.clone() if is_inference(x) else x
 
 
 def half_of(*embeddings: Tensor | None) -> str:
@@ -389,14 +392,15 @@ def cosines(x: Tensor, y: Tensor) -> Tensor:
 
     F.cosine_similarity takes longer.
     """
-    x_lengths, y_lengths = (
-        torch.linalg.vector_norm(z, dim=1).clamp(min=SHORTEST) for z in (x, y)
-    )
+    x_lengths, y_lengths = (torch.linalg.vector_norm(z, dim=1).clamp(min=SHORTEST) for z in (x, y))
     return (x * y).sum(1) / (x_lengths * y_lengths)
 
 
 def zero_loss(*trained: Any) -> Tensor:
-    """Return the loss of no examples, on the graph of all that is trained; the first two are rows."""
+    """Return the loss of no examples, on the graph of all that is trained.
+
+    The first two tensors tell the compute dtype.
+    """
     tensors = [x for x in trained if isinstance(x, Tensor)]
     dtype, device = compute_dtype(*tensors[:2]), tensors[0].device
     return torch.stack([x.sum().to(device, dtype) * 0 for x in tensors]).sum()
