@@ -201,7 +201,7 @@ def with_positives(solve_negatives: Solve) -> Solve:
             weights = problem.weights.to(scale.dtype)
             loss = loss + F.softplus(-odds, threshold=LINEAR) @ weights
             slopes: Tensor | None = torch.sigmoid(-odds) * -weights
-            of_logits = None if gradients[3] is None else gradients[3] - slopes
+            of_logits = None if gradients[3] is None else gradients[3].sub(slopes)
         else:
             given = problem._replace(
                 positive_logits=positive,
