@@ -119,7 +119,7 @@ def clip_contrastive(
     *,
     group: Any = None,
 ) -> Tensor:
-    """Compute CLIP's loss, ½ (CE of the rows + CE of the columns): images and texts find each other.
+    """Compute CLIP's loss, ½ (CE of rows + CE of columns): images and texts find each other.
 
     The logits are logit_scale · image · textᵀ + logit_bias, and the class of row i is i.
 

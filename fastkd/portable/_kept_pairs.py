@@ -43,8 +43,9 @@ def value_and_gradients(
 ) -> tuple[Tensor, Gradients] | None:
     """Return the loss and its gradients, or None if this is no way to solve the problem."""
     query, key, bank = problem.query, problem.key, problem.bank
-    n_keys = len(query if key is None else key) + (0 if bank is None else len(bank))
-    n_pairs = len(query) * n_keys
+    n_pairs = query.shape[0] * sum(
+        x.shape[0] for x in (query if key is None else key, bank) if x is not None
+    )
     if not query.is_cpu or not 0 < n_pairs <= _chunks.most_elements(query, 1 << 22, 0):
         return None
     scale = problem.scale.item()
@@ -62,6 +63,9 @@ def value_and_gradients(
     if found is None or not math.isfinite(found.loss.item()):
         return None
     loss, g, factors, of_logits = found
+    if factors is not None and g.shape[1] <= 2 * q.shape[1]:  # fewer numbers than both embeddings
+        g.mul_(factors.unsqueeze(1))
+        factors = None
     needs_query, needs_key, needs_scale, needs_logits = needs_grad
     in_query = in_key = in_scale = None
     if needs_query or needs_scale:
@@ -75,7 +79,7 @@ def value_and_gradients(
         in_query = of_lengths(in_query, q, q_lengths) if needs_query else None
     if needs_key:
         of_rows = q if factors is None else q * factors.unsqueeze(1)
-        in_key = torch.addmm(k, g[:, : len(k)].T, of_rows, beta=0, alpha=scale)
+        in_key = torch.addmm(k, g[:, : k.shape[0]].T, of_rows, beta=0, alpha=scale)
         in_key = of_lengths(in_key, k, k_lengths)
     return loss, (in_query, in_key, in_scale, of_logits if needs_logits else None)
 
@@ -130,12 +134,15 @@ def _log_sum_exps(
     loss, u = _penalty(problem.form, sums, positive, problem.weights.to(s.dtype))
     is_in_range = bound <= LARGEST or _are_in_range(problem.form, sums, positive)
     if key_weights is not None:
-        column_sums = s[:, : len(key_weights)].sum(0)
-        if problem.key_positive_logits is not None:
-            positive = _powers(problem.key_positive_logits.to(s.dtype), shift)
+        column_sums = s[:, : key_weights.shape[0]].sum(0)
+        of_keys = problem.key_positive_logits
+        if of_keys is not None:
+            positive = _powers(of_keys.to(s.dtype), shift)
         share, v = _penalty(problem.form, column_sums, positive, key_weights.to(s.dtype))
         loss = loss + share
-        is_in_range &= bound <= LARGEST or _are_in_range(problem.form, column_sums, positive)
+        # otherwise the check of the rows was that of all sums and positive pairs
+        if bound > LARGEST and (of_keys is not None or problem.form == "linear"):
+            is_in_range &= _are_in_range(problem.form, column_sums, positive)
     if not is_in_range:
         return None
     if not any(needs_grad):
@@ -147,8 +154,8 @@ def _log_sum_exps(
         if given is not None:
             of_columns = of_columns[own_columns(problem)]
         slopes = torch.addcmul(of_columns, u, sums)
-        if len(v) < len(keys):
-            v = torch.cat((v, v.new_zeros(len(keys) - len(v))))
+        if v.shape[0] < keys.shape[0]:
+            v = torch.cat((v, v.new_zeros(keys.shape[0] - v.shape[0])))
         s.mul_(u.unsqueeze(1) + v)
     elif of_kind:
         slopes = u * sums
@@ -171,9 +178,7 @@ def _powers(logits: Tensor, shift: Tensor | None) -> Tensor:
     return in_bits.exp2_() if shift is None else in_bits.sub_(shift).exp2_()
 
 
-def _penalty(
-    form: str, sums: Tensor, positive: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
+def _penalty(form: str, sums: Tensor, positive: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss from the sums of exponentials, and its slopes in the sums."""
     ratios = sums / positive
     if form == "softplus":

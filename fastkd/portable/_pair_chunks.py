@@ -1,7 +1,8 @@
 """Chunks of a matrix of similarities, S = scale · Q Kᵀ, and gradients from its slopes.
 
-For slopes G in S the gradients are dQ = scale · G K, dK = scale · Gᵀ Q and dscale = Σ ⟨q_i, (G K)_i⟩.
-In rows that are divided by their lengths they lose their part along the row, and are divided too.
+For slopes G in S the gradients are dQ = scale · G K, dK = scale · Gᵀ Q and
+dscale = Σ ⟨q_i, (G K)_i⟩. In rows that are divided by their lengths they lose their part along the
+row, and are divided too.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ class PairChunks:
         return part
 
     def positive_pairs(self, rows: slice, part: Tensor) -> list[tuple[slice, Tensor]]:
-        """Return the positive pairs of these rows as views: (some rows of the chunk, a diagonal)."""
+        """Return views of the positive pairs of these rows: (rows of the chunk, a diagonal)."""
         if not self.two_views:
             return self._own_pairs(rows, part)
         n, found = len(self.q), []

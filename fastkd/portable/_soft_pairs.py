@@ -17,9 +17,7 @@ from fastkd.portable._pair_chunks import PairChunks, are_large
 from fastkd.problems.pairs import Gradients, SoftPairs
 
 
-def value_and_gradients(
-    problem: SoftPairs, needs_grad: Sequence[bool]
-) -> tuple[Tensor, Gradients]:
+def value_and_gradients(problem: SoftPairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gradients]:
     """Return the sum of the rows' losses, and its gradients in the trained fields."""
     student = PairChunks(
         problem.query, problem.key, problem.scale, needs_grad,

@@ -139,7 +139,7 @@ def info_nce(
         logits = (positive - margin) * scale - logarithm(negative_weight, query)
     gathered = [logits.detach()] if symmetric and logits is not None else []
     keys, first, *of_keys = call.ranks.share(key, *gathered)
-    n, n_bank = len(keys), 0 if bank is None else len(bank)
+    n, n_bank = keys.shape[0], 0 if bank is None else bank.shape[0]
     if not n or not n_bank + (n - 1 if in_batch_negatives else 0):
         return zero_loss(query, key, bank, temperature, negative_weight, margin)
     if bank is not None:
@@ -169,7 +169,7 @@ def clip_contrastive(
     scale = _number_like(logit_scale, image)
     logits = (image * text).sum(1) * scale if call.ranks else None
     texts, first, *of_keys = call.ranks.share(text, *([] if logits is None else [logits.detach()]))
-    n = len(texts)
+    n = texts.shape[0]
     if n < 2:
         return zero_loss(image, text, scale, logit_bias)
     share = _solve(
@@ -189,12 +189,12 @@ def siglip(
     image, text = in_compute_dtype(image, text)
     texts, first = call.ranks.share(text)
     scale, bias = _number_like(logit_scale, image), _number_like(logit_bias, image)
-    n = len(texts)
+    n = texts.shape[0]
     if not n:
         return zero_loss(image, text, scale, bias)
     share = _solve(
         call, image, texts, scale, 1 / n, form="pairs", first=first, normalize=False, half=half,
-        positive_logits=-bias.expand(len(image)),
+        positive_logits=-bias.expand(image.shape[0]),
     )  # fmt: skip
     return call.ranks.total(share)
 
@@ -227,11 +227,12 @@ def sup_con(
         return zero_loss(features, temperature)
     classes, n_alike = _classes(labels.long().contiguous())
     n_positives = n_alike.to(whole.dtype).sub_(1)
-    weights = n_positives.clamp(max=1)  # 1 for anchors, which have a positive
-    weights = weights / (weights.sum().clamp(min=1) if anchors == "with_positive" else n)
+    is_anchor = n_positives.clamp(max=1)
+    weights = is_anchor / (is_anchor.sum().clamp(min=1) if anchors == "with_positive" else n)
+    own = slice(first, first + features.shape[0])
     share = _solve(
         call, features, whole if call.ranks else None, _inverse(temperature, features),
-        weights[first : first + len(features)], form="linear", first=first, half=half,
+        weights[own], form="linear", first=first, half=half,
         classes=classes.to(whole.dtype), attractions=weights / n_positives.clamp(min=1),
     )  # fmt: skip
     return call.ranks.total(share)
@@ -247,7 +248,7 @@ def _classes(labels: Tensor) -> tuple[Tensor, Tensor]:
     return place, torch.searchsorted(ordered, labels, right=True) - place
 
 
-# ------------------------------------------------------------------------ two networks' similarities
+# ---------------------------------------------------------------------- two networks' similarities
 
 
 def similarity_kl(
@@ -324,7 +325,7 @@ def _solve(
     One weight goes for all examples. The first `n_columns` columns have a loss, half of the whole.
     """
     if not isinstance(weights, Tensor):
-        weights = query.new_full((len(query),), weights)
+        weights = query.new_full(query.shape[:1], weights)
     key_weights = query.new_full((n_columns,), 0.5 / n_columns) if n_columns else None
     problem = Pairs(
         query=query, key=_apart(key, query), scale=scale, positive_logits=positive_logits,
@@ -348,8 +349,11 @@ def in_compute_dtype(*embeddings: Any) -> list[Any]:
     them for a backward.
     """
     dtype = compute_dtype(*embeddings[:2])
-    found = [None if x is None else x.to(dtype) for x in embeddings]
-    return [x.clone() if is_inference(x) else x for x in found]
+    return [x if x is None else _cloned_inference(x.to(dtype)) for x in embeddings]
+
+
+def _cloned_inference(x: Tensor) -> Tensor:
+    return x.clone() if is_inference(x) else x
 
 
 def half_of(*embeddings: Tensor | None) -> str:
@@ -389,14 +393,15 @@ def cosines(x: Tensor, y: Tensor) -> Tensor:
 
     F.cosine_similarity takes longer.
     """
-    x_lengths, y_lengths = (
-        torch.linalg.vector_norm(z, dim=1).clamp(min=SHORTEST) for z in (x, y)
-    )
+    x_lengths, y_lengths = (torch.linalg.vector_norm(z, dim=1).clamp(min=SHORTEST) for z in (x, y))
     return (x * y).sum(1) / (x_lengths * y_lengths)
 
 
 def zero_loss(*trained: Any) -> Tensor:
-    """Return the loss of no examples, on the graph of all that is trained; the first two are rows."""
+    """Return the loss of no examples, on the graph of all that is trained.
+
+    The first two tensors tell the compute dtype.
+    """
     tensors = [x for x in trained if isinstance(x, Tensor)]
     dtype, device = compute_dtype(*tensors[:2]), tensors[0].device
     return torch.stack([x.sum().to(device, dtype) * 0 for x in tensors]).sum()

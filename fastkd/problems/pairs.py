@@ -1,7 +1,8 @@
 """Queries against keys: losses of their similarities, without storing the matrix of them.
 
-The problem of the contrastive losses, `Pairs`, that of similarities against a teacher's, `SoftPairs`,
-and the mathematics that the engines share. `contrasts.py` states the losses as these problems.
+`Pairs` is the problem of the contrastive losses, `SoftPairs` that of similarities against a
+teacher's; the mathematics that the engines share follows. `contrasts.py` states the losses as these
+problems.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Gradients = tuple[Tensor | None, ...]
 
 SHORTEST = 1e-12  # F.normalize divides by at least this length
 LINEAR = 50.0  # from here on a softplus equals its argument, in float64 too
-HEADROOM = 12  # slopes in half precision are lifted by 2^12, since small ones would vanish in float16
+HEADROOM = 12  # slopes are lifted by 2^12, since small ones would vanish in float16
 
 
 class Pairs(NamedTuple):
@@ -82,7 +83,7 @@ solve = Op(Pairs, trained=("query", "key", "scale", "positive_logits"))
 solve_soft = Op(SoftPairs, trained=("query", "key", "scale"))
 
 
-# --------------------------------------------------------------------- embeddings as engines take them
+# ------------------------------------------------------------------ embeddings as engines take them
 
 
 class Half(NamedTuple):
@@ -107,7 +108,7 @@ def in_half(rows: Tensor, lengths: Tensor | None, half: str) -> Half:
 
 
 def units(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Return rows divided by their lengths and these, [n, 1]; the rows and None if not normalised."""
+    """Return rows divided by their lengths, and these, [n, 1], or None if not `normalize`."""
     if not normalize:
         return rows, None
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=SHORTEST)
@@ -115,7 +116,7 @@ def units(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def of_lengths(gradients: Tensor, rows: Tensor, lengths: Tensor | None) -> Tensor:
-    """Return the gradients in x from those in `rows` = x / ‖x‖: the backward of `units`, in place."""
+    """Return the gradients in x from those in `rows` = x / ‖x‖, in place."""
     if lengths is None:
         return gradients
     along = torch.linalg.vecdot(gradients, rows)[:, None]
@@ -181,9 +182,7 @@ def with_positives(solve_negatives: Solve) -> Solve:
     of it costs a few passes over [n, D].
     """
 
-    def value_and_gradients(
-        problem: Pairs, needs_grad: Sequence[bool]
-    ) -> tuple[Tensor, Gradients]:
+    def value_and_gradients(problem: Pairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gradients]:
         if problem.classes is not None and problem.positive_logits is None:
             return solve_negatives(
                 problem._replace(positive_logits=means_over_classes(problem)), needs_grad
@@ -201,10 +200,8 @@ def with_positives(solve_negatives: Solve) -> Solve:
             odds = positive - problem.positive_logits.to(scale.dtype)
             weights = problem.weights.to(scale.dtype)
             loss = loss + F.softplus(-odds, threshold=LINEAR) @ weights
-            slopes = torch.sigmoid(-odds) * -weights
-            of_logits = gradients[3]
-            if of_logits is not None:
-                of_logits = of_logits - slopes
+            slopes: Tensor | None = torch.sigmoid(-odds) * -weights
+            of_logits = None if gradients[3] is None else gradients[3].sub(slopes)
         else:
             given = problem._replace(
                 positive_logits=positive,
