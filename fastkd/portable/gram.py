@@ -126,7 +126,7 @@ def _relations(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> Te
 
     loss = _total(buffers.for_each(add, n, n)) * share
     if gradient is not None and of_cosines:
-        project = functools.partial(_project, gradient, x, lengths * divisors)
+        project = functools.partial(_project, gradient, x, lengths.mul_(divisors))
         buffers.for_each(project, n, width)
     return loss
 
@@ -265,8 +265,8 @@ class _Columns:
         # the difference of the means is a part of the deviations
         shift, share = means - self.means, n_rows / self.n_rows
         self.means.add_(shift, alpha=share)
-        of_shift = _moments(shift[:1], shift[1:], 0)
-        self.moments += moments + of_shift * ((self.n_rows - n_rows) * share)
+        of_shift = _moments(shift[:1], shift[1:], 0).mul_((self.n_rows - n_rows) * share)
+        self.moments += of_shift.add_(moments)
 
 
 def _dist(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> Tensor:
