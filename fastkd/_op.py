@@ -144,7 +144,7 @@ class Op:
     # --------------------------------------------------------------- what autograd functions call
 
     def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """Return the losses and what the backward wants in one tuple, None for what is not there."""
+        """Return the losses and what the backward wants, None in place of what is not there."""
         if _is_traced(arguments):
             return self.opaque_forward(*self._numbers_as_tensors(arguments))
         return self._solve(arguments, self._needs_grad(arguments))
@@ -374,7 +374,7 @@ def _differentiable(name: str) -> tuple[type[torch.autograd.Function], ...]:
 
     class Gradient(_FirstOrder):
         @staticmethod
-        def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
             return _ops[name].backward(*arguments)
 
         @staticmethod

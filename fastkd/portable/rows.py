@@ -40,7 +40,7 @@ def n_statistics(problem: Rows) -> int:
     return 0 if problem.divergence == "logit_mse" else _N_STATISTICS
 
 
-def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Tensor | None, ...]]:
+def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Any, ...]]:
     """Return rows of scale · divergence and of cross-entropy, and what `backward` needs.
 
     That is the gradient of each of them where one chunk holds all rows, or else the statistics of
@@ -110,7 +110,8 @@ def value_and_gradients(
     if not in_place:
         gradient = torch.empty_like(gradient, memory_format=torch.contiguous_format)
     weights = losses[0].new_ones(losses[0].shape) if row_weights is None else row_weights
-    _fill(gradient, problem, *_factors(problem, weights, ce_weights), statistics)
+    factors, ce_factors = _factors(problem, weights, ce_weights)
+    _fill(gradient, problem, factors, ce_factors, statistics)
     return losses, (gradient,)
 
 
@@ -458,20 +459,24 @@ def _jensen_shannon(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) 
 
 
 def _logit_mse(z: Tensor, z_teacher: Tensor, dtype: torch.dtype, scratch: Scratch) -> _Terms:
-    lowest = torch.finfo(dtype).min  # in place of −∞, since −∞ in both is no difference
-    student = torch.clamp(z.to(dtype), min=lowest, out=scratch[0])
-    teacher = torch.clamp(z_teacher.to(dtype), min=lowest, out=scratch[2])
-    difference = student.sub_(teacher)
+    z, z_teacher = z.to(dtype), z_teacher.to(dtype)
+    difference = torch.sub(z, z_teacher, out=scratch[0])
+    # elsewhere than on a CPU a look at the numbers would be a host sync
+    is_finite = z.is_cpu and math.isfinite(difference.sum().item())
+    lowest = torch.finfo(dtype).min  # in place of −∞, since −∞ in both networks is no difference
+    if not is_finite:
+        difference = torch.clamp(z, min=lowest, out=scratch[0]).sub_(z_teacher.clamp(min=lowest))
+    spare = torch.empty_like(difference) if scratch[1] is None else scratch[1]
 
     def value(scale: Number) -> Tensor:
-        square = torch.mul(difference, difference, out=teacher)
-        return square.mean(-1, keepdim=True).mul_(scale)
+        return torch.mul(difference, difference, out=spare).mean(-1, keepdim=True).mul_(scale)
 
     def slope(out: Tensor, factor: Number) -> None:
         torch.mul(difference, factor * (2 / z.shape[-1]), out=out)
-        out.masked_fill_(z < lowest, 0)
+        if not is_finite:
+            out.masked_fill_(z < lowest, 0)
 
-    return _Terms(value, slope, teacher)
+    return _Terms(value, slope, spare)
 
 
 _DIVERGENCES: dict[str, Callable[[_Softmax, _Softmax, Number, Scratch], _Terms]] = {
