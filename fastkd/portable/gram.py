@@ -33,7 +33,7 @@ from fastkd.portable import _chunks
 from fastkd.problems.gram import PEARSON_EPSILON, PKT_EPSILON, Gram, Number, falloff
 from fastkd.problems.relations import LEAST_LENGTH
 
-_ON_CPU = 1 << 18  # a handful of buffers of that size stay in a CPU's cache
+_ON_CPU = 1 << 18  # five buffers of that size stay in a CPU's cache
 _ELSEWHERE = 1 << 22
 
 
@@ -335,6 +335,6 @@ def _pearson(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     both, student, teacher = moments
     deviation, teacher_deviation = student.sqrt(), teacher.sqrt()
     b = (deviation * teacher_deviation + PEARSON_EPSILON).reciprocal_()
-    # in this order, because nothing overflows then; a deviation of 0 has the slope 0
+    # in this order, because no product overflows then; a deviation of 0 has the slope 0
     a = -(both / deviation * b * (teacher_deviation * b))
     return both * b, a.masked_fill_(deviation == 0, 0), b

@@ -5,7 +5,7 @@ Both losses see the embeddings only through the squared distances Q. With h = Q/
 
     A_j[i,k] = r_ij r_kj (h_ij + h_kj − h_ik) = ½ (d_ij r_kj + r_ij d_kj) − r_ij r_kj h_ik,
 
-so nothing depends on D but Q itself, which is summed from differences because the products of a
+so that Q alone depends on D. It is summed from differences because the products of a
 Gram matrix would cancel. With C the slopes of the penalty and W_j[i,k] = C r_ij r_kj the gradient
 in Q_ab is
 
@@ -211,7 +211,7 @@ def _add(sums: _Sums | None, cosines: _Cosines, block: _Block, j: slice) -> Tens
     """Add a chunk of vertices, j, and return the penalties of their angles in the block.
 
     A chunk owns its rows of V and S. All chunks add to U in place, because a U for each of them
-    would be many times as large as all the rest: a thread needs sums and buffers of its own.
+    would be many times as large as all the rest: each thread needs sums and buffers that no other uses.
     """
     i, k, mirrored, q_ik, teacher_q_ik, buffers, zero = block
     shape = j.stop - j.start, *q_ik.shape
