@@ -6,8 +6,8 @@ of a batch, for features [N, D] of the same N examples; D may differ, more dimen
 no weights and no reduction. The teacher is a constant.
 
 An example whose features are all 0 has no direction: its similarities are 0, and it gets no
-gradient through its direction. An empty batch has the loss 0. Engines keep the gradient and a chunk of rows
-of the relations. There are no kernels, because the work is matrix products, which PyTorch's own
+gradient through its direction. An empty batch has the loss 0. Engines keep the gradient and a chunk
+of rows of the relations. There are no kernels, because the work is matrix products, which PyTorch's
 kernels do best.
 """
 
