@@ -5,9 +5,9 @@ of a batch, for features [N, D] of the same N examples; D may differ, more dimen
 `dist_kd` compares the rows and the columns of logits. A loss is one number for the batch and takes
 no weights and no reduction. The teacher is a constant.
 
-An example whose features are all 0 has no direction: its similarities are 0, and its own direction
-gives it no gradient. An empty batch has the loss 0. Engines keep the gradient and a chunk of rows
-of the relations. There are no kernels, because the work is matrix products, which PyTorch's own
+An example whose features are all 0 has no direction: its similarities are 0, and it gets no
+gradient through its direction. An empty batch has the loss 0. Engines keep the gradient and a chunk
+of rows of the relations. There are no kernels, because the work is matrix products, which PyTorch's
 kernels do best.
 """
 

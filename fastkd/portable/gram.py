@@ -33,7 +33,7 @@ from fastkd.portable import _chunks
 from fastkd.problems.gram import PEARSON_EPSILON, PKT_EPSILON, Gram, Number, falloff
 from fastkd.problems.relations import LEAST_LENGTH
 
-_ON_CPU = 1 << 18  # a handful of buffers of that size stay in a CPU's cache
+_ON_CPU = 1 << 18  # five buffers of that size stay in a CPU's cache
 _ELSEWHERE = 1 << 22
 
 
@@ -126,7 +126,7 @@ def _relations(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> Te
 
     loss = _total(buffers.for_each(add, n, n)) * share
     if gradient is not None and of_cosines:
-        project = functools.partial(_project, gradient, x, lengths * divisors)
+        project = functools.partial(_project, gradient, x, lengths.mul_(divisors))
         buffers.for_each(project, n, width)
     return loss
 
@@ -265,8 +265,8 @@ class _Columns:
         # the difference of the means is a part of the deviations
         shift, share = means - self.means, n_rows / self.n_rows
         self.means.add_(shift, alpha=share)
-        of_shift = _moments(shift[:1], shift[1:], 0)
-        self.moments += moments + of_shift * ((self.n_rows - n_rows) * share)
+        of_shift = _moments(shift[:1], shift[1:], 0).mul_((self.n_rows - n_rows) * share)
+        self.moments += of_shift.add_(moments)
 
 
 def _dist(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> Tensor:
@@ -335,6 +335,6 @@ def _pearson(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     both, student, teacher = moments
     deviation, teacher_deviation = student.sqrt(), teacher.sqrt()
     b = (deviation * teacher_deviation + PEARSON_EPSILON).reciprocal_()
-    # in this order, because nothing overflows then; a deviation of 0 has the slope 0
+    # in this order, because no product overflows then; a deviation of 0 has the slope 0
     a = -(both / deviation * b * (teacher_deviation * b))
     return both * b, a.masked_fill_(deviation == 0, 0), b

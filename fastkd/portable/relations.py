@@ -5,9 +5,8 @@ Both losses see the embeddings only through the squared distances Q. With h = Q/
 
     A_j[i,k] = r_ij r_kj (h_ij + h_kj − h_ik) = ½ (d_ij r_kj + r_ij d_kj) − r_ij r_kj h_ik,
 
-so nothing depends on D but Q itself, which is summed from differences because the products of a
-Gram matrix would cancel. With C the slopes of the penalty and W_j[i,k] = C r_ij r_kj the gradient
-in Q_ab is
+so that Q alone depends on D. It is summed from differences, because the products of a Gram matrix
+would cancel. With C the slopes of the penalty and W_j[i,k] = C r_ij r_kj the gradient in Q_ab is
 
     g_ab = −U_ab + V_ab + V_ba − S_ab − S_ba        U_ik = Σ_j W_j[i,k]      V_ji = Σ_k W_j[i,k]
     S_ji = ½ r_ij² (Q_ij V_ji + Σ_k W_j[i,k] (Q_kj − Q_ik))
@@ -157,7 +156,7 @@ def _angles(
     others, ends = (torch.stack(x, 1) for x in ((r, d), (d, r)))
     ends[1].neg_()
     others, ends = others.view(4, n, n).transpose(0, 1), ends.view(4, n, n).permute(1, 2, 0)
-    cosines, whole = _Cosines(*squares, ends, others), slice(0, n)
+    cosines, whole = _Cosines(squares[0], squares[1], ends, others), slice(0, n)
     loss, at_local = _summed(cosines, local, whole, with_slopes)
     loss = loss * (beta * weight / float(n) ** 3)
     if at_local is None:
@@ -211,7 +210,7 @@ def _add(sums: _Sums | None, cosines: _Cosines, block: _Block, j: slice) -> Tens
     """Add a chunk of vertices, j, and return the penalties of their angles in the block.
 
     A chunk owns its rows of V and S. All chunks add to U in place, because a U for each of them
-    would be many times as large as all the rest: a thread needs sums and buffers of its own.
+    would be many times as large as all the rest. Threads would have to sum in a U each.
     """
     i, k, mirrored, q_ik, teacher_q_ik, buffers, zero = block
     shape = j.stop - j.start, *q_ik.shape

@@ -55,7 +55,8 @@ def value_and_gradients(
     student, teacher = _rows(problem.whole), _rows(problem.teacher)
     dtype, n, n_local = problem.compute_dtype, len(teacher), len(problem.student)
     result_dtype = compute_dtype(problem.student, problem.teacher)
-    side = 64 if n >= 1024 else 32  # few tiles leave a device idle, small ones load more often
+    # large tiles would leave a device idle in a small batch, small ones load more often
+    side = 64 if n >= 1024 else 32
     n_warps = 8 if dtype == torch.float64 else 4  # because float64 takes twice the registers
     n_tiles, n_sides = triton.cdiv(n, TILE.value), triton.cdiv(n, side)
     padded = n_sides * side
@@ -123,7 +124,7 @@ def _register_limit(tensor: Tensor, dtype: torch.dtype) -> dict[str, int]:
 
 
 def _n_splits(problem: Relations, n_tiles: int) -> int:
-    """Return how many programs share the third points of a tile: enough to fill the device."""
+    """Return how many programs share the third points of a tile, so that they fill the device."""
     if problem.parts == "distance":
         return 0
     n_programs = n_tiles * (n_tiles + 1) // 2

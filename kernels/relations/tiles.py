@@ -165,7 +165,7 @@ def _is_local(i, first, n_local):
     return ((a >= first) & (a < first + n_local))[:, None]
 
 
-# each program stores one number in `losses`, so that their alignment changes nothing
+# each program stores one number in `losses`, so that its alignment changes no code
 @triton.jit(
     do_not_specialize=["n", "n_lengths", "first", "n_local"],
     do_not_specialize_on_alignment=["losses_ptr"],
