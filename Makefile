@@ -4,15 +4,22 @@ VENV ?= .venv
 INTEGRATIONS ?= .venv-integrations
 BIN = $(VENV)/bin
 ENVIRONMENT = $(VENV)/.installed
+INTERPRETED = --ignore=tests/compiled --ignore=tests/integrations
 
-.PHONY: demo test check bench mutants budgets test-integrations
+.PHONY: demo test test-all check bench mutants budgets test-integrations
 
 demo: $(ENVIRONMENT)
 	$(BIN)/fastkd demo
 
-# The interpreter decides at import, so the kernels are run and compiled in two processes.
+# What every change must pass, in minutes: see the marker `full` in pyproject.toml. The interpreter
+# decides at import, so that the kernels are run and compiled in two processes.
 test: $(ENVIRONMENT)
-	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 --ignore=tests/compiled --ignore=tests/integrations
+	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 -m "not full" $(INTERPRETED)
+	$(BIN)/pytest -q -n 2 -m "not full" tests/compiled
+
+# Everything, and the kernels for all targets.
+test-all: $(ENVIRONMENT)
+	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 $(INTERPRETED)
 	$(BIN)/pytest -q -n 2 tests/compiled
 
 # The frameworks live in an environment of their own: no other target needs them.

@@ -2,7 +2,14 @@
 
 from fastkd._backend import backend
 from fastkd._version import __version__
-from fastkd.contrastive import clip_contrastive, info_nce, nt_xent, siglip, sup_con
+from fastkd.contrastive import (
+    clip_contrastive,
+    info_nce,
+    nt_xent,
+    siglip,
+    similarity_kl,
+    sup_con,
+)
 from fastkd.correlation import correlation_congruence, dist_kd, pkt, similarity_preserving
 from fastkd.divergence import (
     forward_kl,
@@ -44,7 +51,6 @@ from fastkd.modules import (
 )
 from fastkd.relational import rkd, rkd_angle, rkd_distance
 from fastkd.self_distillation import dino
-from fastkd.similarity import similarity_kl
 
 __all__ = [
     "ClipLoss",

@@ -98,19 +98,5 @@ def choose(tensors: Sequence[Tensor], has_kernels: bool = True) -> str:
         return "triton"
     if _current != "auto":
         return _current
-    on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)
+    on_gpu = bool(tensors) and all(tensor.device.type == "cuda" for tensor in tensors)
     return "triton" if on_gpu and triton_obstacle(tensors) is None else "portable"
-
-
-def is_plain_on_cpu(student: Tensor, teacher: Tensor) -> bool:
-    """Whether PyTorch's own calls on a CPU do: none traces, maps or subclasses these tensors."""
-    return (
-        not torch.compiler.is_compiling()
-        and _current in ("auto", "portable")
-        and student.is_cpu
-        and teacher.is_cpu
-        and type(student) is Tensor
-        and type(teacher) is Tensor
-        and not transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-    )

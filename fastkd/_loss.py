@@ -1,192 +1,204 @@
-"""The decorator that turns a formula into a loss: checks, choice of engine, weights, reduction."""
+"""The decorator that turns a formula into a loss: checks, engine, masks, ranks and reduction."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastkd import _backend, _checks, _engine
+from fastkd import _backend, _checks
+from fastkd._op import Number, compute_dtype, without_autocast
+from fastkd._ranks import Ranks
 
-# the options that `loss` adds to those of the formula
-_REDUCTION = {"weights": None, "normalizer": None, "reduction": "mean"}
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
+
+_REDUCTION = ("weights", "normalizer", "reduction")  # parameters that a formula does not read
+_PARTS = "return_parts"
+
+
+class Call(NamedTuple):
+    """What a statement must know besides the tensors and the options of a loss."""
+
+    name: str  # of the loss
+    engine: str  # "portable" or "triton"
+    row_mask: Tensor | None  # bool, in the shape of the losses: examples of weight 0 are False
+    ranks: Ranks
+
+
+class Term(NamedTuple):
+    """A summand of a per-example loss, which is reduced by itself."""
+
+    factor: Number
+    losses: Tensor  # (...)
+    row_mask: Tensor | None  # (...), bool: the examples that count in this term
+
+
+class Loss(Protocol[P, R]):
+    """A public loss: callable as its formula, with the same types."""
+
+    __name__: str
+    formula: Callable[..., Any]
+    has_kernels: bool
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Return the loss."""
 
 
 def loss(
     check: Callable[..., None],
-    fused: Callable[..., Tensor] | None = None,
+    statement: Callable[..., Any] | None = None,
     *,
-    shortcut: Callable[..., Tensor | None],
-) -> Callable:
-    """Decorate a formula: (student, teacher, *, options) -> one loss for each example.
-
-    check     what the two tensors must satisfy
-    fused     (loss's name, engine's name, student, teacher, keep, **options) -> the same rows by an
-              engine; without it the loss is its formula everywhere
-    shortcut  (loss's name, student, teacher, keep, divisor, **options) -> the same rows or, if
-              there is a divisor, their sum through it; None where it does not lead there
-    """
-
-    def decorate(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        signature = inspect.signature(formula)
-        tensors = [p.name for p in signature.parameters.values() if p.kind != p.KEYWORD_ONLY]
-        own = {p.name: p.default for p in signature.parameters.values() if p.name not in tensors}
-        public = [*own, *_REDUCTION]
-
-        @functools.wraps(formula)
-        def compute(
-            *arguments: Any,
-            weights: Tensor | None = None,
-            normalizer: Any = None,
-            reduction: str = "mean",
-            **options: Any,
-        ) -> Tensor:
-            if len(arguments) != len(tensors):
-                arguments = _bound(signature, tensors, arguments, options)
-            _checks.options(options, public, formula.__name__)
-            _checks.reduction(reduction, normalizer)
-            options = own | options
-            check(*arguments, **options)
-            student, teacher = arguments
-            if weights is not None:
-                _checks.weights(weights, student.shape[:-1], student.device)
-            keep = kept(weights)
-            divisor = known_divisor(student, weights, normalizer, reduction)
-            losses = shortcut(formula.__name__, student, teacher, keep, divisor, **options)
-            if losses is None:
-                losses = rows(formula, fused, student, teacher, keep, options)
-            elif divisor is not None:
-                return losses
-            return reduce(losses, weights, normalizer, reduction)
-
-        return _public(compute, formula, fused, signature, _REDUCTION)
-
-    return decorate
-
-
-def batch_loss(
-    check: Callable[..., None],
-    fused: Callable[..., Tensor],
+    per_example: bool | int = False,
     has_kernels: bool = True,
-    **added: Any,
-) -> Callable:
-    """Decorate a formula: (student, teacher, *, options) -> one loss for the batch as a whole.
+    same_on_ranks: Sequence[str] = (),
+    is_mean: bool = False,
+) -> Callable[[Callable[P, R]], Loss[P, R]]:
+    """Decorate a formula, which keeps its signature and becomes a public loss.
 
-    check        what the two tensors and the options must satisfy
-    fused        (formula, engine's name, student, teacher, **options) -> the same by an engine
-    has_kernels  for a GPU; without them the portable engine computes the loss everywhere
-    added        options beside those of the formula, with their defaults
+    The parameters before `*` are the batch, tensors and learnt numbers; those after it are options.
+    The decorator reads `weights`, `normalizer`, `reduction`, `return_parts` and `group` itself.
+
+    Args:
+        check: ``check(*batch, **options)`` raises an error if they do not fit together.
+        statement: ``statement(call, *batch, **options)`` states the loss as a problem, solves it
+            and returns what the formula returns. Without it the loss is its formula everywhere.
+        per_example: True if the formula returns one loss for each row of the first tensor
+            (..., V), a number if for each entry of so many leading dimensions. It may return a list
+            of `Term` instead, of which the loss is the sum.
+        has_kernels: Whether the kernels solve the problem; otherwise the portable engine does.
+        same_on_ranks: Parameters of the batch that are no part of it: all ranks hold the same.
+        is_mean: Whether a loss of the batch is a mean over examples that do not interact, so that
+            ranks exchange nothing but their means.
     """
 
-    def decorate(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def decorate(formula: Callable[P, R]) -> Loss[P, R]:
         signature = inspect.signature(formula)
-        tensors = [p.name for p in signature.parameters.values() if p.kind != p.KEYWORD_ONLY]
-        own = {p.name: p.default for p in signature.parameters.values() if p.name not in tensors}
-        defaults = own | added
+        parameters = signature.parameters.values()
+        batch = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        constant = [name.startswith("teacher") for name in batch]
+        spread = [name not in same_on_ranks for name in batch]
+        name = formula.__name__
+
+        def from_formula(
+            arguments: Sequence[Any], options: dict[str, Any], mask: Tensor | None, ranks: Ranks
+        ) -> Any:
+            dtype = compute_dtype(*_tensors(arguments[:2]))
+            tensors = [
+                _prepared(x, dtype, mask, is_constant)
+                for x, is_constant in zip(arguments, constant, strict=True)
+            ]
+            if ranks and not is_mean:
+                tensors = [
+                    ranks.share(x)[0] if is_spread and isinstance(x, Tensor) and x.ndim else x
+                    for x, is_spread in zip(tensors, spread, strict=True)
+                ]
+            return formula(*tensors, **options)  # type: ignore[arg-type]
+
+        def losses_of(arguments: Sequence[Any], options: Any, mask: Any, ranks: Ranks) -> Any:
+            tensors = _tensors(arguments)
+            engine = "formula"
+            if statement is not None:
+                engine = _backend.choose(tensors, has_kernels)
+            with without_autocast(tensors[0].device):
+                if engine == "formula" or statement is None:
+                    return from_formula(arguments, options, mask, ranks)
+                return statement(Call(name, engine, mask, ranks), *arguments, **options)
 
         @functools.wraps(formula)
-        def compute(*arguments: Any, **options: Any) -> Tensor:
-            if len(arguments) != len(tensors):
-                arguments = _bound(signature, tensors, arguments, options)
-            _checks.options(options, defaults, formula.__name__)
+        def compute(*arguments: Any, **options: Any) -> Any:
+            if len(arguments) != len(batch):
+                arguments = _bound(signature, batch, arguments, options)
+            _checks.options(options, defaults, name)
             options = defaults | options
+            if not per_example:
+                group = options.pop("group", None)
+                check(*arguments, **options)
+                _checks.process_group(group)
+                ranks = Ranks(group)
+                found = losses_of(arguments, options, None, ranks)
+                return ranks.mean(found, len(arguments[0][0])) if is_mean else found
+            weights, normalizer, reduction = map(options.pop, _REDUCTION)
+            return_parts = options.pop(_PARTS, False)
+            _checks.reduction(reduction, normalizer)
             check(*arguments, **options)
-            # not labels, nor a temperature
-            embeddings = [x for x in arguments if isinstance(x, Tensor) and x.ndim > 1]
-            engine = _backend.choose(embeddings, has_kernels)
-            return fused(formula, engine, *arguments, **options)
+            mask = None
+            if weights is not None:
+                n_dims = arguments[0].ndim - 1 if per_example is True else per_example
+                _checks.weights(weights, arguments[0].shape[:n_dims], arguments[0].device)
+                mask = weights if weights.dtype == torch.bool else weights.detach() != 0
+            found = losses_of(arguments, options, mask, Ranks())
+            if isinstance(found, Tensor):
+                return reduce(found, weights, normalizer, reduction)
+            return _sum_of_terms(found, weights, normalizer, reduction, return_parts)
 
-        compute.has_kernels = has_kernels  # type: ignore[attr-defined]
-        return _public(compute, formula, fused, signature, added)
+        public: Any = compute
+        public.formula, public.has_kernels = formula, has_kernels
+        return public
 
     return decorate
 
 
 def _bound(
-    signature: inspect.Signature, tensors: Sequence[str], arguments: Any, options: dict[str, Any]
+    signature: inspect.Signature, batch: Sequence[str], arguments: Any, options: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """The tensors, of which some were given by their names: those are taken out of the options.
+    """Return the whole batch, of which some were given by name or left at their default.
 
-    Or not at all, where they have a default.
+    Those that were given by name are taken out of the options.
     """
-    given = {name: options.pop(name) for name in tensors if name in options}
-    rest = [signature.parameters[name].default for name in tensors[len(arguments) :]]
-    if not given and rest and inspect.Parameter.empty not in rest:  # what takes no time
+    given = {name: options.pop(name) for name in batch if name in options}
+    rest = [signature.parameters[name].default for name in batch[len(arguments) :]]
+    if not given and rest and inspect.Parameter.empty not in rest:  # faster than to bind
         return *arguments, *rest
-    return signature.bind(*arguments, **given).args
+    bound = signature.bind(*arguments, **given)
+    bound.apply_defaults()
+    return bound.args
 
 
-def _public(
-    compute: Any, formula: Callable, fused: Any, signature: inspect.Signature, added: dict[str, Any]
-) -> Callable[..., Tensor]:
-    """With the signature that a user sees."""
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-        for name, default in added.items()
-    ]
-    compute.__signature__ = signature.replace(
-        parameters=[*signature.parameters.values(), *parameters]
-    )
-    compute.formula, compute.fused = formula, fused
-    return compute
+def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
+    """Return the floating-point tensors of the batch, those inside lists too, but no numbers."""
+    found: list[Tensor] = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            if x.ndim and x.is_floating_point():
+                found.append(x)
+        elif isinstance(x, (list, tuple)):
+            found += _tensors(x)
+    return found
 
 
-def by_formula(
-    formula: Callable[..., Tensor],
-    dtype: torch.dtype,
-    student: Tensor,
-    teacher: Tensor,
-    **options: Any,
-) -> Tensor:
-    """The definition itself, computed in `dtype`; the teacher is a constant."""
-    with _engine.without_autocast(student.device):
-        return formula(student.to(dtype), teacher.detach().to(dtype), **options)
+def _prepared(x: Any, dtype: torch.dtype, mask: Tensor | None, is_constant: bool) -> Any:
+    """Return an argument of a formula: in the compute dtype, constant if it is a teacher's."""
+    if isinstance(x, (list, tuple)):
+        return [_prepared(each, dtype, mask, is_constant) for each in x]
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    x = x.to(dtype)
+    if is_constant:
+        x = x.detach()
+    if mask is not None and x.shape[: mask.ndim] == mask.shape:
+        x = selected(x, mask)
+    # autograd cannot save what torch.inference_mode made
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
-def rows(
-    formula: Callable[..., Tensor],
-    fused: Callable[..., Tensor] | None,
-    student: Tensor,
-    teacher: Tensor,
-    keep: Tensor | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """One loss for each example, 0 for those that are not kept."""
-    engine = _backend.choose((student, teacher)) if fused else "formula"
-    if fused and engine != "formula":
-        return fused(formula.__name__, engine, student, teacher, keep, **options)
-    dtype = _engine.compute_dtype(student, teacher)
-    with _engine.without_autocast(student.device):
-        if keep is not None:  # selected before the formula: a NaN left out must not come back
-            student = torch.where(keep.unsqueeze(-1), student, 0)
-            teacher = torch.where(keep.unsqueeze(-1), teacher, 0)
-        losses = formula(student.to(dtype), teacher.detach().to(dtype), **options)
-        return losses if keep is None else torch.where(keep, losses, 0)
-
-
-def kept(weights: Tensor | None) -> Tensor | None:
-    if weights is None or weights.dtype == torch.bool:
-        return weights
-    return weights.detach() != 0
-
-
-def known_divisor(
-    student: Tensor, weights: Tensor | None, normalizer: Any, reduction: str
-) -> float | None:
-    """The number that the sum of the losses is divided by; None if it is not that simple."""
-    if weights is not None or reduction == "none" or isinstance(normalizer, Tensor):
-        return None
-    if reduction == "sum":
-        return 1.0
-    return student.shape[:-1].numel() if normalizer is None else normalizer or 1.0
+def selected(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the rows with 0 where the mask is False, so that a NaN there reaches nothing."""
+    if mask is None:
+        return rows
+    return torch.where(mask[(..., *[None] * (rows.ndim - mask.ndim))], rows, 0)
 
 
 def reduce(losses: Tensor, weights: Tensor | None, normalizer: Any, reduction: str) -> Tensor:
-    """mean: Σ w·l / Σ w, or / normalizer; sum: Σ w·l; none: w·l. Nothing left: 0, on the graph."""
+    """Return Σ w·l / Σ w, or / normalizer, of "mean", Σ w·l of "sum", w·l of "none".
+
+    Where no example is left, the loss is 0 and still on the graph.
+    """
     if weights is not None:
         weights = weights.to(losses.dtype)
         losses = losses * weights
@@ -204,3 +216,42 @@ def reduce(losses: Tensor, weights: Tensor | None, normalizer: Any, reduction: s
             normalizer.clamp(min=1) if whole else torch.where(normalizer == 0, 1, normalizer)
         )
     return losses.sum() / (normalizer or 1)
+
+
+def _sum_of_terms(
+    terms: Sequence[Term],
+    weights: Tensor | None,
+    normalizer: Any,
+    reduction: str,
+    return_parts: bool,
+) -> Any:
+    """Return Σ factor · reduced term and, if asked for, the terms without their factors."""
+    if not return_parts and all(term.row_mask is None for term in terms):
+        # one reduction of the sum, since all terms have the same divisor
+        losses = _weighted_sum([(term.factor, term.losses) for term in terms])
+        return reduce(losses, weights, normalizer, reduction)
+    parts = []
+    for _, losses, mask in terms:
+        if mask is None:
+            part = reduce(losses, weights, normalizer, reduction)
+        elif weights is not None:
+            part = reduce(losses, torch.where(mask, weights, 0), normalizer, reduction)
+        else:  # masked rows are 0 already, so that only their number is missing
+            divisor = mask.sum() if normalizer is None else normalizer
+            part = reduce(losses, None, divisor, reduction)
+        parts.append(part)
+    total = _weighted_sum([(term.factor, part) for term, part in zip(terms, parts, strict=True)])
+    return (total, *parts) if return_parts else total
+
+
+def _weighted_sum(summands: Sequence[tuple[Number, Tensor]]) -> Tensor:
+    """Return Σ factor · x without the x of factor 0, which count for nothing even if infinite."""
+    total = None
+    for factor, x in summands:
+        is_known = not isinstance(factor, Tensor)
+        if is_known and factor == 0:
+            continue
+        term = x if is_known and factor == 1 else factor * x
+        total = term if total is None else total + term
+    assert total is not None, "the factors of a loss add up to 1"
+    return total

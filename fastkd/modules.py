@@ -17,26 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import (
-    _checks,
-    _distributed,
-    contrastive,
-    correlation,
-    divergence,
-    relational,
-    self_distillation,
-    similarity,
-)
+from fastkd import _checks, contrastive, correlation, divergence, relational, self_distillation
 from fastkd._backend import backend
-from fastkd._engine import compute_dtype
+from fastkd._op import compute_dtype
+from fastkd._ranks import Ranks
+from fastkd.problems import _crops as crops
 
-# keyword arguments that are not options
-_OF_A_BATCH = ("weights", "normalizer", "student_keys", "teacher_keys")
-_OF_A_MODULE = ("center",)  # tensors that are a module's own state
+_OF_A_BATCH = ("weights", "normalizer")  # keyword parameters that belong to a batch
+_OF_A_MODULE = ("center",)  # parameters that a module keeps as its state
 
 
 class _Loss(nn.Module):
-    """The module of a function, which the subclass names: ``class KDLoss(_Loss, function=kd)``."""
+    """A loss as a module; the subclass names its function: ``class KDLoss(_Loss, function=kd)``."""
 
     function: Callable[..., Any]
     defaults: dict[str, Any]
@@ -44,7 +36,7 @@ class _Loss(nn.Module):
 
     def __init_subclass__(cls, function: Callable[..., Any] | None = None, **rest: Any) -> None:
         super().__init_subclass__(**rest)
-        if function is None:  # somebody's subclass of a loss
+        if function is None:  # a user's subclass of a loss
             return
         parameters = inspect.signature(function).parameters.values()
         options = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _OF_A_BATCH]
@@ -53,26 +45,26 @@ class _Loss(nn.Module):
         batch = [p for p in parameters if p not in options and p.name not in _OF_A_MODULE]
         _, *own = inspect.signature(cls.__init__).parameters.values()
         own = [p for p in own if p.kind is not p.VAR_KEYWORD]
-        at_construction = sorted(options + own, key=lambda p: p.kind)  # without a name first
+        at_construction = sorted(options + own, key=lambda p: p.kind)  # positional ones first
         cls.__init__ = _with_signature(cls.__init__, at_construction)  # type: ignore[method-assign]
         cls.forward = _with_signature(cls.forward, batch)  # type: ignore[method-assign]
 
     def __init__(self, **options: Any) -> None:
-        """The options of the function, which raises TypeError or ValueError for wrong ones."""
+        """Keep the options of the function, which raises TypeError or ValueError for wrong ones."""
         super().__init__()
         _checks.options(options, self.defaults, type(self).__name__)
         self.options = self.defaults | options
         self._check_options()
 
     def forward(self, *tensors: Tensor, **of_a_batch: Any) -> Any:
-        """The function with these options."""
+        """Return the loss of the function with these options."""
         return self.function(*tensors, **of_a_batch, **self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
     def _check_options(self) -> None:
-        """Let the function judge them now, on an empty batch, and not in the first step."""
+        """Let the function check the options now, on an empty batch, not in the first step."""
         numbers = [option for option in self.options.values() if isinstance(option, Tensor)]
         device = numbers[0].device if numbers else "cpu"
         other: dict[str, Any] = {"labels": torch.empty(0, dtype=torch.int64, device=device)}
@@ -83,12 +75,12 @@ class _Loss(nn.Module):
             if p.kind is p.POSITIONAL_OR_KEYWORD and (p.default is p.empty or p.name == "labels")
         ]
         batch = [other.get(name, torch.empty(self.empty_shape, device=device)) for name in needed]
-        with backend("formula"):  # whether an engine can run depends on the batches to come
+        with backend("formula"):  # because an engine may be unable to run on an empty batch
             self.function(*batch, **self.options)
 
 
 def _with_signature(method: Callable, parameters: Iterable[inspect.Parameter]) -> Callable:
-    """The method showing these parameters to help() and inspect, instead of * and **."""
+    """Return the method with a signature of these parameters, for help() and inspect."""
 
     @functools.wraps(method)
     def same(self: _Loss, *arguments: Any, **options: Any) -> Any:
@@ -221,15 +213,18 @@ class DISTLoss(_Loss, function=correlation.dist_kd):
 class InfoNCELoss(_Loss, function=contrastive.info_nce):
     """(1/N) Σ_i −log e^{s₊} / (e^{s₊} + λ Σ e^{s₋}), the module of `fastkd.info_nce`.
 
-    `queue_size` keys of the batches before are negatives too, the oldest leave first: a buffer that
-    is saved with the state and grows until it is full. In training a call adds its own keys, with a
-    `group` those of all ranks. A checkpoint around the module would see them already: recompute the
-    embeddings, not the loss. DistributedDataParallel gives all ranks the queue of the first one
-    unless they have one queue anyway, by `group`.
+    Args:
+        queue_size: How many keys of the batches before are negatives too. The oldest leave first.
+            The queue is a buffer that is saved with the state and grows until it is full. In
+            training a call adds its own keys, with a `group` those of all ranks. Activation
+            checkpointing around the module would see them already: recompute the embeddings, not
+            the loss. DistributedDataParallel gives all ranks the queue of the first one unless they
+            have one queue anyway, by `group`.
+        options: Those of `fastkd.info_nce`.
 
-    The queue: He et al., Momentum Contrast, 2020, arXiv:1911.05722
-
-    van den Oord et al., 2018, arXiv:1807.03748; decoupled: Yeh et al., 2022, arXiv:2110.06848
+    Reference:
+        van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018.
+        arXiv:1807.03748. The queue: He et al., Momentum Contrast, 2020. arXiv:1911.05722
     """
 
     queue: Tensor
@@ -246,7 +241,7 @@ class InfoNCELoss(_Loss, function=contrastive.info_nce):
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, negatives: Tensor | None = None
     ) -> Tensor:
-        """The function with these options, and the queue among the negatives."""
+        """Return the loss with the queue among the negatives."""
         if not self.queue_size:
             return self.function(query, key, negatives, **self.options)
         queue = (self.queue if len(self.queue) else key.detach()[:0]).to(key)
@@ -263,9 +258,8 @@ class InfoNCELoss(_Loss, function=contrastive.info_nce):
 
     @torch.no_grad()
     def _add(self, queue: Tensor, keys: Tensor) -> None:
-        if self.options["group"] is not None:
-            (keys,), _ = _distributed.gathered([keys], self.options["group"])
-        # a copy: a view would hold on to all keys, and save them
+        (keys,), _ = Ranks(self.options["group"]).gather(keys)
+        # copied, because a view would keep all keys in memory and in the state
         self.queue = torch.cat([queue, keys])[-self.queue_size :].clone()
 
     def _check_options(self) -> None:
@@ -279,7 +273,7 @@ class InfoNCELoss(_Loss, function=contrastive.info_nce):
 
     def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
         saved = state.get(f"{prefix}queue")
-        if saved is not None and self.queue_size:  # it has any number of keys
+        if saved is not None and self.queue_size:  # a saved queue has any number of keys
             saved = state[f"{prefix}queue"] = saved[-self.queue_size :]
             self.queue = torch.empty_like(saved, device=self.queue.device)
         super()._load_from_state_dict(state, prefix, *rest)
@@ -316,7 +310,7 @@ class SupConLoss(_Loss, function=contrastive.sup_con):
     """
 
 
-class SimilarityKLLoss(_Loss, function=similarity.similarity_kl):
+class SimilarityKLLoss(_Loss, function=contrastive.similarity_kl):
     """(1/N) Σ_i KL(softmax_j t_ij ‖ softmax_j s_ij), the module of `fastkd.similarity_kl`.
 
     Fang et al., SEED, 2021, arXiv:2101.04731; Yang et al., CLIP-KD, 2024, arXiv:2307.12732
@@ -326,12 +320,18 @@ class SimilarityKLLoss(_Loss, function=similarity.similarity_kl):
 class DINOLoss(_Loss, function=self_distillation.dino):
     """mean_tv H(softmax((t − c) / T_t), softmax(s_v / T_s)), the module of `fastkd.dino`.
 
-    It keeps the centre c [K], K = `n_prototypes`: a buffer that is saved with the state. A call in
-    training has the loss of the centre that the calls before left, and then moves it to
-    m c + (1 − m) mean t with m = `center_momentum`, the mean over all crops of the teacher and all
-    images, with a `group` those of all ranks.
+    A call in training has the loss of the centre that the calls before left, and then moves it to
+    m c + (1 − m) mean t, the mean over all crops of the teacher and all images, with a `group`
+    those of all ranks.
 
-    Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021. arXiv:2104.14294
+    Args:
+        n_prototypes: K, the length of the centre c: a buffer that is saved with the state.
+        center_momentum: m in [0, 1].
+        options: Those of `fastkd.dino`.
+
+    Reference:
+        Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021.
+        arXiv:2104.14294
     """
 
     center: Tensor
@@ -347,21 +347,20 @@ class DINOLoss(_Loss, function=self_distillation.dino):
     def forward(  # type: ignore[override]
         self, student: self_distillation.Crops, teacher: self_distillation.Crops
     ) -> Tensor:
-        """The function with these options and the centre, which in training moves afterwards."""
+        """Return the loss with the present centre, which in training moves afterwards."""
         loss = self.function(student, teacher, self.center, **self.options)
         if self.training:
-            self._move_center(self_distillation.constant(teacher))
+            self._move_center(crops.constant(teacher))
         return loss
 
     @torch.no_grad()
     def _move_center(self, teacher: Tensor) -> None:
         total = teacher.sum((0, 1), dtype=compute_dtype(self.center))
         total = torch.cat([total, total.new_full((1,), len(teacher) * teacher.shape[1])])
-        if self.options["group"] is not None:
-            total = _distributed.summed(total, self.options["group"])
+        total = Ranks(self.options["group"]).sum(total)
         n = total[-1:]
         mean = total[:-1] / n.clamp(min=1)
-        rate = (1 - self.center_momentum) * n.clamp(max=1)  # no images do not move it
+        rate = (1 - self.center_momentum) * n.clamp(max=1)  # 0 images move nothing
         self.center.copy_(self.center.to(mean).lerp(mean, rate))
 
     def extra_repr(self) -> str:

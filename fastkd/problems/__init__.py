@@ -1,1 +1,1 @@
-"""Problems: what an engine solves. Each file has a problem, its op, and how losses are stated as it."""
+"""Problems that engines solve: each file has one, its op, and how losses are stated as it."""

@@ -1,0 +1,92 @@
+"""Crops of images against those of a teacher, stated as `Rows`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd import _checks
+from fastkd._loss import Call
+from fastkd._op import Number, compute_dtype
+from fastkd.problems.rows import Rows, solve
+
+Crops = Tensor | Sequence[Tensor]
+
+
+def constant(crops: Crops) -> Tensor:
+    """Return the crops as one tensor [n_crops, B, K] without gradient."""
+    return crops.detach() if isinstance(crops, Tensor) else torch.stack([x.detach() for x in crops])
+
+
+def tensors_of(crops: Crops) -> Sequence[Tensor]:
+    """Return the tensors that the crops consist of."""
+    return [crops] if isinstance(crops, Tensor) else crops
+
+
+def _n_pairs(student: Crops, teacher: Crops, skip_same_view: bool) -> int:
+    n_same = min(len(student), len(teacher)) if skip_same_view else 0
+    return len(student) * len(teacher) - n_same
+
+
+def check(
+    student: Crops,
+    teacher: Crops,
+    center: Tensor | None = None,
+    *,
+    student_temperature: Number,
+    teacher_temperature: Number,
+    skip_same_view: bool,
+) -> None:
+    """Raise an error for crops that do not fit together and options out of range."""
+    _checks.crops(student=student, teacher=teacher)
+    for crop in tensors_of(teacher):
+        _checks.constant_teacher(teacher=crop)
+    if center is not None:
+        _checks.center(center, teacher[0])
+        _checks.constant_teacher(center=center)
+    if not _n_pairs(student, teacher, skip_same_view):
+        raise ValueError(
+            f"the teacher's {len(teacher)} and the student's {len(student)} crops have no pair of "
+            "different views: add a crop, or pass skip_same_view=False"
+        )
+    _checks.temperature(student_temperature, "student_temperature")
+    _checks.temperature(teacher_temperature, "teacher_temperature")
+
+
+def against_means(
+    call: Call,
+    student: Crops,
+    teacher: Crops,
+    center: Tensor | None = None,
+    *,
+    student_temperature: Number,
+    teacher_temperature: Number,
+    skip_same_view: bool,
+) -> Tensor:
+    """Solve Σ_t H(p_t, q) as n H(mean p_t, q), which reads a crop of the student once, not n times."""
+    teacher = constant(teacher)
+    dtype = compute_dtype(*tensors_of(student), teacher)
+    p = teacher.to(dtype)
+    if center is not None:
+        p = p - center.detach().to(dtype)
+    p = (p / teacher_temperature).softmax(-1)
+    n_same = min(len(student), len(p)) if skip_same_view else 0
+    if isinstance(student, Tensor):  # all crops that have one target are solved at once
+        groups = [[part] for part in student.split([1] * n_same + [len(student) - n_same])]
+    else:
+        crops = [crop.unsqueeze(0) for crop in student]
+        groups = [*([crop] for crop in crops[:n_same]), crops[n_same:]]
+    losses = []
+    for v, group in enumerate(groups):
+        others = torch.cat([p[:v], p[v + 1 :]]) if v < n_same else p
+        if not len(others) or not any(map(len, group)):
+            continue
+        target = student_temperature * others.mean(0).log()
+        for part in group:
+            T, expanded = student_temperature, target.expand_as(part)
+            rows = Rows(part, expanded, None, None, T, T, 0.0, 1.0, "soft_cross_entropy")
+            losses.append(len(others) * solve(call.engine, rows)[0].sum())
+    n = p.shape[1] * _n_pairs(student, p, skip_same_view)
+    return torch.stack(losses).sum() / max(n, 1)
