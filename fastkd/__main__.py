@@ -1,4 +1,4 @@
-"""The console script: `fastkd demo` shows what the losses do, `fastkd doctor` how they run."""
+"""The console script: `fastkd demo` shows what the losses gain, `fastkd doctor` how they run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastkd import _backend
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 1 where something does not work."""
+    """Run a command and return its exit status: 0, or 1 if something does not work."""
     parser = argparse.ArgumentParser(prog="fastkd", description=fastkd.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     about = "train a teacher and its students on real digits: what each loss gains, in a minute"
@@ -62,7 +62,7 @@ def _demo(**options: Any) -> int:
 
 
 def _logits(device: str, dtype: torch.dtype) -> list[Tensor]:
-    # engines have a way of their own for many logits: one of the dtypes takes it
+    # float32 has a large problem and bfloat16 a small one, because engines solve them differently
     n_rows = 263 if dtype == torch.float32 else 7
     generator = torch.Generator().manual_seed(0)
     return [3 * torch.randn(n_rows, 1003, generator=generator).to(device, dtype) for _ in range(2)]
@@ -98,7 +98,7 @@ def _crops(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [*crops, teacher[0]]
 
 
-# every public loss and what it is checked with
+# every public loss, and the function that makes the inputs with which it is checked
 LOSSES: dict[Callable[..., Tensor], Callable[[str, torch.dtype], list[Tensor]]] = {
     fastkd.forward_kl: _logits,
     fastkd.reverse_kl: _logits,
@@ -125,8 +125,7 @@ LOSSES: dict[Callable[..., Tensor], Callable[[str, torch.dtype], list[Tensor]]] 
     fastkd.similarity_kl: _embeddings,
     fastkd.dino: _crops,
 }
-# relative; engine and formula round differently, and bfloat16 gradients have 8 bits
-# eager PyTorch itself errs by 2e-5 in float32
+# relative: bfloat16 gradients have 8 bits, and eager PyTorch itself errs by 2e-5 in float32
 TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 1e-2}
 
 
@@ -154,7 +153,7 @@ def _doctor() -> int:
             else:
                 print(f"  {loss.__name__:24}cannot run")
             reasons.append(reason)
-        for reason in filter(None, dict.fromkeys(reasons)):  # many losses have the same
+        for reason in filter(None, dict.fromkeys(reasons)):  # each once, since losses share them
             print(f"  {reason}")
     print()
     if cannot_run:
@@ -172,7 +171,7 @@ def _triton() -> str:
 
 
 def _devices() -> dict[str, str]:
-    """All devices with their names."""
+    """Return every device of this machine with its name."""
     devices = {"cpu": ""}
     if torch.accelerator.is_available():
         kind = str(torch.accelerator.current_accelerator())
@@ -182,7 +181,7 @@ def _devices() -> dict[str, str]:
 
 
 def _engine_and_reason(loss: Callable[..., Tensor], device: str) -> tuple[str | None, str]:
-    """What computes the loss, None if nothing can, and why it is nothing better."""
+    """Return the engine that computes the loss, or None, and why it is not a better one."""
     if getattr(loss, "fused", True) is None:
         return "formula", f"formula: {loss.__name__} is computed as it is defined, without engine"
     tensors, has_kernels = [torch.empty(0, device=device)], getattr(loss, "has_kernels", True)
@@ -201,14 +200,14 @@ def _engine_and_reason(loss: Callable[..., Tensor], device: str) -> tuple[str | 
 
 
 def _wrong(loss: Callable[..., Tensor], inputs: Callable, device: str) -> str | None:
-    """How the loss differs from its formula, in value and gradient, or the error that it raises."""
+    """Return how value or gradient differ from the formula's, or the error, or None."""
     for dtype, tolerance in TOLERANCES.items():
         try:
             got = _value_and_gradient(loss, inputs(device, dtype))
             with fastkd.backend("formula"):
                 true = [x.double() if x.is_floating_point() else x for x in inputs("cpu", dtype)]
                 expected = _value_and_gradient(loss, true)
-        except Exception as error:  # whatever it is, the other losses are to be examined too
+        except Exception as error:  # any, so that the other losses are still examined
             return f"{dtype}: {type(error).__name__}: {error}"
         for what, a, b in zip(("value", "gradient"), got, expected, strict=True):
             difference = ((a - b).abs().max() / b.abs().max()).item()

@@ -25,11 +25,11 @@ from sass import analyse
 from tile_work import work_of
 
 import fastkd
-from fastkd.kernels import device as launch_device
+from fastkd.kernels import device as of_device
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from workloads import FUSED as FUSED  # for those that count
+from workloads import FUSED as FUSED
 from workloads import Workload as Case
 
 RELATED = (40, 24)  # examples and features, of more than one tile
@@ -102,9 +102,9 @@ def scaled_down(case: Case, shape: tuple[int, ...], n: int = 2) -> tuple[tuple[i
     if not case.family.independent:
         return tuple(map(min, shape, RELATED)), contextlib.nullcontext()
     multiprocessors = DEVICES["sm_90"].multiprocessors * n // shape[0]
-    device = launch_device.Device(max(1, multiprocessors), False)
+    device = of_device.Device(max(1, multiprocessors), False)
     # what the launch sites ask for, wherever they have it from
-    return (n, *shape[1:]), mock.patch.object(launch_device, "Device", lambda *_: device)
+    return (n, *shape[1:]), mock.patch.object(of_device, "Device", lambda *_: device)
 
 
 def metered(
