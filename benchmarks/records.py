@@ -146,7 +146,7 @@ def _sources(loss: Any, problem: str | None, engine: str) -> str:
 
 
 def modules(problem: str, engine: str) -> list[Path]:
-    """Return the files of an engine: its module for the problem, and all that this imports of it."""
+    """Return the files of an engine: its module for the problem, and what this imports of it."""
     kernels = engine == "triton"
     found: set[Path] = set()
     waiting = [f"fastkd.kernels.{problem}.launch" if kernels else f"fastkd.portable.{problem}"]

@@ -107,6 +107,14 @@ def disagreement(found: Found, ours: Found, tolerance: float) -> str:
     return ""
 
 
+class Ready(NamedTuple):
+    """An implementation that has run and agrees."""
+
+    step: Step
+    seconds: float  # of a call
+    host_seconds: float  # of a call, until all is launched
+
+
 def measure(
     problem: Problem,
     losses: Mapping[str, Loss],
@@ -118,41 +126,39 @@ def measure(
     # another convention is off by more than rounding
     tolerance = 1e-3 if problem.dtype.itemsize > 2 else 0.2
     found: dict[str, Row] = {}
-    steps: dict[str, Step] = {}
-    once: dict[str, float] = {}
-    host: dict[str, float] = {}
+    ready: dict[str, Ready] = {}
     ours: Found | None = None
     with fastkd.backend("triton" if device.engine == "triton" else "auto"):
         for name, loss in losses.items():
-            step, entry = step_of(loss, inputs, problem.direction), found.setdefault(name, {})
+            step = step_of(loss, inputs, problem.direction)
             try:
                 began = time.perf_counter()
-                value, entry["peak_extra_bytes"] = device.first(name, step)
+                value, peak = device.first(name, step)
                 device.synchronise()
-                entry["first_call_seconds"] = figure(time.perf_counter() - began)
+                seconds = host = time.perf_counter() - began
+                found[name] = {"peak_extra_bytes": peak, "first_call_seconds": figure(seconds)}
                 result = Found(value, inputs[0].grad)
                 if ours and (note := disagreement(result, ours, tolerance)):
                     raise ValueError(note)
-                if name == "fastkd":
-                    ours = result
-                began = time.perf_counter()
-                if entry["first_call_seconds"] < 5 or name in device.compile_modes:
+                ours = result if name == "fastkd" else ours
+                # what takes long is not done once more, unless most of that was its compilation
+                if seconds < 5 or name in device.compile_modes:
+                    began = time.perf_counter()
                     step()
-                host[name] = time.perf_counter() - began
-                device.synchronise()
-                # what takes seconds is not done once more
-                once[name] = max(time.perf_counter() - began, 1e-6)
-                steps[name] = step
+                    host = time.perf_counter() - began
+                    device.synchronise()
+                    seconds = time.perf_counter() - began
+                ready[name] = Ready(step, seconds, host)
             except Exception as error:  # its entry says so, the others go on
                 found[name] = {"note": sentence(error)}
             for x in inputs:
                 x.grad = None
-        ours = None
-        batches: dict[str, list[Batch]] = {name: [] for name in steps}
-        rounds, calls = device.plan(once)
+        ours = result = None
+        batches: dict[str, list[Batch]] = {name: [] for name in ready}
+        rounds, calls = device.plan({name: x.seconds for name, x in ready.items()})
         for _ in range(rounds):
-            for name, step in steps.items():
-                batches[name].append(device.time(step, calls[name], size_of(inputs), host[name]))
+            for name, (step, _, host) in ready.items():
+                batches[name].append(device.time(step, calls[name], size_of(inputs), host))
     ours_by_round = [statistics.median(b.milliseconds) for b in batches.get("fastkd", [])]
     for name, of_name in batches.items():
         found[name] |= times(of_name, ours_by_round)
@@ -185,8 +191,9 @@ def times(batches: Sequence[Batch], ours: Sequence[float]) -> Row:
 
 
 def quartiles(numbers: Sequence[float]) -> list[float]:
-    low, _, high = statistics.quantiles([*numbers, *numbers[:1]][: max(2, len(numbers))], n=4,
-                                        method="inclusive")  # fmt: skip
+    low, _, high = statistics.quantiles(
+        numbers if len(numbers) > 1 else 2 * [*numbers], n=4, method="inclusive"
+    )
     return [figure(low), figure(high)]
 
 
