@@ -32,7 +32,7 @@ def upper(tiles: int) -> float:
 def squares(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
     side, depth = x["SIDE"], x["DEPTH"]
     programs = upper(grid[0])  # of each network
-    networks = [(x[f"{name}_width"], x[f"{name}_ptr"].dtype.itemsize) for name in NETWORKS]
+    networks = [(x[name].width, x[name].ptr.dtype.itemsize) for name in NETWORKS]
     trips = sum(programs * -(-width // depth) for width, _ in networks)
     moved = sum(size for _, size in networks) / 2 * 2 * side * depth
     return Work(side * side * depth, trips, 2 * programs, moved)
@@ -50,13 +50,13 @@ def distances(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
 
 def sum_splits(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
     programs, size = prod(grid), x["pairs_ptr"].dtype.itemsize
-    trips = programs * max(0, x["n_splits"] - 1) if x["TRAINED"] else 0
+    trips = programs * max(0, x["n_splits"] - 1) if x["NEEDS_GRAD"] else 0
     return Work(SIDE * SIDE, trips, programs, SIDE * SIDE * size)
 
 
 def laplacian(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
     rows, columns, programs = x["ROWS"], x["COLUMNS"], prod(grid)
-    moved = rows * x["slopes_ptr"].dtype.itemsize + columns * x["x_ptr"].dtype.itemsize
+    moved = rows * x["slopes_ptr"].dtype.itemsize + columns * x["x"].ptr.dtype.itemsize
     return Work(rows * columns, programs * x["n"], programs, moved)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -44,11 +45,14 @@ from fastkd.kernels.pairs.tiling import (
     tilings_of_two,
 )
 from fastkd.kernels.tiles import LN2, LOG2E
+from fastkd.problems.contrasts import cosines
 from fastkd.problems.pairs import (
     HEADROOM,
+    LINEAR,
     Pairs,
     SoftPairs,
     column_penalty,
+    means_over_classes,
     over_ranks,
     own_columns,
     penalty,
@@ -72,6 +76,59 @@ def value_and_gradients(
 
 
 def _solve_pairs(problem: Pairs, needs_grad: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
+    """Solve a problem whose positive logits are given, or similarities that tiles mask."""
+    if problem.classes is not None and problem.positive_logits is None:
+        problem = problem._replace(positive_logits=means_over_classes(problem))
+    if problem.form == "pairs":
+        return _solve_with_positives(problem, needs_grad)
+    if problem.positive_logits is None:
+        return _solve_with_positives(problem, needs_grad)
+    return _solve_negatives(problem, needs_grad)
+
+
+def _solve_with_positives(problem: Pairs, needs_grad: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
+    """Solve a problem with similarities s to the positive keys, which PyTorch differentiates."""
+    trained = problem.query, problem.key, problem.scale
+    query, key, scale = (
+        None if x is None else x.detach().requires_grad_(needed)
+        for x, needed in zip(trained, needs_grad[:3], strict=True)
+    )
+    with torch.enable_grad():
+        positives = _positive_similarities(problem._replace(query=query, key=key, scale=scale))
+    s, weights = positives.detach(), problem.weights.to(problem.query.dtype)
+    if problem.form == "pairs":
+        loss, gradients = _solve_negatives(problem, needs_grad)
+        odds = problem.positive_logits.to(s.dtype) - s
+        loss = loss + F.softplus(odds, threshold=LINEAR) @ weights
+        of_s = odds.sigmoid().mul_(weights).neg_()
+        of_logits = gradients[3]
+        if of_logits is not None:
+            of_logits = of_logits - of_s
+    else:
+        columns = None if problem.key_weights is None else s
+        given = problem._replace(positive_logits=s, key_positive_logits=columns)
+        loss, gradients = _solve_negatives(given, (*needs_grad[:3], any(needs_grad)))
+        of_s, of_logits = gradients[3], None
+    leaves = [x for x in (query, key, scale) if x is not None and x.requires_grad]
+    if not leaves:
+        return loss, (None, None, None, of_logits)
+    of_positives = iter(torch.autograd.grad(positives, leaves, of_s))
+    sums = [None if x is None else x.add_(next(of_positives)) for x in gradients[:3]]
+    return loss, (*sums, of_logits)
+
+
+def _positive_similarities(problem: Pairs) -> Tensor:
+    """Return the similarity of each query to its positive key, [n]."""
+    keys = problem.query if problem.key is None else problem.key
+    keys = keys[own_columns(problem)]
+    if problem.two_views:
+        keys = keys.roll(len(keys) // 2, 0)
+    x = problem.query
+    return (cosines(x, keys) if problem.normalize else (x * keys).sum(1)) * problem.scale
+
+
+def _solve_negatives(problem: Pairs, needs_grad: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
+    """Solve a problem with given positive logits; "pairs" without its term of positive keys."""
     query, key = problem.query, problem.key
     tiles = tiling(query, problem.half, query.dtype)
     if tiles is None or not query.numel() or not (key is None or key.numel()):
