@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import _backend
+from fastkd._loss import Loss
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,33 +100,30 @@ def _crops(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [*crops, teacher[0]]
 
 
-# every public loss, and the function that makes the inputs with which it is checked
-LOSSES: dict[Callable[..., Tensor], Callable[[str, torch.dtype], list[Tensor]]] = {
-    fastkd.forward_kl: _logits,
-    fastkd.reverse_kl: _logits,
-    fastkd.jensen_shannon: _logits,
-    fastkd.skew_kl: _logits,
-    fastkd.skew_reverse_kl: _logits,
-    fastkd.symmetric_kl: _logits,
-    fastkd.total_variation: _logits,
-    fastkd.soft_cross_entropy: _logits,
-    fastkd.logit_mse: _logits,
-    fastkd.kd: _logits_and_labels,
-    fastkd.rkd_distance: _embeddings,
-    fastkd.rkd_angle: _embeddings,
-    fastkd.rkd: _embeddings,
-    fastkd.similarity_preserving: _embeddings,
-    fastkd.pkt: _embeddings,
-    fastkd.correlation_congruence: _embeddings_of_one_width,
-    fastkd.dist_kd: _logits,
-    fastkd.info_nce: _embeddings_of_one_width,
-    fastkd.clip_contrastive: _pairs,
-    fastkd.siglip: _pairs,
-    fastkd.nt_xent: _embeddings_of_one_width,
-    fastkd.sup_con: _classes,
-    fastkd.similarity_kl: _embeddings,
-    fastkd.dino: _crops,
+Inputs = Callable[[str, torch.dtype], list[Tensor]]
+_BY_FIRST_PARAMETER: dict[str, Inputs] = {
+    "student_logits": _logits,
+    "student": _embeddings,
+    "query": _embeddings_of_one_width,
+    "view1": _embeddings_of_one_width,
+    "image": _pairs,
+    "features": _classes,
 }
+_BY_NAME: dict[str, Inputs] = {
+    "kd": _logits_and_labels,
+    "correlation_congruence": _embeddings_of_one_width,
+    "dino": _crops,
+}
+
+
+def _inputs_of(loss: Loss[..., Any]) -> Inputs:
+    first_parameter = next(iter(signature(loss).parameters))
+    return _BY_NAME.get(loss.__name__) or _BY_FIRST_PARAMETER[first_parameter]
+
+
+# every public loss, and the function that makes the inputs with which it is checked
+_PUBLIC = (getattr(fastkd, name) for name in fastkd.__all__)
+LOSSES: dict[Loss[..., Any], Inputs] = {x: _inputs_of(x) for x in _PUBLIC if hasattr(x, "formula")}
 # relative: bfloat16 gradients have 8 bits, and eager PyTorch itself errs by 2e-5 in float32
 TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 1e-2}
 
@@ -180,11 +179,9 @@ def _devices() -> dict[str, str]:
     return devices
 
 
-def _engine_and_reason(loss: Callable[..., Tensor], device: str) -> tuple[str | None, str]:
+def _engine_and_reason(loss: Loss[..., Any], device: str) -> tuple[str | None, str]:
     """Return the engine that computes the loss, or None, and why it is not a better one."""
-    if getattr(loss, "fused", True) is None:
-        return "formula", f"formula: {loss.__name__} is computed as it is defined, without engine"
-    tensors, has_kernels = [torch.empty(0, device=device)], getattr(loss, "has_kernels", True)
+    tensors, has_kernels = [torch.empty(0, device=device)], loss.has_kernels
     try:
         engine = _backend.choose(tensors, has_kernels)
     except RuntimeError as error:
@@ -199,7 +196,7 @@ def _engine_and_reason(loss: Callable[..., Tensor], device: str) -> tuple[str | 
     return engine, f"{engine}, not triton: {obstacle or 'Triton would only interpret the kernels'}"
 
 
-def _wrong(loss: Callable[..., Tensor], inputs: Callable, device: str) -> str | None:
+def _wrong(loss: Loss[..., Any], inputs: Inputs, device: str) -> str | None:
     """Return how value or gradient differ from the formula's, or the error, or None."""
     for dtype, tolerance in TOLERANCES.items():
         try:
@@ -216,7 +213,7 @@ def _wrong(loss: Callable[..., Tensor], inputs: Callable, device: str) -> str | 
     return None
 
 
-def _value_and_gradient(loss: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+def _value_and_gradient(loss: Loss[..., Any], tensors: list[Tensor]) -> list[Tensor]:
     student, *others = tensors
     value = loss(student.requires_grad_(), *others)
     (gradient,) = torch.autograd.grad(value, student)

@@ -151,7 +151,7 @@ def test_the_recipe_quotes_the_code_as_it_is(changed):
 @pytest.mark.full
 @pytest.mark.parametrize("selected", [
     ["tests/test_contracts.py", "-k", "squared_hellinger"],
-    ["tests/test_docs.py", "-k", "readme or squared_hellinger"],
+    ["tests/test_docs.py", "tests/test_doctor.py", "-k", "one_row or squared_hellinger or healthy"],
 ])  # fmt: skip
 def test_the_recipe_adds_a_loss_that_keeps_all_contracts(changed, selected):
     result = subprocess.run(
