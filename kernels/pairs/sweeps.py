@@ -125,7 +125,6 @@ def log_sums(
         row, is_first = (program + step * tl.num_programs(0)) * TILE.ROWS, step == 0
         if columns is not None:
             tl.debug_barrier()  # so that what the block before stored can be read
-        rows = row + tl.arange(0, TILE.ROWS)
         block = load_block(similarities, row, TILE)
         other_view = None
         if other_view_ptr is not None:
@@ -143,6 +142,7 @@ def log_sums(
             ),
             row, low, high, Mask(n, m, diagonal, columns is not None), _add_exponentials, TILE,
         )  # fmt: skip
+        rows = row + tl.arange(0, TILE.ROWS)
         tl.store(log_sums_ptr + split * n_padded + rows, sums.largest + tl.log2(sums.total))
         if values_ptr is not None:
             total = lift(tl.where(sums.total == 0, 1.0, sums.total), block.x.dtype)

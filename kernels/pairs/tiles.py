@@ -114,8 +114,8 @@ def mask_other_view(s, other_view, column, TILE):
 
     other_view: [ROWS], columns.
     """
-    columns = column + tl.arange(0, TILE.COLUMNS)
-    return tl.where(other_view[:, None] == columns[None, :], -INFINITY, s)
+    columns = column + tl.arange(0, TILE.COLUMNS)[None, :]
+    return tl.where(other_view[:, None] == columns, -INFINITY, s)
 
 
 @triton.jit
