@@ -41,7 +41,7 @@ class _Slopes(NamedTuple):
 def value_and_gradients(
     problem: Pairs, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Gradients] | None:
-    """Return the loss and its gradients, or None if this is no way to solve the problem."""
+    """Return the loss and its gradients; None if the chunks must solve the problem."""
     query, key, bank = problem.query, problem.key, problem.bank
     n_pairs = query.shape[0] * sum(
         x.shape[0] for x in (query if key is None else key, bank) if x is not None
@@ -49,7 +49,7 @@ def value_and_gradients(
     if not query.is_cpu or not 0 < n_pairs <= _chunks.most_elements(query, 1 << 22, 0):
         return None
     scale = problem.scale.item()
-    # a product with 0, or with what is no number, loses NaN and infinities
+    # a factor of 0 would hide NaN and infinities, because BLAS does not multiply by it
     if not scale or not math.isfinite(scale):
         return None
     normalize = problem.normalize
@@ -59,17 +59,18 @@ def value_and_gradients(
     slopes_of = _softplus_of_pairs if problem.form == "pairs" else _log_sum_exps
     if problem.classes is not None:
         slopes_of = _with_classes
-    found = slopes_of(problem, q, keys, scale, needs_grad)
-    if found is None or not math.isfinite(found.loss.item()):
+    slopes = slopes_of(problem, q, keys, scale, needs_grad)
+    if slopes is None or not math.isfinite(slopes.loss.item()):
         return None
-    loss, g, factors, of_logits = found
-    if factors is not None and g.shape[1] <= 2 * q.shape[1]:  # fewer numbers than both embeddings
+    loss, g, factors, of_logits = slopes
+    # the factors multiply G or both embeddings, whichever has fewer numbers
+    if factors is not None and g.shape[1] <= 2 * q.shape[1]:
         g.mul_(factors.unsqueeze(1))
         factors = None
     needs_query, needs_key, needs_scale, needs_logits = needs_grad
     in_query = in_key = in_scale = None
     if needs_query or needs_scale:
-        # with a factor of 0 the first tensor is not read
+        # the first tensor is not read, because beta is 0
         in_query = torch.addmm(q, g, keys, beta=0, alpha=scale)
         if factors is not None:
             in_query.mul_(factors.unsqueeze(1))
@@ -242,4 +243,4 @@ def _softplus_of_pairs(
             own.neg_()
         if needs_grad[3]:
             of_logits = e.sum(1).mul_(weights).neg_()
-    return _Slopes(loss, e, weights, of_logits)
+    return _Slopes(loss, e, weights if any(needs_grad) else None, of_logits)
