@@ -144,8 +144,8 @@ def same_examples(**tensors: Tensor) -> None:
         )
 
 
-def labels(labels: Tensor, student: Tensor, ignore_index: int) -> bool:
-    """Class indices (...), one for each row of logits (..., V); True if known not to be ignored."""
+def labels(labels: Tensor, student: Tensor, ignore_index: int) -> None:
+    """Raise an error unless the labels are class indices (...), one for each row of logits."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be a tensor of class indices (torch.int64), got {got}")
@@ -155,9 +155,9 @@ def labels(labels: Tensor, student: Tensor, ignore_index: int) -> bool:
             f"of shape {_shape(student)}, got {_shape(labels)}"
         )
     same_device(student_logits=student, labels=labels)
-    # on a GPU this look at the values would wait for it; there a wrong class gives a NaN loss
+    # on a GPU this look at the values would be a host sync; there a wrong class gives a NaN loss
     if not _has_values_at_hand(labels) or not labels.numel():
-        return False
+        return
     n_classes, labels = student.shape[-1], labels.long()  # a narrow type holds no large n_classes
     lowest, highest = (x.item() for x in labels.aminmax())
     if lowest < 0 or highest >= n_classes:
@@ -167,8 +167,13 @@ def labels(labels: Tensor, student: Tensor, ignore_index: int) -> bool:
                 f"labels must lie in [0, {n_classes}) or be ignore_index={ignore_index}, "
                 f"got {labels[wrong][0].item()}"
             )
+
+
+def all_labelled(labels: Tensor, ignore_index: int) -> bool:
+    """Return whether it is known, without a host sync, that no label is to be ignored."""
+    if ignore_index >= 0 or not _has_values_at_hand(labels) or not labels.numel():
         return False
-    return not 0 <= ignore_index < n_classes
+    return labels.min().item() >= 0
 
 
 def weights(weights: Tensor, examples: torch.Size, device: torch.device) -> None:
@@ -220,7 +225,7 @@ def temperature(value: Any, name: str = "temperature") -> None:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
-def fraction(**option: float) -> None:
+def fraction(**option: Any) -> None:
     for name, value in option.items():
         if not _is_tensor(name, value) and not _ordered(0, value, 1):
             raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")

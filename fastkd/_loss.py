@@ -226,8 +226,12 @@ def _sum_of_terms(
     return_parts: bool,
 ) -> Any:
     """Return Σ factor · reduced term and, if asked for, the terms without their factors."""
-    parts, summands = [], []
-    for factor, losses, mask in terms:
+    if not return_parts and all(term.row_mask is None for term in terms):
+        # one reduction of the sum, since all terms have the same divisor
+        losses = _weighted_sum([(term.factor, term.losses) for term in terms])
+        return reduce(losses, weights, normalizer, reduction)
+    parts = []
+    for _, losses, mask in terms:
         if mask is None:
             part = reduce(losses, weights, normalizer, reduction)
         elif weights is not None:
@@ -236,9 +240,18 @@ def _sum_of_terms(
             divisor = mask.sum() if normalizer is None else normalizer
             part = reduce(losses, None, divisor, reduction)
         parts.append(part)
+    total = _weighted_sum([(term.factor, part) for term, part in zip(terms, parts, strict=True)])
+    return (total, *parts) if return_parts else total
+
+
+def _weighted_sum(summands: Sequence[tuple[Number, Tensor]]) -> Tensor:
+    """Return Σ factor · x without the x of factor 0, which count for nothing even if infinite."""
+    total = None
+    for factor, x in summands:
         is_known = not isinstance(factor, Tensor)
         if is_known and factor == 0:
-            continue  # an infinite term of factor 0 counts for nothing
-        summands.append(part if is_known and factor == 1 else factor * part)
-    total = functools.reduce(torch.add, summands)
-    return (total, *parts) if return_parts else total
+            continue
+        term = x if is_known and factor == 1 else factor * x
+        total = term if total is None else total + term
+    assert total is not None, "the factors of a loss add up to 1"
+    return total

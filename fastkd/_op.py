@@ -45,6 +45,8 @@ _SCHEMA = {
     int: "int",
     bool: "bool",
 }
+# what an engine computes with at once; fake tensors, DTensors and symbolic numbers are traced
+_PLAIN = {Tensor, torch.nn.Parameter, float, int, bool, str, type(None)}
 _SECOND_ORDER = (
     "{} is not implemented by fastkd's engines, their gradient is a constant of the graph. Put "
     '`with fastkd.backend("formula"):` around the loss to differentiate its definition instead.'
@@ -142,12 +144,12 @@ class Op:
     # --------------------------------------------------------------- what autograd functions call
 
     def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """Return the losses and what the backward wants, in one tuple."""
+        """Return the losses and what the backward wants, None in place of what is not there."""
         if _is_traced(arguments):
             return self.opaque_forward(*self._numbers_as_tensors(arguments))
         return self._solve(arguments, self._needs_grad(arguments))
 
-    def backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def backward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients from the upstream ones, what the forward saved and its arguments."""
         start = len(arguments) - self.n_arguments
         upstream, saved = arguments[: self.n_losses], arguments[self.n_losses : start]
@@ -168,7 +170,7 @@ class Op:
             losses, saved = engine.forward(problem, needs_grad)
             return *losses, *saved
         loss, gradients = engine.value_and_gradients(problem, needs_grad)
-        return loss, *(loss.new_empty(0) if x is None else x for x in gradients)
+        return loss, *gradients
 
     def _differentiate(
         self, upstream: Sequence[Any], saved: Sequence[Any], arguments: Sequence[Any]
@@ -214,7 +216,7 @@ class Op:
             needs_grad = (False,) * len(self.trained)
         # autocast is off where an eager loss is solved, but may be on in a compiled graph
         with torch.no_grad(), without_autocast(arguments[self.trained[0]].device):
-            return self._solve(arguments, needs_grad)
+            return self._without_none(arguments, self._solve(arguments, needs_grad))
 
     def _run_backward(self, *traced: Any) -> Any:
         arguments, start = _detached(traced), len(traced) - self.n_arguments
@@ -222,6 +224,14 @@ class Op:
         with torch.no_grad():
             found = self._differentiate(upstream, saved, arguments[start:])
         return found if len(found) > 1 else found[0]
+
+    def _without_none(self, arguments: Sequence[Any], outputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Return the outputs of a solution with an empty tensor for each that is not there."""
+        examples = arguments[self.trained[0]].shape[:-1] if self.per_example else ()
+        return tuple(
+            outputs[0].new_empty((*examples, 0) if i < self.n_losses else 0) if x is None else x
+            for i, x in enumerate(outputs)
+        )
 
     def _fake(self, *arguments: Any) -> tuple[Tensor, ...]:
         problem, engine = self._problem(arguments)
@@ -274,9 +284,9 @@ def _contiguous_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _scaled(gradient: Tensor, upstream: Tensor, field: Tensor | None) -> Tensor:
-    """Return upstream · gradient in the dtype of the field; `gradient` where there is none."""
-    if field is None or not gradient.numel():
+def _scaled(gradient: Tensor | None, upstream: Tensor, field: Tensor | None) -> Tensor | None:
+    """Return upstream · gradient in the dtype of the field; `gradient` if it is not there."""
+    if field is None or gradient is None or not gradient.numel():
         return gradient
     if upstream.ndim:
         upstream = upstream[(..., *[None] * (gradient.ndim - upstream.ndim))]
@@ -288,12 +298,7 @@ def _scaled(gradient: Tensor, upstream: Tensor, field: Tensor | None) -> Tensor:
 
 def _is_traced(arguments: Sequence[Any]) -> bool:
     """Return whether the op must be opaque: chunk loops are not traced, fake data not computed."""
-    if torch.compiler.is_compiling():
-        return True
-    for x in arguments:
-        if isinstance(x, Tensor) and type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-            return True
-    return False
+    return torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, arguments))
 
 
 def _refuse_batches(upstream: Sequence[Tensor | None]) -> None:
@@ -320,13 +325,15 @@ class _FirstOrder(torch.autograd.Function):
 
 def _keep(ctx: Any, op: Op, arguments: Sequence[Any], saved: Sequence[Tensor]) -> None:
     """Save for the backward what the forward made, the tensors that it needs, and the rest."""
-    fields = [arguments[i] for i in op.saved_fields]
-    # an inference tensor, often a teacher's logits, cannot be saved: the context keeps it
-    ctx.kept = [x if is_inference(x) else None for x in fields]
-    fields = [x if kept is None else None for x, kept in zip(fields, ctx.kept, strict=True)]
+    rest, fields = [*arguments], []
+    for i in op.saved_fields:
+        # an inference tensor, often a teacher's logits, cannot be saved: the context keeps it
+        if not is_inference(arguments[i]):
+            rest[i] = None
+        fields.append(arguments[i] if rest[i] is None else None)
     ctx.save_for_backward(*saved, *fields)
     ctx.set_materialize_grads(False)
-    ctx.arguments = [None if i in op.saved_fields else x for i, x in enumerate(arguments)]
+    ctx.rest = rest
 
 
 def _gradients(ctx: Any, op: Op, gradient_node: Any, upstream: Sequence[Any]) -> Any:
@@ -334,9 +341,10 @@ def _gradients(ctx: Any, op: Op, gradient_node: Any, upstream: Sequence[Any]) ->
     tensors = ctx.saved_tensors
     n_saved = len(tensors) - len(op.saved_fields)
     saved, fields = tensors[:n_saved], tensors[n_saved:]
-    arguments, gradients = [*ctx.arguments], [None] * op.n_arguments
-    for i, x, kept in zip(op.saved_fields, fields, ctx.kept, strict=True):
-        arguments[i] = x if kept is None else kept
+    arguments, gradients = [*ctx.rest], [None] * op.n_arguments
+    for i, x in zip(op.saved_fields, fields, strict=True):
+        if x is not None:
+            arguments[i] = x
     # the compiler fills in zeros even for a loss of no elements
     upstream = [
         None if field is not None and arguments[field] is None else x
@@ -366,7 +374,7 @@ def _differentiable(name: str) -> tuple[type[torch.autograd.Function], ...]:
 
     class Gradient(_FirstOrder):
         @staticmethod
-        def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
             return _ops[name].backward(*arguments)
 
         @staticmethod
@@ -395,7 +403,8 @@ def _differentiable(name: str) -> tuple[type[torch.autograd.Function], ...]:
     class Traced(torch.autograd.Function):
         @staticmethod
         def forward(*arguments: Any) -> tuple[Tensor, ...]:
-            return _ops[name].forward(*arguments)
+            op = _ops[name]
+            return op._without_none(arguments, op.forward(*arguments))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.language import constexpr
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -50,7 +51,7 @@ class Launch:
     name: str
     device: Device
     grid: tuple[int, int, int]
-    args: dict[str, Any]  # by parameter name: a Tensor, or the value
+    args: dict[str, Any]  # by parameter name: a Tensor, the value, or a NamedTuple of both
     kernel: Any  # triton's CompiledKernel
 
     @property
@@ -152,4 +153,7 @@ def capture(target: str = "sm_90"):
 def describe(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return Tensor(tuple(value.shape), value.stride(), value.dtype)
-    return value
+    if isinstance(value, tuple):
+        members = map(describe, value)
+        return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
+    return value.value if isinstance(value, constexpr) else value

@@ -2,7 +2,8 @@
 
     with Meter() as meter:            under TRITON_INTERPRET=1
         operation(...)
-    meter.launches[0].arguments["student_ptr"].loaded     bytes, every time they are asked for
+    meter.launches[0].arguments["labels_ptr"].loaded      bytes, every time they are asked for
+    meter.launches[0].arguments["student.ptr"].loaded     the same of a field of a NamedTuple
     meter.traffic, meter.floor        bytes asked for; bytes if each were moved once per launch
     assert not meter.races            accesses whose result depends on the order of programs
 
@@ -16,6 +17,7 @@ and the order of atomics are not seen; temporaries inside one ATen operation are
 
 import weakref
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from unittest import mock
@@ -104,6 +106,15 @@ class Memory:
         launch.races += Counter({f"{launch.name} {what}": int(n) for what, n in found.items()})
 
 
+def members(arguments: dict) -> Iterator[tuple[str, object]]:
+    """Yield the arguments of a kernel and, instead of a named tuple, the members: "x.ptr"."""
+    for name, value in arguments.items():
+        if hasattr(value, "_asdict"):
+            yield from members({f"{name}.{field}": x for field, x in value._asdict().items()})
+        else:
+            yield name, value
+
+
 class Watched:
     """Triton's four functions that touch memory, each reported before it runs."""
 
@@ -172,7 +183,8 @@ class Meter:
 
     def _begin(self, executor, args, kwargs):
         storages: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-        for name, value in {**dict(zip(executor.arg_names, args, strict=False)), **kwargs}.items():
+        arguments = {**dict(zip(executor.arg_names, args, strict=False)), **kwargs}
+        for name, value in members(arguments):
             if not isinstance(value, torch.Tensor):
                 value = getattr(value, "base", None)  # of a tensor descriptor
             if value is not None and value.untyped_storage().nbytes():

@@ -1,13 +1,24 @@
-"""torch.compile: one graph forward and backward, whatever varies from step to step."""
+"""torch.compile: nothing is compiled anew where only numbers and sizes vary from step to step."""
 
 from functools import partial
 
 import pytest
 import torch
+from cases import DEVICE, named
+from choice import full, quick_if
 from exactness import assert_same, results
-from losses import DEVICE, LOSSES, each_loss
 
-a_few = pytest.mark.parametrize("case", [LOSSES[0], LOSSES[2], LOSSES[-1]], ids=str)
+import fastkd
+
+FORWARD_KL, JSD, KD, SKEW, RKD, DIST, NCE, CLIP, SIGLIP, NT_XENT, SUP_CON, SOFT = named(
+    "forward_kl-temperature=4.0", "jensen_shannon-temperature=2.0-beta=0.1",
+    "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "skew_kl-temperature=2.0-skew=0.1",
+    "rkd", "dist_kd", "info_nce", "clip_contrastive-logit_scale=5.0",
+    "siglip-logit_scale=5.0-logit_bias=-2.0", "nt_xent", "sup_con", "similarity_kl",
+)  # fmt: skip
+THREE = [FORWARD_KL, JSD, KD]
+each_of_three = pytest.mark.parametrize("case", THREE, ids=str)
+quick = quick_if(lambda case, engine: engine == "portable" and case not in THREE[:2])
 
 
 @pytest.fixture(autouse=True)
@@ -28,20 +39,8 @@ class Counting:
         return torch._dynamo.backends.debugging.aot_eager(graph, example_inputs)
 
 
-@each_loss
-def test_one_graph_with_the_same_results(case, engine):
-    inputs = case.inputs((3,), 17)
-    counting = Counting()
-    compiled = torch.compile(
-        lambda x, *xs: case(x * 1, *xs) * 1.5, backend=counting, fullgraph=True
-    )
-    expected = results(lambda *xs: case(*xs) * 1.5, inputs)
-    assert_same(results(compiled, inputs), expected)
-    assert counting.graphs == 1
-
-
 def graphs_of_steps(case, steps, dynamic=None):
-    """How many graphs were compiled until each step; the results of all are those of eager mode."""
+    """Return how many graphs were compiled until each step, all of which equal eager mode's."""
     counting, counts = Counting(), []
     compiled = torch.compile(case, backend=counting, fullgraph=True, dynamic=dynamic)
     for inputs, options in steps:
@@ -51,7 +50,8 @@ def graphs_of_steps(case, steps, dynamic=None):
     return counts
 
 
-@a_few
+@pytest.mark.parametrize("case", [*THREE, RKD, DIST], ids=str)
+@quick
 def test_a_new_batch_size_compiles_nothing(case, engine):
     steps = [(case.inputs((n_rows,), 17), {}) for n_rows in (5, 6, 9, 33)]
     counts = graphs_of_steps(case, steps, dynamic=True)
@@ -59,76 +59,79 @@ def test_a_new_batch_size_compiles_nothing(case, engine):
 
 
 @pytest.mark.parametrize(
-    "case, option",
+    "case, options",
     [
-        (LOSSES[0], "temperature"),
-        (LOSSES[-1], "temperature"),
-        (LOSSES[-1], "alpha"),
-        (LOSSES[2], "beta"),
-        (LOSSES[3], "skew"),
+        (FORWARD_KL, ["temperature"]),
+        (KD, ["temperature"]),
+        (KD, ["alpha"]),
+        (JSD, ["beta"]),
+        (SKEW, ["skew"]),
+        (RKD, ["distance_weight", "smooth_l1_beta"]),
+        (DIST, ["beta"]),
+        (NCE, ["temperature", "negative_weight", "margin"]),
+        (CLIP, ["logit_scale"]),
+        (SIGLIP, ["logit_scale", "logit_bias"]),
+        (NT_XENT, ["temperature"]),
+        (SUP_CON, ["temperature"]),
+        (SOFT, ["student_temperature"]),
     ],
     ids=str,
 )
-def test_a_new_number_compiles_nothing(case, option, engine):
+@quick
+def test_a_new_number_compiles_nothing(case, options, engine):
     """Schedules change it at every step. The first is a constant, the second makes it vary."""
-    inputs = case.inputs((3,), 17)
-    counts = graphs_of_steps(case, [(inputs, {option: x}) for x in (0.15, 0.2, 0.3, 0.45)])
+    inputs = case.inputs((9,), 7)
+    steps = [(inputs, dict.fromkeys(options, x)) for x in (0.15, 0.2, 0.3, 0.45)]
+    counts = graphs_of_steps(case, steps)
     assert counts[1:] == counts[1:2] * 3
 
 
-@a_few
-def test_a_new_temperature_in_a_tensor_compiles_nothing(case, engine):
-    temperatures = (torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in (1.5, 2.0, 3.0))
-    inputs = case.inputs((3,), 17)
-    counts = graphs_of_steps(case, [(inputs, dict(temperature=x)) for x in temperatures])
-    assert counts == counts[:1] * 3
-
-
-@a_few
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bool], ids=str)
-def test_weights_and_the_mean(case, dtype, engine):
+@each_of_three
+@quick
+def test_numbers_in_tensors_and_weights(case, engine):
     inputs = case.inputs((4,), 17)
-    weights = torch.tensor([1.0, 0.0, 0.5, 2.0], device=DEVICE).to(dtype)
-    options = [dict(weights=weights), dict(weights=weights, normalizer=weights.sum())]
-    graphs_of_steps(case, [(inputs, dict(reduction="mean", **given)) for given in options])
+    numbers = (torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in (1.5, 2.0, 3.0))
+    counts = graphs_of_steps(case, [(inputs, dict(temperature=x)) for x in numbers])
+    assert counts == counts[:1] * 3
+    for dtype in (torch.float64, torch.bool):
+        weights = torch.tensor([1.0, 0.0, 0.5, 2.0], device=DEVICE).to(dtype)
+        options = [dict(weights=weights), dict(weights=weights, normalizer=weights.sum())]
+        graphs_of_steps(case, [(inputs, dict(reduction="mean", **given)) for given in options])
 
 
-@a_few
-def test_evaluation(case, engine):
+@each_of_three
+@quick
+def test_evaluation_and_export(case, engine):
     inputs = case.inputs((3,), 17)
     compiled = torch.compile(case, backend=Counting(), fullgraph=True)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert_same([compiled(*inputs)], [case(*inputs)])
-    constants = [x.detach() for x in inputs]
+    constants = tuple(x.detach() for x in inputs)
     assert_same([compiled(*constants)], [case(*constants)])
 
-
-def test_inductor(engine):
-    """Generated code around the op; two hidden layers fuse as they would without it."""
-    case = LOSSES[0]
-    inputs = case.inputs((3,), 17, torch.float32)
-    compiled = torch.compile(lambda x, y: case(x.sin(), y.cos()), fullgraph=True)
-    expected = results(lambda x, y: case(x.sin(), y.cos()), inputs)
-    assert_same(results(compiled, inputs), expected, tolerance=1e-5)
-
-
-@a_few
-def test_autocast_in_a_compiled_graph(case, engine):
-    """There autocast is off inside the op, in eager mode it is on: the engines switch it off."""
-    inputs = case.inputs((3,), 17, torch.float32)
-    compiled = torch.compile(case, backend=Counting(), fullgraph=True)
-    expected = results(case, inputs)
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        assert_same(results(compiled, inputs), expected, tolerance=1e-6)
-
-
-@a_few
-def test_export(case, engine):
     class Training(torch.nn.Module):
         def forward(self, *inputs):
             return case(*inputs)
 
-    inputs = tuple(x.detach() for x in case.inputs((3,), 17))
-    exported = torch.export.export(Training(), inputs)
-    assert_same([exported.module()(*inputs)], [case(*inputs)])
+    exported = torch.export.export(Training(), constants)
+    assert_same([exported.module()(*constants)], [case(*constants)])
+
+
+@full
+def test_inductor(engine):
+    """Code is generated around the op; two hidden layers fuse as they would without it."""
+    inputs = FORWARD_KL.inputs((3,), 17, torch.float32)
+
+    def between_layers(x, y):
+        return FORWARD_KL(x.sin(), y.cos())
+
+    compiled = torch.compile(between_layers, fullgraph=True)
+    assert_same(results(compiled, inputs), results(between_layers, inputs), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("module", [fastkd.SkewKLLoss, pytest.param(fastkd.KDLoss, marks=full)])
+def test_modules_compile_without_a_break(module):
+    loss, inputs = module(temperature=2.0), (KD if module is fastkd.KDLoss else JSD).inputs((3,), 7)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_same(results(compiled, inputs), results(loss, inputs))

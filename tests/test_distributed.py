@@ -5,48 +5,31 @@ import itertools
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from data_parallel import (
-    ENGINES,
-    FAMILIES,
-    LOSSES,
-    PARTS,
-    WEIGHTS,
-    WORLD,
-    batch,
-    network,
-    related_batch,
-    train_half,
-    train_part,
-)
+from choice import full
+from data_parallel import ENGINES, LOSSES, PARTS, batch, network, train_part
 from exactness import assert_same
 
 import fastkd
 
-
-def test_ranks_train_as_one_process(tmp_path):
-    multiprocessing.spawn(train_half, (str(tmp_path),), nprocs=WORLD)
-    expected = []
-    for loss in LOSSES:
-        model = network()
-        features, teacher, labels = batch()
-        loss(model(features), teacher, labels, WEIGHTS).backward()
-        expected.append(model.weight.grad)
-    assert_same(torch.load(tmp_path / "gradients.pt"), expected)
+N_OF_ROWS = 2  # losses of rows, whose value is the share of a rank
+# one world for `make test`: a part of each size, and the engines that need no interpreter
+WORLDS = [(3, ENGINES[:2]), *(pytest.param(n, ENGINES, marks=full) for n in PARTS)]
 
 
-@pytest.mark.parametrize("world", PARTS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_batches_between_ranks(family, world, tmp_path):
+@pytest.mark.parametrize("world, engines", WORLDS)
+def test_ranks_train_as_one_process(world, engines, tmp_path):
     """Every rank gets the loss of the whole batch, and DDP's average is the whole gradient."""
-    arguments = PARTS[world], str(tmp_path), family
-    multiprocessing.spawn(train_part, arguments, nprocs=world)
-    expected = []
-    for loss_of_part, _ in itertools.product(FAMILIES[family], ENGINES):
+    multiprocessing.spawn(train_part, (PARTS[world], str(tmp_path), engines), nprocs=world)
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    for i, (loss_of_part, _) in enumerate(itertools.product(LOSSES, engines)):
         model = network()
         with fastkd.backend("formula"):
-            loss = loss_of_part(model, *related_batch(), 0)
+            loss = loss_of_part(model, *batch(), 0)
         loss.backward()
-        expected.append((loss.detach(), model.weight.grad))
-    for rank in range(world):
-        for found, true in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
-            assert_same(found, true)
+        values, gradients = zip(*(found[i] for found in of_ranks), strict=True)
+        if i < N_OF_ROWS * len(engines):
+            values = [torch.stack(values).mean()]
+        for value in values:
+            assert_same([value], [loss])
+        for gradient in gradients:
+            assert_same([gradient], [model.weight.grad])

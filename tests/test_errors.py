@@ -1,10 +1,16 @@
 """Every error says what was got, what is needed and what to do."""
 
+from functools import partial
+
 import pytest
 import torch
-from losses import DEVICE, each_loss, logits
+from cases import DEVICE, LOSSES, logits
 
 import fastkd
+
+ROWS = [case for case in LOSSES if case.per_example]
+each_loss = pytest.mark.parametrize("case", ROWS, ids=str)
+FEATURES = [c for c in LOSSES if c.problem in ("relations", "gram") and c.name != "dist_kd"]
 
 
 @pytest.fixture
@@ -14,35 +20,56 @@ def inputs():
 
 
 def says(error, *sentences):
-    """The error, whose message holds all of them."""
-    return pytest.raises(error, match="".join(f"(?=.*{sentence})" for sentence in sentences))
+    """Expect the error, with a message that holds all of them."""
+    return pytest.raises(error, match="(?s)" + "".join(f"(?=.*{x})" for x in sentences))
 
 
 @each_loss
-def test_logits_of_two_shapes(case):
-    student, teacher, *labels = case.inputs((4,), 7)
+def test_logits(case):
+    inputs = case.inputs((4,), 7)
+    student, teacher, *labels = inputs
     with says(ValueError, r"\[4, 7\] and \[4, 6\]", "need one shape", "cut both to the vocabulary"):
         case(student, teacher[:, :6], *labels)
     with says(ValueError, r"\[4, 7\] and \[3, 7\]", "align the positions"):
         case(student, teacher[:3], *labels)
+    for place, name in enumerate(("student_logits", "teacher_logits")):
+        wrong = partial(lambda place, x: case(*inputs[:place], x, *inputs[place + 1 :]), place)
+        with says(TypeError, f"{name} must be a tensor", "got list"):
+            wrong([[0.0] * 7] * 4)
+        with says(TypeError, f"{name} must hold floating-point", "got torch.int64", "labels"):
+            wrong(torch.zeros(4, 7, dtype=torch.int64, device=DEVICE))
+        for shape in ((), (4, 0)):
+            with says(ValueError, rf"{name} needs the shape \(..., V\)", rf"\{[*shape]}"):
+                wrong(torch.zeros(shape, device=DEVICE))
+    for temperature in (0, -1.0, float("inf"), float("nan"), "warm"):
+        with says(
+            ValueError, "temperature must be a finite number above 0", f"got {temperature!r}"
+        ):
+            case(*inputs, temperature=temperature)
+    with pytest.raises(TypeError, match="teacher_logits"):
+        case.loss(student)
+    with pytest.raises(TypeError):
+        case.loss(*inputs, student)
 
 
 @each_loss
-@pytest.mark.parametrize("place, name", [(0, "student_logits"), (1, "teacher_logits")])
-def test_what_are_no_logits(case, place, name):
-    inputs = case.inputs((4,), 7)
-
-    def with_wrong(value):
-        return case(*inputs[:place], value, *inputs[place + 1 :])
-
-    with says(TypeError, f"{name} must be a tensor", "got list"):
-        with_wrong([[0.0] * 7] * 4)
-    with says(TypeError, f"{name} must hold floating-point", "got torch.int64", "labels"):
-        with_wrong(torch.zeros(4, 7, dtype=torch.int64, device=DEVICE))
-    with says(ValueError, rf"{name} needs the shape \(..., V\)", r"got \[\]"):
-        with_wrong(torch.tensor(0.0, device=DEVICE))
-    with says(ValueError, rf"{name} needs the shape \(..., V\)", r"got \[4, 0\]"):
-        with_wrong(torch.zeros(4, 0, device=DEVICE))
+def test_weights_reduction_and_normalizer(case):
+    inputs = case.inputs((2, 2), 7)
+    with says(ValueError, 'reduction must be "mean", "sum" or "none", got \'batchmean\''):
+        case(*inputs, reduction="batchmean")
+    for reduction in ("sum", "none"):
+        with says(ValueError, "normalizer replaces the divisor", f"got reduction='{reduction}'"):
+            case(*inputs, reduction=reduction, normalizer=3)
+    with says(ValueError, "a number or a 0-dim tensor", r"got \[1\]"):
+        case(*inputs, reduction="mean", normalizer=torch.ones(1, device=DEVICE))
+    for shape in ((4,), (2, 2, 1)):
+        sentence = "one real number or bool for each example"
+        with says(ValueError, sentence, r"\[2, 2\]", rf"\{[*shape]}"):
+            case(*inputs, weights=torch.ones(shape, device=DEVICE))
+    with says(ValueError, "one real number", "complex64"):
+        case(*inputs, weights=torch.ones(2, 2, dtype=torch.complex64, device=DEVICE))
+    with says(TypeError, "weights must be a tensor, got list"):
+        case(*inputs, weights=[[1.0, 1.0], [1.0, 1.0]])
 
 
 def test_two_devices(inputs):
@@ -54,13 +81,6 @@ def test_two_devices(inputs):
         fastkd.kd(student, teacher, labels.to(meta))
     with says(ValueError, "weights are on meta", f"the losses on {DEVICE}", "move them"):
         fastkd.forward_kl(student, teacher, weights=torch.ones(4, device=meta))
-
-
-@each_loss
-@pytest.mark.parametrize("temperature", [0, -1.0, float("inf"), float("nan"), "warm"])
-def test_temperature(case, temperature):
-    with says(ValueError, "temperature must be a finite number above 0", f"got {temperature!r}"):
-        case(*case.inputs((4,), 7), temperature=temperature)
 
 
 def test_temperature_as_a_tensor(inputs):
@@ -80,17 +100,18 @@ def test_fractions(value, inputs):
         (fastkd.skew_kl, "skew"),
         (fastkd.skew_reverse_kl, "skew"),
         (fastkd.symmetric_kl, "weight"),
+        (partial(fastkd.kd, labels=labels), "alpha"),
+        (partial(fastkd.kd, labels=labels, divergence="jensen_shannon"), "beta"),
     ):
         with says(ValueError, rf"{option} must be a number in \[0, 1\], got {value!r}"):
             loss(student, teacher, **{option: value})
-    with says(ValueError, rf"alpha must be a number in \[0, 1\], got {value!r}"):
-        fastkd.kd(student, teacher, labels, alpha=value)
-    with says(ValueError, rf"beta must be a number in \[0, 1\], got {value!r}"):
-        fastkd.kd(student, teacher, labels, divergence="jensen_shannon", beta=value)
 
 
-def test_unknown_options(inputs):
+def test_tensors_by_name_and_options_that_do_not_exist(inputs):
     student, teacher, labels = inputs
+    both = dict(teacher_logits=teacher, student_logits=student)
+    assert fastkd.forward_kl(**both) == fastkd.forward_kl(student, teacher)
+    assert fastkd.kd(labels=labels, **both) == fastkd.kd(student, teacher, labels)
     with says(TypeError, "forward_kl has no option 'tau'", "its options are temperature, scale_t2"):
         fastkd.forward_kl(student, teacher, tau=2.0)
     with says(TypeError, "reverse_kl has no option 'beta'"):
@@ -99,57 +120,20 @@ def test_unknown_options(inputs):
         fastkd.kd(student, teacher, labels, tau=2.0)
     with says(ValueError, "divergence must be one of forward_kl, reverse_kl", "got 'kl'"):
         fastkd.kd(student, teacher, labels, divergence="kl")
-
-
-@each_loss
-def test_missing_and_superfluous_tensors(case):
-    inputs = case.inputs((4,), 7)
-    with pytest.raises(TypeError, match="teacher_logits"):
-        case.loss(inputs[0])
-    with pytest.raises(TypeError):
-        case.loss(*inputs, inputs[0])
-
-
-def test_tensors_by_name(inputs):
-    student, teacher, labels = inputs
-    both = dict(teacher_logits=teacher, student_logits=student)
-    assert fastkd.forward_kl(**both) == fastkd.forward_kl(student, teacher)
-    assert fastkd.kd(labels=labels, **both) == fastkd.kd(student, teacher, labels)
-
-
-@each_loss
-def test_reduction_and_normalizer(case):
-    inputs = case.inputs((4,), 7)
-    with says(ValueError, 'reduction must be "mean", "sum" or "none", got \'batchmean\''):
-        case(*inputs, reduction="batchmean")
-    for reduction in ("sum", "none"):
-        with says(ValueError, "normalizer replaces the divisor", f"got reduction='{reduction}'"):
-            case(*inputs, reduction=reduction, normalizer=3)
-    with says(ValueError, "a number or a 0-dim tensor", r"got \[1\]"):
-        case(*inputs, reduction="mean", normalizer=torch.ones(1, device=DEVICE))
-
-
-@each_loss
-def test_weights(case):
-    inputs = case.inputs((2, 2), 7)
-    for weights in (torch.ones(4, device=DEVICE), torch.ones(2, 2, 1, device=DEVICE)):
-        shape = str([*weights.shape]).replace("[", r"\[").replace("]", r"\]")
-        with says(ValueError, "one real number or bool for each example", r"\[2, 2\]", shape):
-            case(*inputs, weights=weights)
-    with says(ValueError, "one real number", "complex64"):
-        case(*inputs, weights=torch.ones(2, 2, dtype=torch.complex64, device=DEVICE))
-    with says(TypeError, "weights must be a tensor, got list"):
-        case(*inputs, weights=[[1.0, 1.0], [1.0, 1.0]])
+    for loss, n in ((fastkd.forward_kl, 2), (fastkd.info_nce, 3)):
+        with pytest.raises(TypeError, match="too many positional arguments"):
+            loss(*torch.ones(n, 4, 3, device=DEVICE), 2.0)
 
 
 def test_labels(inputs):
     student, teacher, labels = inputs
-    with says(TypeError, "class indices", "got torch.float32"):
-        fastkd.kd(student, teacher, labels.float())
-    with says(TypeError, "class indices", "got torch.bool"):
-        fastkd.kd(student, teacher, labels > 0)
-    with says(TypeError, "class indices", "got list"):
-        fastkd.kd(student, teacher, [0, 6, 2, -100])
+    for wrong, got in (
+        (labels.float(), "torch.float32"),
+        (labels > 0, "torch.bool"),
+        ([0], "list"),
+    ):
+        with says(TypeError, "class indices", f"got {got}"):
+            fastkd.kd(student, teacher, wrong)
     with says(ValueError, r"one class for each row: the shape \[4\]", r"got \[4, 1\]"):
         fastkd.kd(student, teacher, labels.unsqueeze(1))
 
@@ -168,7 +152,136 @@ def test_backend():
         fastkd.backend("cuda")
 
 
-@pytest.mark.parametrize("loss, n", [(fastkd.forward_kl, 2), (fastkd.info_nce, 3)])
-def test_an_option_by_its_place(loss, n):
-    with pytest.raises(TypeError, match="too many positional arguments"):
-        loss(*torch.ones(n, 4, 3, device=DEVICE), 2.0)
+A, B = torch.ones(3, 2), torch.ones(4, 2)
+
+
+@pytest.mark.parametrize("case", FEATURES, ids=str)
+def test_features(case):
+    for student, teacher, error, words in (
+        (B, A, ValueError, r"one N, got \[4, 2\] and \[3, 2\]"),
+        (A[:, 0], A, ValueError, r"student needs the shape \[N, D\] with D ≥ 1.* got \[3\]"),
+        (A, A[:, 0], ValueError, r"teacher needs the shape \[N, D\]"),
+        (A[:, :0], A, ValueError, "with D ≥ 1"),
+        (A.int(), A, TypeError, "floating-point"),
+        ([1.0], A, TypeError, "student must be a tensor"),
+        (A.to("meta"), A, ValueError, "move them together"),
+    ):
+        with pytest.raises(error, match=words):
+            case(student, teacher)
+
+
+F, Q, K = torch.ones(3, 4), torch.ones(4, 3), torch.ones(4, 3)
+S, T = torch.ones(4, 3, 5), torch.ones(2, 3, 5)
+CALLS = [
+    # relations and gram
+    (lambda: fastkd.rkd(A, A, smooth_l1_beta=-1.0), "smooth_l1_beta must be a finite number of at"),
+    (lambda: fastkd.rkd(A, A, angle_weight=float("inf")), "angle_weight must be a finite number"),
+    (lambda: fastkd.rkd(A, A, precision="best"), '"default" or "high", got \'best\''),
+    (lambda: fastkd.rkd(A, A, reduction="sum"), "rkd has no option 'reduction'"),
+    (lambda: fastkd.rkd(A, A, group="world"), "init_process_group"),
+    (lambda: fastkd.correlation_congruence(A, F), r"one width, got \[3, 2\] and \[3, 4\]; project"),
+    (
+        lambda: fastkd.correlation_congruence(A, F, form="gaussian"),
+        'form must be "sequential" or "kernel", got \'gaussian\'',
+    ),
+    (
+        lambda: fastkd.correlation_congruence(A, F, form="kernel", gamma=-1.0),
+        "gamma must be a finite number of at least 0, got -1.0",
+    ),
+    (
+        lambda: fastkd.correlation_congruence(A, F, form="kernel", order=1.5),
+        "order must be a whole number of at least 1, got 1.5",
+    ),
+    (lambda: fastkd.dist_kd(F[:, :3], F), r"need one shape, got \[3, 3\] and \[3, 4\]"),
+    (lambda: fastkd.dist_kd(F, F, temperature=0), "temperature must be a finite number above 0"),
+    (lambda: fastkd.dist_kd(F, F, beta=-1.0), "beta must be a finite number of at least 0"),
+    (lambda: fastkd.dist_kd(F, F, gamma=-1.0), "gamma must be a finite number of at least 0"),
+    (lambda: fastkd.dist_kd(F, F, reduction="sum"), "dist_kd has no option 'reduction'"),
+    # pairs
+    (lambda: fastkd.info_nce(Q, K[:3]), r"query and key need the same .* \[3, 3\]"),
+    (lambda: fastkd.info_nce(Q, torch.ones(4, 5)), "one D, got .* project"),
+    (lambda: fastkd.info_nce(Q, K, torch.ones(2, 5)), "query and negatives"),
+    (lambda: fastkd.info_nce(Q[0], K[0]), r"\[N, D\] .* got \[3\]"),
+    (lambda: fastkd.info_nce(Q.long(), K), "floating-point .*int64"),
+    (lambda: fastkd.info_nce(Q, [1.0]), "key must be a tensor .* got list"),
+    (lambda: fastkd.info_nce(Q, K, temperature=0), "above 0, got 0"),
+    (lambda: fastkd.info_nce(Q, K, negative_weight=0.0), "negative_weight .* 0"),
+    (lambda: fastkd.info_nce(Q, K, margin=torch.ones(2)), r"margin .* \[2\]"),
+    (lambda: fastkd.info_nce(Q, K, in_batch_negatives=False), "negatives=None"),
+    (
+        lambda: fastkd.info_nce(Q, K, K, in_batch_negatives=False, symmetric=True),
+        "symmetric=True",
+    ),
+    (lambda: fastkd.info_nce(Q, K, group=3), "init_process_group"),
+    (lambda: fastkd.clip_contrastive(Q, K, "5"), "logit_scale .* '5'"),
+    (lambda: fastkd.siglip(Q, K, 5.0, torch.ones(1)), r"logit_bias .* \[1\]"),
+    (lambda: fastkd.nt_xent(Q, K[:2]), "view1 and view2"),
+    (lambda: fastkd.sup_con(Q, torch.ones(4)), "labels .*float32"),
+    (lambda: fastkd.sup_con(Q, torch.ones(3).long()), r"4 features.* \[3\]"),
+    (lambda: fastkd.sup_con(Q, torch.ones(4).long(), anchors="x"), "anchors .*'x'"),
+    (lambda: fastkd.similarity_kl(Q, K[:2]), "student and teacher"),
+    (lambda: fastkd.similarity_kl(Q, K, student_keys=K), "give both"),
+    (
+        lambda: fastkd.similarity_kl(Q, K, student_keys=K[:3], teacher_keys=K),
+        "student_keys and teacher_keys",
+    ),
+    (
+        lambda: fastkd.similarity_kl(Q, K, student_keys=K[:3], teacher_keys=K[:3], mask_self=True),
+        "mask_self .* 3 and 4",
+    ),
+    # crops
+    (lambda: fastkd.dino(S.flatten(0, 1), T), r"student needs .*\[12, 5\].*unfl"),
+    (lambda: fastkd.dino(S, [T]), r"teacher needs crops.* \[2, 3, 5\]"),
+    (lambda: fastkd.dino(S, 3.0), "teacher needs crops.* got float"),
+    (lambda: fastkd.dino(S, [T[0], 1]), "teacher needs crops.* got list"),
+    (lambda: fastkd.dino([], T), "student needs crops.* got no crop"),
+    (lambda: fastkd.dino(S, T[:0]), "teacher needs crops.* got no crop"),
+    (lambda: fastkd.dino(S[..., :0], T), r"K ≥ 1, got \[4, 3, 0\]"),
+    (lambda: fastkd.dino(S.long(), T), "student .*floating-point.*int64"),
+    (lambda: fastkd.dino(S, T[:, :2]), r"same B .*\[4, 3, 5\].*\[2, 2, 5\]"),
+    (lambda: fastkd.dino([*S, S[0, :, :2]], T), r"same B .*\[3, 2\] in student"),
+    (lambda: fastkd.dino(S, T.to("meta")), "student is on cpu, teacher on meta"),
+    (lambda: fastkd.dino(S[:1], T[:1]), "teacher's 1 and the student's 1 crops"),
+    (lambda: fastkd.dino(S, T, T[:1, 0]), r"center .* K = 5 .* \[1, 5\]"),
+    (lambda: fastkd.dino(S, T, torch.ones(5).int()), "center needs .* of torch.int32"),
+    (lambda: fastkd.dino(S, T, 0.0), r"center must .* \[K\], got float"),
+    (lambda: fastkd.dino(S, T, T[0, 0].to("meta")), "center on meta"),
+    (lambda: fastkd.dino(S, T, student_temperature=0), "student_temp.* got 0"),
+    (lambda: fastkd.dino(S, T, teacher_temperature=-1), "teacher_temp.* got -1"),
+    (lambda: fastkd.dino(S, T, temperature=1), "dino has no option 'temperature'"),
+    (lambda: fastkd.dino(S, T, group=3), "init_process_group"),
+    # modules
+    (lambda: fastkd.DINOLoss(6)(S, T), r"K = 5 outputs, got \[6\]"),
+    (lambda: fastkd.DINOLoss(0), "n_prototypes .* got 0"),
+    (lambda: fastkd.DINOLoss(5, center_momentum=2), "center_momentum .* got 2"),
+    (lambda: fastkd.DINOLoss(5, teacher_temperature=0), "teacher_temp.* got 0"),
+    (lambda: fastkd.DINOLoss(5, T=1), "DINOLoss has no option 'T'"),
+    (lambda: fastkd.DINOLoss(), "n_prototypes"),
+    (lambda: fastkd.SkewKLLoss(alpha=0.1), "SkewKLLoss has no option 'alpha'.* skew"),
+    (lambda: fastkd.KDLoss(T=4.0), "KDLoss has no option 'T'.* temperature"),
+    (lambda: fastkd.KDLoss(weights=torch.ones(5)), "no option 'weights'"),
+    (lambda: fastkd.ForwardKLLoss(temperature=0), "above 0, got 0"),
+    (lambda: fastkd.LogitMSELoss(temperature=-1.0), "above 0, got -1"),
+    (lambda: fastkd.KDLoss(alpha=1.5), "alpha .* got 1.5"),
+    (lambda: fastkd.KDLoss(divergence="kl"), "forward_kl, .* got 'kl'"),
+    (lambda: fastkd.JensenShannonLoss(beta=2), "beta .* got 2"),
+    (lambda: fastkd.SymmetricKLLoss(weight=-1), "weight .* got -1"),
+    (lambda: fastkd.CorrelationCongruenceLoss(form="rbf"), "\"kernel\", got 'rbf'"),
+    (lambda: fastkd.DISTLoss(temperature=0), "above 0, got 0"),
+    (lambda: fastkd.ReverseKLLoss(reduction="avg"), "\"mean\".* got 'avg'"),
+]
+KINDS = {"floating-point": TypeError, "must be a tensor": TypeError, "has no option": TypeError}
+KINDS |= {
+    "no option": TypeError,
+    "init_process_group": RuntimeError,
+    "needs crops.* got float": TypeError,
+}
+KINDS |= {"got list": TypeError, "got float": TypeError, "labels .*float32": TypeError}
+KINDS |= {"n_prototypes$": TypeError}
+
+
+@pytest.mark.parametrize("call, sentence", CALLS)
+def test_what_does_not_fit_is_told(call, sentence):
+    kinds = [kind for part, kind in KINDS.items() if part in f"{sentence}$"]
+    with pytest.raises((kinds or [ValueError])[0], match=sentence):
+        call()

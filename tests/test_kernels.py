@@ -1,28 +1,33 @@
-"""The kernels in the interpreter: every division of the work, bytes, launches, safety of memory."""
+"""Kernels in the interpreter: every division of the work, bytes, boundaries, halves and TF32."""
 
 import math
-import os
 
 import pytest
 import torch
-from torch import Tensor
+from cases import INTERPRETED, LOSSES, named, of
+from choice import full, pairwise, quick_if
+from exactness import assert_same, by_formula, exact, results
+from force import multiplying_halves, on_device_of, through_chunks
 
 import fastkd
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not INTERPRETED:
     pytest.skip("counted in Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
 from meter import Meter
 
-from fastkd.kernels import _divergence_sweeps as sweeps
-from fastkd.kernels import divergence as kernels
-from fastkd.kernels._launch import Device
-from fastkd.portable import divergence as portable
+from fastkd.kernels.pairs import tiling
+from fastkd.kernels.rows import launch, sweeps
+from fastkd.portable import rows as twin
+from fastkd.problems.rows import Rows
 
-KLS = ["forward_kl", "reverse_kl", "symmetric_kl", "soft_cross_entropy"]
 MIXTURES = ["jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation"]
-DIVERGENCES = KLS + MIXTURES
+DIVERGENCES = ["forward_kl", "reverse_kl", "symmetric_kl", "soft_cross_entropy", *MIXTURES]
 ON_CHIP, LOOPED = 1000, 8192 + 2048 + 3  # whole vectors, a rest of them, and edges
+PAIRS = of("pairs")
+EACH = [case for case in LOSSES if case.problem == "pairs"]
+each_pair = pytest.mark.parametrize("case", PAIRS, ids=str)
+each_loss = pytest.mark.parametrize("case", EACH, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -32,138 +37,79 @@ def triton():
 
 
 @pytest.fixture(params=["whole rows", "split rows"])
-def multiprocessors(request, monkeypatch):
+def division(request, monkeypatch):
     """One multiprocessor is filled by any row, many are not."""
-    number = 1 if request.param == "whole rows" else 132
-    monkeypatch.setattr(kernels, "device_of", lambda tensor: Device(number, False))
+    on_device_of(1 if request.param == "whole rows" else 132, monkeypatch)
 
 
-def metered(loss, student: Tensor, *rest: Tensor, **options) -> tuple[Meter, Meter]:
-    with Meter() as forward:
-        result = getattr(fastkd, loss)(student, *rest, temperature=2.0, **options)
-    with Meter() as backward:
-        result.backward()
-    return forward, backward
+def problem(divergence, student, teacher, labels=None, row_mask=None):
+    return Rows(student, teacher, labels, row_mask, 2.0, 1.5, 0.3, 4.0, divergence)
 
 
-def bytes_of(meter: Meter, *names: str) -> dict[str, int]:
-    """Loaded and stored for each argument, over all launches."""
-    return {
-        name: sum(x.arguments[name].loaded + x.arguments[name].stored for x in meter.launches)
-        for name in names
-    }
-
-
-def logits(n_rows: int, n_cols: int, dtype=torch.bfloat16) -> tuple[Tensor, Tensor]:
+def logits(n_rows, n_cols, dtype=torch.bfloat16):
     student, teacher = torch.randn(2, n_rows, n_cols).to(dtype)
     return student.requires_grad_(), teacher
 
 
-@pytest.mark.smoke
+# ------------------------------------------------------------------------------------------- rows
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_every_division_of_a_row_gives_its_sums(divergence, multiprocessors):
+def test_every_division_of_a_row_gives_its_sums(divergence, division):
     generator = torch.Generator().manual_seed(0)
     student, teacher = 3 * torch.randn(2, 3, LOOPED, dtype=torch.float64, generator=generator)
     student[:, : LOOPED // 2] -= 50  # the pivots rise
-    labels, keep = torch.tensor([LOOPED - 1, -1, 0]), torch.tensor([True, True, False])
-    arguments = problem(divergence, student, teacher, labels, keep)
+    labels, mask = torch.tensor([LOOPED - 1, -1, 0]), torch.tensor([True, True, False])
+    rows = problem(divergence, student, teacher, labels, mask)
     weights = torch.tensor([0.5, -2, 3], dtype=torch.float64)
-    for found, expected in zip(
-        kernels.value_and_gradient(*arguments, row_weights=weights, ce_weights=weights + 1),
-        portable.value_and_gradient(*arguments, row_weights=weights, ce_weights=weights + 1),
-        strict=True,
-    ):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_long_row_without_a_softmax_is_nan(divergence, multiprocessors):
-    student, teacher = (x.detach() for x in logits(3, LOOPED, torch.float32))
-    student[0, 5] = math.nan
-    teacher[2] = -math.inf
-    losses, _, gradient = kernels.value_and_gradient(
-        *problem(divergence, student, teacher), row_weights=torch.ones(3)
+    found, expected = (
+        engine.value_and_gradients(rows, (True,), row_weights=weights, ce_weights=weights + 1)
+        for engine in (launch, twin)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+    student[0, 5], teacher[2] = math.nan, -math.inf
+    (losses, _), (gradient,) = launch.value_and_gradients(
+        problem(divergence, student, teacher), (True,)
     )
     assert losses.isnan().tolist() == [True, False, True]
     assert gradient[0].isnan().all() and gradient[1].isfinite().all()
 
 
-@pytest.mark.parametrize("loss", [*DIVERGENCES, "kd"])
-def test_rows_on_chip_are_read_once(loss):
-    student, teacher = logits(3, ON_CHIP)
-    labels = [torch.tensor([0, -100, 7])] if loss == "kd" else []
-    forward, backward = metered(loss, student, teacher, *labels)
-    read = 2 * student.numel()
-    of_labels = 2 * 2 if labels else 0  # the two labels' own logits
-    assert bytes_of(forward, "student_ptr", "teacher_ptr") == {
-        "student_ptr": read + of_labels,
-        "teacher_ptr": read,
-    }
-    assert bytes_of(backward, "student_ptr", "teacher_ptr", "gradient_ptr") == {
-        "student_ptr": read,
-        "teacher_ptr": read,
-        "gradient_ptr": read,
-    }
-    assert len(forward.launches) == len(backward.launches) == 1
-
-
-@pytest.mark.parametrize("loss", [*DIVERGENCES, "kd"])
-def test_long_rows_are_read_once_a_sweep(loss, multiprocessors):
-    student, teacher = logits(2, LOOPED)
-    labels = [torch.tensor([LOOPED - 1, 5])] if loss == "kd" else []
-    forward, backward = metered(loss, student, teacher, *labels)
-    read = 2 * student.numel()
-    of_labels = 2 * 2 if labels else 0
-    sweeps = 2 if loss in MIXTURES else 1
-    assert bytes_of(forward, "student_ptr", "teacher_ptr") == {
-        "student_ptr": sweeps * read + of_labels,
-        "teacher_ptr": sweeps * read,
-    }
-    assert bytes_of(backward, "student_ptr", "teacher_ptr", "gradient_ptr") == {
-        "student_ptr": read,
-        "teacher_ptr": read,
-        "gradient_ptr": read,
-    }
-    # all else is a few numbers for each row
-    assert sum(x.traffic for x in forward.launches) <= 2 * sweeps * read + of_labels + 1000
-    assert sum(x.traffic for x in backward.launches) <= 3 * read + 1000
-
-
-def problem(divergence, student, teacher, labels=None, keep=None):
-    return student, teacher, labels, None, keep, 2.0, 1.5, 0.3, 4.0, divergence
-
-
-@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon"])
 @pytest.mark.parametrize("n_cols", [ON_CHIP, LOOPED])
-def test_value_and_gradient(divergence, n_cols):
-    student, teacher = (x.detach() for x in logits(2, n_cols))
-    with Meter() as meter:
-        kernels.value_and_gradient(
-            *problem(divergence, student, teacher), row_weights=torch.ones(2)
+def test_gradients_in_place_overwrite_the_student_alone(n_cols, division):
+    for divergence in ("reverse_kl", "jensen_shannon"):
+        student, teacher = (x.detach() for x in logits(3, n_cols))
+        rows = problem(divergence, student, teacher, torch.tensor([3, -1, n_cols - 1]))
+        weights = dict(row_weights=torch.ones(3), ce_weights=torch.ones(3))
+        expected = launch.value_and_gradients(rows, (True,), **weights)
+        with Meter() as meter:
+            found = launch.value_and_gradients(rows, (True,), **weights, in_place=True)
+        assert not meter.races
+        assert found[1][0] is student
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        is_on_chip = n_cols == ON_CHIP
+        # bytes of bfloat16: two networks and a gradient, in one sweep or in two or three
+        moved = sum(
+            x.arguments[f"{name}.ptr"].loaded + x.arguments[f"{name}.ptr"].stored
+            for x in meter.launches
+            for name in ("student", "teacher", "gradient")
+            if f"{name}.ptr" in x.arguments
         )
-    moved = (
-        sum(bytes_of(meter, "student_ptr", "teacher_ptr", "gradient_ptr").values())
-        / student.numel()
-    )
-    assert moved == (6 if n_cols == ON_CHIP else 14 if divergence in MIXTURES else 10)
-    unique = {
-        name: max(x.arguments[name].unique_loaded + x.arguments[name].unique_stored
-                  for x in meter.launches)
-        for name in ("student_ptr", "teacher_ptr", "gradient_ptr")
-    }  # fmt: skip
-    assert sum(unique.values()) == 6 * student.numel()
+        sweeps_of_row = 2 if divergence in MIXTURES else 1
+        assert moved // student.numel() == (6 if is_on_chip else 4 * sweeps_of_row + 6)
 
 
 @pytest.mark.parametrize("n_cols", [ON_CHIP, LOOPED])
-def test_rows_left_out_are_not_read(n_cols, multiprocessors):
+def test_masked_rows_are_not_read(n_cols, division):
     student, teacher = logits(4, n_cols)
-    weights = torch.tensor([True, False, False, True])
-    forward, backward = metered("forward_kl", student, teacher, weights=weights)
+    with Meter() as meter:
+        fastkd.forward_kl(
+            student, teacher, weights=torch.tensor([True, False, False, True])
+        ).backward()
+    read = [x.arguments["teacher.ptr"].loaded for x in meter.launches]
     if n_cols == LOOPED:  # on chip their reads cost nothing that shows
-        assert bytes_of(forward, "teacher_ptr") == {"teacher_ptr": student.numel()}
-        assert bytes_of(backward, "teacher_ptr") == {"teacher_ptr": student.numel()}
-    assert bytes_of(backward, "gradient_ptr") == {"gradient_ptr": 2 * student.numel()}
+        assert sum(read) == 2 * student.numel()
+    assert meter.launches[-1].arguments["gradient.ptr"].stored == 2 * student.numel()
     assert not student.grad[1:3].any()
 
 
@@ -178,10 +124,9 @@ VIEWS = {
 }
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("view", ["padded off the boundary", "inside a row"])
-def test_vectors_start_on_their_boundary(view, dtype, multiprocessors, monkeypatch):
+def test_vectors_start_on_their_boundary(view, dtype, division, monkeypatch):
     """The compiler is told so: on a GPU any other address would stop the kernel."""
     places = []
 
@@ -198,36 +143,96 @@ def test_vectors_start_on_their_boundary(view, dtype, multiprocessors, monkeypat
     assert len(places) > 6 and not any(places)
 
 
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("teacher_is_contiguous", [True, False])
-@pytest.mark.parametrize("n_cols", [7, 257, LOOPED - 1, LOOPED + 6])
+@pairwise(
+    view=VIEWS, of_teacher=[*VIEWS], n_cols=[7, 257, LOOPED - 1, LOOPED + 6],
+    multiprocessors=[1, 132],
+)  # fmt: skip
 def test_every_access_is_inside_and_every_output_written(
-    view, teacher_is_contiguous, n_cols, multiprocessors
+    view, of_teacher, n_cols, multiprocessors, monkeypatch
 ):
-    student = VIEWS[view](3, n_cols).requires_grad_()
-    teacher = VIEWS["contiguous" if teacher_is_contiguous else view](3, n_cols).bfloat16()
-    labels = torch.tensor([0, n_cols - 1, -100]).view(student.shape[:-1])
-    forward, backward = metered(
-        "kd", student, teacher.view_as(student) if teacher_is_contiguous else teacher, labels,
-        divergence="jensen_shannon" if n_cols % 2 else "forward_kl",
-    )  # fmt: skip
-    assert not forward.races
-    assert not backward.races
-    assert sum(x.arguments["losses_ptr"].unique_stored for x in forward.launches) == 3 * 4
-    written = backward.launches[-1].arguments["gradient_ptr"]
-    assert written.unique_stored == written.stored == student.numel() * 4
-
-
-@pytest.mark.parametrize("n_cols", [ON_CHIP, LOOPED])
-def test_in_place_no_program_disturbs_another(n_cols, multiprocessors):
-    student, teacher = (x.detach() for x in logits(3, n_cols))
-    labels = torch.tensor([3, -1, n_cols - 1])
-    arguments = problem("reverse_kl", student, teacher, labels)
-    weights = dict(row_weights=torch.ones(3), ce_weights=torch.ones(3))
-    expected = kernels.value_and_gradient(*arguments, **weights)
+    on_device_of(multiprocessors, monkeypatch)
+    student = VIEWS[view](3, n_cols).squeeze(0).requires_grad_()
+    teacher = VIEWS[of_teacher](3, n_cols).bfloat16().squeeze(0)
+    labels = torch.tensor([0, n_cols - 1, -100])
+    name = "jensen_shannon" if n_cols % 2 else "forward_kl"
     with Meter() as meter:
-        found = kernels.value_and_gradient(*arguments, **weights, in_place=True)
+        fastkd.kd(student, teacher, labels, divergence=name).backward()
     assert not meter.races
-    assert found[2] is student
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
+    losses = [x.arguments["losses_ptr"].unique_stored for x in meter.launches]
+    assert sum(losses) == 3 * 4
+    written = meter.launches[-1].arguments["gradient.ptr"]
+    assert written.unique_stored == written.stored == 3 * n_cols * 4
+
+
+# ------------------------------------------------------------------------------------------ pairs
+
+
+@each_pair
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+@quick_if(lambda case, multiprocessors: multiprocessors == 1 or case in EACH)
+def test_pairs_in_chunks(case, multiprocessors, monkeypatch):
+    through_chunks(monkeypatch)
+    on_device_of(multiprocessors, monkeypatch)
+    inputs = case.inputs((19,), 5)
+    assert_same(results(case, inputs), results(case.truth, inputs), 1e-13)
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_chunks_of_half_precision(case, dtype, monkeypatch):
+    """The loss is as exact as the formula, gradients to one more rounding, as tiles have them."""
+    through_chunks(monkeypatch)
+    multiplying_halves(monkeypatch)
+    inputs = case.inputs((19,), 5, dtype)
+    truth, yardstick = results(case.truth, exact(inputs)), by_formula(case, inputs)
+    loss, *gradients = results(case, inputs)
+    rounding = 2 * torch.finfo(torch.float32).eps * truth[0].abs()
+    assert (loss - truth[0]).abs() <= max(2 * (yardstick[0] - truth[0]).abs(), rounding)
+    for x, y in zip(gradients, truth[1:], strict=True):
+        assert (x.double() - y).abs().max() <= torch.finfo(dtype).eps * y.abs().max()
+
+
+@each_pair
+@pytest.mark.parametrize("multiprocessors", [1, 3, 1000])
+@quick_if(lambda case, multiprocessors: case in EACH and multiprocessors != 1)
+def test_however_programs_share_the_work(case, multiprocessors, monkeypatch):
+    """Few have several tiles of rows and add to their own sums, many share the columns of one."""
+    on_device_of(multiprocessors, monkeypatch)
+    inputs = case.inputs((150,), 5)
+    assert_same(results(case, inputs), results(case.truth, inputs), 1e-13)
+
+
+@each_pair
+@quick_if(lambda case: case in EACH)
+def test_float32_where_it_may_be_rounded(case, monkeypatch):
+    inputs = case.inputs((67,), 33, torch.float32)
+    truth, by_chunks = results(case.truth, exact(inputs)), results(case, inputs)
+    monkeypatch.setattr(tiling, "_may_be_rounded", lambda nvidia: True)
+    found = results(case, inputs)
+    for x, y in zip(found, truth, strict=True):  # of a TF32 number 11 digits are kept
+        assert (x.double() - y).abs().max() <= 2**-7 * y.abs().max()
+    # and by the kernels it was
+    assert any(not torch.equal(x, y) for x, y in zip(found, by_chunks, strict=True))
+
+
+def test_who_allows_the_rounding():
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, may in (("highest", False), ("high", True), ("medium", True)):
+            torch.set_float32_matmul_precision(precision)
+            assert tiling._may_be_rounded(True) == may == matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# -------------------------------------------------------------------------------------- relations
+
+
+@full
+@pytest.mark.parametrize("case", named("rkd"), ids=str)
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+def test_however_programs_share_the_points(case, multiprocessors, monkeypatch):
+    on_device_of(multiprocessors, monkeypatch)
+    inputs = case.inputs((70,), 5)
+    assert_same(results(case, inputs), results(case.truth, inputs), 1e-12)

@@ -1,7 +1,8 @@
-"""The divergences twice, independently of fastkd: in Python floats, and as people write them.
+"""Losses in Python floats, independently of fastkd; divergences as people write them besides.
 
-Each pair is (by_hand, eager): `by_hand` takes one row of student and teacher as lists and gives a
-float, `eager` takes tensors and gives a loss for each row. Options that do not matter are ignored.
+Each pair is (by_hand, eager): `by_hand` takes one row of student and teacher as lists and returns a
+float, `eager` takes tensors and returns a loss for each row. Options of other losses are ignored.
+Relations are computed by hand for a whole batch.
 """
 
 import itertools
@@ -19,7 +20,7 @@ def log_softmax(logits, temperature):
 
 
 def by_classes(term):
-    """term(p, q, log_p, log_q, **own options) is the summand of one class."""
+    """Return the sum over classes of term(p, q, log_p, log_q, **own options)."""
 
     def by_hand(student, teacher, *, temperature=1.0, scale_t2=True, **own):
         total = math.fsum(
@@ -34,7 +35,7 @@ def by_classes(term):
 
 
 def softened(terms):
-    """terms(log_p, log_q, **own options) are the summands of all classes."""
+    """Return the sum over classes of terms(log_p, log_q, **own options), tensors."""
 
     def eager(student, teacher, *, temperature=1.0, scale_t2=True, **own):
         log_q = (student / temperature).log_softmax(-1)
@@ -45,12 +46,12 @@ def softened(terms):
 
 
 def positive(mass, x):
-    """mass · x, where no mass wins over an infinite x."""
+    """Return mass · x, where a mass of 0 wins over an infinite x."""
     return 0.0 if mass == 0 else mass * x
 
 
 def log(x):
-    """The mixture of nothing and nothing gets no mass: any number will do."""
+    """Return log x; of 0 any number will do, because nothing has mass there."""
     return math.log(x or 1)
 
 
@@ -133,7 +134,7 @@ LOGIT_MSE = (_mse_by_hand, _mse)
 
 
 def with_labels(divergence):
-    """alpha · cross-entropy with the labels + (1 − alpha) · the divergence."""
+    """Return alpha · cross-entropy with the labels + (1 − alpha) · the divergence."""
     divergence_by_hand, divergence_eager = divergence
 
     def by_hand(student, teacher, label, *, alpha, **options):
@@ -148,20 +149,7 @@ def with_labels(divergence):
     return by_hand, eager
 
 
-def published_distances(x):
-    """Of lenscloth/RKD and its followers: squares from a Gram matrix, means over what is not 0."""
-    lengths = x.square().sum(1)
-    squares = lengths[:, None] + lengths - 2 * x @ x.T
-    d = squares.clamp(min=1e-12).sqrt() * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
-    return d / d[d > 0].mean()
-
-
-def published_cosines(x):
-    directions = F.normalize(x[None] - x[:, None], dim=2)
-    return torch.bmm(directions, directions.mT)
-
-
-def distance_by_hand(student, teacher, *, smooth_l1_beta=1.0):
+def rkd_distance(student, teacher, *, smooth_l1_beta=1.0):
     def relative(x):
         d = {(i, j): math.dist(x[i], x[j]) for i, j in itertools.permutations(range(len(x)), 2)}
         mean = math.fsum(d.values()) / len(d)
@@ -171,50 +159,22 @@ def distance_by_hand(student, teacher, *, smooth_l1_beta=1.0):
     return math.fsum(smooth_l1(s[p] - t[p], smooth_l1_beta) for p in s) / len(student) ** 2
 
 
-def angle_by_hand(student, teacher, *, smooth_l1_beta=1.0):
+def rkd_angle(student, teacher, *, smooth_l1_beta=1.0):
     def cosine(x, i, j, k):
         a, b = ([u - v for u, v in zip(x[end], x[j], strict=True)] for end in (i, k))
         lengths = math.hypot(*a) * math.hypot(*b)
         return math.fsum(u * v for u, v in zip(a, b, strict=True)) / lengths if lengths else 0.0
 
     n = len(student)
-    return (
-        math.fsum(
-            smooth_l1(cosine(student, *ijk) - cosine(teacher, *ijk), smooth_l1_beta)
-            for ijk in itertools.product(range(n), repeat=3)
-        )
-        / n**3
-    )
+    triples = itertools.product(range(n), repeat=3)
+    differences = (cosine(student, *ijk) - cosine(teacher, *ijk) for ijk in triples)
+    return math.fsum(smooth_l1(x, smooth_l1_beta) for x in differences) / n**3
+
+
+def rkd(student, teacher, *, distance_weight=25.0, angle_weight=50.0, **options):
+    distance = rkd_distance(student, teacher, **options)
+    return distance_weight * distance + angle_weight * rkd_angle(student, teacher, **options)
 
 
 def smooth_l1(x, beta):
     return x * x / (2 * beta) if abs(x) < beta else abs(x) - beta / 2
-
-
-def relations(relation):
-    """The published loss of a relation inside each network."""
-
-    def eager(student, teacher, *, smooth_l1_beta=1.0):
-        student, teacher = relation(student.flatten(1)), relation(teacher.flatten(1))
-        return F.smooth_l1_loss(student, teacher, beta=smooth_l1_beta)
-
-    return eager
-
-
-RKD_DISTANCE = distance_by_hand, relations(published_distances)
-RKD_ANGLE = angle_by_hand, relations(published_cosines)
-
-
-def both(i):
-    """Of distances and angles: by hand (0), and eager (1)."""
-
-    def loss(student, teacher, *, distance_weight=25.0, angle_weight=50.0, **options):
-        of_distances = RKD_DISTANCE[i](student, teacher, **options)
-        return distance_weight * of_distances + angle_weight * RKD_ANGLE[i](
-            student, teacher, **options
-        )
-
-    return loss
-
-
-RKD = both(0), both(1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ _N_STATISTICS = 4  # −pivot and Z of the student, and of the teacher
 
 _NUMBERS = ("student_temperature", "teacher_temperature", "weight", "scale")
 
-Losses = tuple[Tensor, Tensor]
+Losses = tuple[Tensor, Tensor | None]  # the second one where there are labels
 Scratch = Sequence[Tensor | None]
 
 
@@ -40,7 +40,7 @@ def n_statistics(problem: Rows) -> int:
     return 0 if problem.divergence == "logit_mse" else _N_STATISTICS
 
 
-def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Tensor, ...]]:
+def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Any, ...]]:
     """Return rows of scale · divergence and of cross-entropy, and what `backward` needs.
 
     That is the gradient of each of them where one chunk holds all rows, or else the statistics of
@@ -56,7 +56,7 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Te
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teacher = chunks
-        if labels is not None:
+        if labels is not None and cross_entropies is not None:
             q = _softmax(z, 1.0, losses.dtype, scratch)
             cross_entropies.view(-1, 1)[rows] = _cross_entropy(q, labels[rows])
         known, terms = _terms(problem, z, z_teacher, scratch)
@@ -69,16 +69,18 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Te
 
 
 def backward(
-    problem: Rows, saved: Sequence[Tensor], upstream: Sequence[Tensor | None]
+    problem: Rows, saved: Sequence[Any], upstream: Sequence[Tensor | None]
 ) -> tuple[Tensor]:
     """Return Σ upstream · ∂losses + Σ upstream · ∂cross-entropies with respect to the student."""
     problem = _in_compute_dtype(problem)
     factors, ce_factors = _factors(problem, *upstream)
     gradient = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
-    if len(saved) == 1:
-        _fill(gradient, problem, factors, ce_factors, saved[0])
+    if len(saved) == 1:  # the statistics
+        (statistics,) = saved
+        _fill(gradient, problem, factors, ce_factors, statistics)
         return (gradient,)
-    flat, (slopes, ce_slopes) = _matrix(gradient), saved
+    slopes, ce_slopes = saved
+    flat = _matrix(gradient)
     if factors is not None:
         torch.mul(_matrix(slopes), factors, out=flat)
     if ce_factors is not None:
@@ -108,22 +110,30 @@ def value_and_gradients(
     if not in_place:
         gradient = torch.empty_like(gradient, memory_format=torch.contiguous_format)
     weights = losses[0].new_ones(losses[0].shape) if row_weights is None else row_weights
-    _fill(gradient, problem, *_factors(problem, weights, ce_weights), statistics)
+    factors, ce_factors = _factors(problem, weights, ce_weights)
+    _fill(gradient, problem, factors, ce_factors, statistics)
     return losses, (gradient,)
 
 
-def _losses_and_slopes(problem: Rows) -> tuple[Losses, tuple[Tensor, Tensor]]:
+def _losses_and_slopes(problem: Rows) -> tuple[Losses, tuple[Tensor, Tensor | None]]:
     """Return both losses of a small problem and their gradients, in one pass without scratch."""
     student, labels = problem.student, _column(problem.labels)
     z, z_teacher = _matrix(student), _matrix(problem.teacher)
-    dtype = compute_dtype(z, z_teacher)
-    cross_entropies = ce_slopes = z.new_empty((*student.shape[:-1], 0), dtype=dtype)
+    dtype, rows = compute_dtype(z, z_teacher), student.shape[:-1]
+    cross_entropies = ce_slopes = None
     if labels is not None:
         q = _softmax(z, 1.0, dtype, _NO_SCRATCH)
-        cross_entropies = _cross_entropy(q, labels).masked_fill_(labels < 0, 0)
+        masked = labels < 0
+        # elsewhere than on a CPU a look at the labels would be a host sync
+        is_complete = z.is_cpu and not masked.any()
+        classes = labels if is_complete else labels.clamp(min=0)
+        of_rows = _cross_entropy(q, classes)
         ce_slopes = q.e.div_(q.total)
-        ce_slopes.scatter_add_(1, labels.clamp(min=0), torch.full_like(q.total, -1))
-        ce_slopes = ce_slopes.masked_fill_(labels < 0, 0).view(student.shape)
+        ce_slopes.scatter_add_(1, classes, torch.full_like(q.total, -1))
+        if not is_complete:
+            of_rows.masked_fill_(masked, 0)
+            ce_slopes.masked_fill_(masked, 0)
+        cross_entropies, ce_slopes = of_rows.view(rows), ce_slopes.view(student.shape)
     _, terms = _terms(problem, z, z_teacher, _NO_SCRATCH)
     losses, slopes = terms.value(problem.scale), terms.spare
     terms.slope(slopes, problem.scale / problem.student_temperature)
@@ -131,9 +141,6 @@ def _losses_and_slopes(problem: Rows) -> tuple[Losses, tuple[Tensor, Tensor]]:
         masked = ~problem.row_mask.reshape(-1, 1)
         losses.masked_fill_(masked, 0)
         slopes.masked_fill_(masked, 0)
-    rows = student.shape[:-1]
-    if labels is not None:
-        cross_entropies = cross_entropies.view(rows)
     return (losses.view(rows), cross_entropies), (slopes.view(student.shape), ce_slopes)
 
 
@@ -185,13 +192,14 @@ def _fill(
 
 def _in_compute_dtype(problem: Rows) -> Rows:
     """Return the problem with the numbers that are tensors in the precision of the logits."""
-    numbers = {x: getattr(problem, x) for x in _NUMBERS}
-    if not any(isinstance(x, Tensor) for x in numbers.values()):
+    numbers = {name: getattr(problem, name) for name in _NUMBERS}
+    if Tensor not in map(type, numbers.values()):
         return problem
     dtype = compute_dtype(problem.student, problem.teacher)
-    return problem._replace(
-        **{name: x.to(dtype) if isinstance(x, Tensor) else x for name, x in numbers.items()}
-    )
+    converted: dict[str, Any] = {
+        name: x.to(dtype) if isinstance(x, Tensor) else x for name, x in numbers.items()
+    }
+    return problem._replace(**converted)
 
 
 def _most(like: Tensor) -> int:
@@ -199,17 +207,16 @@ def _most(like: Tensor) -> int:
 
 
 def _empty_losses(problem: Rows) -> Losses:
-    """Return places for rows of divergence and of cross-entropy, none of those without labels."""
+    """Return places for rows of divergence and, with labels, of cross-entropy."""
     dtype, examples = compute_dtype(problem.student, problem.teacher), problem.student.shape[:-1]
-    with_labels = examples if problem.labels is not None else (*examples, 0)
-    new = problem.student.new_empty
-    return new(examples, dtype=dtype), new(with_labels, dtype=dtype)
+    losses = problem.student.new_empty(examples, dtype=dtype)
+    return losses, None if problem.labels is None else torch.empty_like(losses)
 
 
-def _masked(problem: Rows, losses: Tensor, cross_entropies: Tensor) -> Losses:
+def _masked(problem: Rows, losses: Tensor, cross_entropies: Tensor | None) -> Losses:
     if problem.row_mask is not None:
         losses.masked_fill_(~problem.row_mask, 0)
-    if problem.labels is not None:
+    if problem.labels is not None and cross_entropies is not None:
         cross_entropies.masked_fill_(problem.labels < 0, 0)
     return losses, cross_entropies
 
@@ -303,7 +310,8 @@ def _softmax(
     if statistics:
         shift, total = statistics
     else:
-        shift, total = logits.amax(-1, keepdim=True).to(dtype).mul_(-unit), None
+        shift, total = logits.amax(-1, keepdim=True), None
+        shift = (shift if shift.dtype == dtype else shift.to(dtype)).mul_(-unit)
     if isinstance(unit, Tensor):
         d = torch.addcmul(shift, logits.to(dtype), unit.to(dtype), out=d)
     else:
@@ -451,20 +459,24 @@ def _jensen_shannon(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) 
 
 
 def _logit_mse(z: Tensor, z_teacher: Tensor, dtype: torch.dtype, scratch: Scratch) -> _Terms:
-    lowest = torch.finfo(dtype).min  # in place of −∞, since −∞ in both is no difference
-    student = torch.clamp(z.to(dtype), min=lowest, out=scratch[0])
-    teacher = torch.clamp(z_teacher.to(dtype), min=lowest, out=scratch[2])
-    difference = student.sub_(teacher)
+    z, z_teacher = z.to(dtype), z_teacher.to(dtype)
+    difference = torch.sub(z, z_teacher, out=scratch[0])
+    # elsewhere than on a CPU a look at the numbers would be a host sync
+    is_finite = z.is_cpu and math.isfinite(difference.sum().item())
+    lowest = torch.finfo(dtype).min  # in place of −∞, since −∞ in both networks is no difference
+    if not is_finite:
+        difference = torch.clamp(z, min=lowest, out=scratch[0]).sub_(z_teacher.clamp(min=lowest))
+    spare = torch.empty_like(difference) if scratch[1] is None else scratch[1]
 
     def value(scale: Number) -> Tensor:
-        square = torch.mul(difference, difference, out=teacher)
-        return square.mean(-1, keepdim=True).mul_(scale)
+        return torch.mul(difference, difference, out=spare).mean(-1, keepdim=True).mul_(scale)
 
     def slope(out: Tensor, factor: Number) -> None:
         torch.mul(difference, factor * (2 / z.shape[-1]), out=out)
-        out.masked_fill_(z < lowest, 0)
+        if not is_finite:
+            out.masked_fill_(z < lowest, 0)
 
-    return _Terms(value, slope, teacher)
+    return _Terms(value, slope, spare)
 
 
 _DIVERGENCES: dict[str, Callable[[_Softmax, _Softmax, Number, Scratch], _Terms]] = {
@@ -486,8 +498,8 @@ def _each(softmax: _Softmax, factor: Number) -> Tensor:
 
 def _difference(q: _Softmax, p: _Softmax, out: Tensor, factor: Number) -> None:
     """Write factor · (softmax of q − softmax of p), the slope of h = −p."""
-    torch.mul(q.e, _each(q, factor), out=out)
-    out.sub_(p.e.mul_(_each(p, factor)))
+    torch.mul(q.e, p.total / q.total, out=out)
+    out.sub_(p.e).mul_(_each(p, factor))
 
 
 def _deviations(

@@ -134,12 +134,15 @@ def kd(
     **options: Number,
 ) -> list[Term]:
     """Solve for the cross-entropy with the labels and for a divergence, in one pass."""
-    labelled = labels != ignore_index
-    in_ce = labelled if call.row_mask is None else labelled & call.row_mask
+    labelled = None if _checks.all_labelled(labels, ignore_index) else labels != ignore_index
+    mask, labels = call.row_mask, labels.long()
+    if labelled is not None:
+        mask = labelled if mask is None else labelled & mask
+    if mask is not None:
+        labels = labels.masked_fill(~mask, -1)
     if not distill_ignored:
-        call = call._replace(row_mask=in_ce)
+        call = call._replace(row_mask=mask)
     weight = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
-    labels = labels.long().masked_fill(~in_ce, -1)
     losses, cross_entropies = _solve(
         call, divergence, student, teacher, labels, temperature, scale_t2, weight
     )

@@ -1,13 +1,12 @@
-"""What only a GPU can show. Without one they are skipped, but for the small ones that the
-interpreter can run as well."""
+"""Skip what only a GPU can show where there is none, but for what the interpreter can run."""
 
 import sys
 from pathlib import Path
 
 import pytest
-from losses import DEVICE, INTERPRETED
+from cases import DEVICE, INTERPRETED
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import checkout  # noqa: F401
 
 import fastkd

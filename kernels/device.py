@@ -1,0 +1,101 @@
+"""What launchers know of tensors and devices before a kernel starts."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.runtime import driver
+
+_WIDEST_VECTOR = 16  # elements, of 1 byte
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Device(NamedTuple):
+    """The properties of a GPU on which launch sizes depend."""
+
+    multiprocessors: int
+    nvidia: bool  # log2 is an instruction there, and registers can be capped
+    generation: int = 9  # of NVIDIA's: 8 Ampere and Ada, 9 Hopper, 10 Blackwell
+
+
+@functools.cache
+def _describe(active: Any, index: int) -> Device:
+    properties, target = active.utils.get_device_properties(index), active.get_current_target()
+    if target.backend != "cuda":
+        return Device(properties["multiprocessor_count"], False, 0)
+    return Device(properties["multiprocessor_count"], True, target.arch // 10)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """Return the properties of the tensor's device; the interpreter passes for an H100."""
+    if INTERPRETED:
+        return Device(132, False)
+    with on_device(tensor):  # because the driver describes the current device
+        return _describe(driver.active, driver.active.get_current_device())
+
+
+def on_device(tensor: Tensor) -> Any:
+    """Return a context in which kernels start on the tensor's device."""
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+class Strided(NamedTuple):
+    """A tensor (..., V) whose row r starts at r // inner · outer_stride + r % inner · inner_stride.
+
+    `inner` is the size of the last dimension but one. Kernels take it as one argument, where `ptr`
+    has become the pointer.
+    """
+
+    ptr: Tensor
+    outer_stride: int
+    inner_stride: int
+
+
+def rows_of(tensor: Tensor) -> Strided:
+    """Return the tensor's rows as they lie in memory, without a copy if two strides describe them.
+
+    A copy is made of a last dimension with gaps, and of more than three dimensions that cannot be
+    flattened to three.
+    """
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        tensor = tensor.contiguous()
+    if tensor.ndim > 3:
+        tensor = tensor.reshape(-1, *tensor.shape[-2:])
+    strides = [
+        stride if size > 1 else 0
+        for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
+    ]
+    return Strided(tensor, *[0] * (2 - len(strides)), *strides)
+
+
+def alignment(tensors: list[Strided], most: int) -> int:
+    """Return the largest power of two that divides `most` and, in elements, each row's start.
+
+    It is at most what vectors of every dtype need, because each other number would compile a
+    kernel anew.
+    """
+    together = most | _WIDEST_VECTOR
+    for rows in tensors:
+        start = rows.ptr.data_ptr() // rows.ptr.element_size()
+        together |= start | rows.outer_stride | rows.inner_stride
+    return together & -together
+
+
+def congruent(a: Strided, b: Strided, width: int) -> bool:
+    """Return whether the same rows of `a` and `b` start equally far from a vector's boundary."""
+    start_a = a.ptr.data_ptr() // a.ptr.element_size()
+    start_b = b.ptr.data_ptr() // b.ptr.element_size()
+    differences = (
+        start_a - start_b,
+        a.outer_stride - b.outer_stride,
+        a.inner_stride - b.inner_stride,
+    )
+    return all(difference % width == 0 for difference in differences)

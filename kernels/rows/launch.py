@@ -1,0 +1,310 @@
+"""Rows of softmax probabilities against rows, solved on a GPU.
+
+Every D = Σ d(log p, log q) has ∂D/∂student = (h − q Σ h) / T with h = ∂d/∂log q, known up to a
+multiple of q. All is in log2 units: x = z·log2(e)/T, p = exp2(x − pivot) / Z, the pivot a row's
+maximum. Pivot and Z are kept apart, because one number for both would lose what a large pivot
+rounds away.
+
+Bytes for each (row, entry) of bf16 logits, forward + backward. V ≤ ON_CHIP: 4 + 6, each one sweep
+and one launch. Above: the KLs 4 + 6; mixtures and total variation, which need both Z before they
+can sum, 8 + 6. `value_and_gradients` moves as much, or 6 in its one sweep where V ≤ ON_CHIP (half
+of ON_CHIP for a mixture with labels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkd._op import Number, compute_dtype
+from fastkd.kernels.device import alignment, congruent, device_of, on_device, rows_of
+from fastkd.kernels.rows import sweeps
+from fastkd.problems.rows import Rows
+
+ON_CHIP = 8192  # columns of the longest rows that are read once for every divergence
+_MIXTURES = ("jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation")
+_SHORTEST_SPLIT = 8192  # columns that pay for a program
+
+Losses = tuple[Tensor, Tensor | None]  # divergences · scale, and cross-entropies with labels
+
+
+def n_statistics(problem: Rows) -> int:
+    """Return how many numbers a row saves for `backward`: none if it fits on chip."""
+    return sweeps.N_STATISTICS.value if problem.student.shape[-1] > ON_CHIP else 0
+
+
+def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Tensor]]:
+    """Compute the losses of the rows, and what `backward` needs besides the problem.
+
+    Args:
+        problem: Logits (..., V) and what is asked about them.
+        needs_grad: Not used, because saving the statistics costs nothing that shows.
+
+    Returns:
+        ((losses, cross_entropies), (statistics,)): the divergences · scale, shape (...), the
+        cross-entropies at T = 1, shape (...), None without labels, and
+        (..., n_statistics(problem)) numbers, all in the compute dtype.
+    """
+    losses, statistics = _allocate(problem, n_statistics(problem))
+    if not losses[0].numel():
+        pass
+    elif statistics.numel():
+        _launch_statistics(problem, losses, statistics)
+    else:
+        _launch_whole_rows(problem, losses)
+    return losses, (statistics,)
+
+
+def backward(
+    problem: Rows, saved: Sequence[Tensor], upstream: Sequence[Tensor | None]
+) -> tuple[Tensor]:
+    """Compute Σ upstream · ∂losses/∂student over both kinds of losses.
+
+    Args:
+        problem: The problem that `forward` solved.
+        saved: The tensors that `forward` saved.
+        upstream: Upstream gradients (...) of the losses and of the cross-entropies; None for 0.
+
+    Returns:
+        (gradient,) with respect to the student, in its shape and dtype, contiguous.
+    """
+    (statistics,) = saved
+    gradient = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
+    if not gradient.numel():
+        pass
+    elif statistics.numel():
+        _launch_gradient(problem, statistics, gradient, upstream)
+    else:
+        _launch_whole_rows(problem, None, gradient, upstream)
+    return (gradient,)
+
+
+def value_and_gradients(
+    problem: Rows,
+    needs_grad: Sequence[bool],
+    *,
+    row_weights: Tensor | None = None,
+    ce_weights: Tensor | None = None,
+    in_place: bool = False,
+) -> tuple[Losses, tuple[Tensor | None]]:
+    """Compute the losses of the rows, and the gradient of Σ w·losses + Σ w_ce·cross_entropies.
+
+    A caller that knows the weights beforehand saves a sweep over logits that fit on chip, and on
+    chunks of logits that are thrown away afterwards the memory of the gradient.
+
+    Args:
+        problem: Logits (..., V) and what is asked about them.
+        needs_grad: Whether the student needs a gradient.
+        row_weights: w, shape (...); None for 1.
+        ce_weights: w_ce, shape (...); None for 0.
+        in_place: Write the gradient over the student, which must be contiguous.
+
+    Returns:
+        ((losses, cross_entropies), (gradient,)): as `forward` and `backward` return them, with
+        None for a gradient that is not needed.
+    """
+    if not needs_grad[0]:
+        return forward(problem, needs_grad)[0], (None,)
+    student = problem.student
+    # all of it at once takes more registers than either half
+    crowded = problem.labels is not None and problem.divergence in _MIXTURES
+    on_chip = student.shape[-1] <= (ON_CHIP // 2 if crowded else ON_CHIP)
+    losses, statistics = _allocate(problem, 0 if on_chip else sweeps.N_STATISTICS.value)
+    gradient = student
+    if not in_place:
+        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    if row_weights is None:
+        row_weights = losses[0].new_ones(()).expand(losses[0].shape)
+    upstream = row_weights, ce_weights
+    if not losses[0].numel():
+        pass
+    elif on_chip:
+        _launch_whole_rows(problem, losses, gradient, upstream)
+    else:
+        _launch_statistics(problem, losses, statistics)
+        _launch_gradient(problem, statistics, gradient, upstream)
+    return losses, (gradient,)
+
+
+def _allocate(problem: Rows, n_numbers: int) -> tuple[Losses, Tensor]:
+    """Return empty losses, and empty statistics of n_numbers a row."""
+    examples, dtype, new = problem.student.shape[:-1], _dtype(problem), problem.student.new_empty
+    cross_entropies = None if problem.labels is None else new(examples, dtype=dtype)
+    return (new(examples, dtype=dtype), cross_entropies), new((*examples, n_numbers), dtype=dtype)
+
+
+def _launch_whole_rows(
+    problem: Rows,
+    losses: Losses | None,
+    gradient: Tensor | None = None,
+    upstream: Sequence[Tensor | None] = (None, None),
+) -> None:
+    n_rows, n_cols = _shape(problem)
+    student, teacher = rows_of(problem.student), rows_of(problem.teacher)
+    gradient_rows = None if gradient is None else rows_of(gradient)
+    aligned = [student, teacher] if gradient_rows is None else [student, teacher, gradient_rows]
+    columns = triton.next_power_of_2(n_cols)
+    # as many rows as fill a program, as few as give every multiprocessor two programs
+    device = device_of(problem.student)
+    most_warps = 32 if device.nvidia else 16  # 1024 threads, because AMD's warps have 64
+    sharing = triton.cdiv(n_rows, 2 * device.multiprocessors)
+    block = max(1, min(4096 // columns, triton.next_power_of_2(sharing)))
+    with on_device(problem.student):
+        sweeps.whole_rows[(triton.cdiv(n_rows, block),)](
+            **_arguments(problem),
+            student=student,
+            teacher=teacher,
+            gradient=gradient_rows,
+            upstream=_upstream(upstream[0]),
+            ce_upstream=_upstream(upstream[1]),
+            losses_ptr=None if losses is None else losses[0],
+            cross_entropies_ptr=None if losses is None else losses[1],
+            n_rows=n_rows,
+            IS_MIXTURE=problem.divergence in _MIXTURES,
+            FAST=_has_fast_log2(problem),
+            ALIGNMENT=alignment(aligned, n_cols),
+            ROWS=block,
+            COLUMNS=columns,
+            num_warps=max(1, min(most_warps, block * columns // 256)),
+        )
+
+
+def _launch_statistics(problem: Rows, losses: Losses, statistics: Tensor) -> None:
+    n_rows, n_cols = _shape(problem)
+    student, teacher = rows_of(problem.student), rows_of(problem.teacher)
+    is_mixture, width = problem.divergence in _MIXTURES, _width(problem)
+    multiprocessors = device_of(problem.student).multiprocessors
+    num_warps = 8 if n_rows >= 2 * multiprocessors else 16
+    threads = 32 * num_warps
+    # several programs share a row where there are fewer rows than multiprocessors
+    splits = 1
+    if n_rows < multiprocessors:
+        most = triton.cdiv(n_cols, _SHORTEST_SPLIT)
+        splits = min(triton.cdiv(2 * multiprocessors, n_rows), most)
+    per_split = triton.cdiv(triton.cdiv(n_cols // width, splits), threads) * threads
+    splits = triton.cdiv(n_cols // width, per_split)
+    partial = None
+    if splits > 1:
+        partial = statistics.new_empty((n_rows, splits, sweeps.N_STATISTICS.value))
+    shared = dict(
+        **_arguments(problem),
+        student=student,
+        losses_ptr=losses[0],
+        cross_entropies_ptr=losses[1],
+        statistics_ptr=statistics,
+        partial_ptr=partial,
+        IS_MIXTURE=is_mixture,
+    )
+    with on_device(problem.student):
+        for sweep in (0,) if splits == 1 else (1, 2) if is_mixture else (1,):
+            sweeps.row_statistics[(n_rows, splits)](
+                **shared,
+                teacher=teacher,
+                vectors_per_split=per_split,
+                SWEEP=sweep,
+                FAST=_has_fast_log2(problem),
+                CONGRUENT=congruent(student, teacher, width),
+                THREADS=threads,
+                WIDTH=width,
+                num_warps=num_warps,
+            )
+            if sweep:
+                sweeps.combine[(n_rows,)](
+                    **shared,
+                    n_splits=splits,
+                    SWEEP=sweep,
+                    SPLITS=triton.next_power_of_2(splits),
+                    num_warps=1,
+                )
+
+
+def _launch_gradient(
+    problem: Rows, statistics: Tensor, gradient: Tensor, upstream: Sequence[Tensor | None]
+) -> None:
+    n_rows, n_cols = _shape(problem)
+    student, teacher = rows_of(problem.student), rows_of(problem.teacher)
+    gradient_rows, width = rows_of(gradient), _width(problem)
+    vectors, num_warps = 512, 4
+    n_blocks = triton.cdiv(n_cols, vectors * width)
+    with on_device(problem.student):
+        sweeps.gradient[(n_rows * n_blocks,)](
+            **_arguments(problem),
+            student=student,
+            teacher=teacher,
+            gradient=gradient_rows,
+            upstream=_upstream(upstream[0]),
+            ce_upstream=_upstream(upstream[1]),
+            statistics_ptr=statistics,
+            n_blocks=n_blocks,
+            FAST=_has_fast_log2(problem),
+            CONGRUENT=congruent(student, teacher, width),
+            GRADIENT_CONGRUENT=congruent(student, gradient_rows, width),
+            VECTORS=vectors,
+            WIDTH=width,
+            num_warps=num_warps,
+        )
+
+
+def _arguments(problem: Rows) -> dict[str, Any]:
+    """Return what all kernels take, by the names of their parameters."""
+    dtype, device = _dtype(problem), problem.student.device
+    numbers = sweeps.Numbers(
+        problem.student_temperature, problem.teacher_temperature, problem.weight, problem.scale
+    )
+    # float64 goes by pointer too, because a Python float reaches a kernel as float32
+    by_pointer = dtype == torch.float64 or any(isinstance(x, Tensor) for x in numbers)
+    if by_pointer:
+        numbers = sweeps.Numbers(*(_on_device(x, device) for x in numbers))
+    else:
+        numbers = sweeps.Numbers(*map(float, numbers))
+    return dict(
+        labels_ptr=_flat(problem.labels),
+        row_mask_ptr=_flat(problem.row_mask),
+        numbers=numbers,
+        n_cols=problem.student.shape[-1],
+        inner=problem.student.shape[-2] if problem.student.ndim > 1 else 1,
+        DIVERGENCE=problem.divergence,
+        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+        ON_DEVICE=by_pointer,
+    )
+
+
+def _shape(problem: Rows) -> tuple[int, int]:
+    """Return the numbers of rows and of columns."""
+    return problem.student.shape[:-1].numel(), problem.student.shape[-1]
+
+
+def _dtype(problem: Rows) -> torch.dtype:
+    return compute_dtype(problem.student, problem.teacher)
+
+
+def _has_fast_log2(problem: Rows) -> bool:
+    """Return whether the device computes log2 of the compute dtype in one instruction."""
+    return _dtype(problem) == torch.float32 and device_of(problem.student).nvidia
+
+
+def _width(problem: Rows) -> int:
+    """Return the elements of a vector, which has 16 bytes of the narrower network."""
+    return 16 // min(problem.student.element_size(), problem.teacher.element_size())
+
+
+def _upstream(gradients: Tensor | None) -> sweeps.Upstream | None:
+    if gradients is None:
+        return None
+    gradients = gradients.reshape(-1)
+    return sweeps.Upstream(gradients, gradients.stride(0))
+
+
+def _flat(rows: Tensor | None) -> Tensor | None:
+    return None if rows is None else rows.reshape(-1).contiguous()
+
+
+def _on_device(number: Number, device: torch.device) -> Tensor:
+    if isinstance(number, Tensor):
+        return number
+    return torch.full((), number, dtype=torch.float64, device=device)

@@ -1,0 +1,183 @@
+"""Divergences of one tile of logits: their sums, their value and their slope.
+
+Every D = Σ d(log p, log q) is taken from sums over the row, relative to pivots: with
+c = log2(e) / T for each network, ds = c·z_student − pivot, dt = c·z_teacher − pivot, es = exp2(ds),
+et = exp2(dt) and Z = Σ e, the softmaxes are q = es / Zs and p = et / Zt. A pivot is the maximum of
+c·z over what was read so far. Pivot and Z are kept apart, because one number for both would lose
+what a large pivot rounds away. No memory is touched here, but for the logits of the labels.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from fastkd.kernels.tiles import LN2, log2
+
+LOWEST = tl.constexpr(-1e30)  # pivot of an empty sum: finite, so that differences are numbers
+SMALLEST = tl.constexpr(-120.0)  # log2 of the probability that a mixture takes for 0
+TINY = tl.constexpr(1e-30)  # q·log q is taken for 0 below this q
+
+
+class Units(NamedTuple):
+    """Factors that bring logits to log2 units: exp(z / T) = exp2(c · z)."""
+
+    cs: tl.tensor  # of the student at its temperature
+    ct: tl.tensor  # of the teacher at its temperature
+    c1: tl.tensor  # of the student at T = 1, for the cross-entropy
+
+
+class Sums(NamedTuple):
+    """Sums over the logits that a thread, a split or a row has read, relative to their pivots."""
+
+    ms: tl.tensor  # pivot of the student
+    zs: tl.tensor  # Σ es
+    mt: tl.tensor  # pivot of the teacher
+    zt: tl.tensor  # Σ et
+    a: tl.tensor  # Σ et · log ratio
+    b: tl.tensor  # Σ es · log ratio
+    m1: tl.tensor  # pivot of the student at T = 1
+    z1: tl.tensor  # Σ exp2(c1·z_student − m1)
+
+
+class Statistics(NamedTuple):
+    """Numbers of a row that its gradient needs besides the logits."""
+
+    ms: tl.tensor
+    zs: tl.tensor
+    mt: tl.tensor
+    zt: tl.tensor
+    slope_sum: tl.tensor  # Σ q·v, which the slope q·(v − Σ q·v) subtracts
+    m1: tl.tensor
+    z1: tl.tensor
+
+
+@triton.jit
+def rescaled(sums, rise_s, rise_t, shrink_s, shrink_t, DIVERGENCE: tl.constexpr):
+    """Return the sums a and b in units of pivots that have risen."""
+    a, b = sums.a, sums.b
+    # selected, because a factor that has vanished wins over an infinite sum
+    if (DIVERGENCE == "forward_kl") or (DIVERGENCE == "symmetric_kl"):
+        a = tl.where(shrink_t > 0, (a + sums.zt * (rise_s - rise_t)) * shrink_t, 0.0)
+    if DIVERGENCE == "soft_cross_entropy":
+        a = tl.where(shrink_t > 0, (a + sums.zt * rise_s) * shrink_t, 0.0)
+    if (DIVERGENCE == "reverse_kl") or (DIVERGENCE == "symmetric_kl"):
+        b = tl.where(shrink_s > 0, (b + sums.zs * (rise_t - rise_s)) * shrink_s, 0.0)
+    return a, b
+
+
+@triton.jit
+def add_products(a, b, ds, dt, es, et, DIVERGENCE: tl.constexpr):
+    """Add the log ratios of a tile [R, K] to the sums a and b, and return both."""
+    if (DIVERGENCE == "forward_kl") or (DIVERGENCE == "symmetric_kl"):
+        a += tl.sum(tl.where(et > 0, et * (dt - ds), 0.0), 1)
+    if DIVERGENCE == "soft_cross_entropy":
+        a += tl.sum(tl.where(et > 0, et * -ds, 0.0), 1)
+    if (DIVERGENCE == "reverse_kl") or (DIVERGENCE == "symmetric_kl"):
+        b += tl.sum(tl.where(es > 0, es * (ds - dt), 0.0), 1)
+    return a, b
+
+
+@triton.jit
+def fold(x, y, units, sums, DIVERGENCE: tl.constexpr, LABELS: tl.constexpr):
+    """Add the logits x, y [R, K] to the sums [R] of R threads."""
+    ms = tl.maximum(sums.ms, tl.max(x, 1) * units.cs)
+    mt = tl.maximum(sums.mt, tl.max(y, 1) * units.ct)
+    shrink_s, shrink_t = tl.exp2(sums.ms - ms), tl.exp2(sums.mt - mt)
+    ds, dt = tl.fma(x, units.cs, -ms[:, None]), tl.fma(y, units.ct, -mt[:, None])
+    es, et = tl.exp2(ds), tl.exp2(dt)
+    a, b = rescaled(sums, ms - sums.ms, mt - sums.mt, shrink_s, shrink_t, DIVERGENCE)
+    a, b = add_products(a, b, ds, dt, es, et, DIVERGENCE)
+    zs = sums.zs * shrink_s + tl.sum(es, 1)
+    zt = sums.zt * shrink_t + tl.sum(et, 1)
+    m1, z1 = sums.m1, sums.z1
+    if LABELS:
+        m1 = tl.maximum(m1, tl.max(x, 1) * units.c1)
+        z1 = z1 * tl.exp2(sums.m1 - m1) + tl.sum(tl.exp2(tl.fma(x, units.c1, -m1[:, None])), 1)
+    return Sums(ms, zs, mt, zt, a, b, m1, z1)
+
+
+@triton.jit
+def merge(sums, DIVERGENCE: tl.constexpr):
+    """Return the sums of a row from those of its threads, or of its splits."""
+    ms, mt, m1 = tl.max(sums.ms, 0), tl.max(sums.mt, 0), tl.max(sums.m1, 0)
+    shrink_s, shrink_t = tl.exp2(sums.ms - ms), tl.exp2(sums.mt - mt)
+    a, b = rescaled(sums, ms - sums.ms, mt - sums.mt, shrink_s, shrink_t, DIVERGENCE)
+    return Sums(
+        ms,
+        tl.sum(sums.zs * shrink_s, 0),
+        mt,
+        tl.sum(sums.zt * shrink_t, 0),
+        tl.sum(a, 0),
+        tl.sum(b, 0),
+        m1,
+        tl.sum(sums.z1 * tl.exp2(sums.m1 - m1), 0),
+    )
+
+
+@triton.jit
+def kl_value(zs, zt, a, b, weight, DIVERGENCE: tl.constexpr):
+    """Return the KL that the sums of a row make, and Σ q·(log2 q − log2 p) in pivot units."""
+    ratio = tl.log2(zt / zs)
+    if DIVERGENCE == "forward_kl":
+        value = a / zt - ratio
+    elif DIVERGENCE == "reverse_kl":
+        value = b / zs + ratio
+    elif DIVERGENCE == "symmetric_kl":
+        value = weight * (a / zt - ratio) + (1 - weight) * (b / zs + ratio)
+    else:
+        value = a / zt + tl.log2(zs)
+    return value * LN2, b / zs
+
+
+@triton.jit
+def mixture(ds, dt, ratio, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
+    """Return d, q and v of a divergence that needs both Z: D = Σ d has the slope q·(v − Σ q·v).
+
+    All three are in units of the teacher's Z: `ratio`, log2(Zt / Zs), brings the student there.
+    """
+    if DIVERGENCE == "total_variation":
+        p, q = tl.exp2(dt), tl.exp2(ds + ratio)
+        return 0.5 * tl.abs(p - q), q, tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
+    # floors instead of selections, because with them 0·∞ cannot come up
+    log_q, log_p = tl.maximum(ds + ratio, SMALLEST), tl.maximum(dt, SMALLEST)
+    p, q = tl.exp2(log_p), tl.exp2(log_q)
+    of_teacher, of_student = weight, 1 - weight
+    if DIVERGENCE == "skew_reverse_kl":
+        of_teacher, of_student = 1 - weight, weight
+    log_m = log2(of_teacher * p + of_student * q, FAST)
+    if DIVERGENCE == "skew_kl":
+        share = tl.exp2(log_p - log_m)
+        return p * (log_p - log_m) * LN2, q, (weight - 1) * share
+    if DIVERGENCE == "skew_reverse_kl":
+        share = tl.exp2(log_q - log_m)
+        above = (log_q - log_m) * LN2
+        return q * above, q, above - weight * share
+    above = (log_q - log_m) * ((1 - weight) * LN2)
+    return p * (log_p - log_m) * (weight * LN2) + q * above, q, above
+
+
+@triton.jit
+def slope(ds, dt, row, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
+    """Return T · ∂D/∂student of a tile, given the Statistics of its rows."""
+    if (DIVERGENCE == "forward_kl") or (DIVERGENCE == "soft_cross_entropy"):
+        return tl.exp2(ds) * (1 / row.zs) - tl.exp2(dt) * (1 / row.zt)
+    if (DIVERGENCE == "reverse_kl") or (DIVERGENCE == "symmetric_kl"):
+        q = tl.exp2(ds) * (1 / row.zs)
+        # compared this way round, so that a NaN stays a NaN
+        reverse = tl.where(q <= TINY, 0.0, q * ((ds - dt) - row.slope_sum) * LN2)
+        if DIVERGENCE == "reverse_kl":
+            return reverse
+        return (1 - weight) * reverse + weight * (q - tl.exp2(dt) * (1 / row.zt))
+    ratio = tl.log2(row.zt / row.zs)
+    _, q, v = mixture(ds, dt, ratio, weight, DIVERGENCE, FAST)
+    # Z is multiplied in, because a row without a softmax (all −∞, or +∞ in it) shows in Z alone
+    return tl.where(ds <= SMALLEST, 0.0, q * (v - row.slope_sum)) * ((1 + 0 * ratio) / row.zt)
+
+
+@triton.jit
+def cross_entropy(student_row, label, n_cols, c1, m1, z1, DTYPE: tl.constexpr):
+    """Return −log softmax(student)[label] at T = 1: 0 without a label, NaN if out of range."""
+    inside = (label >= 0) & (label < n_cols)
+    x = tl.load(student_row + label, mask=inside, other=float("nan")).to(DTYPE)
+    return tl.where(label < 0, 0.0, (tl.log2(z1) - tl.fma(x, c1, -m1)) * LN2)

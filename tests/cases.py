@@ -1,0 +1,270 @@
+"""Every loss and its variants on one line each: the table that tests, budgets and benchmarks read.
+
+A loss joins with its line, and all contracts of test_contracts.py hold for it from then on. The
+table knows each loss independently of fastkd, as its paper or its users write it.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import published
+import textbook
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastkd
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+
+
+def normal(
+    *shape: int,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    device: torch.device | str = DEVICE,
+) -> Tensor:
+    """Return the same numbers on every device and in every dtype, up to rounding."""
+    if torch.device(device).type == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+# ----------------------------------------------------------------------------------------- inputs
+# functions of (examples, width, dtype, seed, device); what is trained requires grad
+
+Inputs = Callable[..., list[Tensor]]
+
+
+def logits(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    student, teacher = 3 * normal(2, *examples, width, seed=seed, device=device)
+    return [student.to(dtype).requires_grad_(), teacher.to(dtype)]
+
+
+def logits_and_labels(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(width, examples, generator=generator).to(device)
+    return [*logits(examples, width, dtype, seed, device), labels]
+
+
+def embeddings(wider: int = 0, trained: int = 1, unit: bool = False) -> Inputs:
+    """Return the inputs of two networks; the second has `wider` features more."""
+
+    def inputs(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+        tensors = [
+            normal(*examples, width + i * wider, dtype=dtype, seed=seed + i, device=device)
+            for i in range(2)
+        ]
+        if unit:
+            tensors = [F.normalize(x, dim=-1) for x in tensors]
+        return [x.requires_grad_(i < trained) for i, x in enumerate(tensors)]
+
+    return inputs
+
+
+def with_bank(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    bank = normal(*examples[:-1], 13, width, seed=seed + 7, dtype=dtype, device=device)
+    return [*embeddings(trained=2)(examples, width, dtype, seed, device), bank.requires_grad_()]
+
+
+def with_classes(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(-2, 3, examples, generator=generator).mul_(1000).to(device)
+    return [
+        normal(*examples, width, dtype=dtype, seed=seed, device=device).requires_grad_(),
+        labels,
+    ]
+
+
+def with_keys(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    queries = embeddings(wider=2)(examples, width, dtype, seed, device)
+    return queries + embeddings(wider=2)((*examples[:-1], 11), width, dtype, seed + 5, device)
+
+
+def crops(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return outputs of four and two crops and a centre, small as the temperatures want them."""
+    *batches, n = examples
+    student = 0.3 * normal(*batches, 4, n, width, seed=seed, device=device)
+    teacher = 0.3 * normal(*batches, 2, n, width, seed=seed + 1, device=device)
+    center = 0.3 * normal(*batches, width, seed=seed + 2, device=device)
+    wide = torch.promote_types(dtype, torch.float32)
+    return [student.to(dtype).requires_grad_(), teacher.to(dtype), center.to(wide)]
+
+
+# ------------------------------------------------------------------------------------------ table
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss with options, and what is known of it independently of fastkd."""
+
+    loss: Callable[..., Any]
+    problem: str  # that engines solve
+    inputs: Inputs
+    published: Callable[..., Tensor]  # (*inputs, **options): for each example, or of the batch
+    options: Mapping[str, Any] = field(default_factory=dict)
+    by_hand: Callable[..., float] | None = None  # in Python floats, of one row or of the batch
+    per_example: bool = False
+    has_kernels: bool = True
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.loss.__name__
+
+    @property
+    def id(self) -> str:
+        options = (f"{k}={v}" for k, v in self.options.items())
+        return "-".join([self.name, *([self.note] if self.note else []), *options])
+
+    def __str__(self) -> str:
+        return self.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __call__(self, *inputs: Tensor, **options: Any) -> Tensor:
+        """Compute the loss of fastkd, unreduced where it has one for each example."""
+        reduction = {"reduction": "none"} if self.per_example else {}
+        return self.loss(*inputs, **{**reduction, **self.options, **options})
+
+    def truth(self, *inputs: Tensor, **options: Any) -> Tensor:
+        """Compute the same as it is published."""
+        return self.published(*inputs, **{**self.options, **options})
+
+    def hand(self, *inputs: Tensor, **options: Any) -> Tensor:
+        """Compute the same in Python floats."""
+        assert self.by_hand is not None
+        options = {**self.options, **options}
+        if not self.per_example:
+            numbers: Any = self.by_hand(*(x.tolist() for x in inputs), **options)
+        else:
+            n_dims = inputs[0].ndim - 1
+            rows = [x.flatten(0, n_dims - 1).tolist() for x in inputs]
+            numbers = [self.by_hand(*row, **options) for row in zip(*rows, strict=True)]
+        losses = torch.tensor(numbers, dtype=torch.float64, device=inputs[0].device)
+        return losses.view(inputs[0].shape[:-1]) if self.per_example else losses
+
+
+def _rows(
+    loss: Callable, known: tuple, temperature: float = 2.0, has_kernels: bool = True, **options: Any
+) -> Case:
+    options = dict(temperature=temperature) | options
+    return Case(loss, "rows", logits, known[1], options, known[0], True, has_kernels)
+
+
+def _kd(divergence: str, known: tuple, **options: Any) -> Case:
+    options = dict(temperature=4.0, alpha=0.3, divergence=divergence) | options
+    by_hand, eager = textbook.with_labels(known)
+    return Case(fastkd.kd, "rows", logits_and_labels, eager, options, by_hand, per_example=True)
+
+
+def _batch(problem: str, loss: Callable, inputs: Inputs, note: str = "", **options: Any) -> Case:
+    as_published, by_hand = (getattr(x, loss.__name__, None) for x in (published, textbook))
+    has_kernels = problem != "gram"
+    return Case(loss, problem, inputs, as_published, options, by_hand, False, has_kernels, note)
+
+
+def _with_keys(student, teacher, student_keys, teacher_keys, **options):
+    keys = dict(student_keys=student_keys, teacher_keys=teacher_keys)
+    return fastkd.similarity_kl(student, teacher, **keys, **options)
+
+
+_with_keys.__name__ = "similarity_kl"
+ONE_WIDTH, TWO_WIDTHS, UNIT = embeddings(), embeddings(wider=2), embeddings(trained=2, unit=True)
+VIEWS = embeddings(trained=2)
+
+CASES = [
+    _rows(fastkd.forward_kl, textbook.FORWARD_KL, temperature=4.0),
+    _rows(fastkd.forward_kl, textbook.FORWARD_KL, scale_t2=False),
+    _rows(fastkd.reverse_kl, textbook.REVERSE_KL),
+    _rows(fastkd.jensen_shannon, textbook.JENSEN_SHANNON, beta=0.1),
+    _rows(fastkd.jensen_shannon, textbook.JENSEN_SHANNON, beta=0.5, temperature=1.0),
+    _rows(fastkd.jensen_shannon, textbook.FORWARD_KL, beta=0.0),
+    _rows(fastkd.jensen_shannon, textbook.REVERSE_KL, beta=1.0),
+    _rows(fastkd.skew_kl, textbook.SKEW_KL, skew=0.1),
+    _rows(fastkd.skew_kl, textbook.FORWARD_KL, skew=0.0),
+    _rows(fastkd.skew_reverse_kl, textbook.SKEW_REVERSE_KL, skew=0.1),
+    _rows(fastkd.skew_reverse_kl, textbook.REVERSE_KL, skew=0.0),
+    _rows(fastkd.symmetric_kl, textbook.SYMMETRIC_KL, weight=0.3),
+    _rows(fastkd.symmetric_kl, textbook.REVERSE_KL, weight=0.0),
+    _rows(fastkd.symmetric_kl, textbook.FORWARD_KL, weight=1.0),
+    _rows(fastkd.total_variation, textbook.TOTAL_VARIATION),
+    _rows(fastkd.soft_cross_entropy, textbook.SOFT_CROSS_ENTROPY, temperature=4.0),
+    _rows(fastkd.logit_mse, textbook.LOGIT_MSE, scale_t2=False, has_kernels=False),
+    _kd("forward_kl", textbook.FORWARD_KL),
+    _kd("jensen_shannon", textbook.JENSEN_SHANNON, beta=0.1),
+    _kd("total_variation", textbook.TOTAL_VARIATION),
+    _batch("rows", fastkd.dino, crops),
+    _batch("rows", fastkd.dino, crops, skip_same_view=False, teacher_temperature=0.07),
+    _batch("relations", fastkd.rkd, TWO_WIDTHS),
+    _batch(
+        "relations",
+        fastkd.rkd,
+        TWO_WIDTHS,
+        distance_weight=1.0,
+        angle_weight=2.0,
+        smooth_l1_beta=0.25,
+    ),
+    _batch("relations", fastkd.rkd_distance, TWO_WIDTHS),
+    _batch("relations", fastkd.rkd_angle, TWO_WIDTHS),
+    _batch("gram", fastkd.similarity_preserving, TWO_WIDTHS),
+    _batch("gram", fastkd.pkt, TWO_WIDTHS),
+    _batch("gram", fastkd.correlation_congruence, TWO_WIDTHS, form="kernel"),
+    _batch("gram", fastkd.correlation_congruence, TWO_WIDTHS, form="kernel", gamma=1.5, order=1),
+    _batch("gram", fastkd.correlation_congruence, TWO_WIDTHS, form="kernel", gamma=0.8, order=4),
+    _batch("gram", fastkd.correlation_congruence, ONE_WIDTH),
+    _batch("gram", fastkd.dist_kd, logits),
+    _batch("gram", fastkd.dist_kd, logits, beta=2.0, gamma=0.5, temperature=4.0),
+    _batch("pairs", fastkd.info_nce, VIEWS),
+    _batch("pairs", fastkd.info_nce, VIEWS, symmetric=True),
+    _batch("pairs", fastkd.info_nce, with_bank, "bank", negative_weight=0.3, margin=0.1),
+    _batch(
+        "pairs",
+        fastkd.info_nce,
+        with_bank,
+        "bank",
+        negative_weight=0.3,
+        symmetric=True,
+        decoupled=True,
+    ),
+    _batch("pairs", fastkd.info_nce, with_bank, "bank", in_batch_negatives=False, temperature=0.2),
+    _batch("pairs", fastkd.info_nce, with_bank, "bank", in_batch_negatives=False, decoupled=True),
+    _batch("pairs", fastkd.info_nce, UNIT, "unit", normalize=False, symmetric=True, margin=-0.2),
+    _batch("pairs", fastkd.info_nce, VIEWS, decoupled=True, negative_weight=2.0),
+    _batch("pairs", fastkd.clip_contrastive, UNIT, logit_scale=5.0),
+    _batch("pairs", fastkd.siglip, UNIT, logit_scale=5.0, logit_bias=-2.0),
+    _batch("pairs", fastkd.nt_xent, VIEWS),
+    _batch("pairs", fastkd.sup_con, with_classes),
+    _batch("pairs", fastkd.sup_con, with_classes, anchors="all", temperature=0.3),
+    _batch("pairs", fastkd.similarity_kl, TWO_WIDTHS),
+    _batch("pairs", fastkd.similarity_kl, TWO_WIDTHS, mask_self=True, teacher_temperature=0.2),
+    _batch("pairs", fastkd.similarity_kl, TWO_WIDTHS, mask_self=True, symmetric=True),
+    _batch("pairs", _with_keys, with_keys, "keys", teacher_temperature=0.03),
+    _batch("pairs", _with_keys, with_keys, "keys", symmetric=True),
+]
+# the first line of each function: what does not depend on the options is tested with it
+LOSSES = [case for i, case in enumerate(CASES) if case.name not in [c.name for c in CASES[:i]]]
+
+
+def of(*names: str, cases: list[Case] = CASES) -> list[Case]:
+    """Return the cases of these problems or of these functions."""
+    return [case for case in cases if {case.problem, case.name} & {*names}]
+
+
+def named(*ids: str) -> list[Case]:
+    by_id = {case.id: case for case in CASES}
+    return [by_id[name] for name in ids]
+
+
+# one for each way through an op: what depends on the op alone is tested with these
+WAYS = named(
+    "forward_kl-temperature=4.0", "jensen_shannon-temperature=2.0-beta=0.1",
+    "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "dino", "rkd", "pkt", "dist_kd",
+    "info_nce", "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",
+    "siglip-logit_scale=5.0-logit_bias=-2.0", "sup_con", "similarity_kl-keys-symmetric=True",
+)  # fmt: skip

@@ -1,0 +1,42 @@
+"""Make engines take ways that they take for other inputs, or on another device."""
+
+import importlib
+
+import torch
+
+from fastkd.portable import _chunks
+
+
+def in_chunks_of(n_elements, monkeypatch):
+    """Make the portable engines work in chunks of so many numbers at most."""
+    monkeypatch.setattr(_chunks, "LIMIT", n_elements)
+
+
+def on_device_of(multiprocessors, monkeypatch, nvidia=False):
+    """Make launch sites divide the work for a device of so many multiprocessors."""
+    module = importlib.import_module("fastkd.kernels.device")
+    device = module.Device(multiprocessors, nvidia)
+    monkeypatch.setattr(module, "Device", lambda *_: device)  # which the interpreter's is made of
+    rows = importlib.import_module("fastkd.kernels.rows.launch")
+    monkeypatch.setattr(rows, "device_of", lambda tensor: device)
+
+
+def through_chunks(monkeypatch, columns=16):
+    """Make kernels of pairs go through cuBLAS: several chunks, several programs for a row."""
+    launch = importlib.import_module("fastkd.kernels.pairs.launch")
+    chunks = importlib.import_module("fastkd.kernels.pairs.chunks")
+    monkeypatch.setattr(launch, "tiling", lambda *arguments: None)
+    monkeypatch.setattr(chunks, "COLUMNS", columns)
+    monkeypatch.setattr(chunks, "_TILE", (8, 16))
+    monkeypatch.setattr(chunks, "ELEMENTS", 20 * columns)
+
+
+def multiplying_halves(monkeypatch):
+    """Multiply half precision and sum in float32, as cuBLAS does."""
+    chunks = importlib.import_module("fastkd.kernels.pairs.chunks")
+
+    def product(a, b, out):
+        return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+    monkeypatch.setattr(chunks, "multiplies_halves", lambda rows, half: rows.dtype == torch.float32)
+    monkeypatch.setattr(chunks, "_product", product)

@@ -1,0 +1,247 @@
+"""The contract of engines: whatever is asked of it, an engine solves a problem as its twin does."""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from cases import DEVICE, logits_and_labels, normal, of
+from choice import quick_if
+from exactness import assert_same, results
+from force import through_chunks
+
+import fastkd
+from fastkd.problems.pairs import Pairs, SoftPairs
+from fastkd.problems.relations import Relations
+from fastkd.problems.rows import Rows
+
+DIVERGENCES = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "jensen_shannon": dict(beta=0.3),
+    "skew_kl": dict(skew=0.2),
+    "skew_reverse_kl": dict(skew=0.2),
+    "symmetric_kl": dict(weight=0.3),
+    "total_variation": {},
+    "soft_cross_entropy": {},
+}
+WIDTHS = [17, 8999]
+
+
+@pytest.fixture
+def solver(engine):
+    """Return the module that solves a problem."""
+    path = "fastkd.kernels.{}.launch" if engine == "triton" else "fastkd.portable.{}"
+    return lambda problem: importlib.import_module(path.format(problem))
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+def rows(divergence, n_cols=17, dtype=torch.float64, **others):
+    """Return a problem with all that is optional."""
+    student, teacher, labels = logits_and_labels((4,), n_cols, dtype)
+    labels[2] = -1
+    return Rows(
+        student=student.detach(),
+        teacher=teacher,
+        labels=labels,
+        row_mask=torch.tensor([True, True, False, True], device=DEVICE),
+        student_temperature=2.0,
+        teacher_temperature=0.7,
+        weight=(*DIVERGENCES[divergence].values(), 0.0)[0],
+        scale=3.0,
+        divergence=divergence,
+    )._replace(**others)
+
+
+def upstreams(dtype=torch.float64):
+    return normal(4, dtype=dtype, seed=8), normal(4, dtype=dtype, seed=9)
+
+
+@pytest.mark.parametrize("n_cols", WIDTHS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradients_of_rows_are_those_of_their_values(divergence, n_cols, solver):
+    """Temperatures 2 and 0.7 of the networks are one of 1 of logits divided by them."""
+    problem, weights = rows(divergence, n_cols), upstreams()
+    student = problem.student.clone().requires_grad_()
+    formula = getattr(fastkd, divergence).formula
+    options = dict(temperature=1.0, scale_t2=True) | DIVERGENCES[divergence]
+    losses = problem.row_mask * 3 * formula(student / 2, problem.teacher / 0.7, **options)
+    ce = torch.nn.functional.cross_entropy(
+        student, problem.labels, ignore_index=-1, reduction="none"
+    )
+    total = (weights[0] * losses + weights[1] * ce).sum()
+    (gradient,) = torch.autograd.grad(total, student)
+    engine = solver("rows")
+    for needs_grad in (False, True):  # an engine may prepare for it
+        found, saved = engine.forward(problem, (needs_grad,))
+        assert_same(found, [losses, ce])
+        assert_same(engine.backward(problem, saved, weights), [gradient], 1e-11)
+        if not needs_grad:
+            shapes = [x.shape for x in saved if isinstance(x, torch.Tensor)]
+            assert shapes == [(4, engine.n_statistics(problem))]
+    (first,) = engine.backward(problem, saved, (weights[0], None))
+    (second,) = engine.backward(problem, saved, (None, weights[1]))
+    assert_same([first + second], [gradient], 1e-11)
+    assert first.any() and second.any()
+
+
+@pytest.mark.parametrize("n_cols", WIDTHS)
+def test_numbers_of_rows_may_be_tensors_and_the_rest_missing(n_cols, solver):
+    """Temperatures that change at every step live on the device; None is labels for no row."""
+    engine, problem = solver("rows"), rows("jensen_shannon", n_cols)
+    numbers = dict(student_temperature=2.5, teacher_temperature=0.75, weight=0.25, scale=3.0)
+    on_device = {name: torch.tensor(x, device=DEVICE) for name, x in numbers.items()}
+    neutral = dict(
+        labels=torch.full((4,), -1, device=DEVICE),
+        row_mask=torch.ones(4, dtype=torch.bool, device=DEVICE),
+    )
+    pairs = [(numbers, on_device), *(({k: x}, {k: None}) for k, x in neutral.items())]
+    for options, others in pairs:
+        expected, found = [], []
+        for given, kept in ((options, expected), (others, found)):
+            asked = problem._replace(**given)
+            losses, saved = engine.forward(asked, (True,))
+            upstream = (upstreams()[0], None if asked.labels is None else upstreams()[1])
+            kept += [losses[0], *engine.backward(asked, saved, upstream)]
+        assert_same(found, expected)
+
+
+# ------------------------------------------------------------------------------------------ pairs
+
+FORMS = {
+    "linear": {},
+    "classes": {},
+    "softplus": dict(columns=True),
+    "softplus of two views": dict(two_views=True),
+    "pairs": {},
+}
+NEEDS = [(True, True, True, True), (True, False, False, False), (False, True, True, False)]
+NEEDS += [(False, False, True, True), (False, False, False, False)]
+
+
+def pairs(form, first, n=70, n_keys=200, columns=False, two_views=False):
+    """Return queries of one rank, whose positive keys are somewhere among those of all ranks."""
+    scale = torch.tensor(3.0, dtype=torch.float64, device=DEVICE)
+    positive = normal(n, seed=3)
+    bank, classes, attractions = normal(9, 5, seed=2), None, None
+    if form == "classes":
+        numbers = torch.arange(n_keys, device=DEVICE) % 7
+        bank, classes, attractions = None, numbers.double(), normal(7, seed=6).square()[numbers]
+    return Pairs(
+        query=normal(n, 5),
+        key=normal(n_keys, 5, seed=1),
+        scale=scale,
+        positive_logits=positive,
+        weights=positive.square(),
+        bank=bank,
+        key_positive_logits=normal(n_keys, seed=4) if columns else None,
+        key_weights=normal(n_keys, seed=5).square() if columns else None,
+        classes=classes,
+        attractions=attractions,
+        form=dict(classes="linear").get(form, form.split()[0]),
+        first=first,
+        two_views=two_views,
+        normalize=True,
+        half="",
+        group="",
+    )
+
+
+def soft_pairs(first, n=70, n_keys=200):
+    scale = torch.tensor(3.0, dtype=torch.float64, device=DEVICE)
+    networks = [
+        x
+        for width, seed in ((5, 0), (7, 2))
+        for x in (normal(n, width, seed=seed), normal(n_keys, width, seed=seed + 1), scale)
+    ]
+    return SoftPairs(*networks, first, "", "")
+
+
+def assert_twins_agree(found, expected, needs_grad):
+    (loss, gradients), (true_loss, true_gradients) = found, expected
+    torch.testing.assert_close(loss, true_loss, rtol=1e-13, atol=1e-14)
+    assert [x is not None for x in gradients] == [*needs_grad[: len(gradients)]]
+    for x, y in zip(gradients, true_gradients, strict=True):
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-14)
+
+
+@pytest.fixture(params=["tiles", "chunks"])
+def way(request, engine, monkeypatch):
+    if request.param == "chunks":
+        if engine != "triton":
+            pytest.skip("of kernels alone")
+        through_chunks(monkeypatch, columns=128)
+    return request.param
+
+
+@pytest.mark.parametrize("engine", ["portable in chunks", "triton"], indirect=True)
+@pytest.mark.parametrize("first", [0, 37, 130])
+@pytest.mark.parametrize("form", FORMS)
+@quick_if(lambda form, first, way: first == 37)
+def test_queries_of_one_rank(form, first, way, engine, solver):
+    twin = importlib.import_module("fastkd.portable.pairs")
+    problem = pairs(form, first, **FORMS[form])
+    for needs_grad in NEEDS if first == 37 else NEEDS[:1]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fastkd.portable._chunks.LIMIT", None)
+            expected = twin.value_and_gradients(problem, needs_grad)
+        found = solver("pairs").value_and_gradients(problem, needs_grad)
+        assert_twins_agree(found, expected, needs_grad)
+
+
+@pytest.mark.parametrize("engine", ["portable in chunks", "triton"], indirect=True)
+@pytest.mark.parametrize("first", [0, 37, 130])
+@quick_if(lambda first, way: first == 37)
+def test_similarities_of_one_rank(first, way, engine, solver):
+    twin = importlib.import_module("fastkd.portable.pairs")
+    problem = soft_pairs(first)
+    for needs_grad in itertools.product([True, False], repeat=3) if first == 37 else [(True,) * 3]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fastkd.portable._chunks.LIMIT", None)
+            expected = twin.value_and_gradients(problem, needs_grad)
+        found = solver("pairs").value_and_gradients(problem, needs_grad)
+        assert_twins_agree(found, expected, needs_grad)
+
+
+def test_slopes_that_are_small_survive_float16(solver, engine):
+    """Slopes of each pair are 1e-9."""
+    half = [normal(5, 32).half(), normal(2000, 32, seed=1).half()]
+    positive, weights = torch.tensor([[20.0], [0.2]], device=DEVICE).expand(2, 5).contiguous()
+    twin = importlib.import_module("fastkd.portable.pairs")
+
+    def gradients(module, dtype, kind):
+        numbers = [x.to(dtype) for x in (*half, torch.ones((), device=DEVICE), positive, weights)]
+        problem = Pairs(*numbers, *[None] * 5, "pairs", -1, False, True, kind, "")
+        return module.value_and_gradients(problem, (True, True, False, False))[1][:2]
+
+    found = gradients(solver("pairs"), torch.float32, "float16")
+    for x, y in zip(found, gradients(twin, torch.float64, ""), strict=True):
+        assert (x.double() - y).norm() <= 3e-3 * y.norm()
+
+
+# -------------------------------------------------------------------------------------- relations
+
+
+@pytest.mark.parametrize("parts", ["distance", "angle", "both"])
+@pytest.mark.parametrize("sizes", [[2, 4, 3], [33, 0, 7]], ids=str)
+def test_parts_of_a_batch_have_shares_of_the_loss(parts, sizes, solver):
+    (whole, *_) = of("relations")
+    inputs = whole.inputs((sum(sizes),), 3)
+    weights = 2.0 * (parts != "angle"), 4.0 * (parts != "distance")
+    options = dict(distance_weight=weights[0], angle_weight=weights[1])
+    expected = results(lambda *x: fastkd.rkd(*x, **options), inputs)
+    upstream = normal(seed=99)
+    student, teacher = inputs[0].detach(), inputs[1]
+    losses, gradients, first = [], [], 0
+    for n in sizes:
+        mine = student[first : first + n]
+        problem = Relations(mine, teacher, student, *weights, 1.0, parts, "default", first)
+        loss, (gradient,) = solver("relations").value_and_gradients(problem, (True,))
+        without, (nothing,) = solver("relations").value_and_gradients(problem, (False,))
+        assert nothing is None
+        assert_same([without], [loss])
+        losses, gradients, first = [*losses, loss], [*gradients, gradient], first + n
+    assert_same([torch.stack(losses).sum(), upstream * torch.cat(gradients)], expected)
