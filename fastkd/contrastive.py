@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastkd._loss import loss
 from fastkd._op import Number
-from fastkd.problems import contrasts
+from fastkd.problems import _contrasts as contrasts
 from fastkd.problems.contrasts import is_number, logarithm, zero_loss
 
 
