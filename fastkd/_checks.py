@@ -284,7 +284,7 @@ def process_group(group: Any) -> None:
 
 
 def _ordered(lowest: Any, value: Any, highest: Any) -> bool:
-    """Return whether it is a number between the two, without isinstance: traced ones lack a class."""
+    """Return whether it is a number between both, by no isinstance: traced ones lack a class."""
     try:
         return bool(lowest <= value <= highest)
     except TypeError:

@@ -155,10 +155,8 @@ def _numbers(problem: Relations) -> _Numbers:
     numbers = problem.distance_weight, problem.angle_weight, beta
     # by pointer in float64 too, because a Python float reaches a kernel as float32
     if dtype == torch.float64 or any(isinstance(x, Tensor) for x in numbers):
-        by_pointer = [_on_device(x, problem.teacher.device) for x in numbers]
-        return _Numbers(*by_pointer, on_device=True)  # type: ignore[misc]
-    by_value = [float(x) for x in numbers]
-    return _Numbers(*by_value, on_device=False)  # type: ignore[misc]
+        return _Numbers(*[_on_device(x, problem.teacher.device) for x in numbers], True)
+    return _Numbers(*[float(x) for x in numbers], False)
 
 
 def _on_device(number: Number, device: torch.device) -> Tensor:
