@@ -155,8 +155,9 @@ def _numbers(problem: Relations) -> _Numbers:
     numbers = problem.distance_weight, problem.angle_weight, beta
     # by pointer in float64 too, because a Python float reaches a kernel as float32
     if dtype == torch.float64 or any(isinstance(x, Tensor) for x in numbers):
-        return _Numbers(*[_on_device(x, problem.teacher.device) for x in numbers], True)
-    return _Numbers(*[float(x) for x in numbers], False)
+        a, b, c = [_on_device(x, problem.teacher.device) for x in numbers]
+        return _Numbers(a, b, c, on_device=True)
+    return _Numbers(float(numbers[0]), float(numbers[1]), float(numbers[2]), on_device=False)
 
 
 def _on_device(number: Number, device: torch.device) -> Tensor:
