@@ -4,34 +4,36 @@ VENV ?= .venv
 INTEGRATIONS ?= .venv-integrations
 BIN = $(VENV)/bin
 ENVIRONMENT = $(VENV)/.installed
-INTERPRETED = --ignore=tests/compiled --ignore=tests/integrations
+TYPED = build/typed/fastkd
+# Each group is one process, because the interpreter decides at import and two cores run two groups.
+INTERPRETED = TRITON_INTERPRET=1 $(BIN)/pytest -q --ignore=tests/compiled --ignore=tests/integrations
+COMPILED = $(BIN)/pytest -q tests/compiled
 
-.PHONY: demo test test-all check bench mutants counted budgets test-integrations
+.PHONY: demo test test-all test-integrations bench check types mutants counted budgets docs
 
 demo: $(ENVIRONMENT)
 	$(BIN)/fastkd demo
 
-# What every change must pass, in minutes: see the marker `full` in pyproject.toml. The interpreter
-# decides at import, so that the kernels are run and compiled in two processes.
+# What every change must pass, in about four minutes on two cores.
 test: $(ENVIRONMENT)
-	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 -m "not full" $(INTERPRETED)
-	$(BIN)/pytest -q -n 2 -m "not full" tests/compiled
+	$(INTERPRETED) -n 2 -m "not full"
+	$(COMPILED) -n 2 -m "not full"
 
-# Everything, and the kernels for all targets.
+# Everything: all cases, all targets, the types, the site and the wheel.
 test-all: $(ENVIRONMENT)
-	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 $(INTERPRETED)
-	$(BIN)/pytest -q -n 2 tests/compiled
+	$(INTERPRETED) -n 2
+	$(COMPILED) -n 2
 
 # The frameworks live in an environment of their own: no other target needs them.
 test-integrations: $(INTEGRATIONS)/.installed
 	$(INTEGRATIONS)/bin/pytest -q tests/integrations
 
-# What suits the machine: the CPU's engine, or the kernels where there is a GPU.
+# On a CPU, for example `make bench ARGUMENTS="--loss kd --threads 1"`; a GPU has gpu_run.py.
 bench: $(ENVIRONMENT)
-	$(BIN)/pytest -q --benchmark-quiet benchmarks/bench.py
+	$(BIN)/python benchmarks/bench.py $(ARGUMENTS)
 
 counted: $(ENVIRONMENT)
-	$(BIN)/python benchmarks/counted.py
+	$(BIN)/python benchmarks/report.py counted
 
 # What differs from tests/budgets.json; `python tests/budgets.py --write` records it.
 budgets: $(ENVIRONMENT)
@@ -40,14 +42,24 @@ budgets: $(ENVIRONMENT)
 mutants: $(ENVIRONMENT)
 	$(BIN)/python tests/mutants.py
 
-check: $(ENVIRONMENT)
+# The site, without network, into site/; a warning is an error.
+docs: $(ENVIRONMENT)
+	$(BIN)/python docs/build.py
+
+check: $(ENVIRONMENT) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+
+# kernels/ is installed as fastkd.kernels, and links show it to mypy in that place.
+types: $(ENVIRONMENT)
+	rm -rf $(TYPED) && mkdir -p $(TYPED)
+	ln -sfn $(CURDIR)/fastkd/* $(TYPED)/
+	ln -sfn $(CURDIR)/kernels $(TYPED)/
+	cd $(TYPED)/.. && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p fastkd
 
 $(ENVIRONMENT): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,bench,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,bench,dev,docs]"
 	touch $@
 
 $(INTEGRATIONS)/.installed: pyproject.toml constraints-integrations.txt

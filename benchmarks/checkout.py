@@ -1,4 +1,4 @@
-"""Puts the tests' tools on the path, and fastkd where it is not installed: import it first."""
+"""Put the tests' tools on the path, and fastkd where it is not installed: import this first."""
 
 import importlib.util
 import os
@@ -10,9 +10,9 @@ for folder in (str(ROOT / "tests"), str(ROOT / "benchmarks")):
     if folder not in sys.path:
         sys.path.insert(0, folder)
 if importlib.util.find_spec("fastkd") is None:
-    sys.path.append(str(ROOT))  # last: the folder kernels/ must not shadow Hugging Face's
+    sys.path.append(str(ROOT))  # last, so that the folder kernels/ shadows no package of that name
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [*filter(None, [os.getenv("PYTHONPATH")]), str(ROOT)]
     )
-if importlib.util.find_spec("fastkd.kernels") is None:  # an installation maps the folder to it
+if importlib.util.find_spec("fastkd.kernels") is None:  # because only an installation maps it
     sys.modules["fastkd"].__path__.append(str(ROOT))

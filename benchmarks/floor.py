@@ -1,39 +1,35 @@
-"""The least time that a GPU needs for each loss: python benchmarks/floor.py [--check FILE]
+"""Model the least time that a GPU needs for each loss: python benchmarks/floor.py [--check]
 
 A launch takes at least as long as the resource of which it asks most: memory, tensor cores, issue
 slots, and the units for arithmetic, special functions and shared memory. The counts are of the code
 that is compiled at the real launch sites and of the bytes that it touches in the interpreter; the
 rates are the device's. A floor is no estimate: MODEL.md says what it leaves out.
 
-`--check` takes the rows of a GPU run and lists those that are faster than their floor.
+`--check` lists the rows of the GPUs' records that are faster than their floor.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import checkout  # noqa: F401
+import child
+import records
 import torch
+from counts import compiled, metered, scaled_down
+from gate import Tensor
+from sass import analyse, count, disassemble
+from tables import section
+from tile_work import work_of
+from workloads import FUSED, Shape, Workload
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
-
-from cases import Case  # noqa: E402
-from counts import FUSED, compiled, metered, scaled_down  # noqa: E402
-from gate import Tensor  # noqa: E402
-from sass import analyse, count, disassemble  # noqa: E402
-from tables import Table  # noqa: E402
-from tile_work import work_of  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results"
+FILE = records.RESULTS / "modelled.json"
 DIRECTIONS = ("forward", "backward", "forward+backward")
 
 
@@ -81,7 +77,7 @@ CLASS_OF = {name: kind for kind, names in _CLASSES.items() for name in names.spl
 
 
 class Counts(NamedTuple):
-    """What one launch asks of the device."""
+    """The work that one launch asks of the device."""
 
     warps: int  # in all programs together
     work: Mapping[str, float]  # instructions of one warp, by class
@@ -91,7 +87,7 @@ class Counts(NamedTuple):
 
 
 class Floor(NamedTuple):
-    """Seconds by resource; those of memory if L2 keeps all it can hold, and if it keeps nothing."""
+    """Seconds by resource; of memory if L2 keeps all it can hold, and if it keeps nothing."""
 
     resources: Mapping[str, float]
     uncached: float
@@ -122,7 +118,7 @@ def floor(counts: Counts, device: Device) -> Floor:
 
 
 def summary(floors: Sequence[Floor]) -> dict[str, Any]:
-    """Launches follow one another: their floors add. What binds is what binds longest."""
+    """Add the floors of launches that follow one another; what binds longest is said to bind."""
     longest: Counter[str] = Counter()
     for each in floors:
         longest[each.binds] += each.seconds  # type: ignore[assignment]
@@ -134,7 +130,7 @@ def summary(floors: Sequence[Floor]) -> dict[str, Any]:
 
 
 def classes_of(instructions: Mapping[str, float]) -> dict[str, float]:
-    """Instructions counted by name, as sass.count does, by class."""
+    """Sum up by class what sass.count counted by name."""
     work: Counter = Counter(all=instructions["instructions"])
     for name, kind in CLASS_OF.items():
         work[kind] += instructions.get(name, 0)
@@ -144,10 +140,10 @@ def classes_of(instructions: Mapping[str, float]) -> dict[str, float]:
 def executed(
     outside: Mapping[str, float], loops: Sequence[Mapping[str, float]], loaded: float
 ) -> dict[str, float]:
-    """Instructions of one warp, of which a thread loads `loaded` bytes in all.
+    """Return the instructions of one warp, of which a thread loads `loaded` bytes in all.
 
-    Every loop that loads takes an equal share of them, so unrolling cancels out; any other, a wait
-    or the end of a reduction, counts once.
+    Every loop that loads takes an equal share of them, so that unrolling cancels out; any other, a
+    wait or the end of a reduction, is run once.
     """
     sweeps = [loop for loop in loops if loop["load_bytes"]]
     in_loops = max(0.0, loaded - outside.get("load_bytes", 0))
@@ -162,10 +158,10 @@ def executed(
 def walked(
     outside: Mapping[str, float], loops: Sequence[Mapping[str, float]], trips: float, started: float
 ) -> dict[str, float]:
-    """Instructions of one warp on average, of which a part has work and walks over points.
+    """Return the instructions of a mean warp, where a part has work and walks over points.
 
-    The loop that does is the one that loads most, or several alike, of which each takes its share;
-    any other counts once.
+    The loop that walks is the one that loads most, or several alike, of which each takes its share;
+    any other is run once.
     """
     most = max((loop["load_bytes"] for loop in loops), default=0)
     walks = [loop for loop in loops if loop["load_bytes"] == most]
@@ -182,7 +178,7 @@ def walked(
 
 
 def counts_of(launch: Any, loaded: float, unique: float, uncached: float) -> Counts:
-    """Of a launch that the gate captured, and the bytes it moves."""
+    """Count what a launch asks for that the gate captured, from the bytes that it moves."""
     instructions = disassemble(launch.asm["cubin"])[1]
     last_exit = max(k for k, i in enumerate(instructions) if i.name == "EXIT")
     subroutines = count(instructions[last_exit + 1 :])  # divisions by odd numbers: not executed
@@ -193,25 +189,37 @@ def counts_of(launch: Any, loaded: float, unique: float, uncached: float) -> Cou
         return Counts(warps, classes_of(counted), unique, uncached)
     counted = walked(outside, report.loops, work.trips / programs, work.programs / programs)
     # how much the points of a walk share in a cache depends on N: what is asked for is derived
-    tensors = [x for x in launch.args.values() if isinstance(x, Tensor)]
-    touched = sum(prod(x.shape) * x.dtype.itemsize for x in tensors)
+    touched = sum(prod(x.shape) * x.dtype.itemsize for x in tensors_in(launch.args.values()))
     asked = touched + work.trips * work.bytes_per_trip
     return Counts(warps, classes_of(counted), touched, asked, work.flops)
 
 
+def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among the arguments of a kernel and in their tuples."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from tensors_in(argument)
+
+
 def bytes_per_entry() -> dict[str, Any]:
-    """{loss: {shape: launches forward and backward: [name, loaded, unique, uncached]}}, in bytes
-    for each entry of a matrix of logits. In the interpreter."""
+    """Watch all launches in the interpreter.
+
+    Returns:
+        {loss: {shape: launches forward and backward: [name, loaded, unique, uncached]}}, in bytes
+        for each entry of a matrix of logits.
+    """
     from interpreter import correct
 
     correct()
     found: dict[str, Any] = {}
-    for case in FUSED:
-        for shape in case.family.compiled_sizes:
-            small, device = scaled_down(case, shape)
+    for workload in FUSED:
+        for shape in workload.family.compiled_sizes:
+            small, device = scaled_down(workload, shape)
             with device:
-                *meters, _ = metered(case, small, torch.bfloat16)
-            found.setdefault(case.name, {})[key_of(shape)] = [
+                *meters, _ = metered(workload, small, torch.bfloat16)
+            found.setdefault(workload.name, {})["x".join(map(str, shape))] = [
                 [[x.name, *(n / prod(small) for n in bytes_of(x))] for x in meter.launches]
                 for meter in meters
             ]
@@ -223,30 +231,17 @@ def bytes_of(launch: Any) -> tuple[int, int, int]:
     return loaded, launch.floor, launch.traffic
 
 
-def metered_apart() -> dict[str, Any]:
-    """The interpreter decides at import: it needs a process of its own."""
-    child = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, "--bytes"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    return json.loads(child.stdout)
-
-
-def key_of(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def counted(case: Case, shape: tuple[int, ...], target: str, moved: Any) -> list[list[Counts]]:
-    """Of the launches forward and backward."""
-    run = compiled(case, shape, torch.bfloat16, target)
+def counted(workload: Workload, shape: Shape, target: str, moved: Any) -> list[list[Counts]]:
+    """Return the counts of the launches forward and backward."""
+    run = compiled(workload, shape, torch.bfloat16, target)
     directions = []
     for launches, bytes_moved in zip(
         (run.launches[: run.n_forward], run.launches[run.n_forward :]), moved, strict=True
     ):
         if [launch.name for launch in launches] != [name for name, *_ in bytes_moved]:
-            raise RuntimeError(f"{case.name} at {shape} launches other kernels than were metered")
+            raise RuntimeError(
+                f"{workload.name} at {shape} launches other kernels than were metered"
+            )
         directions.append(
             [
                 counts_of(launch, *(each * prod(shape) for each in numbers))
@@ -257,12 +252,13 @@ def counted(case: Case, shape: tuple[int, ...], target: str, moved: Any) -> list
 
 
 def model() -> dict[str, Any]:
-    moved = metered_apart()
+    moved = child.interpreted(__file__, "--bytes")
     rows = []
-    for case in FUSED:
-        for shape in case.family.compiled_sizes:
+    for workload in FUSED:
+        for shape in workload.family.compiled_sizes:
+            bytes_moved = moved[workload.name]["x".join(map(str, shape))]
             counts = {
-                target: counted(case, shape, target, moved[case.name][key_of(shape)])
+                target: counted(workload, shape, target, bytes_moved)
                 for target in {device.target: None for device in DEVICES}
             }
             for device in DEVICES:
@@ -270,11 +266,11 @@ def model() -> dict[str, Any]:
                     [floor(each, device) for each in launches] for launches in counts[device.target]
                 )
                 each = map(summary, (forward, backward, forward + backward))
-                row = {"op": case.name, "shape": list(shape), "dtype": "bfloat16"}
+                row = {"loss": workload.name, "shape": list(shape), "dtype": "bfloat16"}
                 row["device"] = device.name
                 rows.append({**row, **dict(zip(DIRECTIONS, each, strict=True))})
     return {
-        "schema": 1,
+        "schema": 2,
         "label": "modelled",
         "torch": torch.__version__,
         "triton": sys.modules["triton"].__version__,
@@ -282,51 +278,51 @@ def model() -> dict[str, Any]:
     }
 
 
-def check(
-    measured: Iterable[Mapping[str, Any]], modelled: Mapping[str, Any] | None = None
-) -> list[dict[str, Any]]:
-    """The measured rows that are faster than their floor: each is a defect of the model.
+def check(measured: Mapping[str, Any], modelled: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a device's record that are faster than their floor.
 
-    A row has op, shape, dtype, direction, device and milliseconds; what is not modelled, or not
-    ours, is passed over.
+    Each is a defect of the model. What is not modelled, or did not run, is passed over.
     """
-    modelled = modelled or json.loads((RESULTS / "modelled.json").read_text())
+    floors = {
+        (row["loss"], *row["shape"], row["dtype"], direction): row[direction]["milliseconds"][0]
+        for row in modelled["rows"]
+        if row["device"] in measured["device"]
+        for direction in DIRECTIONS
+        if direction in row
+    }
     defects = []
-    for row in measured:
-        for known in modelled["rows"]:
-            if (
-                row.get("implementation", "fastkd") == "fastkd"
-                and row["milliseconds"] is not None  # it ran
-                and row["direction"] in known
-                and known["device"] in row["device"]
-                and all(row[what] == known[what] for what in ("op", "dtype"))
-                and list(row["shape"]) == known["shape"]
-            ):
-                least = known[row["direction"]]["milliseconds"][0]
-                if row["milliseconds"] < least:
-                    defects.append({**row, "floor": least})
+    for row in measured["rows"]:
+        least = floors.get((row["loss"], *row["shape"], row["dtype"], row["direction"]), 0)
+        found = row["implementations"].get("fastkd", {}).get("milliseconds", least)
+        if found < least:
+            defects.append({**row, "floor": least})
     return defects
 
 
-def table(record: Mapping[str, Any]) -> Table:
+def table(record: Mapping[str, Any]) -> str:
     rows: dict[tuple, list] = {}
     for row in record["rows"]:
-        cells = rows.setdefault((row["op"], "×".join(map(str, row["shape"]))), [])
+        cells = rows.setdefault((row["loss"], "×".join(map(str, row["shape"]))), [])
         for direction in DIRECTIONS if row["device"] == DEVICES[0].name else DIRECTIONS[-1:]:
             cells += [span(row[direction]["milliseconds"]), row[direction]["binds"]]
     first, *others = (device.name for device in DEVICES)
-    return Table(
-        "The least microseconds for bfloat16 logits and embeddings: modelled",
-        [
-            *("loss", "shape", f"{first} forward", "binds", "backward", "binds"),
-            *("both", "binds", *(x for name in others for x in (f"{name} both", "binds"))),
-        ],
+    columns = [
+        "loss",
+        "shape",
+        f"{first} forward, µs",
+        "binds",
+        "backward",
+        "binds",
+        "both",
+        "binds",
+    ]
+    return section(
+        "The least time for bfloat16 logits and embeddings: modelled",
+        [*columns, *(x for name in others for x in (f"{name} both", "binds"))],
         [[*key, *cells] for key, cells in rows.items()],
-        [
-            "from … to: L2 keeps all that it can hold between two reads, or it keeps nothing. "
-            "The time to start a kernel, some µs, is in no floor. MODEL.md: how far to believe it.",
-            f"torch {record['torch']}, triton {record['triton']}.",
-        ],
+        "from … to: L2 keeps all that it can hold between two reads, or it keeps nothing. The time "
+        "to start a kernel, some µs, is in no floor. benchmarks/MODEL.md: how far to believe it.",
+        f"torch {record['torch']}, triton {record['triton']}.",
     )
 
 
@@ -335,33 +331,27 @@ def span(milliseconds: Sequence[float]) -> str:
     return low if low == high else f"{low} … {high}"
 
 
-def write(record: Mapping[str, Any]) -> None:
-    """One line for each row, so that a difference can be read."""
-    rows = ",\n ".join(json.dumps(row) for row in record["rows"])
-    head = json.dumps({**record, "rows": []}, indent=1)
-    file = RESULTS / f"{record['label']}.json"
-    file.write_text(head.replace('"rows": []', f'"rows": [\n {rows}\n ]') + "\n")
-    file.with_suffix(".md").write_text(table(record).markdown())
-    print(f"written: {file} and, for a page, {file.with_suffix('.md').name}")
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", metavar="FILE", type=Path, help="rows of a GPU run")
+    parser.add_argument(
+        "--check", action="store_true", help="exit 1 where a row is below its floor"
+    )
     parser.add_argument("--bytes", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bytes:
         print(json.dumps(bytes_per_entry()))
     elif options.check:
-        defects = check(json.loads(options.check.read_text())["rows"])
+        modelled = json.loads(FILE.read_text())
+        defects = [row for record in records.read() for row in check(record, modelled)]
         for row in defects:
             print(f"below its floor: {row}")
-        sys.exit(bool(defects))
+        return 1 if defects else 0
     else:
         record = model()
-        table(record).show()
-        write(record)
+        records.write(FILE, record)
+        print(table(record))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

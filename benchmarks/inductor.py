@@ -1,4 +1,4 @@
-"""torch.compile as a peer without a GPU: python benchmarks/inductor.py
+"""Count what torch.compile makes of the losses, without a GPU: python benchmarks/inductor.py
 
 Inductor lowers the eager expression of each loss for an H100 (inductor_code.py). What it generates
 runs in Triton's interpreter on a few rows, where its value, its gradient and its bytes are taken,
@@ -10,36 +10,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from math import prod
-from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401
+import child
+import records
 import torch
+from counts import compiled, metered, resources, scaled_down
+from gate import capture
+from meter import Meter, PeakMemory
+from tables import pair, section
+from workloads import FUSED, WORKLOADS, Workload
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
-
-from cases import CASES, DIVERGENCE, Case, T  # noqa: E402
-from counts import FUSED, compiled, metered, resources, scaled_down  # noqa: E402
-from gate import capture  # noqa: E402
-from meter import Meter, PeakMemory  # noqa: E402
-from tables import Table  # noqa: E402
-
+FILE = records.RESULTS / "inductor.json"
 SHAPE, MULTIPROCESSORS = (4096, 128256), 132
 # as many rows for a multiprocessor, and columns that are not padded either: the same kernels
 SMALL, FEW_MULTIPROCESSORS = (32, 4032), 1
-LOGITS = [case for case in CASES if case.family is DIVERGENCE]
+LOGITS = [x for x in WORKLOADS if len(x.family.compiled_sizes) == 6]  # of rows of logits
 SPACING = 2**-7  # of bfloat16
 TORCH = "2.13"  # whose private API inductor_code.py uses: it is imported where that is sure
 
 
 def obstacle() -> str | None:
-    """Why nothing can be lowered here, in a sentence."""
+    """Return why nothing can be lowered here, in a sentence."""
     if not torch.__version__.startswith(f"{TORCH}."):
         return f"torch is {torch.__version__}, and this works with the private API of {TORCH}."
     if shutil.which("g++") is None:
@@ -47,15 +44,15 @@ def obstacle() -> str | None:
     return None
 
 
-def generate(case: Case) -> tuple[list[str], list[str]]:
-    """Forward and backward for the small shape and for the real one."""
+def generate(workload: Workload) -> tuple[list[str], list[str]]:
+    """Generate the code of forward and backward for the small shape and for the real one."""
     from inductor_code import graphs, lower, pretend_h100
 
     found = []
     for shape, multiprocessors in ((SMALL, FEW_MULTIPROCESSORS), (SHAPE, MULTIPROCESSORS)):
         with pretend_h100(multiprocessors):
-            inputs = case.inputs(shape, torch.bfloat16, "meta")
-            found.append([lower(graph) for graph in graphs(case.eager, inputs)])
+            inputs = workload.inputs(shape, torch.bfloat16, "meta")
+            found.append([lower(graph) for graph in graphs(workload.eager, inputs)])
     small, real = found
     if [*map(sweeps, small)] != [*map(sweeps, real)]:
         raise RuntimeError(f"at {SMALL} other kernels are generated than at {SHAPE}")
@@ -63,13 +60,16 @@ def generate(case: Case) -> tuple[list[str], list[str]]:
 
 
 def sweeps(code: str) -> list[str]:
-    """The kernels that are launched, less those that only sum up one number for each row."""
+    """Return the kernels that are launched, but for those that only sum up one number a row."""
     launched = re.findall(r"^\s+(\w+)\.run\(.*?(\d+)(?:, (\d+))?, stream=", code, re.M)
     return [name for name, size, reduced in launched if (size, bool(reduced)) != ("1", True)]
 
 
 def bytes_per_entry(meter: Meter, entries: int) -> list[float]:
-    """Uncached and unique, of arguments as large as the logits: numbers of a row stay in L1."""
+    """Return what is asked for, and each byte once, of arguments as large as the logits.
+
+    The numbers of a row stay in L1.
+    """
     arguments = [a for launch in meter.launches for a in launch.arguments.values()]
     large = [a for a in arguments if a.unique_loaded + a.unique_stored >= entries]
     return [
@@ -79,30 +79,30 @@ def bytes_per_entry(meter: Meter, entries: int) -> list[float]:
 
 
 def run_small(generated: dict[str, list[str]]) -> dict[str, Any]:
-    """{loss: what it moves, ours and torch.compile's}. In the interpreter."""
+    """Watch in the interpreter what each loss moves, ours and torch.compile's."""
     from interpreter import correct
 
     correct()
     found: dict[str, Any] = {}
-    for case in LOGITS:
-        row = found[case.name] = {}
-        if case in FUSED:
-            small, device = scaled_down(case, SHAPE)
+    for workload in LOGITS:
+        row = found[workload.name] = {}
+        if workload in FUSED:
+            small, device = scaled_down(workload, SHAPE)
             with device:
-                *meters, _ = metered(case, small, torch.bfloat16)
+                *meters, _ = metered(workload, small, torch.bfloat16)
             row["fastkd"] = summed([bytes_per_entry(meter, prod(small)) for meter in meters])
-        if case.name in generated:
+        if workload.name in generated:
             try:
-                row["torch.compile"] = run_generated(case, *generated[case.name])
+                row["torch.compile"] = run_generated(workload, *generated[workload.name])
             except Exception as error:  # a table with one row less is worth more than none
                 row["reason"] = sentence(error)
     return found
 
 
-def run_generated(case: Case, forward: str, backward: str) -> dict[str, Any]:
+def run_generated(workload: Workload, forward: str, backward: str) -> dict[str, Any]:
     from inductor_code import load, runnable
 
-    inputs = case.inputs(SMALL, torch.bfloat16)
+    inputs = workload.inputs(SMALL, torch.bfloat16)
     with runnable("cpu"), torch.no_grad():
         with Meter() as first:
             value, *kept = load(forward)([x.detach() for x in inputs])
@@ -110,15 +110,17 @@ def run_generated(case: Case, forward: str, backward: str) -> dict[str, Any]:
             gradient = load(backward)([*kept, torch.ones_like(value)])[0]
     return {
         **summed([bytes_per_entry(meter, prod(SMALL)) for meter in (first, second)]),
-        "relative_error": errors(case, inputs, [value, gradient]),
+        "relative_error": errors(workload, inputs, [value, gradient]),
     }
 
 
-def errors(case: Case, inputs: list[torch.Tensor], found: list[torch.Tensor]) -> list[float]:
-    """Of value and gradient: twice the error of eager and a step of bfloat16, or it raises."""
+def errors(
+    workload: Workload, inputs: list[torch.Tensor], found: list[torch.Tensor]
+) -> list[float]:
+    """Return those of value and gradient, and raise above twice eager's and a step of bfloat16."""
 
     def value_and_gradient(*inputs):
-        value = case.eager(*inputs)
+        value = workload.eager(*inputs)
         return [value.detach(), *torch.autograd.grad(value, inputs[0])]
 
     exact = [x.detach().double() if x.is_floating_point() else x for x in inputs]
@@ -132,11 +134,11 @@ def errors(case: Case, inputs: list[torch.Tensor], found: list[torch.Tensor]) ->
     return relative
 
 
-def torch_compiled(case: Case, forward: str, backward: str) -> dict[str, Any]:
-    """Launches and memory at the real size, and each kernel."""
+def torch_compiled(workload: Workload, forward: str, backward: str) -> dict[str, Any]:
+    """Compile the generated code for the real size: its launches, memory and kernels."""
     from inductor_code import load, runnable
 
-    inputs = case.inputs(SHAPE, torch.bfloat16, "meta")
+    inputs = workload.inputs(SHAPE, torch.bfloat16, "meta")
     student = inputs[0]
     with capture("sm_90") as launches, runnable("meta"), torch.no_grad(), PeakMemory() as memory:
         value, *kept = load(forward)([x.detach() for x in inputs])
@@ -156,9 +158,9 @@ def torch_compiled(case: Case, forward: str, backward: str) -> dict[str, Any]:
     }
 
 
-def eager(loss: Any, case: Case) -> dict[str, Any]:
-    """An ATen operation that is no view is one launch at least."""
-    inputs = case.inputs(SHAPE, torch.bfloat16, "meta")
+def eager(loss: Any, workload: Workload) -> dict[str, Any]:
+    """Count operations of ATen that are no views, each of which is one launch at least."""
+    inputs = workload.inputs(SHAPE, torch.bfloat16, "meta")
     with PeakMemory() as memory:
         value = loss(*inputs)
         forward = memory.operations, memory.peak_bytes, memory.moved_bytes
@@ -172,8 +174,8 @@ def eager(loss: Any, case: Case) -> dict[str, Any]:
     }
 
 
-def fastkd(case: Case) -> dict[str, Any]:
-    run = compiled(case, SHAPE, torch.bfloat16, "sm_90")
+def fastkd(workload: Workload) -> dict[str, Any]:
+    run = compiled(workload, SHAPE, torch.bfloat16, "sm_90")
     return {
         "launches": [run.n_forward, len(run.launches)],
         "peak_extra_memory": [x / run.trained_bytes for x in (run.forward_bytes, run.peak_bytes)],
@@ -181,7 +183,7 @@ def fastkd(case: Case) -> dict[str, Any]:
 
 
 def summed(moved: list[list[float]]) -> dict[str, list[float]]:
-    """Of forward, and of both."""
+    """Return the bytes of the forward, and of both directions."""
     (forward, forward_unique), (backward, backward_unique) = moved
     return {
         "bytes_per_entry": [forward, forward + backward],
@@ -200,43 +202,39 @@ def count() -> dict[str, Any]:
     small: dict[str, list[str]] = {}
     real: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
-    for case in LOGITS:
+    for workload in LOGITS:
         try:
-            small[case.name], real[case.name] = generate(case)
+            small[workload.name], real[workload.name] = generate(workload)
         except Exception as error:  # what cannot be lowered gets a row that says why
-            reasons[case.name] = sentence(error)
-    # the interpreter decides at import: its part needs a process of its own
-    child = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, "--small"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        input=json.dumps(small).encode(),
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    moved = json.loads(child.stdout)
+            reasons[workload.name] = sentence(error)
+    moved = child.interpreted(__file__, "--small", small)
     rows = []
-    for case in LOGITS:
-        found = moved[case.name]
-        if reason := reasons.get(case.name) or found.get("reason"):
+    for workload in LOGITS:
+        found = moved[workload.name]
+        if reason := reasons.get(workload.name) or found.get("reason"):
             peer = {"reason": reason}
         else:
-            peer = {**torch_compiled(case, *real[case.name]), **found["torch.compile"]}
-        ours = {**fastkd(case), **found["fastkd"]} if case in FUSED else eager(case.fastkd, case)
-        row = {"eager": eager(case.eager, case), "torch.compile": peer, "fastkd": ours}
-        rows.append({"loss": case.name, **row})
+            peer = {**torch_compiled(workload, *real[workload.name]), **found["torch.compile"]}
+        ours = (
+            {**fastkd(workload), **found["fastkd"]}
+            if workload in FUSED
+            else eager(workload.fastkd, workload)
+        )
+        row = {"eager": eager(workload.eager, workload), "torch.compile": peer, "fastkd": ours}
+        rows.append({"loss": workload.name, **row})
     return {
-        "schema": 1,
+        "schema": 2,
         "label": "counted",
         "torch": torch.__version__,
         "triton": sys.modules["triton"].__version__,
         "dtype": "bfloat16",
         "shape": list(SHAPE),
-        "temperature": T,
+        "temperature": LOGITS[0].options["temperature"],
         "losses": rows,
     }
 
 
-def table(record: dict[str, Any]) -> Table:
+def table(record: dict[str, Any]) -> str:
     columns = {
         "eager bytes": ("eager", "bytes_per_entry"),
         "compile": ("torch.compile", "bytes_per_entry"),
@@ -258,24 +256,18 @@ def table(record: dict[str, Any]) -> Table:
         cells = [pair(row[name].get(what)) for name, what in columns.values()]
         rows.append([row["loss"], *cells, peer.get("reason") or f"{warps}; {spills}"])
     n_rows, n_cols = record["shape"]
-    return Table(
+    return section(
         f"{n_rows}×{n_cols} bfloat16 logits, forward / forward + backward: counted",
         ["loss", *columns, "compile: warps per SM; spills"],
         rows,
-        [
-            "bytes: asked of memory for each (row, class) of both networks, by tensors as large as "
-            "the logits; (once): once for each launch. eager: what operations take and give.",
-            "launches: of eager its ATen operations that are no views. memory: peak beyond the "
-            "inputs, in times one logits tensor; a backward makes one.",
-            "compile: the code that Inductor generates for an H100, in the first of the "
-            "configurations that it would time.",
-            f"torch {record['torch']}, triton {record['triton']}, T = {record['temperature']:g}.",
-        ],
+        "bytes: asked of memory for each (row, class) of both networks, by tensors as large as the "
+        "logits; (once): once for each launch. eager: what operations take and give.",
+        "launches: of eager its ATen operations that are no views. memory: peak beyond the inputs, "
+        "in times one logits tensor; a backward makes one.",
+        "compile: the code that Inductor generates for an H100, in the first of the configurations "
+        "that it would time.",
+        f"torch {record['torch']}, triton {record['triton']}, T = {record['temperature']:g}.",
     )
-
-
-def pair(numbers: list[float] | None) -> str:
-    return " / ".join(f"{round(x, 1):g}" for x in numbers) if numbers else "–"
 
 
 def main() -> None:
@@ -287,12 +279,8 @@ def main() -> None:
     if reason := obstacle():
         sys.exit(reason)
     record = count()
-    found = table(record)
-    found.show()
-    file = ROOT / "benchmarks" / "results" / "inductor.json"
-    file.write_text(json.dumps(record, indent=1) + "\n")
-    file.with_suffix(".md").write_text(found.markdown())
-    print(f"written: {file} and, for a page, {file.with_suffix('.md').name}")
+    records.write(FILE, record)
+    print(table(record))
 
 
 if __name__ == "__main__":

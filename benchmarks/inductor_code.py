@@ -1,4 +1,4 @@
-"""What torch.compile generates for an H100, on a machine that has none.
+"""Generate what torch.compile would for an H100, on a machine that has none.
 
     with pretend_h100():
         forward, backward = map(lower, graphs(loss, inputs))
@@ -119,7 +119,7 @@ def pretend_h100(multiprocessors: int = 132) -> Iterator[None]:
 
 
 def graphs(loss: Callable[..., Any], inputs: Sequence[Any]) -> Sequence[Any]:
-    """ATen graphs of forward and backward on the pretended GPU, as Inductor divides them."""
+    """Trace forward and backward on the pretended GPU, divided as Inductor divides them."""
     with FakeTensorMode() as mode:
         # autograd would ask for a stream of the GPU: the graph is traced on the CPU
         fakes = [
@@ -151,7 +151,7 @@ def examples_of(graph: torch.fx.GraphModule) -> list[Any]:
 
 
 def lower(graph: torch.fx.GraphModule) -> str:
-    """The module that Inductor generates for the graph."""
+    """Return the source of the module that Inductor generates for the graph."""
     inputs = examples_of(graph)
     with V.set_fake_mode(inputs[0].fake_mode), V.set_debug_handler(DebugContext()):
         _recursive_post_grad_passes(graph)
@@ -163,7 +163,7 @@ def lower(graph: torch.fx.GraphModule) -> str:
 
 
 class Launcher:
-    """In the place of Inductor's autotuner: launches with the first of its configurations."""
+    """A substitute for Inductor's autotuner that launches with the first of its configurations."""
 
     def __init__(self, kernel, configs, inductor_meta, **options):
         self.kernel, self.config, self.meta = kernel, configs[0], inductor_meta
@@ -176,7 +176,7 @@ class Launcher:
 
 
 class Kernels:
-    """In the place of Inductor's pool of compilers: a kernel's source is imported at once."""
+    """A substitute for Inductor's pool of compilers that imports a kernel's source at once."""
 
     def triton(self, name, source, **options):
         return getattr(PyCodeCache.load(source), name)
@@ -186,7 +186,7 @@ class Kernels:
 
 
 class Mathematics:
-    """The interpreter has no libdevice, and patches tl.math when a kernel starts."""
+    """A substitute for libdevice, which the interpreter lacks; it patches tl.math at a start."""
 
     def __getattr__(self, name):
         return getattr(tl.math, name)
@@ -197,7 +197,7 @@ class Mathematics:
 
 @contextlib.contextmanager
 def runnable(device: str) -> Iterator[None]:
-    """Inductor's modules run on the device: on "cpu" in the interpreter, on "meta" in the gate."""
+    """Make Inductor's modules run, on "cpu" in the interpreter and on "meta" in the gate."""
 
     def empty(shape, stride, dtype):
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)

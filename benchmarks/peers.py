@@ -1,4 +1,4 @@
-"""The same losses by other libraries, each as its documentation says, where it can be imported.
+"""Import the same losses by other libraries, each as its documentation says.
 
 Each takes what the case takes and gives the case's loss: the mean over rows, times T². What a
 library lacks is added outside, as its users must: liger-kernel takes log-probabilities or
@@ -19,10 +19,10 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import cases
+import eager
 import torch
 import torch.nn.functional as F
-from cases import T
+from eager import T
 from torch import Tensor
 
 Loss = Callable[..., Tensor]
@@ -151,7 +151,7 @@ def cut_cross_entropy() -> dict[str, Loss]:
 
 
 def _info_nce(fused: Loss) -> Loss:
-    """Of a linear layer and its cross-entropy, without a temperature and a length of its own."""
+    """Make InfoNCE out of a linear layer with its cross-entropy, which has no temperature."""
 
     def info_nce(query: Tensor, key: Tensor) -> Tensor:
         own = torch.arange(len(query), device=query.device)
@@ -161,7 +161,7 @@ def _info_nce(fused: Loss) -> Loss:
 
 
 def _alone(name: str, *others: str) -> Any:
-    """A module with its packages and others left empty: they import much more than a loss needs."""
+    """Import a module with its packages and others left empty, which import much more than it."""
     parts = name.split(".")
     for left_empty in [*(".".join(parts[:i]) for i in range(1, len(parts))), *others]:
         if left_empty in sys.modules:
@@ -176,7 +176,7 @@ def _alone(name: str, *others: str) -> Any:
 
 def _kd(cross_entropy: Loss) -> Loss:
     return lambda student, teacher, labels: (
-        0.5 * cross_entropy(student, labels) + 0.5 * cases.forward_kl(student, teacher)
+        0.5 * cross_entropy(student, labels) + 0.5 * eager.forward_kl(student, teacher)
     )
 
 
@@ -205,7 +205,7 @@ TEMPORARIES: dict[str, Callable[[tuple[int, ...]], int]] = {
 
 
 def available() -> tuple[dict[str, dict[str, Loss]], dict[str, str]]:
-    """The losses of each peer that can be imported, and each peer's version or what it lacks."""
+    """Import the losses of each peer, and return with them each peer's version or what it lacks."""
     losses, found = {}, {}
     for name, peer in PEERS.items():
         try:

@@ -1,205 +1,203 @@
-"""The README's tables of what was measured: python benchmarks/report.py [--check | --plots]
+"""Print the tables of the records: python benchmarks/report.py [measured counted inductor modelled]
 
-Reads the records in benchmarks/results. A row is stale when the code that it is a figure of has
-changed since; `--check` lists those and exits 1. `--plots` draws each record beside it. Records of
-dry runs are no measurements.
+Reads benchmarks/results and tests/budgets.json. A row is stale when the code that it is a figure of
+has changed since; `--check` lists those and exits 1. `--plots FOLDER` draws what was measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import checkout  # noqa: F401
-from cases import CASES
-from provenance import hash_of_sources
+import checkout
+import records
+from tables import markdown, pair, section
+from workloads import BY_NAME, WORKLOADS
 
-RESULTS = Path(__file__).parent / "results"
-FAMILIES = {case.name: case.family.name for case in CASES}
-ORDER = [case.name for case in CASES]
 Row = dict[str, Any]
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """The measured ones, the oldest first."""
-    found = [json.loads(file.read_text()) for file in files(folder)]
-    return sorted(found, key=lambda record: record.get("utc", ""))
-
-
-def files(folder: Path) -> list[Path]:
-    """Of what was measured."""
-    found = {file: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
-    return [file for file, record in found.items() if record.get("label") == "measured"]
-
-
-def is_of_gpu(record: dict[str, Any]) -> bool:
-    return "ceilings" in record
-
-
-def rows_of(record: dict[str, Any]) -> list[Row]:
-    """A CPU's rows as a GPU's, which have the names to keep; each with its staleness."""
-    if not is_of_gpu(record):
-        return [
-            {
-                **row,
-                "op": row["loss"],
-                "device": record["device"],
-                "milliseconds": 1e3 * row["seconds"],
-                "ratio_to_fastkd": row["ratio"],
-                "stale": is_stale(row["loss"], record["sources"], "portable"),
-            }
-            for row in record["rows"]
-        ]
-    return [
-        row | {"stale": is_stale(row["op"], row.get("sources"), "kernels")}
-        for row in record["rows"]
-    ]
-
-
-def is_stale(op: str, sources: str | None, engine: str) -> bool:
-    """A loss that is gone has no figure either."""
-    return op not in FAMILIES or sources != hash_of_sources(FAMILIES[op], engine)
-
-
-def problems(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
-    """The rows of each problem by implementation, of the latest run that has it: never mixed."""
-    found: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        key = (row["op"], tuple(row["shape"]), row["dtype"], row["direction"])
-        members = found.setdefault(key, {})
-        if row.get("implementation", "") in members:  # a later run begins
-            members.clear()
-        members[row.get("implementation", "")] = row
-    return found
-
-
-def table(rows: Sequence[Row]) -> str:
-    """One line for each problem, one column for each implementation."""
-    others = [x for x in dict.fromkeys(r.get("implementation", "") for r in rows) if x != "fastkd"]
-    with_share = any(row.get("share_of_ceiling") for row in rows)
-    columns = ["loss", "shape", "dtype", "direction", "fastkd, ms"]
-    columns += [*(["of the ceiling"] if with_share else []), *others]
-    columns += ["memory", "eager's memory", ""]
-    lines = []
-    for key, members in sorted(problems(rows).items(), key=lambda item: place(item[0])):
-        op, shape, dtype, direction = key
-        ours = members.get("fastkd", {})
-        share = ours.get("share_of_ceiling")
-        logits = math.prod(shape) * (2 if dtype in ("bfloat16", "float16") else 4)
-        line = [op, "×".join(map(str, shape)), dtype, direction, milliseconds(ours)]
-        line += [f"{share:.0%}" if share else "–"] if with_share else []
-        line += [times(members.get(name)) for name in others]
-        line += [peak(members.get(name, {}), logits) for name in ("fastkd", "eager")]
-        line.append("stale" if any(row["stale"] for row in members.values()) else "")
-        lines.append(line)
-    return markdown(columns, lines)
-
-
-def place(key: tuple) -> tuple:
-    op, shape, dtype, direction = key
-    return (ORDER.index(op) if op in ORDER else len(ORDER), dtype, -math.prod(shape), direction)
-
-
-def milliseconds(row: Row) -> str:
-    if row.get("milliseconds") is None:
-        return row.get("note", "–")
-    spread = f" [{row['p20']:.3g}, {row['p80']:.3g}]" if "p20" in row else ""
-    return f"{row['milliseconds']:.3g}{spread}"
-
-
-def times(row: Row | None) -> str:
-    if row is None:
-        return "–"
-    if not row.get("ratio_to_fastkd"):
-        return row.get("note") or milliseconds(row) + " ms"
-    return f"{row['ratio_to_fastkd']:.2f}" + (" (!)" if row.get("note") else "")
-
-
-def peak(row: Row, logits: int) -> str:
-    bytes_ = row.get("peak_extra_bytes")
-    return "–" if bytes_ is None else f"{bytes_ / logits:.2f}"
-
-
-def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(columns) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, rule, *lines]) + "\n"
-
-
+ORDER = list(BY_NAME)
+CASES = [workload.case for workload in WORKLOADS]
+MADE_BY = {"inductor": "inductor", "modelled": "floor"}
 LEGEND = """\
 *Measured*. Columns with the name of an implementation: how many times as long as fastkd it takes,
-below 1 where it is faster; (!): it has a note below. Memory: peak beyond the inputs, in times one
-tensor of the inputs' shape and dtype.
+median of the rounds' ratios [quartiles], below 1 where it is faster. Memory: peak beyond the
+inputs, in times one tensor of the inputs' shape and dtype. Stale: the code has changed since. Busy:
+the machine had other work to do, which several threads suffer from most.
 """
 
 
-def page(device: str, of_device: Sequence[dict[str, Any]]) -> str:
-    """All that is known of a device: the latest figure of each problem."""
-    rows = [row for record in of_device for row in rows_of(record)]
-    shown = [row for members in problems(rows).values() for row in members.values()]
-    latest = of_device[-1]
-    facts = [f"torch {latest['torch']}", f"commit {latest['commit']}"]
-    if is_of_gpu(latest):
-        facts += [f"triton {latest['triton']}", latest["utc"], *ceilings(latest)]
-    else:
-        facts += [f"{latest['threads']} thread(s)"]
-    stale = sum(row["stale"] for row in shown)
-    if stale:
-        facts.append(f"{stale} of {len(shown)} rows are stale: the code has changed since")
-    notes = dict.fromkeys(
-        f"{row['op']}, {row.get('implementation', 'all')}: {row['note']}"
-        for row in shown
-        if row.get("note")
+def table(rows: Sequence[Row]) -> str:
+    """Return one line for each row, with one column for each implementation."""
+    names = dict.fromkeys(name for row in rows for name in row["implementations"])
+    others = [name for name in names if name != "fastkd"]
+    with_share = any(row.get("least_milliseconds") for row in rows)
+    with_threads = any(row.get("threads") for row in rows)
+    columns = ["loss", "shape", "dtype", "direction", *(["threads"] if with_threads else [])]
+    columns += ["fastkd, ms", *(["of the ceiling"] if with_share else []), *others]
+    columns += ["memory", "eager's memory", ""]
+    lines = []
+    for row in sorted(rows, key=place):
+        found = row["implementations"]
+        ours = found.get("fastkd", {})
+        line = [row["loss"], size(row), row["dtype"], row["direction"]]
+        line += [str(row.get("threads") or "–")] if with_threads else []
+        line += [milliseconds(ours)]
+        if with_share:
+            share = row.get("least_milliseconds", 0) / ours.get("milliseconds", math.inf)
+            line += [f"{share:.0%}" if share else "–"]
+        line += [times(found.get(name, {})) for name in others]
+        line += [memory(row, name) for name in ("fastkd", "eager")]
+        lines.append([*line, status(row)])
+    return markdown(columns, lines)
+
+
+def status(row: Row) -> str:
+    """Return why a row is to be doubted: other work shared the cores, or the code has changed."""
+    return ", ".join(["stale"] * is_stale(row) + ["busy"] * (row.get("load", 0) > 1))
+
+
+def is_stale(row: Row) -> bool:
+    return records.is_stale(row, CASES)
+
+
+def place(row: Row) -> tuple:
+    known = ORDER.index(row["loss"]) if row["loss"] in ORDER else len(ORDER)
+    return known, row["dtype"], *row["shape"], row["direction"], row.get("threads") or 0
+
+
+def size(row: Row) -> str:
+    return "×".join(map(str, row["shape"]))
+
+
+def milliseconds(entry: Row) -> str:
+    if "milliseconds" not in entry:
+        return entry.get("note", "–")
+    spread = f" [{', '.join(map(number, entry['quartiles']))}]" if "quartiles" in entry else ""
+    return number(entry["milliseconds"]) + spread
+
+
+def number(x: float) -> str:
+    return f"{x:.3g}" if x < 1000 else f"{x:.0f}"
+
+
+def times(entry: Row) -> str:
+    if "ratio" not in entry:
+        return entry.get("note") or (f"{number(entry['milliseconds'])} ms" if entry else "–")
+    low, high = entry["ratio_quartiles"]
+    return f"{entry['ratio']:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low < high else "")
+
+
+def memory(row: Row, name: str) -> str:
+    found = row["implementations"].get(name, {}).get("peak_extra_bytes")
+    numbers = math.prod(row["shape"]) * (2 if row["dtype"] in ("bfloat16", "float16") else 4)
+    return "–" if found is None else f"{found / numbers:.2f}"
+
+
+def in_short(row: Row) -> str:
+    """Return a line that says how a run gets on."""
+    found = row["implementations"]
+    others = (f"{name} {times(entry)}" for name, entry in found.items() if name != "fastkd")
+    what = f"{row['loss']} {size(row)} {row['dtype']} {row['direction']}"
+    return f"{what}: {milliseconds(found.get('fastkd', {}))} ms; {', '.join(others)}"
+
+
+def page(record: dict[str, Any]) -> str:
+    """Return all that is known of a device."""
+    rows, latest = record["rows"], record["runs"][-1]
+    facts = [
+        f"{name} {latest[name]}" for name in ("torch", "triton", "commit", "utc") if name in latest
+    ]
+    if ceilings := latest.get("ceilings"):
+        facts.append(
+            "copy {copy_GBps:.0f} GB/s, matmul {matmul_bf16_TFLOPs:.0f} TFLOP/s".format(**ceilings)
+        )
+    if stale := sum(map(is_stale, rows)):
+        facts.append(f"{stale} of {len(rows)} rows are stale: the code has changed since")
+    versions = {name: version for run in record["runs"] for name, version in run["peers"].items()}
+    facts += [f"{name} {version}" for name, version in versions.items()]
+    legend = LEGEND
+    if record["label"] != "measured":  # so that nobody takes it for a result
+        legend = "*A dry run: no figure here means anything.*\n"
+    of_problem: dict[str, list[Row]] = {}
+    for row in rows:
+        problem = BY_NAME[row["loss"]].problem if row["loss"] in BY_NAME else "losses that are gone"
+        of_problem.setdefault(problem or "rows", []).append(row)
+    tables = [f"#### {problem}\n\n{table(of_it)}" for problem, of_it in of_problem.items()]
+    return "\n".join([f"### {record['device']}\n", f"{'; '.join(facts)}.\n", legend, *tables])
+
+
+def counted() -> str:
+    """Return what the kernels cost, as tests/budgets.json has it and the tests confirm it."""
+    budgets = json.loads((checkout.ROOT / "tests" / "budgets.json").read_text())
+    calls, kernels = [], []
+    for loss in sorted(budgets["counts"], key=ORDER.index):
+        for shape, found in budgets["counts"][loss].items():
+            if "bfloat16" not in shape:
+                continue
+            call, traffic = found["call"], found["traffic"]
+            what = [loss, shape.split()[0].replace("x", "×")]
+            moved = pair(traffic["bytes"]) if BY_NAME[loss].family.independent else "–"
+            calls.append([*what, pair(call["launches"]), pair(call["extra_memory"]), moved])
+            for name, kernel in found["sm_90"].items():
+                numbers = [", ".join(f"{x:g}" for x in kernel[y]) for y in ("instructions", "mufu")]
+                resources = [kernel[x] for x in ("registers", "spills", "warps_per_sm", "tensor")]
+                kernels.append([*what, name.split()[0], *resources, *numbers])
+    columns = ["loss", "shape", "kernel", "registers", "spills", "warps per SM", "tensor"]
+    of_calls = section(
+        "bfloat16, forward / forward + backward: counted",
+        ["loss", "shape", "launches", "extra memory", "bytes per entry"],
+        calls,
+        "extra memory: peak beyond the inputs, in times the input that is trained.",
+        "bytes per entry: asked of memory for each (row, class) of both networks; the least is 4 / "
+        "10 where a backward reads the logits again.",
     )
-    peers = (f"{name}: {found}" for name, found in latest.get("peers", {}).items())
-    parts = [f"### {device}\n", f"{'; '.join(facts)}.\n", LEGEND, table(shown)]
-    return "\n".join([*parts, *(f"* {note}" for note in [*peers, *notes]), ""])
-
-
-def ceilings(record: dict[str, Any]) -> list[str]:
-    found = record["ceilings"]
-    if not found:
-        return ["its ceilings were not measured"]
-    return [f"copy {found['copy_GBps']:.0f} GB/s, matmul {found['matmul_bf16_TFLOPs']:.0f} TFLOP/s"]
-
-
-def page_of_run(record: dict[str, Any]) -> str:
-    text = page(record["device"], [record])
-    if record["label"] == "dry":  # nobody shall take it for a result
-        text = text.replace("*Measured*.", "*A dry run: no figure here means anything.*")
-    return text
+    of_kernels = section(
+        "The kernels on sm_90: counted",
+        [*columns, "instructions", "MUFU"],
+        kernels,
+        "instructions, MUFU: issued for each entry, one figure for each sweep over the row; of "
+        "kernels that walk over points, for each pair and point. tensor: instructions on tensor "
+        f"cores in the whole kernel. triton {budgets['triton']}.",
+    )
+    return f"{of_calls}\n{of_kernels}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", nargs="?", type=Path, default=RESULTS, help="folder of records")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    kinds = ["measured", "counted", *MADE_BY]
+    parser.add_argument("kinds", nargs="*", help=f"of {', '.join(kinds)}; all")
+    parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of records")
     parser.add_argument("--check", action="store_true", help="exit 1 where a row is stale")
-    parser.add_argument("--plots", action="store_true", help="draw each record, as PNGs beside it")
+    parser.add_argument("--plots", type=Path, help="folder to draw what was measured into")
     options = parser.parse_args()
-    if options.plots:
-        import plots  # which imports this module
-
-        for file in files(options.results):
-            print(*plots.draw(json.loads(file.read_text()), file.with_suffix("")), sep="\n")
-        return 0
-    found = records(options.results)
+    measured = records.read(options.results)
     if options.check:
-        stale = [row for record in found for row in rows_of(record) if row["stale"]]
-        for device, op in sorted({(row["device"], row["op"]) for row in stale}):
-            number = sum((row["device"], row["op"]) == (device, op) for row in stale)
-            print(f"stale: {number} rows of {op} on {device}")
+        stale = [(r["device"], row["loss"]) for r in measured for row in r["rows"] if is_stale(row)]
+        for device, loss in sorted({*stale}):
+            print(f"stale: {stale.count((device, loss))} rows of {loss} on {device}")
         return 1 if stale else 0
-    devices: dict[str, list[dict[str, Any]]] = {}
-    for record in found:
-        devices.setdefault(record["device"], []).append(record)
-    for device, of_device in devices.items():
-        print(page(device, of_device))
-    if not any(map(is_of_gpu, found)):
-        print("There is no figure of a GPU yet.")
+    if options.plots:
+        import plots
+
+        for record in measured:
+            print(*plots.draw(record, options.plots), sep="\n")
+        return 0
+    for kind in options.kinds or kinds:
+        if kind == "measured":
+            print(*map(page, measured), sep="\n")
+            if not any("ceilings" in run for record in measured for run in record["runs"]):
+                print("There is no figure of a GPU yet.\n")
+        elif kind == "counted":
+            print(counted())
+        else:
+            record = json.loads((options.results / f"{kind}.json").read_text())
+            print(importlib.import_module(MADE_BY[kind]).table(record))
     return 0
 
 

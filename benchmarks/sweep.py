@@ -1,7 +1,7 @@
-"""Which blocks and warps are fastest on this GPU: the choices of the launchers, one by one.
+"""Find which blocks and warps are fastest on this GPU: the choices of the launchers, one by one.
 
 What would spill or leave the device half empty is not tried: the compile gate says so beforehand,
-in processes of its own, whose compiled kernels the GPU then finds in Triton's cache.
+in processes beside this one, whose compiled kernels the GPU then finds in Triton's cache.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from unittest import mock
 import checkout  # noqa: F401
 import child
 import torch
-from cases import CASES
+from devices import Device, Step, median
 from gate import DEVICES, capture
+from runner import figure, sentence, size_of, step_of
 from sass import analyse
-from timing import Device, Step, median, step_of
+from workloads import BY_NAME, Shape
 
 import fastkd
 
@@ -42,7 +43,7 @@ SHAPES = {
 
 
 def choices(kernel: str, n_cols: int) -> list[Choice]:
-    if kernel == "row_statistics":  # one or two vectors to a thread, whose sums are its own
+    if kernel == "row_statistics":  # one or two vectors for each thread's sums
         return [
             {"THREADS": 32 * warps * each, "num_warps": warps}
             for warps, each in product((4, 8, 16, 32), (1, 2))
@@ -52,7 +53,7 @@ def choices(kernel: str, n_cols: int) -> list[Choice]:
             {"VECTORS": 32 * warps * each, "num_warps": warps}
             for warps, each in product((2, 4, 8, 16), (1, 2, 4))
         ]
-    if kernel == "whole_rows":  # 8 to 32 columns to a thread
+    if kernel == "whole_rows":  # 8 to 32 columns for each thread
         return [
             {"ROWS": rows, "num_warps": warps}
             for rows, warps in product((1, 2, 4), (1, 2, 4, 8, 16, 32))
@@ -65,23 +66,26 @@ class Trial(NamedTuple):
     kernel: str
     loss: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
     choice: Choice | None  # None: what the launcher chooses
 
-    @property
-    def direction(self) -> str:
-        return "forward" if self.kernel == "row_statistics" else "forward+backward"
+    def step(self, device: str, shape: Shape) -> tuple[Step, int]:
+        """Return the step to time, and the bytes of its inputs."""
+        workload = BY_NAME[self.loss]
+        inputs = workload.inputs(shape, getattr(torch, self.dtype), device)
+        direction = "forward" if self.kernel == "row_statistics" else "forward+backward"
+        return step_of(workload.fastkd, inputs, direction), size_of(inputs)
 
 
 def trials(dry: bool) -> list[Trial]:
-    """In a dry run just enough to show that each kind of choice can be made."""
+    """Return all trials, or in a dry run just enough to show that each choice can be made."""
     return [
         Trial(kernel, loss, dtype, shape, choice)
         for dtype in (["bfloat16"] if dry else ["bfloat16", "float32"])
         for kernel, shapes in SHAPES.items()
         for loss in (LOSSES[:1] if dry else LOSSES)
         for shape in (shapes[:1] if dry else shapes)
-        # the launcher's own first: the others are compared with it
+        # what the launcher chooses comes first, because the others are compared with it
         for choice in [None, *choices(kernel, shape[1])[: 1 if dry else None]]
     ]
 
@@ -112,39 +116,27 @@ class Chosen:
 
 @contextlib.contextmanager
 def chosen(trial: Trial) -> Iterator[None]:
-    from fastkd.kernels import _divergence_sweeps as kernels
-    from fastkd.kernels import divergence as launchers
+    """Make the launchers choose as the trial says."""
+    from fastkd.kernels.rows import launch, sweeps
 
     if trial.choice is None:
         yield
-    elif trial.kernel in vars(launchers):
-        with mock.patch.object(launchers, trial.kernel, trial.choice[trial.kernel]):
+    elif trial.kernel in vars(launch):
+        with mock.patch.object(launch, trial.kernel, trial.choice[trial.kernel]):
             yield
     else:
-        kernel = Chosen(getattr(kernels, trial.kernel), trial.choice)
-        with mock.patch.object(kernels, trial.kernel, kernel):
+        kernel = Chosen(getattr(sweeps, trial.kernel), trial.choice)
+        with mock.patch.object(sweeps, trial.kernel, kernel):
             yield
-
-
-def run_of(trial: Trial, device: str, shape: tuple[int, ...]) -> tuple[Step, int]:
-    """The step to time, and the bytes of its inputs."""
-    case = next(case for case in CASES if case.name == trial.loss)
-    dtype = getattr(torch, trial.dtype)
-    if device == "meta":
-        inputs = case.inputs(shape, dtype, device)
-    else:
-        student, teacher = 3 * torch.randn(2, *shape, device=device)
-        inputs = [student.to(dtype).requires_grad_(), teacher.to(dtype)]
-    return step_of(case.fastkd, inputs, trial.direction), sum(x.nbytes for x in inputs)
 
 
 def obstacle(trial: Trial, target: str) -> str | None:
-    """What the gate has against it, compiled at the launch site for production sizes."""
+    """Return what the gate has against it, compiled at the launch site for production sizes."""
     if trial.choice is None:
         return None
     try:
         with capture(target) as launches, fastkd.backend("triton"), chosen(trial):
-            run_of(trial, "meta", trial.shape)[0]()
+            trial.step("meta", trial.shape)[0]()
         for launch in launches:
             report = analyse(launch)
             if trial.kernel in (launch.name, "ON_CHIP") and report.spills:
@@ -152,12 +144,15 @@ def obstacle(trial: Trial, target: str) -> str | None:
             if trial.kernel in (launch.name, "ON_CHIP") and report.warps_per_sm < 16:
                 return f"{launch.name} leaves {report.warps_per_sm} warps on a multiprocessor"
     except Exception as error:  # too large for the device, for example
-        return f"{type(error).__name__}: {error}"[:200]
+        return sentence(error)
     return None
 
 
 def obstacles(dry: bool, target: str, folder: Path, seconds: float) -> list[str | None]:
-    """Of each trial, as far as the time allows: where nothing is interpreted and no GPU is held."""
+    """Return the obstacle of each trial, as far as the time allows.
+
+    A process beside this one finds them, where nothing is interpreted and no GPU is held.
+    """
     if target not in DEVICES:
         return []
     log = folder / "gate.log"
@@ -171,10 +166,10 @@ def obstacles(dry: bool, target: str, folder: Path, seconds: float) -> list[str 
 def sweep(
     device: Device, rows: list[Row], save: Callable[[], None], folder: Path, deadline: float
 ) -> dict[str, Any]:
-    """A row for each trial; those that the gate is against have its reason in place of a time."""
-    asked = trials(device.label == "dry")
-    seconds = 0.6 * (deadline - time.monotonic())
-    answers = obstacles(device.label == "dry", device.target(), folder, seconds)
+    """Append a row for each trial; those that the gate is against have its reason and no time."""
+    is_dry = device.label == "dry"
+    asked, seconds = trials(is_dry), 0.6 * (deadline - time.monotonic())
+    answers = obstacles(is_dry, device.target(), folder, seconds)
     if len(answers) < len(asked):
         print(f"the gate has judged {len(answers)} of {len(asked)} choices", flush=True)
     for i, trial in enumerate(asked):
@@ -184,25 +179,20 @@ def sweep(
         if trial.choice and i < len(answers) and answers[i]:
             row["note"] = answers[i]
         else:
+            shape = (2, trial.shape[1] // 8) if is_dry else trial.shape
             try:
-                row["milliseconds"] = round(milliseconds(trial, device), 5)
+                with fastkd.backend("triton"), chosen(trial):
+                    row["milliseconds"] = figure(median(device, *trial.step(device.name, shape)))
             except Exception as error:  # the next choice may do
-                row["note"] = f"{type(error).__name__}: {error}"[:200]
+                row["note"] = sentence(error)
         rows.append(row)
         save()
     return {"tried": len(asked)}
 
 
-def milliseconds(trial: Trial, device: Device) -> float:
-    shape = (2, trial.shape[1] // 8) if device.label == "dry" else trial.shape
-    step, size = run_of(trial, device.name, shape)
-    with fastkd.backend("triton"), chosen(trial):
-        return median(device, step, size)
-
-
-def table(rows: list[dict[str, Any]], device: str) -> str:
-    """The fastest choices as the launchers could hold them, beside what they choose now."""
-    groups: dict[tuple, list[dict]] = {}
+def table(rows: list[Row], device: str) -> str:
+    """Return the fastest choices as the launchers could hold them, beside what they choose now."""
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
         if row["milliseconds"]:
             key = (row["kernel"], row["loss"], row["dtype"], tuple(row["shape"]))
@@ -211,13 +201,12 @@ def table(rows: list[dict[str, Any]], device: str) -> str:
     for key, members in groups.items():
         now = next((row["milliseconds"] for row in members if row["choice"] is None), None)
         best = min(members, key=lambda row: row["milliseconds"])
-        spoken = f"{best['milliseconds']:.4g}, {now:.4g}" if now else f"{best['milliseconds']:.4g}"
-        lines.append(f"    {key}: {best['choice']},  # {spoken}")
+        lines.append(f"    {key}: {best['choice']},  # {best['milliseconds']}, {now}")
     return "\n".join([*lines, "}"])
 
 
 def main() -> None:
-    """The answers for `obstacles`, one on a line."""
+    """Print the answers for `obstacles`, one on a line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("target")
     parser.add_argument("--dry", action="store_true")

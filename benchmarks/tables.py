@@ -1,44 +1,31 @@
-"""A table twice: in colour for the terminal, in Markdown for a page."""
+"""Tables in Markdown, with columns that are aligned for a terminal too."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
-
-from rich.console import Console
-from rich.table import Table as Rich
-from rich.text import Text
 
 
-class Table(NamedTuple):
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[object]]
-    notes: Sequence[str] = ()
+def markdown(columns: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """Return a table whose first column is aligned to the left and all others to the right."""
+    cells = [[*map(str, line)] for line in (columns, *lines)]
+    first, *others = (max(4, *map(len, column)) for column in zip(*cells, strict=True))
 
-    def show(self) -> None:
-        table = Rich(title=self.title, caption=Text("\n".join(self.notes)))
-        for i, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
-        for row in self.rows:
-            table.add_row(*(Text(str(cell)) for cell in row))
-        console = Console()
-        if not console.is_terminal:  # a log has no width to keep to
-            console = Console(width=160)
-        console.print(table)
+    def padded(line: Sequence[str]) -> str:
+        rest = (cell.rjust(n) for cell, n in zip(line[1:], others, strict=True))
+        return f"| {' | '.join([line[0].ljust(first), *rest])} |"
 
-    def markdown(self) -> str:
-        lines = [
-            f"**{self.title}**",
-            "",
-            _line(self.columns),
-            _line(["---", *["---:"] * (len(self.columns) - 1)]),
-            *map(_line, self.rows),
-            "",
-            *(f"{note}  " for note in self.notes),
-        ]
-        return "\n".join(lines) + "\n"
+    rule = ["-" * first, *("-" * (n - 1) + ":" for n in others)]
+    return "\n".join(map(padded, [cells[0], rule, *cells[1:]])) + "\n"
 
 
-def _line(cells: Sequence[object]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+def section(
+    title: str, columns: Sequence[str], lines: Sequence[Sequence[object]], *notes: str
+) -> str:
+    """Return a table under its title, with notes below it."""
+    below = "".join(f"\n{note}  " for note in notes)
+    return f"**{title}**\n\n{markdown(columns, lines)}{below}\n"
+
+
+def pair(numbers: Sequence[float] | None) -> str:
+    """Return a figure of the forward and one of both directions."""
+    return " / ".join(f"{round(x, 2):g}" for x in numbers) if numbers else "–"

@@ -1,4 +1,4 @@
-"""The console script: `fastkd demo` shows what the losses do, `fastkd doctor` how they run."""
+"""The console script: `fastkd demo` shows what the losses gain, `fastkd doctor` how they run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch import Tensor
 
 import fastkd
 from fastkd import _backend
+from fastkd._loss import Loss
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 1 where something does not work."""
+    """Run a command and return its exit status: 0, or 1 if something does not work."""
     parser = argparse.ArgumentParser(prog="fastkd", description=fastkd.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     about = "train a teacher and its students on real digits: what each loss gains, in a minute"
@@ -62,7 +64,7 @@ def _demo(**options: Any) -> int:
 
 
 def _logits(device: str, dtype: torch.dtype) -> list[Tensor]:
-    # engines have a way of their own for many logits: one of the dtypes takes it
+    # float32 has a large problem and bfloat16 a small one, because engines solve them differently
     n_rows = 263 if dtype == torch.float32 else 7
     generator = torch.Generator().manual_seed(0)
     return [3 * torch.randn(n_rows, 1003, generator=generator).to(device, dtype) for _ in range(2)]
@@ -98,35 +100,31 @@ def _crops(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [*crops, teacher[0]]
 
 
-# every public loss and what it is checked with
-LOSSES: dict[Callable[..., Tensor], Callable[[str, torch.dtype], list[Tensor]]] = {
-    fastkd.forward_kl: _logits,
-    fastkd.reverse_kl: _logits,
-    fastkd.jensen_shannon: _logits,
-    fastkd.skew_kl: _logits,
-    fastkd.skew_reverse_kl: _logits,
-    fastkd.symmetric_kl: _logits,
-    fastkd.total_variation: _logits,
-    fastkd.soft_cross_entropy: _logits,
-    fastkd.logit_mse: _logits,
-    fastkd.kd: _logits_and_labels,
-    fastkd.rkd_distance: _embeddings,
-    fastkd.rkd_angle: _embeddings,
-    fastkd.rkd: _embeddings,
-    fastkd.similarity_preserving: _embeddings,
-    fastkd.pkt: _embeddings,
-    fastkd.correlation_congruence: _embeddings_of_one_width,
-    fastkd.dist_kd: _logits,
-    fastkd.info_nce: _embeddings_of_one_width,
-    fastkd.clip_contrastive: _pairs,
-    fastkd.siglip: _pairs,
-    fastkd.nt_xent: _embeddings_of_one_width,
-    fastkd.sup_con: _classes,
-    fastkd.similarity_kl: _embeddings,
-    fastkd.dino: _crops,
+Inputs = Callable[[str, torch.dtype], list[Tensor]]
+_BY_FIRST_PARAMETER: dict[str, Inputs] = {
+    "student_logits": _logits,
+    "student": _embeddings,
+    "query": _embeddings_of_one_width,
+    "view1": _embeddings_of_one_width,
+    "image": _pairs,
+    "features": _classes,
 }
-# relative; engine and formula round differently, and bfloat16 gradients have 8 bits
-# eager PyTorch itself errs by 2e-5 in float32
+_BY_NAME: dict[str, Inputs] = {
+    "kd": _logits_and_labels,
+    "correlation_congruence": _embeddings_of_one_width,
+    "dino": _crops,
+}
+
+
+def _inputs_of(loss: Loss[..., Any]) -> Inputs:
+    first_parameter = next(iter(signature(loss).parameters))
+    return _BY_NAME.get(loss.__name__) or _BY_FIRST_PARAMETER[first_parameter]
+
+
+# every public loss, and the function that makes the inputs with which it is checked
+_PUBLIC = (getattr(fastkd, name) for name in fastkd.__all__)
+LOSSES: dict[Loss[..., Any], Inputs] = {x: _inputs_of(x) for x in _PUBLIC if hasattr(x, "formula")}
+# relative: bfloat16 gradients have 8 bits, and eager PyTorch itself errs by 2e-5 in float32
 TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 1e-2}
 
 
@@ -154,7 +152,7 @@ def _doctor() -> int:
             else:
                 print(f"  {loss.__name__:24}cannot run")
             reasons.append(reason)
-        for reason in filter(None, dict.fromkeys(reasons)):  # many losses have the same
+        for reason in filter(None, dict.fromkeys(reasons)):  # each once, since losses share them
             print(f"  {reason}")
     print()
     if cannot_run:
@@ -172,7 +170,7 @@ def _triton() -> str:
 
 
 def _devices() -> dict[str, str]:
-    """All devices with their names."""
+    """Return every device of this machine with its name."""
     devices = {"cpu": ""}
     if torch.accelerator.is_available():
         kind = str(torch.accelerator.current_accelerator())
@@ -181,11 +179,9 @@ def _devices() -> dict[str, str]:
     return devices
 
 
-def _engine_and_reason(loss: Callable[..., Tensor], device: str) -> tuple[str | None, str]:
-    """What computes the loss, None if nothing can, and why it is nothing better."""
-    if getattr(loss, "fused", True) is None:
-        return "formula", f"formula: {loss.__name__} is computed as it is defined, without engine"
-    tensors, has_kernels = [torch.empty(0, device=device)], getattr(loss, "has_kernels", True)
+def _engine_and_reason(loss: Loss[..., Any], device: str) -> tuple[str | None, str]:
+    """Return the engine that computes the loss, or None, and why it is not a better one."""
+    tensors, has_kernels = [torch.empty(0, device=device)], loss.has_kernels
     try:
         engine = _backend.choose(tensors, has_kernels)
     except RuntimeError as error:
@@ -200,15 +196,15 @@ def _engine_and_reason(loss: Callable[..., Tensor], device: str) -> tuple[str | 
     return engine, f"{engine}, not triton: {obstacle or 'Triton would only interpret the kernels'}"
 
 
-def _wrong(loss: Callable[..., Tensor], inputs: Callable, device: str) -> str | None:
-    """How the loss differs from its formula, in value and gradient, or the error that it raises."""
+def _wrong(loss: Loss[..., Any], inputs: Inputs, device: str) -> str | None:
+    """Return how value or gradient differ from the formula's, or the error, or None."""
     for dtype, tolerance in TOLERANCES.items():
         try:
             got = _value_and_gradient(loss, inputs(device, dtype))
             with fastkd.backend("formula"):
                 true = [x.double() if x.is_floating_point() else x for x in inputs("cpu", dtype)]
                 expected = _value_and_gradient(loss, true)
-        except Exception as error:  # whatever it is, the other losses are to be examined too
+        except Exception as error:  # any, so that the other losses are still examined
             return f"{dtype}: {type(error).__name__}: {error}"
         for what, a, b in zip(("value", "gradient"), got, expected, strict=True):
             difference = ((a - b).abs().max() / b.abs().max()).item()
@@ -217,7 +213,7 @@ def _wrong(loss: Callable[..., Tensor], inputs: Callable, device: str) -> str | 
     return None
 
 
-def _value_and_gradient(loss: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+def _value_and_gradient(loss: Loss[..., Any], tensors: list[Tensor]) -> list[Tensor]:
     student, *others = tensors
     value = loss(student.requires_grad_(), *others)
     (gradient,) = torch.autograd.grad(value, student)

@@ -5,131 +5,89 @@ of a batch, for features [N, D] of the same N examples; D may differ, more dimen
 `dist_kd` compares the rows and the columns of logits. A loss is one number for the batch and takes
 no weights and no reduction. The teacher is a constant.
 
-An example without features, all of them 0, has no direction: its similarities are 0, and it gets no
-gradient from its own direction. An empty batch has the loss 0. Engines keep the gradient and a
-chunk of rows of the relations. Their work is matrix products: there are no kernels to better them.
+An example whose features are all 0 has no direction: its similarities are 0, and it gets no
+gradient through its direction. An empty batch has the loss 0. Engines keep the gradient and a chunk
+of rows of the relations. There are no kernels, because the work is matrix products, which PyTorch's
+kernels do best.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import _checks
-from fastkd._engine import Engine, compute_dtype, is_differentiated
-from fastkd._loss import batch_loss, by_formula
-from fastkd.relational import directions
-
-Number = float | Tensor
-
-# as published
-PKT_EPSILON = 1e-7  # of the lengths and of the probabilities
-PEARSON_EPSILON = 1e-8  # of the product of the deviations
-
-
-class Problem(NamedTuple):
-    """The arguments that every function of an engine of this family takes."""
-
-    student: Tensor  # [N, D], or logits [N, V]
-    teacher: Tensor  # [N, D'], or [N, V]
-    beta: Number
-    gamma: Number
-    temperature: Number
-    name: str  # of the loss; of its form, where it has several
-    order: int
-    trained: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is computed in."""
-        return compute_dtype(self.student, self.teacher)
-
-    def allocate(self) -> tuple[Tensor, Tensor]:
-        """Empty: the loss and its gradient."""
-        new = functools.partial(self.student.new_empty, dtype=self.dtype)
-        return new(()), new(self.student.shape if self.trained else (0,))
-
-
-_engine = Engine(
-    "correlation",
-    tensors="Tensor student, Tensor teacher",
-    scalars="beta, gamma, temperature",
-    options="str name, int order, bool trained",
-)
-
-
-def _fused(
-    formula: Callable[..., Tensor], engine: str, student: Tensor, teacher: Tensor, **options: Any
-) -> Tensor:
-    dtype = compute_dtype(student, teacher)
-    if not student.numel():
-        return student.sum(dtype=dtype)
-    if engine == "formula":
-        return by_formula(formula, dtype, student, teacher, **options)
-    rows = _rows_of_logits if formula.__name__ == "dist_kd" else _rows
-    loss, _ = _engine(
-        engine, rows(student), rows(teacher),
-        options.get("beta", 0.0), options.get("gamma", 0.0), options.get("temperature", 1.0),
-        options.get("form", formula.__name__), options.get("order", 0), is_differentiated(student),
-    )  # fmt: skip
-    return loss
-
-
-_correlation_loss = functools.partial(batch_loss, fused=_fused, has_kernels=False)
-
-
-def _rows(features: Tensor) -> Tensor:
-    return features.flatten(1)
-
-
-def _rows_of_logits(logits: Tensor) -> Tensor:
-    return logits.reshape(-1, logits.shape[-1])
-
+from fastkd._loss import loss
+from fastkd.problems import gram
+from fastkd.problems.gram import PEARSON_EPSILON, PKT_EPSILON, Number, falloff
+from fastkd.problems.relations import directions
 
 # --------------------------------------------------------------------------- similarity preserving
 
 
-@_correlation_loss(_checks.embeddings)
+@loss(_checks.embeddings, gram.similarities, per_example=False, has_kernels=False)
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
-    """(1/N²) Σ_ij (G_ij / ‖G_i‖ − T_ij / ‖T_i‖)²: what is alike to the teacher, to the student too.
+    """Compare which examples are alike to the student and to the teacher.
 
-    G = F Fᵀ and T are the Gram matrices of the features of student and teacher, G_i is a row of
-    one. Features of shapes [N, ...]; gives a scalar. Raises TypeError for what are no features,
-    ValueError for another N or device.
+        (1/N²) Σ_ij (G_ij / ‖G_i‖ − T_ij / ‖T_i‖)²
 
-    Tung and Mori, Similarity-Preserving Knowledge Distillation, 2019. arXiv:1907.09682
+    G = F Fᵀ is the Gram matrix of the student's features, T that of the teacher's, G_i is a row.
+
+    Args:
+        student: Features [N, ...], float16, bfloat16, float32 or float64.
+        teacher: Features [N, ...] of the same examples, of any width; a constant.
+
+    Returns:
+        The loss, a 0-dim tensor in float32, or in float64 where an input is float64.
+
+    Raises:
+        TypeError: If an input is no tensor of floating-point features.
+        ValueError: If the inputs differ in N or in their device.
+
+    Reference:
+        Tung and Mori, Similarity-Preserving Knowledge Distillation, 2019. arXiv:1907.09682
     """
-    s, t = (directions(_rows(x) @ _rows(x).T) for x in (student, teacher))
-    return (s - t).square().sum() / len(student) ** 2
+    student, teacher = student.flatten(1), teacher.flatten(1)
+    s, t = directions(student @ student.T), directions(teacher @ teacher.T)
+    return (s - t).square().sum() / max(len(student), 1) ** 2
 
 
 # -------------------------------------------------------------- probabilistic knowledge transfer
 
 
-@_correlation_loss(_checks.embeddings)
+@loss(_checks.embeddings, gram.similarities, per_example=False, has_kernels=False)
 def pkt(student: Tensor, teacher: Tensor) -> Tensor:
-    """(1/N²) Σ_ij p_ij log((p_ij + ε) / (q_ij + ε)): neighbours are as probable as the teacher's.
+    """Compare the probabilities of examples to be neighbours: probabilistic knowledge transfer.
 
-    q_ij = (1 + cos_ij) / Σ_k (1 + cos_ik) of the student's features, p of the teacher's, ε = 1e-7,
-    which the lengths in the cosines get too. Features of shapes [N, ...]; gives a scalar. The mean
-    over N² is that of the authors' code. Raises TypeError for what are no features, ValueError for
-    another N or device.
+        (1/N²) Σ_ij p_ij log((p_ij + ε) / (q_ij + ε))        q_ij = (1 + cos_ij) / Σ_k (1 + cos_ik)
 
-    Passalis and Tefas, Probabilistic Knowledge Transfer, 2018. arXiv:1803.10837
+    q is made of the cosines of the student's features, p of those of the teacher's, and ε = 1e-7,
+    which is added to the lengths in the cosines too. The mean over N² is that of the authors' code.
+
+    Args:
+        student: Features [N, ...], float16, bfloat16, float32 or float64.
+        teacher: Features [N, ...] of the same examples, of any width; a constant.
+
+    Returns:
+        The loss, a 0-dim tensor in float32, or in float64 where an input is float64.
+
+    Raises:
+        TypeError: If an input is no tensor of floating-point features.
+        ValueError: If the inputs differ in N or in their device.
+
+    Reference:
+        Passalis and Tefas, Probabilistic Knowledge Transfer, 2018. arXiv:1803.10837
     """
     q, p = _neighbours(student), _neighbours(teacher)
-    return (p * ((p + PKT_EPSILON) / (q + PKT_EPSILON)).log()).mean()
+    return (p * ((p + PKT_EPSILON) / (q + PKT_EPSILON)).log()).sum() / max(len(student), 1) ** 2
 
 
 def _neighbours(features: Tensor) -> Tensor:
-    """[N, N], the probability of each example to be the neighbour of the one of the row."""
-    unit = directions(_rows(features), PKT_EPSILON)
+    """Return [N, N], the probability of each example to be the neighbour of the row's example."""
+    unit = directions(features.flatten(1), PKT_EPSILON)
     similarities = (unit @ unit.T + 1) / 2
     return similarities / similarities.sum(1, keepdim=True)
 
@@ -137,94 +95,100 @@ def _neighbours(features: Tensor) -> Tensor:
 # ------------------------------------------------------------------------- correlation congruence
 
 
-def _check_congruence(
-    student: Tensor, teacher: Tensor, *, form: str, gamma: Number, order: int
-) -> None:
-    _checks.embeddings(student, teacher)
-    _checks.one_of(("sequential", "kernel"), form=form)
-    _checks.at_least_0(gamma=gamma)
-    _checks.at_least_1(order=order)
-    if form == "sequential" and student[0:0].flatten(1).shape != teacher[0:0].flatten(1).shape:
-        raise ValueError(
-            f'form="sequential" subtracts features: student and teacher need one width, got '
-            f"{[*student.shape]} and {[*teacher.shape]}; project the student to the teacher's "
-            f'width, or take form="kernel"'
-        )
-
-
-@_correlation_loss(_check_congruence)
+@loss(gram.check_congruence, gram.congruence, per_example=False, has_kernels=False)
 def correlation_congruence(
     student: Tensor,
     teacher: Tensor,
     *,
     form: str = "sequential",
-    gamma: float = 0.4,
+    gamma: Number = 0.4,
     order: int = 2,
 ) -> Tensor:
-    """Σ_i |s_i − t_i| · |s_i+1 − t_i+1| / (N−1), or Σ_ij (k(s_i, s_j) − k(t_i, t_j))² / N².
+    """Compare the correlations between examples, of neighbours in the batch or of all pairs.
 
-    The first, "sequential", is the loss of RepDistiller: of neighbours in the batch, of one width.
-    "kernel" is the paper's: k(a, b) = e^(−2γ) Σ_{p ≤ order} (2γ a·b)^p / p! of features divided by
-    their length; torchdistill takes the root of its sum, and features as they are.
-    Features of shapes [N, ...]; gives a scalar. Raises TypeError for what are no features,
-    ValueError for another N or device, or for an option outside its range.
+        sequential   Σ_i |s_i − t_i| · |s_i+1 − t_i+1| / (N−1)
+        kernel       Σ_ij (k(s_i, s_j) − k(t_i, t_j))² / N²
 
-    Peng et al., Correlation Congruence for Knowledge Distillation, 2019. arXiv:1904.01802
+    "sequential" is the loss of RepDistiller and takes features of one width. "kernel" is the
+    paper's, with k(a, b) = e^(−2γ) Σ_{p ≤ order} (2γ a·b)^p / p! of features divided by their
+    lengths; torchdistill takes the root of its sum, and features as they are.
+
+    Args:
+        student: Features [N, ...], float16, bfloat16, float32 or float64.
+        teacher: Features [N, ...] of the same examples; a constant.
+        form: "sequential" or "kernel".
+        gamma: The kernel's γ ≥ 0, a number or a 0-dim tensor without gradient.
+        order: The last power of the kernel's series, at least 1.
+
+    Returns:
+        The loss, a 0-dim tensor in float32, or in float64 where an input is float64.
+
+    Raises:
+        TypeError: If an input is no tensor of floating-point features.
+        ValueError: If the inputs differ in N, in their device or, for "sequential", in their
+            width, or if an option is outside its range.
+
+    Reference:
+        Peng et al., Correlation Congruence for Knowledge Distillation, 2019. arXiv:1904.01802
     """
+    student, teacher = student.flatten(1), teacher.flatten(1)
     if form == "sequential":
-        differences = (_rows(student) - _rows(teacher)).abs()
+        differences = (student - teacher).abs()
         return (differences[:-1] * differences[1:]).sum() / max(len(student) - 1, 1)
-    s, t = (_kernel(directions(_rows(x)), gamma, order) for x in (student, teacher))
-    return (s - t).square().sum() / len(student) ** 2
+    s, t = (_kernel(directions(x), gamma, order) for x in (student, teacher))
+    return (s - t).square().sum() / max(len(student), 1) ** 2
 
 
 def _kernel(directions: Tensor, gamma: Number, order: int) -> Tensor:
+    """Return [N, N], the Taylor series of the Gaussian kernel of all pairs."""
     exponents = 2 * gamma * (directions @ directions.T)
     terms = [exponents**p / math.factorial(p) for p in range(order + 1)]
     return torch.stack(terms).sum(0) * falloff(gamma)
 
 
-def falloff(gamma: Number) -> Number:
-    """e^(−2γ), of a tensor without looking at it."""
-    return (-2 * gamma).exp() if isinstance(gamma, Tensor) else math.exp(-2 * gamma)
-
-
 # ----------------------------------------------------------------------------------------- dist_kd
 
 
-def _check_dist(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    beta: Number,
-    gamma: Number,
-    temperature: Number,
-) -> None:
-    _checks.logits(student_logits, teacher_logits)
-    _checks.at_least_0(beta=beta, gamma=gamma)
-    _checks.temperature(temperature)
-
-
-@_correlation_loss(_check_dist)
+@loss(gram.check_predictions, gram.predictions, per_example=False, has_kernels=False)
 def dist_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,
     *,
-    beta: float = 1.0,
-    gamma: float = 1.0,
-    temperature: float = 1.0,
+    beta: Number = 1.0,
+    gamma: Number = 1.0,
+    temperature: Number = 1.0,
 ) -> Tensor:
-    """T² [β (1 − mean ρ(q_i, p_i)) + γ (1 − mean ρ(q_·v, p_·v))]: DIST.
+    """Correlate predictions between classes and between examples: DIST.
 
-    p = softmax(teacher / T), q = softmax(student / T), ρ is the correlation of Pearson with 1e-8
-    added to the product of the deviations: of rows, between classes, and of columns, between
-    examples. Logits of shape (..., V), all rows one batch; gives a scalar. Raises TypeError or
-    ValueError for inputs that do not fit together and options out of range.
+        T² [β (1 − mean_i ρ(q_i, p_i)) + γ (1 − mean_v ρ(q_·v, p_·v))]
 
-    Huang et al., Knowledge Distillation from A Stronger Teacher, 2022. arXiv:2205.10536
+    p = softmax(teacher / T), q = softmax(student / T), and ρ is Pearson's correlation with 1e-8
+    added to the product of the deviations: of rows i, between classes, and of columns v, between
+    examples.
+
+    Args:
+        student_logits: Logits (..., V), float16, bfloat16, float32 or float64; all rows are one
+            batch.
+        teacher_logits: Logits (..., V) of the same shape; a constant.
+        beta: The weight β ≥ 0 of the rows, a number or a 0-dim tensor without gradient.
+        gamma: The weight γ ≥ 0 of the columns, likewise.
+        temperature: The temperature T > 0, likewise.
+
+    Returns:
+        The loss, a 0-dim tensor in float32, or in float64 where an input is float64.
+
+    Raises:
+        TypeError: If an input is no tensor of floating-point logits.
+        ValueError: If the inputs differ in shape or device, or if an option is outside its range.
+
+    Reference:
+        Huang et al., Knowledge Distillation from A Stronger Teacher, 2022. arXiv:2205.10536
     """
+    if not student_logits.numel():
+        return student_logits.sum()
     q, p = (
-        F.softmax(_rows_of_logits(z) / temperature, 1) for z in (student_logits, teacher_logits)
+        F.softmax(z.reshape(-1, z.shape[-1]) / temperature, 1)
+        for z in (student_logits, teacher_logits)
     )
     between_classes = beta * (1 - _pearson(q, p).mean())
     between_examples = gamma * (1 - _pearson(q.T, p.T).mean())
@@ -232,7 +196,7 @@ def dist_kd(
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
-    """[N], of the rows of one with those of the other."""
+    """Return [N], the correlations of the rows of one with those of the other."""
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
     deviations = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
     return (a * b).sum(1) / (deviations + PEARSON_EPSILON)

@@ -25,16 +25,14 @@ from sass import analyse
 from tile_work import work_of
 
 import fastkd
-from fastkd.kernels import _launch
+from fastkd.kernels import device as of_device
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from cases import CASES, Case
+from workloads import FUSED as FUSED
+from workloads import Workload as Case
 
 RELATED = (40, 24)  # examples and features, of more than one tile
-FUSED = [  # those with kernels of their own
-    case for case in CASES if getattr(case.loss, "fused", True) and case.family.compiled_sizes
-]
 
 
 class Compiled(NamedTuple):
@@ -104,9 +102,9 @@ def scaled_down(case: Case, shape: tuple[int, ...], n: int = 2) -> tuple[tuple[i
     if not case.family.independent:
         return tuple(map(min, shape, RELATED)), contextlib.nullcontext()
     multiprocessors = DEVICES["sm_90"].multiprocessors * n // shape[0]
-    device = _launch.Device(max(1, multiprocessors), False)
+    device = of_device.Device(max(1, multiprocessors), False)
     # what the launch sites ask for, wherever they have it from
-    return (n, *shape[1:]), mock.patch.object(_launch, "Device", lambda *_: device)
+    return (n, *shape[1:]), mock.patch.object(of_device, "Device", lambda *_: device)
 
 
 def metered(

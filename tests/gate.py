@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.language import constexpr
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -152,6 +153,7 @@ def capture(target: str = "sm_90"):
 def describe(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return Tensor(tuple(value.shape), value.stride(), value.dtype)
-    if isinstance(value, tuple):  # a NamedTuple of arguments
-        return type(value)(*map(describe, value))
-    return value
+    if isinstance(value, tuple):
+        members = map(describe, value)
+        return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
+    return value.value if isinstance(value, constexpr) else value

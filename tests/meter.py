@@ -106,6 +106,15 @@ class Memory:
         launch.races += Counter({f"{launch.name} {what}": int(n) for what, n in found.items()})
 
 
+def members(arguments: dict) -> Iterator[tuple[str, object]]:
+    """Yield the arguments of a kernel and, instead of a named tuple, the members: "x.ptr"."""
+    for name, value in arguments.items():
+        if hasattr(value, "_asdict"):
+            yield from members({f"{name}.{field}": x for field, x in value._asdict().items()})
+        else:
+            yield name, value
+
+
 class Watched:
     """Triton's four functions that touch memory, each reported before it runs."""
 
@@ -174,8 +183,8 @@ class Meter:
 
     def _begin(self, executor, args, kwargs):
         storages: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-        given = {**dict(zip(executor.arg_names, args, strict=False)), **kwargs}
-        for name, value in (leaf for argument in given.items() for leaf in leaves(*argument)):
+        arguments = {**dict(zip(executor.arg_names, args, strict=False)), **kwargs}
+        for name, value in members(arguments):
             if not isinstance(value, torch.Tensor):
                 value = getattr(value, "base", None)  # of a tensor descriptor
             if value is not None and value.untyped_storage().nbytes():
@@ -216,15 +225,6 @@ class Meter:
                 setattr(argument, kind, getattr(argument, kind) + int(moved) * size)
             units = (first[:, None] + np.arange(size // memory.unit)).ravel()
             memory.record(kind, units, program, launch)
-
-
-def leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
-    """Yield an argument, or the fields of a NamedTuple as "argument.field"."""
-    if not isinstance(value, tuple):
-        yield name, value
-        return
-    for key, part in zip(value._fields, value, strict=True):
-        yield from leaves(f"{name}.{key}", part)
 
 
 class PeakMemory(TorchDispatchMode):

@@ -1,80 +1,319 @@
-"""The benchmarks compare like with like, cover every loss, and write their record."""
+"""The benchmarks compare like with like, and their record says what it is a figure of."""
 
+import ast
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cases import LOSSES, Case
 from exactness import assert_same
-
-import fastkd
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench  # noqa: E402
-from cases import CASES  # noqa: E402
+import devices  # noqa: E402
+import peers  # noqa: E402
+import plots  # noqa: E402
+import records  # noqa: E402
+import report  # noqa: E402
+import runner  # noqa: E402
+import workloads  # noqa: E402
+from workloads import BY_NAME, WORKLOADS  # noqa: E402
 
 
-def test_every_loss_has_a_line():
-    public = {name for name in fastkd.__all__ if name.islower() and hasattr(fastkd, name)}
-    assert {case.name for case in CASES} == public - {"backend", "__version__"}
+@pytest.fixture
+def main(monkeypatch):
+    """Return what calls a script's main with command-line options."""
+
+    def call(script, *options):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *options])
+        return script.main()
+
+    return call
 
 
-@pytest.mark.parametrize(
-    "case, size",
-    [
-        pytest.param(case, size, id=f"{case.name}-{'x'.join(map(str, size))}")
-        for case in CASES
-        for size in case.family.sizes[:2]
-    ],
-)
-def test_what_is_compared_is_the_same_loss(case, size):
+# -------------------------------------------------------------------------------------- workloads
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
+def test_what_is_compared_is_the_same_loss(workload):
     results = []
-    for loss in (case.fastkd, case.eager):
-        inputs = case.inputs(size, torch.float64)
+    for loss in (workload.fastkd, workload.eager):
+        inputs = workload.inputs(min(workload.family.sizes), torch.float64, "cpu")
         value = loss(*inputs)
         value.backward()
-        results.append([value.detach(), inputs[0].grad])
+        results.append([value.detach(), *(x.grad for x in inputs if x.requires_grad)])
     assert_same(*results)
 
 
-def test_what_does_not_fit_is_not_compared(monkeypatch):
-    monkeypatch.setattr(bench, "fits", lambda largest: bench.COPIES * largest < 16 << 30)
-    (case,) = (case for case in CASES if case.name == "info_nce")
-    fused = {"torch linear_cross_entropy", "liger-kernel", "cut-cross-entropy"} & {*bench.PEERS}
-    assert {*bench.implementations(case, (65536, 64), torch.float32, True)} == {"fastkd", *fused}
-    found = {*bench.implementations(case, (1024, 64), torch.float32, True)}
-    assert {"fastkd", "eager", *fused} <= found
-    assert "pytorch-metric-learning NTXentLoss" not in found  # of N³ numbers
+def test_a_loss_that_is_only_in_the_table_of_the_tests_is_measured_as_it_is_published():
+    class New(Case):
+        name = "new"
+
+    workload = workloads.workload(New(**vars(LOSSES[0])))
+    inputs = workload.inputs((4, 8), torch.float64, "cpu")
+    assert_same([workload.fastkd(*inputs)], [workload.eager(*inputs)])
 
 
-def test_a_run_writes_its_record(tmp_path):
-    # pytest-benchmark does nothing under xdist, and the interpreter would be timed
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("PYTEST_XDIST", "TRITON_INTERPRET"))
+def losses_of_peers():
+    return [
+        pytest.param(loss, name, op, id=f"{name}-{op}")
+        for name, losses in peers.available()[0].items()
+        for op, loss in losses.items()
+    ]
+
+
+@pytest.mark.parametrize("loss, name, op", losses_of_peers())
+def test_a_peer_computes_the_same_loss(loss, name, op):
+    """Where it is installed; with a GPU, or in float64 what needs none."""
+    needs_gpu = name in peers.NEED_A_GPU
+    dtype = torch.float32 if needs_gpu else torch.float64
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and needs_gpu:
+        pytest.skip(f"{name} needs a GPU")
+    found = []
+    for function in (BY_NAME[op].eager, loss):
+        inputs = BY_NAME[op].inputs((120, 50), dtype, device)  # some classes have one example
+        value = function(*inputs)
+        value.backward()
+        gradients = [x.grad for x in inputs if x.grad is not None]
+        found.append([value.detach(), *gradients])
+    assert_same(found[1], found[0], tolerance=1e-12 if dtype == torch.float64 else 1e-5)
+
+
+# ----------------------------------------------------------------------------------------- runner
+
+
+def problem(name, shape=(8, 16), direction="forward+backward"):
+    return runner.Problem(BY_NAME[name], shape, torch.float32, direction)
+
+
+@pytest.mark.parametrize("direction", runner.DIRECTIONS)
+def test_only_what_agrees_is_timed(direction):
+    workload = BY_NAME["forward_kl"]
+
+    def fails(student, teacher):
+        raise NotImplementedError("no kernel\nfor this")
+
+    losses = {
+        "fastkd": workload.fastkd,
+        "eager": workload.eager,
+        "of a sum": lambda student, teacher: 8 * workload.eager(student, teacher),
+        "without a side": lambda student, teacher: workload.eager(
+            (student + student.detach()) / 2, teacher
+        ),
+        "fails": fails,
     }
-    command = [sys.executable, "-m", "pytest", "-q", "--benchmark-quiet", "-p", "no:cacheprovider"]
-    command += ["benchmarks/bench.py", "--quick", "--only=forward_kl", "--sizes=4x8"]
-    subprocess.run([*command, f"--results={tmp_path}"], cwd=ROOT, env=environment, check=True)
-    (file,) = tmp_path.glob("*.json")
-    record = json.loads(file.read_text())
-    assert (record["schema"], record["label"], record["threads"]) == (1, "measured", 1)
-    assert {"device", "torch", "commit", "sources", "temperature", "load"} < record.keys()
-    assert record["peers"].keys() <= {row["implementation"] for row in record["rows"]}
-    for row in record["rows"]:
-        assert row["loss"] == "forward_kl" and row["shape"] == [4, 8]
-        assert row["implementation"] in ("fastkd", "eager", "torch.compile")
-        assert row["seconds"] > 0 and row["ratio"] > 0
-        assert row["peak_extra_bytes"] is None or row["peak_extra_bytes"] > 0
-        assert row["implementation"] != "fastkd" or row["ratio"] == 1
-    assert "| forward_kl | 4×8 |" in file.with_suffix(".md").read_text()
-    report = [sys.executable, "benchmarks/report.py", "--plots", str(tmp_path)]
-    drawn = subprocess.run(report, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert drawn.split() == [f"{file.with_suffix('')}-{what}.png" for what in ("time", "memory")]
-    assert all(Path(png).stat().st_size > 10_000 for png in drawn.split())
+    device = devices.Cpu(threads=1, quick=True)
+    row = runner.measure(problem("forward_kl", direction=direction), losses, device)
+    found = row["implementations"]
+    assert found["fails"] == {"note": "NotImplementedError: no kernel"}
+    assert found["of a sum"]["note"].startswith("its loss is ")
+    if direction == "forward":
+        assert "note" not in found["without a side"]
+    else:
+        assert found["without a side"]["note"].endswith("by 50.00%")
+    for name in ("fastkd", "eager"):
+        entry = found[name]
+        low, high = entry["quartiles"]
+        assert 0 < low <= entry["milliseconds"] <= high
+        assert entry["peak_extra_bytes"] > 0
+    assert found["fastkd"]["ratio"] == 1
+    assert (row["threads"], row["shape"], row["direction"]) == (1, [8, 16], direction)
+
+
+def test_what_does_not_fit_is_not_compared(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 << 17)  # a memory of 16 GiB
+    device = devices.Cpu(quick=True)
+    importable = {
+        name: dict.fromkeys(["info_nce"])
+        for name in ("liger-kernel", "pytorch-metric-learning NTXentLoss")
+    }
+
+    def names(shape):
+        return {*runner.implementations(problem("info_nce", shape), device, importable)}
+
+    assert names((65536, 64)) == {"fastkd", "liger-kernel"}
+    assert names((1024, 64)) == {"fastkd", "eager", "liger-kernel"}  # the other has N³ numbers
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
+def test_every_loss_has_its_least_bytes(workload):
+    name, inputs = workload.name, workload.inputs((8, 16), torch.bfloat16, "meta")
+    forward, both = (
+        runner.Problem(workload, (8, 16), torch.bfloat16, way) for way in ("forward", "both")
+    )
+    # of 8 examples: two networks or towers, two views of half of them, the features of one, crops
+    n_tensors = {"nt_xent": 1, "sup_con": 1, "dino": 12}.get(name, 2)
+    n_trained = {"info_nce": 2, "clip_contrastive": 2, "siglip": 2, "dino": 10}.get(name, 1)
+    others = {"kd": 8 * 8, "sup_con": 8 * 8, "clip_contrastive": 4, "siglip": 8, "dino": 2 * 16}
+    read = 2 * 8 * 16 * n_tensors + others.get(name, 0)
+    assert runner.least_bytes(forward, inputs) == read
+    again = read if workload.family.independent else 0  # of logits, which a backward reads again
+    assert runner.least_bytes(both, inputs) == read + again + 2 * 8 * 16 * n_trained
+    flops = [runner.least_flops(x) for x in (forward, both)]
+    # in products of all queries with all keys, or of slopes with either
+    products = {"similarity_kl": (2, 4)}.get(name, (1, 3))
+    if workload.problem == "pairs":
+        assert flops == [2 * 8 * 8 * 16 * n for n in products]
+    else:
+        assert flops == sorted(flops) and all(flops) == (workload.problem == "relations")
+
+
+def test_a_run_writes_its_record(tmp_path, main, capsys):
+    options = ["--quick", "--loss=forward_kl,rkd", "--sizes=4x8", "--threads=1"]
+    assert main(bench, *options, f"--out={tmp_path}") == 0
+    assert "| forward_kl |   4×8 |" in capsys.readouterr().out
+    (record,) = records.read(tmp_path)
+    assert {(row["loss"], row["direction"], row["threads"]) for row in record["rows"]} == {
+        (loss, direction, 1) for loss in ("forward_kl", "rkd") for direction in runner.DIRECTIONS
+    }
+    assert {"utc", "commit", "torch", "python", "peers"} <= record["runs"][0].keys()
+    assert not [row for row in record["rows"] if report.is_stale(row)]
+    assert main(report, f"--results={tmp_path}", f"--plots={tmp_path / 'plots'}") == 0
+    drawn = capsys.readouterr().out.split()
+    assert len(drawn) == 4
+    assert all(Path(png).stat().st_size > 10_000 for png in drawn)
+
+
+def test_a_run_refuses_what_it_does_not_know(main, capsys):
+    with pytest.raises(SystemExit):
+        main(bench, "--loss=forward_lk")
+    assert "got forward_lk" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- records
+
+
+def a_row(loss="kd", **changed):
+    entry = dict(milliseconds=2.0, quartiles=[1.9, 2.1], peak_extra_bytes=512)
+    entries = {
+        "fastkd": entry | dict(ratio=1.0, ratio_quartiles=[1.0, 1.0]),
+        "faster": entry | dict(ratio=0.75, ratio_quartiles=[0.7, 0.8]),
+        "larger": dict(note="out of memory"),
+    }
+    row = dict(loss=loss, shape=[8, 16], dtype="bfloat16", direction="forward", threads=None)
+    row |= dict(sources=records.sources(BY_NAME[loss].case, "triton"), implementations=entries)
+    return row | dict(bytes=512, flops=0, least_milliseconds=1.0) | changed
+
+
+def a_record(folder, *rows, label="measured"):
+    run = records.new_run(peers={}, ceilings=dict(copy_GBps=3000.0, matmul_bf16_TFLOPs=700.0))
+    record = records.Record(folder, label, "GPU 1", run)
+    for row in rows:
+        record.add(row)
+    return record
+
+
+def test_a_later_run_replaces_a_row_as_a_whole(tmp_path):
+    """Implementations that were not timed side by side are never shown side by side."""
+    a_record(tmp_path, a_row("kd"), a_row("forward_kl"))
+    later = a_row("kd", implementations={"fastkd": {"milliseconds": 1.0}})
+    a_record(tmp_path, later)
+    (record,) = records.read(tmp_path)
+    assert [(row["loss"], row["run"]) for row in record["rows"]] == [("kd", 1), ("forward_kl", 0)]
+    assert record["rows"][0]["implementations"] == later["implementations"]
+    a_record(tmp_path, a_row("forward_kl"), a_row("forward_kl", shape=[4, 4]))
+    (record,) = records.read(tmp_path)
+    assert [row["run"] for row in record["rows"]] == [0, 1, 1] and len(record["runs"]) == 2
+
+
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_the_report_says_what_is_stale_and_who_wins(is_stale, tmp_path, main, capsys):
+    a_record(tmp_path, a_row(**(dict(sources="0" * 16) if is_stale else {})))
+    a_record(tmp_path / "dry", a_row("forward_kl"), label="dry")
+    assert main(report, f"--results={tmp_path}", "measured") == 0
+    page = capsys.readouterr().out
+    (line,) = (line for line in page.splitlines() if line.startswith("| kd "))
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells == [
+        "kd", "8×16", "bfloat16", "forward", "2 [1.9, 2.1]", "50%",
+        "0.75 [0.70, 0.80]", "out of memory", "2.00", "–", "stale" if is_stale else "",
+    ]  # fmt: skip
+    assert ("1 of 1 rows are stale" in page) == is_stale
+    assert "no figure of a GPU" not in page
+    assert main(report, f"--results={tmp_path}", "--check") == is_stale
+    assert capsys.readouterr().out == ("stale: 1 rows of kd on GPU 1\n" if is_stale else "")
+
+
+def test_a_dry_run_is_no_measurement(tmp_path):
+    record = a_record(tmp_path, a_row(), label="dry")
+    assert not records.read(tmp_path)
+    assert "no figure here means anything" in report.page(record.content)
+
+
+def test_a_figure_depends_on_the_code_that_computes_it():
+    def names(name, engine):
+        case = BY_NAME[name].case
+        files = records.modules(case.problem, engine if case.has_kernels else "portable")
+        return {str(file.relative_to(ROOT)) for file in files}
+
+    rows = {"fastkd/portable/rows.py", "fastkd/problems/rows.py"}
+    assert rows <= names("kd", "portable") == names("dino", "portable")
+    kernels = {"kernels/rows/launch.py", "kernels/rows/terms.py", "kernels/tiles.py"}
+    assert kernels | {"fastkd/problems/rows.py"} < names("kd", "triton")
+    assert "fastkd/_loss.py" not in names("kd", "portable") | names("kd", "triton")
+    assert not [x for x in names("info_nce", "triton") if "rows" in x or "portable" in x]
+    assert names("pkt", "triton") == names("pkt", "portable")  # it has no kernels
+    hashes = [
+        records.sources(BY_NAME[name].case, "portable") for name in ("kd", "pkt", "rkd")
+    ]
+    assert len({*hashes}) == 3
+
+
+CODE = '''
+"""What it is."""
+def f(x, *, scale=2.0):
+    """What it does."""
+    if x:
+        x += 1  # why
+        x *= scale
+    if not x:
+        raise ValueError("got it")
+    return f"{x!r:>{scale}} of it"
+'''
+
+
+@pytest.mark.parametrize(
+    "old, new, is_same",
+    [
+        ("  # why", "  # because", True),
+        ('"""What it does."""', "", True),
+        ('"""What it is."""', '"""What it was."""', True),
+        ("def f(x, *, scale=2.0):", "def f(\n    x,\n    *,\n    scale=2.0,\n):", True),
+        ("    if x:", "\n\n    if (x):", True),
+        ("got it", "got that", True),
+        ("2.0", "3.0", False),
+        ("x += 1", "x -= 1", False),
+        ("        x *= scale", "    x *= scale", False),
+        ("of it", "of all", False),
+        ("!r", "!s", False),
+        ("*, scale", "scale", False),
+    ],
+)
+def test_only_changed_code_makes_a_figure_stale(old, new, is_same):
+    assert old in CODE
+    changed = records.structure(ast.parse(CODE.replace(old, new)))
+    assert (changed == records.structure(ast.parse(CODE))) == is_same
+
+
+def test_the_records_in_git_can_be_read():
+    for record in records.read():
+        assert record["schema"] == 3
+        assert all(row["run"] < len(record["runs"]) for row in record["rows"])
+        keys = [records.key_of(row) for row in record["rows"]]
+        assert len({*keys}) == len(keys)
+        assert report.page(record).count("\n| ") > len(keys)
+    text = (records.RESULTS / "inductor.json").read_text()
+    assert json.loads(text)["label"] == "counted"
+
+
+def test_a_plot_follows_the_line_of_most_shapes():
+    widths = [[4096, d] for d in (64, 256, 512)]
+    batches = [[n, 256] for n in (1024, 4096, 8192, 16384)]
+    shapes = [*widths, *batches, [65536, 64]]
+    assert [plots.densest(axis, shapes) for axis in (0, 1)] == [[16384, 256], [4096, 512]]

@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from gate import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from counts import FUSED
-from floor import DEVICES, RESULTS, Counts, check, classes_of, executed, floor, summary
+from floor import DEVICES, FILE, Counts, check, classes_of, executed, floor, summary, tensors_in
+from workloads import FUSED
 
 H100, H200, A100 = DEVICES
 GIGABYTE = 1e9
@@ -18,7 +20,7 @@ WARPS = 132 * 1000  # a thousand for each multiprocessor
 MODELLED = {
     "rows": [
         {
-            "op": "forward_kl",
+            "loss": "forward_kl",
             "shape": [4096, 128256],
             "dtype": "bfloat16",
             "device": "H100",
@@ -26,14 +28,12 @@ MODELLED = {
         }
     ]
 }
-MEASURED = {
-    "op": "forward_kl",
-    "shape": (4096, 128256),
-    "dtype": "bfloat16",
-    "direction": "forward",
-    "device": "NVIDIA H100 80GB HBM3",
-    "milliseconds": 0.69,
-}
+
+
+def measured(milliseconds=0.69, device="NVIDIA H100 80GB HBM3", name="fastkd", **changed):
+    row = dict(loss="forward_kl", shape=[4096, 128256], dtype="bfloat16", direction="forward")
+    row |= dict(implementations={name: dict(milliseconds=milliseconds)}) | changed
+    return dict(device=device, rows=[row])
 
 
 def moving(unique, uncached=None):
@@ -117,31 +117,36 @@ def test_trips_come_from_bytes(unrolled):
 
 
 def test_a_time_below_its_floor_is_found():
-    below = {**MEASURED, "milliseconds": 0.683}
-    assert check([MEASURED], MODELLED) == []
-    assert check([MEASURED, below], MODELLED) == [{**below, "floor": 0.684}]
+    assert check(measured(), MODELLED) == []
+    below = measured(0.683)
+    assert check(below, MODELLED) == [{**below["rows"][0], "floor": 0.684}]
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        {"op": "reverse_kl"},
-        {"shape": [4096, 32000]},
-        {"dtype": "float32"},
-        {"direction": "backward"},
-        {"device": "NVIDIA A100-SXM4-80GB"},
-        {"implementation": "torch.compile"},
-        {"milliseconds": None},
+        dict(loss="reverse_kl"),
+        dict(shape=[4096, 32000]),
+        dict(dtype="float32"),
+        dict(direction="forward+backward"),
+        dict(device="NVIDIA A100-SXM4-80GB"),
+        dict(name="torch.compile"),
+        dict(implementations=dict(fastkd=dict(note="out of memory"))),
     ],
 )
 def test_what_is_not_modelled_is_passed_over(other):
-    assert check([{**MEASURED, "milliseconds": 0.1, **other}], MODELLED) == []
+    assert check(measured(**{"milliseconds": 0.1, **other}), MODELLED) == []
+
+
+def test_tensors_are_found_in_the_tuples_of_a_kernel():
+    first, second = (Tensor((n,), (1,), torch.float32) for n in (1, 2))
+    assert [*tensors_in([first, 3, (second, None, (first,))])] == [first, second, first]
 
 
 def test_the_record_has_every_loss_size_and_device():
-    record = json.loads((RESULTS / "modelled.json").read_text())
+    record = json.loads(FILE.read_text())
     assert record["label"] == "modelled"
-    found = {(row["op"], tuple(row["shape"]), row["device"]) for row in record["rows"]}
+    found = {(row["loss"], tuple(row["shape"]), row["device"]) for row in record["rows"]}
     assert found == {
         (case.name, shape, device.name)
         for case in FUSED

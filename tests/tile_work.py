@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-from fastkd.kernels._relational_tiles import TILE
+from fastkd.kernels.relations.tiles import TILE
 
 SIDE = TILE.value
 
@@ -32,7 +32,7 @@ def upper(tiles: int) -> float:
 def squares(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
     side, depth = x["SIDE"], x["DEPTH"]
     programs = upper(grid[0])  # of each network
-    networks = [(x[f"{name}_width"], x[f"{name}_ptr"].dtype.itemsize) for name in NETWORKS]
+    networks = [(x[name].width, x[name].ptr.dtype.itemsize) for name in NETWORKS]
     trips = sum(programs * -(-width // depth) for width, _ in networks)
     moved = sum(size for _, size in networks) / 2 * 2 * side * depth
     return Work(side * side * depth, trips, 2 * programs, moved)
@@ -50,36 +50,40 @@ def distances(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
 
 def sum_splits(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
     programs, size = prod(grid), x["pairs_ptr"].dtype.itemsize
-    trips = programs * max(0, x["n_splits"] - 1) if x["TRAINED"] else 0
+    trips = programs * max(0, x["n_splits"] - 1) if x["NEEDS_GRAD"] else 0
     return Work(SIDE * SIDE, trips, programs, SIDE * SIDE * size)
 
 
 def laplacian(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
     rows, columns, programs = x["ROWS"], x["COLUMNS"], prod(grid)
-    moved = rows * x["slopes_ptr"].dtype.itemsize + columns * x["x_ptr"].dtype.itemsize
+    moved = rows * x["slopes_ptr"].dtype.itemsize + columns * x["x"].ptr.dtype.itemsize
     return Work(rows * columns, programs * x["n"], programs, moved)
 
 
-def tiles(x: Mapping[str, Any], grid: tuple[int, ...], products: Mapping[str, int]) -> Work:
-    """`products` of each matrix's tiles, by the suffix of its arguments."""
-    rows, columns = x["ROWS"], x["COLUMNS"]
+def tiles(x: Mapping[str, Any], grid: tuple[int, ...], *products: tuple[str, str, int]) -> Work:
+    """`products`: the arguments with similarities and their tiles, and the products of each."""
+    rows, columns = x["TILE"].ROWS, x["TILE"].COLUMNS
     trips = x["n_padded"] // rows * -(-x["m"] // columns)
-    depths = {suffix: x[f"DEPTH{suffix.upper()}"] for suffix in products}
-    moved = sum(columns * depths[s] * x[f"y{s}_ptr"].dtype.itemsize for s in products)
-    flops = sum(2 * rows * columns * depths[s] * n for s, n in products.items())
+    networks = [(x[matrix].y.ptr.dtype.itemsize, x[tile].DEPTH, n) for matrix, tile, n in products]
+    moved = sum(columns * depth * size for size, depth, _ in networks)
+    flops = sum(2 * rows * columns * depth * n for _, depth, n in networks)
     return Work(rows * columns, trips, prod(grid), moved, trips * flops)
 
 
 def with_values(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
-    return tiles(x, grid, {"": 1 + x["VALUES"]})
+    return tiles(x, grid, ("similarities", "TILE", 2 - (x["values_ptr"] is None)))
+
+
+def of_two(x: Mapping[str, Any], grid: tuple[int, ...], n: int) -> Work:
+    return tiles(x, grid, ("student", "TILE", n), ("teacher", "TILE_T", 1))
 
 
 SWEEPS: dict[str, Callable[..., Work]] = {
     "log_sums": with_values,
     "softplus_sums": with_values,
-    "weighed_sums": lambda x, grid: tiles(x, grid, {"": 2}),
-    "divergences": lambda x, grid: tiles(x, grid, {"": 1, "_t": 1}),
-    "weighed_differences": lambda x, grid: tiles(x, grid, {"": 2, "_t": 1}),
+    "weighed_sums": with_values,
+    "divergences": lambda x, grid: of_two(x, grid, 1),
+    "weighed_differences": lambda x, grid: of_two(x, grid, 2),
 }
 NETWORKS = ("student", "teacher")
 KERNELS: dict[str, Callable[..., Work]] = {

@@ -20,26 +20,32 @@ from fastkd.demo import training
 from fastkd.demo.training import N_TRAIN, load_images, per_cent, rows_of_student, train
 
 N_LABELLED = 50  # of the images of a student
-IGNORED = -100  # the label of an image without label, as in torch
+IGNORED = -100  # label of an unlabelled image, as in torch
 
 
 class Output(NamedTuple):
+    """Outputs of a classifier."""
+
     logits: Tensor  # (N, 10)
-    features: Tensor  # (N, D), what the last layer reads
+    features: Tensor  # (N, D), inputs of the last layer
 
 
 class Data(NamedTuple):
+    """Images, their labels, and the outputs of the teacher for them."""
+
     images: Tensor  # (N, 1, 8, 8)
-    labels: Tensor  # (N), IGNORED where there is none
-    teacher: Any = None  # Output, computed once: the images are never augmented
+    labels: Tensor  # (N), IGNORED if an image has none
+    teacher: Any = None  # Output, computed once because the images are never augmented
 
     def take(self, rows: Tensor) -> Data:
-        """Some of the examples."""
+        """Return the examples with these numbers."""
         teacher = self.teacher and Output(*(output[rows] for output in self.teacher))
         return Data(self.images[rows], self.labels[rows], teacher)
 
 
 class Classifier(nn.Module):
+    """A network that ends in features and a linear layer."""
+
     def __init__(self, *body: nn.Module, n_features: int) -> None:
         super().__init__()
         self.body = nn.Sequential(*body)
@@ -76,13 +82,13 @@ def no_teacher(student: Output, teacher: Output, labels: Tensor) -> Tensor:
 
 
 def hard_labels(student: Output, teacher: Output, labels: Tensor) -> Tensor:
-    """The teacher labels what has no label: how far does one get without soft targets?"""
+    """Compute the cross-entropy, with the teacher's answers in place of missing labels."""
     answers = teacher.logits.argmax(-1)
     return F.cross_entropy(student.logits, torch.where(labels == IGNORED, answers, labels))
 
 
 def kd(**options: Any) -> Loss:
-    """Cross-entropy on the labelled images, a divergence from the teacher on all of them."""
+    """Return a loss: cross-entropy on the labelled images plus a divergence on all of them."""
 
     def loss(student: Output, teacher: Output, labels: Tensor) -> Tensor:
         return fastkd.kd(student.logits, teacher.logits, labels, distill_ignored=True, **options)
@@ -91,7 +97,7 @@ def kd(**options: Any) -> Loss:
 
 
 def eager_kd(student: Output, teacher: Output, labels: Tensor) -> Tensor:
-    """What `kd()` replaces."""
+    """Compute what `kd()` computes, in plain PyTorch."""
     log_q = F.log_softmax(student.logits / 4, dim=-1)
     p = F.softmax(teacher.logits / 4, dim=-1)
     divergence = F.kl_div(log_q, p, reduction="batchmean") * 4**2
@@ -104,7 +110,7 @@ def logit_mse(student: Output, teacher: Output, labels: Tensor) -> Tensor:
 
 
 def rkd(student: Output, teacher: Output, labels: Tensor) -> Tensor:
-    """Cross-entropy on the labelled images; on all of them the teacher's distances and angles."""
+    """Compute cross-entropy on the labelled images plus relational distillation on all."""
     supervised = F.cross_entropy(student.logits, labels, ignore_index=IGNORED)
     return supervised + fastkd.rkd(student.features, teacher.features)
 
@@ -114,9 +120,10 @@ def kd_and_rkd(student: Output, teacher: Output, labels: Tensor) -> Tensor:
 
 
 def contrast(student: Output, teacher: Output) -> Tensor:
-    """A student's features find the teacher's of the same image among all of the batch.
+    """Compute how hard it is to find the teacher's features of an image by the student's.
 
-    Others of the same class are negatives too. The widths agree: no projection is trained.
+    Other images of the same class are negatives too. No projection is trained, because both
+    networks have features of one width.
     """
     return 4 * fastkd.info_nce(student.features, teacher.features, temperature=0.2)
 
@@ -131,19 +138,18 @@ def kd_and_contrastive(student: Output, teacher: Output, labels: Tensor) -> Tens
 
 
 class Method(NamedTuple):
+    """A way to train a student: its loss and its data."""
+
     name: str
     loss: Loss
-    uses: Callable | None = None  # the function of fastkd in it
-    all_labels: bool = False  # whether the student gets all the images and labels of the teacher
+    uses: Any = None  # the function of fastkd that it calls
+    all_labels: bool = False  # whether the student sees all that the teacher saw
 
     def engine(self, device: str) -> str:
-        """What computes the loss."""
+        """Return the name of what computes the loss."""
         if self.uses is None:
             return "PyTorch"
-        if getattr(self.uses, "fused", True) is None:
-            return "formula"
-        tensors = [torch.empty(0, device=device)]
-        return choose(tensors, getattr(self.uses, "has_kernels", True))
+        return choose([torch.empty(0, device=device)], self.uses.has_kernels)
 
 
 TEACHER = Method("teacher", no_teacher, all_labels=True)
@@ -173,7 +179,7 @@ METHODS = [
 
 
 def fit(model: Classifier, loss: Loss, data: Data, steps: int, seed: int) -> Tensor:
-    """The loss of each step."""
+    """Train the model and return the loss of each step."""
 
     def of_batch(rows: Tensor) -> Tensor:
         images, labels, teacher = data.take(rows)
@@ -193,7 +199,7 @@ class Fit(NamedTuple):
 
 
 def experiment(seeds: int, steps: int, device: str = "cpu") -> Iterator[Fit]:
-    """The teacher, then for each of METHODS a student for each seed."""
+    """Train the teacher, then one student for each of METHODS and each seed."""
     data, test = load(device)
     torch.manual_seed(0)
     teacher = new_teacher().to(device)
@@ -216,7 +222,7 @@ def experiment(seeds: int, steps: int, device: str = "cpu") -> Iterator[Fit]:
 
 
 def load(device: str) -> tuple[Data, Data]:
-    """Those for training and for the test."""
+    """Return the training data and the test data."""
     images, labels = load_images(device)
     return (
         Data(images[:N_TRAIN], labels[:N_TRAIN]),
@@ -225,10 +231,10 @@ def load(device: str) -> tuple[Data, Data]:
 
 
 def few_labels(data: Data, seed: int) -> Data:
-    """What a student sees: other images and other labels for each seed."""
-    few = data.take(rows_of_student(seed))
-    few.labels[N_LABELLED:] = IGNORED
-    return few
+    """Return the images and the labels that a student sees, others for each seed."""
+    seen = data.take(rows_of_student(seed))
+    seen.labels[N_LABELLED:] = IGNORED
+    return seen
 
 
 def predict(model: Classifier, data: Data) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the demo prints and writes: progress, tables, the check against eager PyTorch, a plot."""
+"""Run the demo, and print and write what it shows: tables, a check against PyTorch, a plot."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fastkd.demo.training import N_STUDENT, N_TRAIN
 HEADER = ("student learns from", "accuracy, %", "gain", "wins", "agrees, %", "engine")
 TITLES = {
     False: f"{N_STUDENT} images, {N_LABELLED} of them with a label",
-    True: f"all {N_TRAIN} images with their labels: no gain is to be expected",
+    True: f"all {N_TRAIN} images with their labels, where no gain is expected",
 }
 LEGEND = (
     "Accuracy on 650 test images, mean ± standard deviation over the seeds. Gain: points over no "
@@ -41,21 +41,21 @@ LEGEND = (
     "Hard labels: the teacher's answers where there is no label."
 )
 TOWERS_HEADER = ("two towers", "upper → lower, %", "lower → upper, %", "gain", "wins")
-TOWERS_TITLE = "halves of an image are to find each other"
+TOWERS_TITLE = "the halves of an image find each other"
 TOWERS_LEGEND = (
-    f"Recall@1: how often the nearest of 650 halves of test images is the own one (by chance "
+    f"Recall@1: how often the nearest of 650 halves of test images is the right one (by chance "
     f"0.15 %). The teacher learned from {N_TRAIN} images, its students see {N_STUDENT}. Alone: "
-    f"clip_contrastive. Distilled: similarity_kl besides. Gain: of the mean of both directions."
+    f"clip_contrastive. Distilled: similarity_kl too. Gain: of the mean of both directions."
 )
 WORDS = (HEADER[0], HEADER[-1], TOWERS_HEADER[0])  # columns without numbers
-# What training makes of rounding: over 40 seeds at most 2e-7 in the first 10 steps, and 7e-7 over
-# 250 in the median seed (8e-5 in the worst). A gradient that is wrong by 0.01 % makes that 1e-2.
+# Training amplifies rounding: over 40 seeds to at most 2e-7 in the first 10 steps, and to 7e-7 over
+# 250 in the median seed (8e-5 in the worst). A gradient that is wrong by 0.01 % gives 1e-2 there.
 FIRST_STEPS, FIRST_LIMIT, LIMIT = 10, 1e-5, 1e-3
 
 
 def run(out: Path, seeds: int, steps: int, device: str) -> int:
     """Train, print, write `digits.md` and `digits.png` into `out`; 1 if the check fails."""
-    torch.set_num_threads(1)  # the models are too small to share
+    torch.set_num_threads(1)  # because the models are too small to share
     console = Console()
     began = time.perf_counter()
     columns = TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn()
@@ -101,12 +101,12 @@ def run(out: Path, seeds: int, steps: int, device: str) -> int:
 
 
 def of(method: Any, fits: Sequence[Any]) -> list[Any]:
-    """The fits of a method, one for each seed."""
+    """Return the fits of a method, one for each seed."""
     return [fit for fit in fits if fit.method == method]
 
 
 def table(fits: Sequence[Fit], all_labels: bool, device: str) -> list[list[str]]:
-    """The rows of the methods under one title."""
+    """Return the rows of the methods under one title."""
     rows = []
     baseline = [fit.accuracy for fit in of(NO_TEACHER._replace(all_labels=all_labels), fits)]
     for method in METHODS:
@@ -127,7 +127,7 @@ def table(fits: Sequence[Fit], all_labels: bool, device: str) -> list[list[str]]
 
 
 def towers_table(fits: Sequence[two_towers.Fit]) -> list[list[str]]:
-    """The rows of the teacher and of the students of each method."""
+    """Return the rows of the teacher and of the students of each method."""
 
     def recalls(method: two_towers.Method) -> list[float]:
         return [mean((fit.to_lower, fit.to_upper)) for fit in of(method, fits)]
@@ -149,19 +149,19 @@ def towers_table(fits: Sequence[two_towers.Fit]) -> list[list[str]]:
 
 
 def gain_and_wins(values: Sequence[float], baseline: Sequence[float]) -> tuple[str, str]:
-    """Of the seeds of a method over the same seeds of another."""
+    """Return the gain over another method, seed by seed, and in how many seeds there is one."""
     gains = [a - b for a, b in zip(values, baseline, strict=True)]
     return spread(gains, "+.1f"), f"{sum(gain > 0 for gain in gains)}/{len(gains)}"
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """mean ± standard deviation, which one value does not have"""
+    """Return mean ± standard deviation, which one value does not have."""
     average = format(mean(values), form)
     return f"{average} ± {stdev(values):.1f}" if len(values) > 1 else average
 
 
 def check(fits: Sequence[Fit]) -> tuple[bool, str]:
-    """Whether fastkd.kd and the eager expression trained alike, and a sentence about it."""
+    """Return whether fastkd.kd and the eager expression trained alike, and a sentence."""
     fused, eager = (torch.stack([fit.losses for fit in of(m, fits)]) for m in (KD, EAGER_KD))
     difference = (fused - eager).abs() / eager
     first, largest = difference[:, :FIRST_STEPS].max().item(), difference.amax(1).median().item()
@@ -178,7 +178,7 @@ Sections = Mapping[str, Sequence[Sequence[str]]]  # rows under their title
 
 
 def printed(header: Sequence[str], sections: Sections) -> list[Table]:
-    """Tables with the same columns."""
+    """Return a table for each title, with the same columns."""
     cells = [header, *(row for rows in sections.values() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     tables = []
@@ -203,7 +203,7 @@ def markdown(header: Sequence[str], sections: Sections) -> str:
 
 
 def plot(fits: Sequence[Fit], teacher: Fit) -> Figure:
-    """Left: the accuracy of each fit. Right: the loss curves of the check, one over the other."""
+    """Draw the accuracy of each fit, and beside it the loss curves of the check."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     accuracy, curves = figure.subplots(1, 2, width_ratios=(3, 2))
     methods = [method for method in METHODS if not method.all_labels and method is not EAGER_KD]

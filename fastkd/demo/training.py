@@ -1,4 +1,4 @@
-"""What the examples share: scikit-learn's handwritten digits, and the loop of every model."""
+"""Handwritten digits of scikit-learn, and the training loop that both examples share."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-N_TRAIN, N_STUDENT = 1147, 250  # of 1797 images; 650 are for the test
+N_TRAIN, N_STUDENT = 1147, 250  # of 1797 images, since 650 are for the test
 BATCH, LEARNING_RATE, TEACHER_STEPS = 128, 6e-3, 500
 
 
 def load_images(device: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 8, 8) and their digits in a fixed random order; N_TRAIN are for training."""
+    """Return images (N, 1, 8, 8) and digits (N), in a random but fixed order."""
     pixels, digits = load_digits(return_X_y=True)
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(pixels)[order].float().view(-1, 1, 8, 8).to(device) / 16
@@ -21,14 +21,14 @@ def load_images(device: str) -> tuple[Tensor, Tensor]:
 
 
 def rows_of_student(seed: int) -> Tensor:
-    """The training images that a student sees: others for each seed."""
+    """Return the numbers of the training images that a student sees, others for each seed."""
     return torch.randperm(N_TRAIN, generator=torch.Generator().manual_seed(seed))[:N_STUDENT]
 
 
 def train(
     model: nn.Module, loss: Callable[[Tensor], Tensor], n_examples: int, steps: int, seed: int
 ) -> Tensor:
-    """Descend the loss of random rows of the examples. Returns the loss of each step."""
+    """Train the model on random batches of row numbers, and return the loss of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)

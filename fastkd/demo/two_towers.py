@@ -1,4 +1,4 @@
-"""Distillation of two towers, CLIP's two: halves of handwritten digits are to find each other.
+"""Distillation of two towers like CLIP's: the halves of a handwritten digit find each other.
 
 One tower embeds the upper half of an image, the other the lower one. The teacher learns from all
 training images, a student of 0.3 times its size from 250 of them: alone, or also from how alike
@@ -20,16 +20,20 @@ from fastkd.demo.training import N_TRAIN, load_images, per_cent, rows_of_student
 
 
 class Halves(NamedTuple):
+    """Embeddings of the upper and the lower halves of images."""
+
     upper: Tensor  # (N, D), of length 1
     lower: Tensor  # (N, D), of length 1
-    scale: Tensor  # 0-dim, of their products
+    scale: Tensor  # 0-dim, multiplies their products
 
     def take(self, rows: Tensor) -> Halves:
-        """Those of some of the images."""
+        """Return those of the images with these numbers."""
         return Halves(self.upper[rows], self.lower[rows], self.scale)
 
 
 class TwoTowers(nn.Module):
+    """A network for the upper halves of images and one for the lower halves."""
+
     def __init__(self, width: int, n_features: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.upper, self.lower = (
@@ -40,7 +44,7 @@ class TwoTowers(nn.Module):
             )
             for _ in range(2)
         )
-        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # where CLIP's starts
+        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # as CLIP starts
 
     def forward(self, images: Tensor) -> Halves:
         upper, lower = images.flatten(1).chunk(2, dim=1)
@@ -66,7 +70,7 @@ def alone(student: Halves, teacher: Halves) -> Tensor:
 
 
 def distilled(student: Halves, teacher: Halves) -> Tensor:
-    """The teacher's similarities are soft positives, in both directions; widths may differ."""
+    """Add the divergence from the teacher's similarities, which are soft positives."""
     return fastkd.clip_contrastive(*student) + fastkd.similarity_kl(
         student.upper,
         teacher.upper,
@@ -79,6 +83,8 @@ def distilled(student: Halves, teacher: Halves) -> Tensor:
 
 
 class Method(NamedTuple):
+    """A way to train two towers."""
+
     name: str
     loss: Loss
 
@@ -96,12 +102,12 @@ class Fit(NamedTuple):
 
     method: Method
     seed: int
-    to_lower: float  # upper halves whose own lower half is the nearest of all, per cent
-    to_upper: float
+    to_lower: float  # recall@1 of lower halves for upper ones, per cent
+    to_upper: float  # the other way round
 
 
 def experiment(seeds: int, steps: int, device: str = "cpu") -> Iterator[Fit]:
-    """The teacher, then for each of METHODS a student for each seed."""
+    """Train the teacher, then one student for each of METHODS and each seed."""
     images = load_images(device)[0]
     images, test = images[:N_TRAIN], images[N_TRAIN:]
     torch.manual_seed(0)
@@ -121,7 +127,7 @@ def experiment(seeds: int, steps: int, device: str = "cpu") -> Iterator[Fit]:
 def fit(
     model: TwoTowers, loss: Loss, images: Tensor, teacher: Any, steps: int, seed: int
 ) -> Tensor:
-    """The loss of each step; `teacher` is its Halves of the images, None where it is not needed."""
+    """Train the model and return the loss of each step; `teacher` has Halves of the images."""
 
     def of_batch(rows: Tensor) -> Tensor:
         return loss(model(images[rows]), teacher and teacher.take(rows))
@@ -135,7 +141,7 @@ def embed(model: TwoTowers, images: Tensor) -> Halves:
 
 
 def recall(halves: Halves) -> tuple[float, float]:
-    """recall@1 of the lower halves for the upper ones, and the other way round, per cent."""
+    """Return recall@1 of the lower halves for the upper ones and the other way round, per cent."""
     similarities = halves.upper @ halves.lower.mT
-    own = torch.arange(len(similarities), device=similarities.device)
-    return per_cent(similarities.argmax(1) == own), per_cent(similarities.argmax(0) == own)
+    right = torch.arange(len(similarities), device=similarities.device)
+    return per_cent(similarities.argmax(1) == right), per_cent(similarities.argmax(0) == right)

@@ -2,20 +2,104 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-Number = float | Tensor
+from fastkd import _checks
+from fastkd._op import Number, Op, compute_dtype
+
+if TYPE_CHECKING:
+    from fastkd._loss import Call
+
+# as published
+PKT_EPSILON = 1e-7  # added to lengths and to probabilities
+PEARSON_EPSILON = 1e-8  # added to the product of two deviations
 
 
 class Gram(NamedTuple):
-    """A comparison of the Gram matrices of two networks, or of the moments of their predictions."""
+    """A comparison of the Gram matrices of two networks, or of the moments of their predictions.
+
+    A loss of Gram matrices sees the features only through F Fᵀ, [N, N]; `dist_kd` sees logits
+    through the correlations of the rows and of the columns of softmax(logits / temperature).
+    """
 
     student: Tensor  # [N, D], or logits [N, V]
     teacher: Tensor  # [N, D'], or [N, V]
-    beta: Number
-    gamma: Number
+    beta: Number  # the weight of the rows in dist_kd
+    gamma: Number  # the weight of the columns there; the width of the kernel of "kernel"
     temperature: Number
-    name: str  # of the loss, or of its form where it has several
-    order: int
+    name: str  # "similarity_preserving", "pkt", "sequential", "kernel" or "dist_kd"
+    order: int  # of the series of "kernel"
+
+
+solve = Op(Gram, trained=("student",))
+
+
+def check_congruence(
+    student: Tensor, teacher: Tensor, *, form: str, gamma: Number, order: int
+) -> None:
+    """Refuse features that do not fit together or do not fit the form, and options out of range."""
+    _checks.embeddings(student, teacher)
+    _checks.one_of(("sequential", "kernel"), form=form)
+    _checks.at_least_0(gamma=gamma)
+    _checks.at_least_1(order=order)
+    if form == "sequential" and student[0:0].flatten(1).shape != teacher[0:0].flatten(1).shape:
+        raise ValueError(
+            f'form="sequential" subtracts features: student and teacher need one width, got '
+            f"{[*student.shape]} and {[*teacher.shape]}; project the student to the teacher's "
+            f'width, or take form="kernel"'
+        )
+
+
+def check_predictions(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: Number,
+    gamma: Number,
+    temperature: Number,
+) -> None:
+    """Refuse logits that do not fit together, and options out of range."""
+    _checks.logits(student_logits, teacher_logits)
+    _checks.at_least_0(beta=beta, gamma=gamma)
+    _checks.temperature(temperature)
+
+
+def similarities(call: Call, student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the loss of the Gram matrices of features, which has the name of the call."""
+    return _solved(call, Gram(student.flatten(1), teacher.flatten(1), 0.0, 0.0, 1.0, call.name, 0))
+
+
+def congruence(
+    call: Call, student: Tensor, teacher: Tensor, *, form: str, gamma: Number, order: int
+) -> Tensor:
+    """Return the loss of neighbours in the batch, or of the kernel of all pairs."""
+    return _solved(call, Gram(student.flatten(1), teacher.flatten(1), 0.0, gamma, 1.0, form, order))
+
+
+def predictions(
+    call: Call,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: Number,
+    gamma: Number,
+    temperature: Number,
+) -> Tensor:
+    """Return the loss of the correlations of rows and of columns of probabilities."""
+    student, teacher = (z.reshape(-1, z.shape[-1]) for z in (student_logits, teacher_logits))
+    return _solved(call, Gram(student, teacher, beta, gamma, temperature, call.name, 0))
+
+
+def falloff(gamma: Number) -> Number:
+    """Return e^(−2γ); that of a tensor without a host sync."""
+    return (-2 * gamma).exp() if isinstance(gamma, Tensor) else math.exp(-2 * gamma)
+
+
+def _solved(call: Call, problem: Gram) -> Tensor:
+    """Return the loss, which is 0 for an empty batch."""
+    if not problem.student.numel():
+        return problem.student.sum(dtype=compute_dtype(problem.student, problem.teacher))
+    return solve(call.engine, problem)

@@ -1,7 +1,13 @@
-"""Queries against keys: every loss of their similarities, without the matrix of them."""
+"""Queries against keys: losses of their similarities, without storing the matrix of them.
+
+`Pairs` is the problem of the contrastive losses, `SoftPairs` that of similarities against a
+teacher's; the mathematics that the engines share follows. `contrasts.py` states the losses as these
+problems.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,43 +15,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import _ranks
+from fastkd._op import Op
 
 Number = float | Tensor
+Gradients = tuple[Tensor | None, ...]
 
 SHORTEST = 1e-12  # F.normalize divides by at least this length
 LINEAR = 50.0  # from here on a softplus equals its argument, in float64 too
-HEADROOM = (
-    12  # slopes in half precision are lifted by 2^12, since small ones would vanish in float16
-)
+HEADROOM = 12  # slopes are lifted by 2^12, since small ones would vanish in float16
 
 
 class Pairs(NamedTuple):
     """Queries against keys, S = scale · Q Kᵀ, of rows divided by their lengths if `normalize`.
 
-    With sums over j that leave out a query's own key, the loss is, by its form,
+    Query i and key first + i are of one example. That key is its positive one or, with `two_views`,
+    the other view of the example is; the rest are its negatives. With sums over the negatives j the
+    loss is, by its form,
 
     softplus  Σ_i w_i softplus(n_i − a_i)   n_i = log Σ_j exp S_ij
     linear    Σ_i w_i (n_i − a_i)
-    pairs     Σ_i w_i Σ_j softplus(S_ij − a_i)
+    pairs     Σ_i w_i (softplus(a_i − s_i) + Σ_j softplus(S_ij − a_i))
 
-    where a are the positive logits. Given positive logits of keys, the first two have the same sums
-    over the columns of those keys besides. Classes go with "linear": r_i S_ij, which equals
-    r_j S_ij, is subtracted for each pair of one class.
+    where s are the similarities to the positive keys and a the positive logits, which equal s if
+    they are None. "pairs" needs them. With weights of keys the first two forms have the same sums
+    over the columns of those keys besides. Classes go with "linear": all keys of a query's class
+    are its positive ones, and r_i S_ij, which equals r_j S_ij, is subtracted for each such pair.
+
+    The gradient in the positive logits includes that in the positive logits of the queries' keys.
     """
 
-    query: Tensor  # [n, D]
+    query: Tensor  # [n, D], in the compute dtype
     key: Tensor | None  # [M, D]; None: the queries are the keys
     scale: Tensor  # 0-dim
-    positive_logits: Tensor  # a, [n]
+    positive_logits: Tensor | None  # a, [n]; None: s, or by classes
     weights: Tensor  # w, [n]
     bank: Tensor | None  # [B, D], further keys, which get no gradient
-    key_positive_logits: Tensor | None  # [N], of the first N keys
-    key_weights: Tensor | None  # [N]
+    key_positive_logits: Tensor | None  # [N], of the first N keys; None: s
+    key_weights: Tensor | None  # [N]; None: columns have no loss
     classes: Tensor | None  # [M], float numbers of the classes of all keys, the queries' among them
     attractions: Tensor | None  # r, [M], one value for all keys of a class
     form: str
-    first: int  # the rank offset: query i's own key is first + i; -1: queries have no own key
-    two_views: bool  # queries are two views of each example; the other view is left out too
+    first: int  # the rank offset: query i and key first + i are of one example; -1: none are
+    two_views: bool  # queries are two views of each example, the first views before the second
     normalize: bool
     half: str  # "bfloat16" or "float16" if that holds all rows without rounding, else ""
     group: str  # the name of the process group over whose ranks columns are summed, or ""
@@ -57,38 +68,47 @@ class SoftPairs(NamedTuple):
     Rows are divided by their lengths.
     """
 
-    query: Tensor  # [n, D], the student's
+    query: Tensor  # [n, D], the student's, in the compute dtype
     key: Tensor | None  # [M, D]; None: the queries are the keys
     scale: Tensor  # 0-dim
     teacher_query: Tensor  # [n, D']
     teacher_key: Tensor | None  # [M, D']
     teacher_scale: Tensor  # 0-dim
-    first: int  # key first + i is query i itself and left out; -1: none is
+    first: int  # key first + i is query i itself and masked; -1: none is
     half: str  # "bfloat16" or "float16" if that holds the student's rows without rounding, else ""
     teacher_half: str
 
 
+solve = Op(Pairs, trained=("query", "key", "scale", "positive_logits"))
+solve_soft = Op(SoftPairs, trained=("query", "key", "scale"))
+
+
+# ------------------------------------------------------------------ embeddings as engines take them
+
+
 class Half(NamedTuple):
-    """matrix · factors are the rows, divided by their lengths if these are known."""
+    """Rows in half precision: matrix · factors, divided by their lengths if these are known."""
 
     matrix: Tensor  # [n, D]
     factors: Tensor  # [n]
 
 
 def in_half(rows: Tensor, lengths: Tensor | None, half: str) -> Half:
+    """Return rows, which came in half precision, in it again."""
     dtype = getattr(torch, half)
     if lengths is None:
         return Half(rows.to(dtype), rows.new_ones(len(rows)))
     if dtype == torch.bfloat16:
         return Half(rows.to(dtype), 1 / lengths[:, 0])
-    # float16 does not bear any length; that of 0 may have any factor
+    # rows are scaled to a length near 1, because products of float16 overflow; any factor will do
+    # for a length of 0
     _, exponents = torch.frexp(lengths)
     factors = torch.ldexp(1 / lengths, exponents)[:, 0].clamp_(max=2)
     return Half(torch.ldexp(rows, -exponents).to(dtype), factors)
 
 
 def units(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Rows divided by their lengths, and these."""
+    """Return rows divided by their lengths, and these, [n, 1], or None if not `normalize`."""
     if not normalize:
         return rows, None
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=SHORTEST)
@@ -96,32 +116,44 @@ def units(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def of_lengths(gradients: Tensor, rows: Tensor, lengths: Tensor | None) -> Tensor:
-    """From gradients in the units `rows`, in place, those in what they were made of."""
+    """Return the gradients in x from those in `rows` = x / ‖x‖, in place."""
     if lengths is None:
         return gradients
     along = torch.linalg.vecdot(gradients, rows)[:, None]
-    # what is not longer is divided by a constant, and loses nothing
+    # a shorter row was divided by a constant, so that its gradient keeps the part along the row
     along.mul_(lengths > SHORTEST)
     return gradients.addcmul_(rows, along, value=-1).div_(lengths)
 
 
+# ----------------------------------------------------------------- the loss, from log-sum-exps
+
+
 def own_columns(problem: Pairs) -> slice:
+    """Return the columns of the keys that are of one example with the queries."""
     return slice(problem.first, problem.first + len(problem.query))
 
 
-def penalty(problem: Pairs, log_sums: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """The share of the loss of these rows, and the slopes in their log-sum-exps."""
-    weights = problem.weights[rows].to(problem.query.dtype)
-    return _of_form(
-        problem.form, log_sums - problem.positive_logits[rows].to(problem.query.dtype), weights
-    )
+def penalty(
+    problem: Pairs, log_sums: Tensor, rows: slice, shift: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return the share of these rows in the loss, and the slopes in their log-sum-exps.
+
+    The log-sum-exps are those of S − shift. It is added to them after the positive logits are
+    subtracted, because both may be large and alike.
+    """
+    assert problem.positive_logits is not None
+    dtype = problem.query.dtype
+    odds = log_sums + (shift - problem.positive_logits[rows].to(dtype))
+    return _of_form(problem.form, odds, problem.weights[rows].to(dtype))
 
 
-def column_penalty(problem: Pairs, log_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the own columns the share of the loss, of all of them the slopes."""
+def column_penalty(
+    problem: Pairs, log_sums: Tensor, shift: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return the share of the queries' own columns in the loss, and the slopes of all columns."""
     assert problem.key_positive_logits is not None and problem.key_weights is not None
     weights, own = problem.key_weights.to(problem.query.dtype), own_columns(problem)
-    odds = log_sums - problem.key_positive_logits.to(problem.query.dtype)
+    odds = log_sums + (shift - problem.key_positive_logits.to(problem.query.dtype))
     _, slopes = _of_form(problem.form, odds, weights)
     return _of_form(problem.form, odds[own], weights[own])[0], slopes
 
@@ -133,4 +165,119 @@ def _of_form(form: str, odds: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def over_ranks(log_sums: Tensor, group: str) -> Tensor:
+    """Return the log-sum-exps over the ranks of a group; without one those of this process."""
     return _ranks.log_sum_exp(log_sums, group) if group else log_sums
+
+
+# -------------------------------------------------------------------------------- positive pairs
+
+Solve = Callable[[Pairs, Sequence[bool]], tuple[Tensor, Gradients]]
+
+
+def with_positives(solve_negatives: Solve) -> Solve:
+    """Extend an engine that knows negative pairs alone to all problems.
+
+    The engine takes positive logits of queries, and of keys if columns have a loss, as given. Their
+    gradient becomes one in the embeddings here, as do the positive pairs of the form "pairs". All
+    of it costs a few passes over [n, D].
+    """
+
+    def value_and_gradients(problem: Pairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gradients]:
+        if problem.classes is not None and problem.positive_logits is None:
+            return solve_negatives(
+                problem._replace(positive_logits=means_over_classes(problem)), needs_grad
+            )
+        by_pairs = problem.form == "pairs"
+        if problem.first < 0 or not (by_pairs or problem.positive_logits is None):
+            return solve_negatives(problem, needs_grad)
+
+        scale = problem.scale.to(problem.query.dtype)
+        cosines = torch.linalg.vecdot(*_positive_pairs(problem)[:2])
+        positive = cosines * scale
+        if by_pairs:
+            loss, gradients = solve_negatives(problem, needs_grad)
+            assert problem.positive_logits is not None
+            odds = positive - problem.positive_logits.to(scale.dtype)
+            weights = problem.weights.to(scale.dtype)
+            loss = loss + F.softplus(-odds, threshold=LINEAR) @ weights
+            slopes: Tensor | None = torch.sigmoid(-odds) * -weights
+            of_logits = None if gradients[3] is None else gradients[3].sub(slopes)
+        else:
+            given = problem._replace(
+                positive_logits=positive,
+                key_positive_logits=None if problem.key_weights is None else positive,
+            )
+            loss, gradients = solve_negatives(given, (*needs_grad[:3], any(needs_grad[:3])))
+            of_logits, slopes = None, gradients[3]
+        if any(needs_grad[:3]):
+            _add_positive_pairs(problem, gradients, slopes, cosines)
+        return loss, (*gradients[:3], of_logits)
+
+    return value_and_gradients
+
+
+def _positive_pairs(problem: Pairs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return the queries and their positive keys, as units, and the lengths of both."""
+    q, q_lengths = units(problem.query, problem.normalize)
+    if problem.key is not None:
+        k, k_lengths = units(problem.key[own_columns(problem)], problem.normalize)
+        if not problem.two_views:
+            return q, k, q_lengths, k_lengths
+    else:
+        k, k_lengths = q, q_lengths
+    half = len(q) // 2
+    return q, k.roll(half, 0), q_lengths, None if k_lengths is None else k_lengths.roll(half, 0)
+
+
+def _add_positive_pairs(
+    problem: Pairs, gradients: Gradients, slopes: Tensor | None, cosines: Tensor
+) -> None:
+    """Add the gradients of the positive pairs, in place, from the slopes in their similarities."""
+    assert slopes is not None
+    of_query, of_key, of_scale = gradients[:3]
+    if of_scale is not None:
+        of_scale += slopes @ cosines
+    q, k, q_lengths, k_lengths = _positive_pairs(problem)
+    slopes = (slopes * problem.scale)[:, None]
+    if of_key is not None:
+        of_positive = of_lengths(q * slopes, k, k_lengths)
+        if problem.two_views:
+            of_positive = of_positive.roll(len(q) // 2, 0)
+        of_key[own_columns(problem)] += of_positive
+    if of_query is not None:
+        if problem.key is None:  # each pair of views is a pair of queries twice
+            slopes = slopes + slopes.roll(len(q) // 2, 0)
+        of_query += of_lengths(k * slopes, q, q_lengths)
+
+
+def means_over_classes(problem: Pairs) -> Tensor:
+    """Return for each query its mean similarity to the others of its class."""
+    assert problem.classes is not None
+    queries = slice(0, None) if problem.key is None else own_columns(problem)
+    z, _ = units(problem.query if problem.key is None else problem.key, problem.normalize)
+    place = problem.classes.long()
+    zeros = torch.zeros_like(place, dtype=z.dtype)
+    n_alike = zeros.index_add(0, place, zeros + 1)[place]
+    own = z[queries]
+    of_class = (own * _class_means(z, place, n_alike)[queries]).sum(1) * n_alike[queries]
+    n_positives = (n_alike[queries] - 1).clamp(min=1)
+    return (of_class - own.square().sum(1)) / n_positives * problem.scale.to(z.dtype)
+
+
+def _class_means(rows: Tensor, place: Tensor, n_alike: Tensor) -> Tensor:
+    """Return for each row the mean of its class.
+
+    The mean of the differences from a first mean is added to it, because a sum of many rows that
+    are alike is rounded often.
+    """
+
+    def means_of(rows: Tensor) -> Tensor:
+        sums = torch.zeros_like(rows)
+        if rows.is_cuda:  # index_add has no fixed order there
+            sums = sums.index_put((place,), rows, accumulate=True)
+        else:
+            sums = sums.index_add(0, place, rows)
+        return sums[place].div_(n_alike[:, None])
+
+    means = means_of(rows)
+    return means.add_(means_of(rows - means))

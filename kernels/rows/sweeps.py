@@ -379,11 +379,10 @@ def _row_gradient(
 
 @triton.jit
 def _gradient_tile(
-    rows, gradient_row, columns, inside, head, units, row, weight, factors,
+    rows, gradient_row, columns, inside, unmasked, head, units, row, weight, factors,
     DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient of a tile of one row, whose logits are not read if the row is masked."""
-    unmasked = (factors.divergence != 0) | (factors.cross_entropy != 0)
+    """Store the gradient of a tile of one row, whose logits are read only if it is unmasked."""
     x, y = _logits(rows, columns, inside & unmasked, DTYPE)
     gradient = _row_gradient(
         x, y, columns + head, units, row, weight, factors, DIVERGENCE, LABELS, FAST
@@ -419,10 +418,10 @@ def gradient(
     temperature = number(numbers.student_temperature, ON_DEVICE, DTYPE)
     units = _units(numbers, ON_DEVICE, DTYPE)
     LABELS: tl.constexpr = ce_upstream is not None
-    scale = number(numbers.scale, ON_DEVICE, DTYPE) / temperature
     factors = _row_factors(
-        row, row >= 0, n_cols, upstream, ce_upstream, row_mask_ptr, labels_ptr, scale, DTYPE
-    )
+        row, row >= 0, n_cols, upstream, ce_upstream, row_mask_ptr, labels_ptr,
+        number(numbers.scale, ON_DEVICE, DTYPE) / temperature, DTYPE,
+    )  # fmt: skip
     statistics = _load_statistics(statistics_ptr + row.to(tl.int64) * N_STATISTICS)
 
     student_row = student.ptr + row_offset(row, inner, student)
@@ -434,18 +433,18 @@ def gradient(
     gradient_row = at_boundary(
         gradient.ptr, row_offset(row, inner, gradient) + head, GRADIENT_CONGRUENT
     )
+    unmasked = (factors.divergence != 0) | (factors.cross_entropy != 0)
     start = block * VECTORS
-    columns = _vectors(start, VECTORS, WIDTH)
     inside = (start + tl.arange(0, VECTORS) < (n_cols - head) // WIDTH)[:, None]
     _gradient_tile(
-        rows, gradient_row, columns, inside, head, units, statistics, weight, factors,
-        DIVERGENCE, LABELS, DTYPE, FAST,
+        rows, gradient_row, _vectors(start, VECTORS, WIDTH), inside, unmasked, head, units,
+        statistics, weight, factors, DIVERGENCE, LABELS, DTYPE, FAST,
     )  # fmt: skip
     if (block == 0) & (n_cols % WIDTH + head > 0):
         at_edge, inside_edge = _edges(head, n_cols, 2, WIDTH)
         _gradient_tile(
-            rows, gradient_row, at_edge, inside_edge, head, units, statistics, weight, factors,
-            DIVERGENCE, LABELS, DTYPE, FAST,
+            rows, gradient_row, at_edge, inside_edge, unmasked, head, units, statistics, weight,
+            factors, DIVERGENCE, LABELS, DTYPE, FAST,
         )  # fmt: skip
 
 

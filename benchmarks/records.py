@@ -1,0 +1,183 @@
+"""The record of a device: results/<device>.json, with the latest figures of each loss and shape.
+
+    schema, label      3; "measured", or "dry" for a run whose times mean nothing
+    device             its name
+    runs               utc, commit, torch, python, peers; of a GPU ceilings, sweep and steps
+    rows               one on a line: loss, shape, dtype, direction, threads (of a CPU)
+      load             processes for each core, the benchmark itself included
+      run              index into runs
+      sources          hash of the code that the row is a figure of: when that changes it is stale
+      bytes, flops, least_milliseconds       what must be done, and its time at the ceilings
+      implementations  fastkd, eager, torch.compile, peers; each either with a note or with
+        milliseconds, quartiles, calls       of one call
+        ratio, ratio_quartiles               its time over fastkd's, round by round
+        peak_extra_bytes                     the most that is allocated at once beyond the inputs
+
+A later run replaces a row as a whole: what was not timed side by side is never shown side by side.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import datetime
+import functools
+import hashlib
+import inspect
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import checkout
+import torch
+
+ROOT = checkout.ROOT
+RESULTS = ROOT / "benchmarks" / "results"
+Row = dict[str, Any]
+
+
+class Record:
+    """The record of a device in a file, which is written anew after each row."""
+
+    def __init__(self, folder: Path, label: str, device: str, run: Mapping[str, Any]) -> None:
+        name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        self.file = folder / f"{name}.json"
+        self.run = dict(run)
+        self.content: dict[str, Any] = {"schema": 3, "label": label, "device": device}
+        self.content |= {"runs": [], "rows": []}
+        if self.file.exists():
+            self.content = json.loads(self.file.read_text())
+        self.content["runs"].append(self.run)
+
+    def add(self, row: Row) -> None:
+        rows = {key_of(old): old for old in self.content["rows"]}
+        # its place in the order stays, whatever was measured first
+        rows[key_of(row)] = {"run": len(self.content["runs"]) - 1, **row}
+        self.content["rows"] = [*rows.values()]
+        self.save()
+
+    def save(self) -> None:
+        """Write the record, without the runs that no row is left of but this one."""
+        runs, rows = self.content["runs"], self.content["rows"]
+        kept = sorted({row["run"] for row in rows} | {len(runs) - 1})
+        rows = [{**row, "run": kept.index(row["run"])} for row in rows]
+        write(self.file, {**self.content, "runs": [runs[i] for i in kept], "rows": rows})
+
+
+def key_of(row: Row) -> tuple:
+    return row["loss"], *row["shape"], row["dtype"], row["direction"], row.get("threads")
+
+
+def write(file: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON with a line for each row and run, so that a difference can be read."""
+    parts = []
+    for name, value in content.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lines = ",\n  ".join(json.dumps(row) for row in value)
+            parts.append(f" {json.dumps(name)}: [\n  {lines}\n ]")
+        else:
+            parts.append(f" {json.dumps(name)}: {json.dumps(value)}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".tmp")  # so that a run that is killed leaves a whole file
+    unfinished.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    os.replace(unfinished, file)
+
+
+def read(folder: Path = RESULTS, label: str = "measured") -> list[dict[str, Any]]:
+    """Return the records of a label; of dry runs there is none among the measured ones."""
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    return [record for record in found if record.get("label") == label]
+
+
+def new_run(**besides: Any) -> dict[str, Any]:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    run = {
+        "utc": now.isoformat(timespec="seconds"),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    with contextlib.suppress(ImportError):
+        import triton
+
+        run["triton"] = triton.__version__
+    return {**run, **besides}
+
+
+def commit() -> str:
+    """Return the commit, which FASTKD_COMMIT names where the files travel without their history."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):
+        found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        if found:
+            return found
+    return os.environ.get("FASTKD_COMMIT", "unknown")
+
+
+def is_stale(row: Row, cases: Iterable[Any]) -> bool:
+    """Return whether the code has changed that the row is a figure of; a loss that is gone has."""
+    engine = "portable" if row.get("threads") else "triton"
+    return row["sources"] not in {sources(c, engine) for c in cases if c.name == row["loss"]}
+
+
+def sources(case: Any, engine: str) -> str:
+    """Return the hash of the code that computes a loss: its problem and the engine that solves it.
+
+    A comment, a docstring, another layout or the text of an error leaves it as it is. Of a loss
+    without a problem the code is its formula.
+    """
+    return _sources(case.loss, case.problem, engine if case.has_kernels else "portable")
+
+
+@functools.cache
+def _sources(loss: Any, problem: str | None, engine: str) -> str:
+    if problem is None:
+        formula = inspect.unwrap(loss)
+        tree = ast.parse(Path(str(inspect.getsourcefile(formula))).read_text())
+        code = [x for x in tree.body if getattr(x, "name", None) == formula.__name__]
+    else:
+        code = [ast.parse(file.read_text()) for file in modules(problem, engine)]
+    return hashlib.sha256("\n".join(map(structure, code)).encode()).hexdigest()[:16]
+
+
+def modules(problem: str, engine: str) -> list[Path]:
+    """Return the files of an engine: its module for the problem, and what this imports of it."""
+    kernels = engine == "triton"
+    found: set[Path] = set()
+    waiting = [f"fastkd.kernels.{problem}.launch" if kernels else f"fastkd.portable.{problem}"]
+    while waiting:
+        package, *inside = waiting.pop().split(".")[1:]
+        file = ROOT.joinpath(*["fastkd"] * (package != "kernels"), package, *inside)
+        file = file.with_suffix(".py")
+        if package in ("kernels", "portable", "problems") and file.is_file() and file not in found:
+            found.add(file)
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastkd."):
+                    waiting += [f"{node.module}", *(f"{node.module}.{x.name}" for x in node.names)]
+    return sorted(found)
+
+
+def structure(node: Any) -> str:
+    """Return the code as text, without comments, docstrings, layout and errors."""
+    if isinstance(node, list):
+        return f"[{','.join(structure(x) for x in node if not _is_docstring(x))}]"
+    if isinstance(node, ast.Raise):
+        return "Raise"
+    if isinstance(node, ast.AST):
+        # a field without a value may be missing in another release of Python
+        fields = ((name, x) for name, x in ast.iter_fields(node) if x is not None and x != [])
+        return f"{type(node).__name__}({','.join(f'{name}={structure(x)}' for name, x in fields)})"
+    return repr(node)
+
+
+def _is_docstring(node: Any) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )

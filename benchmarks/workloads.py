@@ -1,0 +1,210 @@
+"""The sizes, the inputs and the expression with which each loss of tests/cases.py is measured.
+
+A new loss joins with its line in tests/cases.py; what that line cannot know stands here, by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import product
+from typing import Any, NamedTuple
+
+import checkout  # noqa: F401
+import eager
+import torch
+import torch.nn.functional as F
+from cases import LOSSES, Case
+from eager import T
+from torch import Tensor
+
+Shape = tuple[int, ...]
+Inputs = Callable[[Shape, torch.dtype, str], list[Tensor]]  # the first is trained
+N_CROPS = (10, 2)  # of the student and of the teacher
+
+
+class Family(NamedTuple):
+    """The sizes at which losses of one kind are measured and compiled."""
+
+    axes: tuple[str, str]  # what the numbers of a shape are called
+    temporary: Callable[[Shape], int]  # numbers in the largest tensor that eager writes
+    sizes: list[Shape]  # that take a CPU seconds at most
+    gpu_sizes: list[Shape]
+    compiled_sizes: list[Shape]  # where the launch sites choose other code
+    independent: bool = False  # whether each example has its own loss
+
+
+# rows and classes, or tokens and vocabulary: digits, CIFAR-100, ImageNet, Llama 2, Llama 3
+_ROWS = [(128, 10), (128, 100), (256, 1000), (2048, 32000)]
+# batches of images, and global ones; widths of ResNets and of transformers
+_RELATIONS = [(64, 64), *product((64, 128, 256, 512, 1024, 2048), (128, 512, 1024))]
+# features of a layer, of a small and of a large batch; rows and classes for DIST
+_GRAMS = [(64, 128), (256, 1000), (256, 16384), (2048, 512)]
+# images of a GPU and outputs of DINO's head, and smaller
+_CROPS = [(8, 1024), (16, 8192), (16, 65536)]
+_PAIRS = Family(
+    ("N", "D"),
+    lambda shape: shape[0] ** 2,
+    [(256, 256), (1024, 256), (4096, 256), (8192, 256)],
+    [*product((1024, 4096, 8192, 16384, 32768, 65536), (64, 256, 512, 1024))],
+    # many and few rows of tiles, and the widest tiles
+    [(32768, 256), (32768, 128), (4096, 256), (4096, 64)],
+)
+FAMILIES = {  # by problem, or by loss where a loss differs
+    "rows": Family(
+        ("N", "V"),
+        math.prod,
+        _ROWS,
+        [*_ROWS, (4096, 128256)],
+        # long rows, off the boundary of 16 bytes, fewer than multiprocessors, on chip, many in one
+        [(4096, 128256), (4096, 151669), (8, 128256), (8192, 8192), (256, 1000), (128, 10)],
+        independent=True,
+    ),
+    "relations": Family(
+        ("N", "D"),
+        lambda shape: shape[0] ** 2 * sum(shape),  # all cosines, and all differences
+        _RELATIONS,
+        [*_RELATIONS, (4096, 512)],
+        # several programs for a third of each tile's points, and one
+        [(2048, 1024), (1024, 512), (256, 512), (64, 128)],
+    ),
+    "gram": Family(("N", "D"), lambda shape: shape[0] * max(shape), _GRAMS, _GRAMS, []),
+    "pairs": _PAIRS,
+    # other widths, and batches whose similarities fit into no memory
+    "info_nce": _PAIRS._replace(
+        sizes=[
+            *_PAIRS.sizes,
+            *[(4096, 64), (4096, 512), (4096, 1024), (16384, 256), (32768, 256), (65536, 64)],
+        ]
+    ),
+    "clip_contrastive": _PAIRS._replace(sizes=[*_PAIRS.sizes, (65536, 64)]),
+    "similarity_kl": _PAIRS._replace(compiled_sizes=[(32768, 256), (4096, 64)]),
+    "dino": Family(
+        ("B", "K"),
+        lambda shape: N_CROPS[0] * math.prod(shape),
+        _CROPS,
+        [*_CROPS, (64, 65536), (64, 131072)],
+        [],  # the kernels are those of "rows"
+        independent=True,
+    ),
+}
+
+
+def normal(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    """Return random logits or embeddings, made on the device; on "meta" without numbers."""
+    if device == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).mul_(3).to(dtype)
+
+
+def two_networks(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    student, teacher = (normal(shape, dtype, device, seed) for seed in range(2))
+    return [student.requires_grad_(), teacher]
+
+
+def with_labels(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(shape[1], shape[:1], generator=generator)
+    return [*two_networks(shape, dtype, device), labels.to(device)]
+
+
+def both_trained(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    return [x.requires_grad_() for x in two_networks(shape, dtype, device)]
+
+
+def towers(n_numbers: int) -> Inputs:
+    """Return a maker of normalised embeddings of both towers, a scale and a bias."""
+
+    def inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        pair = [x.detach() for x in two_networks(shape, dtype, device)]
+        numbers = torch.tensor([10.0, -10.0], device=device)[:n_numbers]
+        return [*(F.normalize(x).requires_grad_() for x in pair), *numbers]
+
+    return inputs
+
+
+def views(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Return N views of half as many examples."""
+    return both_trained((shape[0] // 2, *shape[1:]), dtype, device)
+
+
+def with_classes(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    return [
+        normal(shape, dtype, device).requires_grad_(),
+        torch.arange(shape[0], device=device) % 100,
+    ]
+
+
+def crops(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Return the outputs of the student's and the teacher's crops, and a centre."""
+    student = normal((N_CROPS[0], *shape), dtype, device).requires_grad_()
+    teacher = normal((N_CROPS[1], *shape), dtype, device, seed=1)
+    return [student, teacher, normal(shape[1:], dtype, device, seed=2)]
+
+
+INPUTS: dict[str, Inputs] = {
+    "kd": with_labels,
+    "dino": crops,
+    "info_nce": both_trained,
+    "clip_contrastive": towers(1),
+    "siglip": towers(2),
+    "nt_xent": views,
+    "sup_con": with_classes,
+}
+OPTIONS: dict[str, Mapping[str, Any]] = {
+    "dist_kd": {"temperature": T},
+    "correlation_congruence": {"form": "kernel"},
+}
+
+
+class Workload(NamedTuple):
+    """A loss as it is measured."""
+
+    case: Case
+    family: Family
+    inputs: Inputs
+    options: Mapping[str, Any]
+    eager: Callable[..., Tensor]  # the expression that people write
+
+    @property
+    def name(self) -> str:
+        return self.case.name
+
+    @property
+    def problem(self) -> str | None:
+        return self.case.problem
+
+    def fastkd(self, *inputs: Tensor) -> Tensor:
+        return self.case.loss(*inputs, **self.options)
+
+
+def inputs_of(case: Case) -> Inputs:
+    """Return what makes the inputs: of two networks of one width, or as in the tests."""
+    _, *others = case.inputs((2,), 4, device="meta")
+    if len(others) == 1 and not others[0].requires_grad:
+        return two_networks
+    return lambda shape, dtype, device="cpu": case.inputs(
+        shape[:-1], shape[-1], dtype, device=device
+    )
+
+
+def workload(case: Case) -> Workload:
+    default = {"temperature": T} if "temperature" in case.options else {}
+    options = OPTIONS.get(case.name, default)
+
+    def published(*inputs: Tensor) -> Tensor:
+        return case.published(*inputs, **options).mean()
+
+    return Workload(
+        case,
+        FAMILIES.get(case.name) or FAMILIES[case.problem or "rows"],
+        INPUTS.get(case.name) or inputs_of(case),
+        options,
+        getattr(eager, case.name, published),
+    )
+
+
+WORKLOADS = [workload(case) for case in LOSSES]
+BY_NAME = {workload.name: workload for workload in WORKLOADS}
+FUSED = [x for x in WORKLOADS if x.case.has_kernels and x.family.compiled_sizes]

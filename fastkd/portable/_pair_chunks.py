@@ -1,0 +1,296 @@
+"""Chunks of a matrix of similarities, S = scale · Q Kᵀ, and gradients from its slopes.
+
+For slopes G in S the gradients are dQ = scale · G K, dK = scale · Gᵀ Q and
+dscale = Σ ⟨q_i, (G K)_i⟩. In rows that are divided by their lengths they lose their part along the
+row, and are divided too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.portable import _chunks
+from fastkd.problems.pairs import HEADROOM, Half, in_half, of_lengths, units
+
+LARGEST = 60.0  # exp(60) times the keys is a float32 number, and so is exp(−60)
+LEAST = 1e-25  # sums below it may lack exponentials that were flushed to 0
+_LINE = 16  # numbers: rows that start on a line of the cache are read and multiplied faster
+_PAGE = 1024  # numbers: rows whole pages apart would share few lines of a CPU's cache
+
+
+class PairChunks:
+    """Rows of S in chunks that stay in a CPU's cache, and the gradients that they add up to.
+
+    Args:
+        query: [n, D].
+        key: [M, D]; None: the queries are the keys.
+        scale: A 0-dim tensor.
+        needs_grad: For the query, the key and the scale.
+        bank: [B, D], keys after the others, which get no gradient.
+        first: Query i and key first + i are of one example, and the pair is masked; -1: none is.
+        two_views: Whether the pairs of two views of an example are masked too.
+        normalize: Whether rows are divided by their lengths.
+        half: The half precision that holds all rows without rounding, or "".
+        weights: [n], slopes are at most the largest of these; None: at most 1.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        scale: Tensor,
+        needs_grad: Sequence[bool],
+        *,
+        first: int,
+        half: str,
+        bank: Tensor | None = None,
+        two_views: bool = False,
+        normalize: bool = True,
+        weights: Tensor | None = None,
+    ) -> None:
+        self.scale, self.first, self.two_views = scale.to(query.dtype), first, two_views
+        self.normalize, self.needs_grad = normalize, tuple(needs_grad[:3])
+        self.spare: Tensor | None = None
+        keys = query if key is None else key
+        self.n_trained = len(keys)
+        if bank is not None:
+            keys = torch.cat([keys, bank])
+        self.q, self.q_lengths = units(query, normalize)
+        self.k, self.k_lengths = self.q, self.q_lengths
+        if keys is not query:
+            self.k, self.k_lengths = units(keys, normalize)
+        self.halves: tuple[Half, Half] | None = None
+        if half and len(query) and multiplies_halves(query, half):
+            of_queries = in_half(query, self.q_lengths, half)
+            of_keys = of_queries if keys is query else in_half(keys, self.k_lengths, half)
+            most = self.scale.new_ones(1) if weights is None else weights
+            self.lift = 2**HEADROOM / most.amax().clamp(min=1e-30)
+            self.halves = of_queries, of_keys
+        needs_query, needs_key, needs_scale = self.needs_grad
+        self.of_queries = _Sums(self.q) if needs_query or needs_scale else None
+        self.of_keys = None
+        if key is None:
+            self.of_keys = self.of_queries if needs_query else None
+        elif needs_key:
+            self.of_keys = _Sums(self.k[: self.n_trained])
+        limit = _chunks.most_elements(query, on_cpu=1 << 22, elsewhere=1 << 24)
+        n, m = len(self.q), len(self.k)
+        n_chunks = max(1, -(-n * m // limit))
+        self.n_rows = min(n, max(1, -(-n // n_chunks)))  # of a chunk
+        self.stride = -(-m // _LINE) * _LINE
+        if query.is_cpu and not self.stride % _PAGE:
+            self.stride += _LINE
+
+    # ------------------------------------------------------------------------------- rows of S
+
+    def buffer(self) -> Tensor:
+        """Return memory for the rows of a chunk."""
+        return self.q.new_empty(self.n_rows, self.stride)[:, : len(self.k)]
+
+    def of_spare(self, part: Tensor) -> Tensor:
+        """Return memory for as many numbers as a chunk's, the same for all chunks."""
+        if self.spare is None:
+            self.spare = self.buffer()
+        return self.spare[: len(part)]
+
+    def for_each(self, buffer: Tensor, work: Callable[[slice, Tensor], Any]) -> list[Any]:
+        """Call work(rows, rows of S) for each chunk in order, and return the results."""
+        return _chunks.for_each(
+            lambda rows: work(rows, self.rows(rows, buffer)), range(len(self.q)), self.n_rows
+        )
+
+    def rows(self, rows: slice, buffer: Tensor) -> Tensor:
+        """Return these rows of S, in the buffer."""
+        part = self.products(rows, buffer)
+        if self.halves is None:
+            return part
+        (_, of_q), (_, of_k) = self.halves
+        return part.mul_((self.scale * of_q[rows])[:, None]).mul_(of_k)
+
+    def products(self, rows: slice, buffer: Tensor) -> Tensor:
+        """Return these rows of S, in half precision without the scale and the factors of rows."""
+        part = buffer[: rows.stop - rows.start]
+        if self.halves is None:
+            return torch.mm(self.q[rows] * self.scale, self.k.mT, out=part)
+        return _product(self.halves[0].matrix[rows], self.halves[1].matrix.mT, part)
+
+    def mask(self, rows: slice, part: Tensor, value: float) -> Tensor:
+        """Fill the masked pairs of these rows, which are no negatives, with a value."""
+        for _, diagonal in self._own_pairs(rows, part):
+            diagonal.fill_(value)
+        if self.two_views:
+            for _, diagonal in self.positive_pairs(rows, part):
+                diagonal.fill_(value)
+        return part
+
+    def positive_pairs(self, rows: slice, part: Tensor) -> list[tuple[slice, Tensor]]:
+        """Return views of the positive pairs of these rows: (rows of the chunk, a diagonal)."""
+        if not self.two_views:
+            return self._own_pairs(rows, part)
+        n, found = len(self.q), []
+        for low, high, shift in ((0, n // 2, n // 2), (n // 2, n, -(n // 2))):
+            low, high = max(rows.start, low), min(rows.stop, high)
+            if low < high:
+                place = self.first + low + shift
+                some = slice(low - rows.start, high - rows.start)
+                found.append((some, part[some, place : place + high - low].diagonal()))
+        return found
+
+    def _own_pairs(self, rows: slice, part: Tensor) -> list[tuple[slice, Tensor]]:
+        if self.first < 0:
+            return []
+        start = self.first + rows.start
+        return [(slice(len(part)), part[:, start : start + len(part)].diagonal())]
+
+    def own(self, of_keys: Tensor, rows: slice) -> Tensor:
+        """Return what these queries' own keys have of a value for each key."""
+        return of_keys[self.first + rows.start : self.first + rows.stop]
+
+    # ---------------------------------------------------------------------------- exponentials
+
+    def shift(self) -> float | None:
+        """Return by how much |S| may exceed LARGEST; None if exponentials need maxima.
+
+        They do on a GPU, where a look at the values would be a host sync.
+        """
+        if not self.q.is_cpu or not len(self.q) or not len(self.k):
+            return None
+        bound = self.scale.abs()
+        if not self.normalize:
+            for x in (self.q, self.k):
+                bound = bound * torch.linalg.vector_norm(x, dim=1).max()
+        largest = bound.item()
+        return max(0.0, largest - LARGEST) if largest < 4 * LARGEST else None
+
+    def exponentials(
+        self, rows: slice, part: Tensor, shift: float | None
+    ) -> tuple[Tensor | float, Tensor]:
+        """Turn rows of S into exp(S − shift), in place, with 0 for masked pairs.
+
+        Return the shift and the sums of the rows. Without a shift, that of a row is its maximum.
+        """
+        if shift is None:
+            largest = self.mask(rows, part, -torch.inf).amax(1).clamp_(min=lowest(part))
+            return largest, part.sub_(largest[:, None]).exp_().sum(1)
+        return shift, self.shifted_exponentials(rows, part, shift).sum(1)
+
+    def shifted_exponentials(self, rows: slice, part: Tensor, shift: float) -> Tensor:
+        """Return exp(S − shift), in place, with 0 for masked pairs."""
+        if shift:
+            part.sub_(shift)
+        return self.mask(rows, part.exp_(), 0.0)
+
+    # ------------------------------------------------------------------------------- gradients
+
+    def add(self, rows: slice, slopes: Tensor, of_rows: Tensor | None = None) -> None:
+        """Add what the slopes of the loss in these rows of S give, each row times its `of_rows`.
+
+        This is the step that combines chunks: they call it in their order. It may overwrite the
+        slopes.
+        """
+        if self.halves is not None:
+            self._add_halves(rows, slopes if of_rows is None else slopes * of_rows[:, None])
+            return
+        of_queries, of_keys = self.of_queries, self.of_keys
+        if of_keys is of_queries and of_keys is not None and len(slopes) == len(self.q):
+            # one product gives both sides of each pair
+            if of_rows is not None:
+                slopes.mul_(of_rows[:, None])
+            both = torch.add(slopes, slopes.mT, out=self.of_spare(slopes))
+            of_keys.values.addmm_(both, self.k)
+            return
+        if of_queries is not None:
+            of_queries.add(rows, slopes, self.k, of_rows)
+        if of_keys is not None:
+            q = self.q[rows] if of_rows is None else self.q[rows] * of_rows[:, None]
+            of_keys.values.addmm_(slopes[:, : self.n_trained].mT, q)
+
+    def _add_halves(self, rows: slice, slopes: Tensor) -> None:
+        assert self.halves is not None
+        (_, of_q), (_, of_k) = self.halves
+        slopes = slopes * self.lift
+        if self.of_queries is not None:
+            self.add_in_half(rows, of_queries=slopes * of_k)
+        if self.of_keys is not None:
+            self.add_in_half(rows, of_keys=slopes[:, : self.n_trained] * of_q[rows, None])
+
+    def add_in_half(
+        self, rows: slice, of_queries: Tensor | None = None, of_keys: Tensor | None = None
+    ) -> None:
+        """Add slopes · `lift`: those for the queries times the keys' factors, and vice versa."""
+        assert self.halves is not None
+        q, k = (side.matrix for side in self.halves)
+        if self.of_queries is not None and of_queries is not None:
+            values = _product(of_queries.to(k.dtype), k, torch.empty_like(self.q[rows]))
+            self.of_queries.values[rows] += values / self.lift
+        if self.of_keys is not None and of_keys is not None:
+            values = torch.empty_like(self.of_keys.values)
+            _product(of_keys.to(q.dtype).mT, q[rows], values)
+            self.of_keys.values += values / self.lift
+
+    def reset(self) -> None:
+        """Forget what was added."""
+        for sums in (self.of_queries, self.of_keys):
+            if sums is not None:
+                sums.values.zero_()
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients in query, key and scale; once, because they are made in place."""
+        of_queries, of_keys = self.of_queries, self.of_keys
+        in_query = in_key = in_scale = None
+        needs_query, _, needs_scale = self.needs_grad
+        if needs_scale and of_queries is not None:
+            in_scale = (self.q * of_queries.values).sum()
+            if of_keys is of_queries:  # each pair was added from both sides
+                in_scale = in_scale / 2
+        if of_keys is not None and of_keys is not of_queries:
+            lengths = None if self.k_lengths is None else self.k_lengths[: self.n_trained]
+            in_key = of_keys.gradient(self.scale, lengths)
+        if needs_query and of_queries is not None:
+            in_query = of_queries.gradient(self.scale, self.q_lengths)
+        return in_query, in_key, in_scale
+
+
+class _Sums:
+    """Σ_j G_ij y_j for the rows x_i, from slopes G."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.values = x, torch.zeros_like(x)
+
+    def add(self, rows: slice, slopes: Tensor, y: Tensor, of_rows: Tensor | None) -> None:
+        """Add the slopes of these rows, each times its factor."""
+        values = self.values[rows]
+        if of_rows is None:
+            values.addmm_(slopes, y)
+        else:
+            values.addcmul_(slopes @ y, of_rows[:, None])
+
+    def gradient(self, scale: Tensor, lengths: Tensor | None) -> Tensor:
+        """Return the gradient in the rows before they were divided by their lengths, in place."""
+        return of_lengths(self.values.mul_(scale), self.x, lengths)
+
+
+def multiplies_halves(rows: Tensor, half: str) -> bool:
+    """Return whether a product of half precision gives sums of the rows' dtype."""
+    if not rows.is_cuda or torch.version.hip is not None or rows.dtype != torch.float32:
+        return False
+    rounded = getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
+    return half == "bfloat16" or not rounded
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def lowest(like: Tensor) -> float:
+    """Return a finite number for the maximum of nothing, since −∞ − (−∞) would be NaN."""
+    return torch.finfo(like.dtype).min
+
+
+def are_large(sums: Tensor) -> bool:
+    """Return whether sums of shifted exponentials have lost none that matters."""
+    return not sums.numel() or bool(sums.min() > LEAST)

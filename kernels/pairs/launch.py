@@ -1,0 +1,442 @@
+"""Solve `Pairs` and `SoftPairs` on a GPU, by tiles of S that never leave a multiprocessor.
+
+Pairs: with G the slopes of the loss in S, one sweep over the tiles gives the log-sum-exps n of rows
+and c of columns, others give Σ_j G_ij k_j and Σ_i G_ij q_i. Without log-sum-exps of columns the
+first sweep gives the sum for the queries too. SoftPairs: one sweep gives both networks'
+log-sum-exps and KL, a second one Σ_j G_ij k_j, a third one Σ_i G_ij q_i; if the queries are the
+keys, the second one gives both.
+
+Work, in products of 2 N M D FLOPs: Pairs with rows alone 1, with the gradient in queries 2, in both
+4; with columns, or with classes, 1, 3, 5; if the queries are the keys 1, 3. SoftPairs 1 of each
+network, with the gradient in queries 3 and 2, in both 5 and 3. Products are of embeddings as they
+came, in half precision, summed in float32; of float32 they are where the user allows TF32. All
+other problems go by chunks through cuBLAS.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from fastkd.kernels.device import device_of, on_device
+from fastkd.kernels.pairs.chunks import pairs_by_chunks, soft_pairs_by_chunks
+from fastkd.kernels.pairs.similarity_kl import Shifts, divergences, weighed_differences
+from fastkd.kernels.pairs.sweeps import (
+    Classes,
+    ColumnSums,
+    column_log_sums,
+    log_sums,
+    softplus_sums,
+    weighed_sums,
+)
+from fastkd.kernels.pairs.tiles import Similarities
+from fastkd.kernels.pairs.tiling import (
+    Embeddings,
+    Tiling,
+    embeddings,
+    merge_statistics,
+    splits_of,
+    sum_of_splits,
+    tiling,
+    tilings_of_two,
+)
+from fastkd.kernels.tiles import LN2, LOG2E
+from fastkd.problems.contrasts import cosines
+from fastkd.problems.pairs import (
+    HEADROOM,
+    LINEAR,
+    Pairs,
+    SoftPairs,
+    column_penalty,
+    means_over_classes,
+    over_ranks,
+    own_columns,
+    penalty,
+)
+
+_LANES = 128
+Gradients = tuple[Tensor | None, ...]
+
+
+def value_and_gradients(
+    problem: Pairs | SoftPairs, needs_grad: tuple[bool, ...]
+) -> tuple[Tensor, Gradients]:
+    """Return the loss of these queries, 0-dim, and its gradients in the trained fields.
+
+    needs_grad and gradients: query, key, scale and, of Pairs, positive_logits.
+    """
+    with on_device(problem.query):
+        if isinstance(problem, SoftPairs):
+            return _solve_soft_pairs(problem, needs_grad)
+        return _solve_pairs(problem, needs_grad)
+
+
+def _solve_pairs(problem: Pairs, needs_grad: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
+    """Solve a problem whose positive logits are given, or similarities that tiles mask."""
+    if problem.classes is not None and problem.positive_logits is None:
+        problem = problem._replace(positive_logits=means_over_classes(problem))
+    if problem.form == "pairs":
+        return _solve_with_positives(problem, needs_grad)
+    if problem.positive_logits is None:
+        return _solve_with_positives(problem, needs_grad)
+    return _solve_negatives(problem, needs_grad)
+
+
+def _solve_with_positives(problem: Pairs, needs_grad: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
+    """Solve a problem with similarities s to the positive keys, which PyTorch differentiates."""
+    trained = problem.query, problem.key, problem.scale
+    query, key, scale = (
+        None if x is None else x.detach().requires_grad_(needed)
+        for x, needed in zip(trained, needs_grad[:3], strict=True)
+    )
+    with torch.enable_grad():
+        positives = _positive_similarities(problem._replace(query=query, key=key, scale=scale))
+    s, weights = positives.detach(), problem.weights.to(problem.query.dtype)
+    if problem.form == "pairs":
+        loss, gradients = _solve_negatives(problem, needs_grad)
+        odds = problem.positive_logits.to(s.dtype) - s
+        loss = loss + F.softplus(odds, threshold=LINEAR) @ weights
+        of_s = odds.sigmoid().mul_(weights).neg_()
+        of_logits = gradients[3]
+        if of_logits is not None:
+            of_logits = of_logits - of_s
+    else:
+        columns = None if problem.key_weights is None else s
+        given = problem._replace(positive_logits=s, key_positive_logits=columns)
+        loss, gradients = _solve_negatives(given, (*needs_grad[:3], any(needs_grad)))
+        of_s, of_logits = gradients[3], None
+    leaves = [x for x in (query, key, scale) if x is not None and x.requires_grad]
+    if not leaves:
+        return loss, (None, None, None, of_logits)
+    of_positives = iter(torch.autograd.grad(positives, leaves, of_s))
+    sums = [None if x is None else x.add_(next(of_positives)) for x in gradients[:3]]
+    return loss, (*sums, of_logits)
+
+
+def _positive_similarities(problem: Pairs) -> Tensor:
+    """Return the similarity of each query to its positive key, [n]."""
+    keys = problem.query if problem.key is None else problem.key
+    keys = keys[own_columns(problem)]
+    if problem.two_views:
+        keys = keys.roll(len(keys) // 2, 0)
+    x = problem.query
+    return (cosines(x, keys) if problem.normalize else (x * keys).sum(1)) * problem.scale
+
+
+def _solve_negatives(problem: Pairs, needs_grad: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
+    """Solve a problem with given positive logits; "pairs" without its term of positive keys."""
+    query, key = problem.query, problem.key
+    tiles = tiling(query, problem.half, query.dtype)
+    if tiles is None or not query.numel() or not (key is None or key.numel()):
+        return pairs_by_chunks(problem, needs_grad)
+    return _Sweeps(problem, tiles, needs_grad).value_and_gradients()
+
+
+def _solve_soft_pairs(problem: SoftPairs, needs_grad: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
+    query, teacher = problem.query, problem.teacher_query
+    tiles = tilings_of_two(
+        query,
+        tiling(query, problem.half, query.dtype),
+        tiling(teacher, problem.teacher_half, query.dtype),
+    )
+    is_empty = any(x is not None and not x.numel() for x in (*problem[:2], *problem[3:5]))
+    if tiles is None or is_empty:
+        return soft_pairs_by_chunks(problem, needs_grad)
+    return _SoftSweeps(problem, tiles, needs_grad).value_and_gradients()
+
+
+class _Sweeps:
+    """The sweeps over the tiles of `Pairs`."""
+
+    def __init__(self, problem: Pairs, tiles: Tiling, needs_grad: tuple[bool, ...]) -> None:
+        self.problem, self.tiles, self.needs_grad = problem, tiles, needs_grad
+        dtype = problem.query.dtype
+        self.scale = problem.scale.to(dtype)
+        self.x = embeddings(problem.query, problem.normalize, problem.half, tiles)
+        self.y = self.trained_y = self.x
+        if problem.key is not None:
+            keys = problem.key
+            if problem.bank is not None:
+                keys = torch.cat([keys, problem.bank.to(dtype)])
+            self.y = embeddings(keys, problem.normalize, problem.half, tiles)
+            self.trained_y = self.y.head(len(problem.key))
+        # numbers for the rows of a matrix, by the id of its embeddings, which are x or y
+        self.other_views = self._other_views() if problem.two_views else {}
+        self.classes: dict[int, Tensor] = {}
+        if problem.classes is not None:
+            classes = problem.classes.to(dtype)
+            self.classes = {id(self.y): self.y.pad(classes, -1)}
+            if self.x is not self.y:
+                self.classes[id(self.x)] = self.x.pad(classes[own_columns(problem)], -1)
+        needs_query, needs_key, needs_scale, _ = needs_grad
+        self.trains_rows = needs_query or needs_scale
+        self.trains_columns = problem.key is not None and needs_key
+
+    def value_and_gradients(self) -> tuple[Tensor, Gradients]:
+        solve = self._pairs if self.problem.form == "pairs" else self._log_sum_exps
+        loss, of_logits, row_sums, column_sums = solve()
+        needs_query, _, needs_scale, needs_logits = self.needs_grad
+        of_query = of_key = of_scale = None
+        if row_sums is not None:
+            gradient, along = self.x.gradient(row_sums, self.scale)
+            if needs_query:
+                of_query = gradient
+            if needs_scale:
+                # halved if the queries are the keys, because each pair was met from both sides
+                of_scale = along.sum() * (1.0 if self.problem.key is not None else 0.5)
+        if column_sums is not None:
+            of_key, _ = self.trained_y.gradient(column_sums, self.scale)
+        return loss, (of_query, of_key, of_scale, of_logits if needs_logits else None)
+
+    # ------------------------------------------------------------------------------- the losses
+
+    def _log_sum_exps(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return the loss, its gradient in the positive logits, Σ_j G_ij k_j and Σ_i G_ij q_i."""
+        problem, x, y = self.problem, self.x, self.y
+        n, n_columns = len(x.rows), 0
+        if problem.key_positive_logits is not None:
+            n_columns = len(problem.key_positive_logits)
+        needs_sweep = n_columns > 0 or problem.key is None or problem.classes is not None
+        row_sums, values, column_sums = self._log_sums(
+            n_columns, self.trains_rows and not needs_sweep
+        )
+        loss, u = penalty(problem, row_sums, slice(0, n))
+        of_logits, v = -u, u
+        if n_columns:
+            column_sums = over_ranks(column_sums, problem.group)
+            share, v = column_penalty(problem, column_sums)
+            loss, of_logits = loss + share, of_logits - v[own_columns(problem)]
+        if not (self.trains_rows or self.trains_columns):
+            return loss, of_logits, None, None
+        if values is not None:
+            values = values[:n] * u[:, None]
+        most = u.amax() if v is u else torch.maximum(u.amax(), v.amax())
+        row_shifts = x.pad(_shifts(row_sums, u, most), torch.inf)
+        column_shifts = row_shifts
+        if n_columns:
+            column_shifts = y.pad(_shifts(column_sums, v, most), torch.inf)
+        elif self.classes and problem.key is not None:  # because there is no loss of columns
+            column_shifts = y.pad(row_shifts[:0], torch.inf)
+        most = most * 2**-HEADROOM
+        of_rows = of_columns = None
+        if problem.attractions is not None:
+            r = problem.attractions.to(most.dtype)
+            r = torch.where(r == 0, 0, r / most)
+            # doubled if the queries are the keys, because each pair is met as (i, j) and as (j, i)
+            of_rows = x.pad(2 * r if y is x else r[own_columns(problem)])
+            of_columns = y.pad(r)
+        if self.trains_rows and values is None:
+            values = self._weighted_sums(x, y, row_shifts, column_shifts, attractions=of_rows)
+            values = values * most
+        sums = None
+        if self.trains_columns:
+            by_rows = column_shifts if n_columns else None
+            sums = self._weighted_sums(
+                self.trained_y, x, by_rows, row_shifts, attractions=of_columns
+            )
+            sums = sums * most
+        return loss, of_logits, values, sums
+
+    def _pairs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return the same of Σ_i w_i Σ_j softplus(S_ij − a_i)."""
+        problem, x = self.problem, self.x
+        dtype = problem.query.dtype
+        positive_logits = x.pad(problem.positive_logits.to(dtype) * LOG2E.value)
+        weights = problem.weights.to(dtype)
+        tiles = self.tiles.narrow()
+        n_splits, per_split = splits_of(x, self.y, tiles)
+        sums = weights.new_empty((2, n_splits, len(x.matrix)))
+        values = self._empty_values(x, n_splits) if self.trains_rows else None
+        softplus_sums[len(x.matrix) // tiles.rows, n_splits](
+            self._similarities(x, self.y), positive_logits, sums[0], sums[1], values,
+            **self._sizes(x, self.y, per_split), TILE=tiles.tile(), **tiles.options,
+        )  # fmt: skip
+        penalties, slopes = sums.sum(1)[:, : len(weights)]
+        column_sums = row_sums = None
+        if self.trains_columns:
+            most = weights.amax() * 2**-HEADROOM
+            column_sums = self._weighted_sums(
+                self.trained_y, x, None, positive_logits, weights=x.pad(weights / most)
+            )
+            column_sums = column_sums * most
+        if values is not None:
+            row_sums = sum_of_splits(values)[: len(weights)] * weights[:, None]
+        return penalties @ weights, -slopes * weights, row_sums, column_sums
+
+    # ------------------------------------------------------------------------------- the sweeps
+
+    def _log_sums(self, n_columns: int, needs_values: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return n [n], Σ_j softmax_j(S_ij) k_j [n_padded, depth] if needed, and c [n_columns]."""
+        x, y, tiles = self.x, self.y, self.tiles.narrow() if n_columns else self.tiles
+        n_blocks = len(x.matrix) // tiles.rows
+        n_splits, per_split = splits_of(x, y, tiles)
+        n_programs, columns = n_blocks, None
+        if n_columns:
+            # no more programs than run at once, because each one has its own sums of columns
+            rounds = triton.cdiv(n_blocks, device_of(x.rows).multiprocessors)
+            n_programs = triton.cdiv(n_blocks, rounds)
+        parts = self.scale.new_empty((n_splits, len(x.matrix)))
+        values = self._empty_values(x, n_splits) if needs_values else None
+        if n_columns:
+            columns = ColumnSums(*parts.new_empty((2, n_programs, n_columns)))
+        log_sums[n_programs, n_splits](
+            self._similarities(x, y), self.other_views.get(id(x)), parts, values, columns,
+            n_columns=n_columns, **self._sizes(x, y, per_split), TILE=tiles.tile(),
+            **tiles.options,
+        )  # fmt: skip
+        column_sums = parts.new_empty(n_columns)
+        if columns is not None:
+            column_log_sums[(triton.cdiv(n_columns, _LANES),)](
+                columns, column_sums, n_programs, n_columns, LANES=_LANES
+            )
+        parts *= LN2.value
+        row_sums = parts.logsumexp(0) if n_splits > 1 else parts[0]
+        means = None
+        if values is not None:
+            means = values[0]
+            if n_splits > 1:
+                lowest = torch.finfo(parts.dtype).min
+                of_splits = (parts - row_sums.clamp(min=lowest)).exp()
+                means = (values * of_splits[..., None]).sum(0)
+        return row_sums[: len(x.rows)], means, column_sums * LN2.value
+
+    def _weighted_sums(
+        self,
+        x: Embeddings,
+        y: Embeddings,
+        row_shifts: Tensor | None,
+        column_shifts: Tensor,
+        weights: Tensor | None = None,
+        attractions: Tensor | None = None,
+    ) -> Tensor:
+        """Return Σ_j G_ij y_j, [n_padded, depth], with G as in the kernel `weighed_sums`."""
+        # narrow, because classes take registers too
+        tiles = self.tiles.narrow() if self.classes and self.tiles.depth > 128 else self.tiles
+        n_splits, per_split = splits_of(x, y, tiles)
+        values = self._empty_values(x, n_splits)
+        classes = None
+        if self.classes:
+            classes = Classes(self.classes[id(x)], self.classes[id(y)], attractions)
+        weighed_sums[len(x.matrix) // tiles.rows, n_splits](
+            self._similarities(x, y), self.other_views.get(id(x)), classes,
+            row_shifts, column_shifts, weights, values,
+            **self._sizes(x, y, per_split), TILE=tiles.tile(), **tiles.options,
+        )  # fmt: skip
+        return sum_of_splits(values)
+
+    def _other_views(self) -> dict[int, Tensor]:
+        """Return for each row of x and of y the place of the other view of its example, or −1."""
+        n, first = len(self.x.rows), self.problem.first
+        places = torch.arange(n, device=self.scale.device, dtype=torch.int32).roll(-(n // 2))
+        others = {id(self.x): self.x.pad(places + first, -1)}
+        if self.trained_y is not self.x:
+            of_keys = self.trained_y.pad(places[:0], -1)
+            of_keys[first : first + n] = places
+            others[id(self.trained_y)] = of_keys
+        return others
+
+    def _empty_values(self, x: Embeddings, n_splits: int) -> Tensor:
+        return self.scale.new_empty((n_splits, len(x.matrix), self.tiles.depth))
+
+    def _similarities(self, x: Embeddings, y: Embeddings) -> Similarities:
+        return Similarities(x.side, y.side, self.scale)
+
+    def _sizes(self, x: Embeddings, y: Embeddings, per_split: int) -> dict[str, Any]:
+        return _sizes(x, y, per_split, self.problem.first, is_swapped=x is not self.x)
+
+
+class _SoftSweeps:
+    """The sweeps over the tiles of `SoftPairs`; names that end in _t are the teacher's."""
+
+    def __init__(
+        self, problem: SoftPairs, tiles: tuple[Tiling, Tiling], needs_grad: tuple[bool, ...]
+    ) -> None:
+        self.problem, self.needs_grad = problem, needs_grad
+        self.tiles, tiles_t = tiles
+        products = self.tiles.product, tiles_t.product
+        has_tf32 = torch.float32 in products
+        self.constants = dict(
+            TILE=self.tiles.tile(has_tf32), TILE_T=tiles_t.tile(has_tf32), **self.tiles.options
+        )
+        dtype = problem.query.dtype
+        self.scale, self.scale_t = problem.scale.to(dtype), problem.teacher_scale.to(dtype)
+        self.queries = embeddings(problem.query, True, problem.half, self.tiles)
+        self.queries_t = embeddings(problem.teacher_query, True, problem.teacher_half, tiles_t)
+        self.keys, self.keys_t = self.queries, self.queries_t
+        if problem.key is not None:
+            self.keys = embeddings(problem.key, True, problem.half, self.tiles)
+        if problem.teacher_key is not None:
+            self.keys_t = embeddings(problem.teacher_key, True, problem.teacher_half, tiles_t)
+
+    def value_and_gradients(self) -> tuple[Tensor, Gradients]:
+        needs_query, needs_key, needs_scale = self.needs_grad
+        is_one_matrix = self.problem.key is None
+        losses, shifts = self._divergences()
+        of_query = of_key = of_scale = None
+        if needs_query or needs_scale:
+            values = self._weighted_differences(shifts, shifts if is_one_matrix else None)
+            gradient, along = self.queries.gradient(values, self.scale)
+            if needs_query:
+                of_query = gradient
+            if needs_scale:
+                # halved if the queries are the keys, because each pair was met from both sides
+                of_scale = along.sum() * (0.5 if is_one_matrix else 1.0)
+        if needs_key and not is_one_matrix:
+            values = self._weighted_differences(None, shifts)
+            of_key, _ = self.keys.gradient(values, self.scale)
+        return losses.sum(), (of_query, of_key, of_scale)
+
+    def _divergences(self) -> tuple[Tensor, Shifts]:
+        """Return the losses of rows, and what to subtract from S and T for lifted softmaxes."""
+        x, y = self.queries, self.keys
+        n_splits, per_split = splits_of(x, y, self.tiles)
+        parts = self.scale.new_empty((n_splits, 5, len(x.matrix)))
+        divergences[len(x.matrix) // self.tiles.rows, n_splits](
+            Similarities(x.side, y.side, self.scale),
+            Similarities(self.queries_t.side, self.keys_t.side, self.scale_t),
+            parts, **_sizes(x, y, per_split, self.problem.first), **self.constants,
+        )  # fmt: skip
+        losses, largest, total, largest_t, total_t = merge_statistics(parts, LN2.value)
+        shifts = Shifts(largest + total.log2() - HEADROOM, largest_t + total_t.log2() - HEADROOM)
+        return losses[: len(x.rows)], shifts
+
+    def _weighted_differences(
+        self, row_shifts: Shifts | None, column_shifts: Shifts | None
+    ) -> Tensor:
+        """Return Σ_j G_ij k_j, or without the shifts of rows Σ_i G_ij q_i."""
+        x, x_t, y, y_t = self.queries, self.queries_t, self.keys, self.keys_t
+        if row_shifts is None:
+            x, x_t, y, y_t = y, y_t, x, x_t
+        n_splits, per_split = splits_of(x, y, self.tiles)
+        values = self.scale.new_empty((n_splits, len(x.matrix), self.tiles.depth))
+        weighed_differences[len(x.matrix) // self.tiles.rows, n_splits](
+            Similarities(x.side, y.side, self.scale),
+            Similarities(x_t.side, y_t.side, self.scale_t),
+            row_shifts, column_shifts, values,
+            **_sizes(x, y, per_split, self.problem.first, is_swapped=row_shifts is None),
+            **self.constants,
+        )  # fmt: skip
+        return sum_of_splits(values) * 2**-HEADROOM
+
+
+def _sizes(
+    x: Embeddings, y: Embeddings, per_split: int, first: int, is_swapped: bool = False
+) -> dict[str, Any]:
+    """Return the sizes that every sweep takes; `is_swapped`: x are keys, and y queries."""
+    diagonal = None
+    if first >= 0:
+        diagonal = -first if is_swapped else first
+    return dict(
+        n=len(x.rows), n_padded=len(x.matrix), m=len(y.rows), per_split=per_split,
+        diagonal=diagonal,
+    )  # fmt: skip
+
+
+def _shifts(log_sums: Tensor, slopes: Tensor, most: Tensor) -> Tensor:
+    """Return c with exp2(S − c) = 2^HEADROOM · slope · softmax / most, for S in units of log2."""
+    shifts = log_sums * LOG2E.value - (slopes / most).log2() - HEADROOM
+    return torch.where(slopes == 0, torch.inf, shifts)

@@ -1,0 +1,352 @@
+"""Sweeps over the tiles of S for the losses of `Pairs`.
+
+With slopes u in the log-sum-exps n of rows, and v in those c of columns, the gradient in S is
+
+    G_ij = u_i exp(S_ij − n_i) + v_j exp(S_ij − c_j) = exp(S_ij − (n_i − log u_i)) + …
+
+so that no product with the slopes is needed. A program owns what it sums up: there are no atomics,
+and the bits are the same in every run. Per element of S nothing is read or written; per tile a
+program reads COLUMNS · DEPTH elements of y, mostly from the L2 cache.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from fastkd.kernels.pairs.tiles import (
+    LOWEST,
+    Mask,
+    add_weighted,
+    columns_of_split,
+    fold_tiles,
+    lift,
+    load_block,
+    load_tile,
+    mask_other_view,
+    masked,
+    same_class,
+    store_values,
+)
+from fastkd.kernels.tiles import LN2
+
+# What varies with N and M is passed by itself, because members of a tuple are always specialised.
+
+
+class ColumnSums(NamedTuple):
+    """The sums over the rows of each program, for columns j."""
+
+    largest_ptr: Any  # [n_programs, n_columns], the maximum of S_ij
+    total_ptr: Any  # [n_programs, n_columns], Σ_i exp2(S_ij − maximum_j)
+
+
+class Classes(NamedTuple):
+    """Numbers of classes, and what is subtracted from the slopes of pairs of one class."""
+
+    x_ptr: Any  # [n_padded], numbers of classes
+    y_ptr: Any  # [m_padded]
+    attractions_ptr: Any  # [n_padded]
+
+
+class _Sums(NamedTuple):
+    largest: Any  # [ROWS]
+    total: Any  # [ROWS], Σ_j exp2(S_ij − largest_i)
+    weighted: Any  # [ROWS, DEPTH], Σ_j exp2(S_ij − largest_i) g_j y_j
+
+
+class _SumOperands(NamedTuple):
+    similarities: Any
+    block: Any
+    other_view: Any  # [ROWS], columns; None: there are no two views
+    columns: Any  # this program's part of `ColumnSums`, or None
+    n_columns: Any
+    is_first: Any  # whether this is the first block of the program
+    WEIGHTED: Any
+
+
+@triton.jit
+def _add_exponentials(sums, operands, row, column, mask, MASKED: tl.constexpr, TILE):
+    y, s = load_tile(operands.similarities, operands.block, column, TILE)
+    if MASKED:
+        s = masked(s, row, column, mask, TILE)
+    if operands.other_view is not None:
+        s = mask_other_view(s, operands.other_view, column, TILE)
+    risen = tl.maximum(sums.largest, tl.max(s, 1))
+    e, shrunk = tl.exp2(s - risen[:, None]), tl.exp2(sums.largest - risen)
+    total, weighted = sums.total * shrunk + tl.sum(e, 1), sums.weighted
+    if operands.WEIGHTED:
+        weighted = add_weighted(
+            weighted * shrunk[:, None], lift(e, y.dtype), y, operands.similarities.y, column, TILE
+        )
+    if operands.columns is not None:
+        _add_to_columns(s, operands, column, TILE)
+    return _Sums(risen, total, weighted)
+
+
+@triton.jit
+def _add_to_columns(s, operands, column, TILE):
+    """Add a tile to the sums of its columns, in memory of this program alone."""
+    columns, n_columns = operands.columns, operands.n_columns
+    places = column + tl.arange(0, TILE.COLUMNS)
+    known = (places < n_columns) & (operands.is_first == 0)
+    before = tl.load(columns.largest_ptr + places, mask=known, other=LOWEST)
+    risen = tl.maximum(before, tl.max(s, 0))
+    total = tl.load(columns.total_ptr + places, mask=known, other=0.0) * tl.exp2(before - risen)
+    total += tl.sum(tl.exp2(s - risen[None, :]), 0)
+    tl.store(columns.largest_ptr + places, risen, mask=places < n_columns)
+    tl.store(columns.total_ptr + places, total, mask=places < n_columns)
+
+
+@triton.jit(do_not_specialize=["n", "m", "per_split", "n_columns", "diagonal"])
+def log_sums(
+    similarities,
+    other_view_ptr,  # [n_padded], the column of the other view of each row; None: no two views
+    log_sums_ptr,  # [n_splits, n_padded]
+    values_ptr,  # [n_splits, n_padded, DEPTH], or None
+    columns,  # ColumnSums, or None
+    n,
+    n_padded,
+    m,
+    per_split,
+    n_columns,
+    diagonal,
+    TILE,
+):
+    """Compute log2 Σ_j exp2 S_ij; program (blocks of rows, split of the columns).
+
+    The values are Σ_j softmax_j(S_ij) g_j y_j over the columns of the split.
+    """
+    program, split = tl.program_id(0), tl.program_id(1)
+    low, high = columns_of_split(split, per_split, m)
+    if columns is not None:
+        place = program.to(tl.int64) * n_columns
+        columns = ColumnSums(columns.largest_ptr + place, columns.total_ptr + place)
+    for step in range(tl.cdiv(n_padded // TILE.ROWS - program, tl.num_programs(0))):
+        row, is_first = (program + step * tl.num_programs(0)) * TILE.ROWS, step == 0
+        if columns is not None:
+            tl.debug_barrier()  # so that what the block before stored can be read
+        block = load_block(similarities, row, TILE)
+        other_view = None
+        if other_view_ptr is not None:
+            other_view = tl.load(other_view_ptr + row + tl.arange(0, TILE.ROWS))
+        sums = _Sums(
+            tl.full([TILE.ROWS], LOWEST, TILE.DTYPE),
+            tl.zeros([TILE.ROWS], TILE.DTYPE),
+            tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE),
+        )
+        sums = fold_tiles(
+            sums,
+            _SumOperands(
+                similarities, block, other_view, columns, n_columns, is_first,
+                values_ptr is not None,
+            ),
+            row, low, high, Mask(n, m, diagonal, columns is not None), _add_exponentials, TILE,
+        )  # fmt: skip
+        rows = row + tl.arange(0, TILE.ROWS)
+        tl.store(log_sums_ptr + split * n_padded + rows, sums.largest + tl.log2(sums.total))
+        if values_ptr is not None:
+            total = lift(tl.where(sums.total == 0, 1.0, sums.total), block.x.dtype)
+            store_values(values_ptr, sums.weighted / total[:, None], split, n_padded, row, TILE)
+
+
+@triton.jit(do_not_specialize=["n_programs", "n_columns"])
+def column_log_sums(
+    columns,  # ColumnSums
+    log_sums_ptr,  # [n_columns]
+    n_programs,
+    n_columns,
+    LANES: tl.constexpr,
+):
+    """Compute log2 Σ_i exp2 S_ij from the sums that `log_sums` left; program (LANES columns)."""
+    places = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    exist = places < n_columns
+    largest_ptr, total_ptr = columns.largest_ptr, columns.total_ptr
+    largest = tl.load(largest_ptr + places, mask=exist, other=LOWEST)
+    total = tl.load(total_ptr + places, mask=exist, other=0.0)
+    for _ in range(1, n_programs):
+        largest_ptr += n_columns
+        total_ptr += n_columns
+        of_program = tl.load(largest_ptr + places, mask=exist, other=LOWEST)
+        risen = tl.maximum(largest, of_program)
+        total *= tl.exp2(largest - risen)
+        total += tl.load(total_ptr + places, mask=exist, other=0.0) * tl.exp2(of_program - risen)
+        largest = risen
+    tl.store(log_sums_ptr + places, largest + tl.log2(total), mask=exist)
+
+
+@triton.jit
+def _log1p(y, DTYPE: tl.constexpr):
+    """Return log(1 + y) for y from 0 to 1.
+
+    log2(1 + y) would lose the digits of a small y.
+    """
+    if DTYPE == tl.float64:
+        return tl.log(1 + y)
+    p = y * 0.0052534578 - 0.0295885074  # Chebyshev, with an error of 2e-7 of the result
+    p = p * y + 0.078361668
+    p = p * y - 0.136747697
+    p = p * y + 0.191114311
+    p = p * y - 0.248443699
+    p = p * y + 0.333192713
+    p = p * y - 0.499995015
+    return (p * y + 0.999999971) * y
+
+
+@triton.jit
+def _sigmoid(x):
+    """Return the sigmoid of numbers in units of log2, and exp −|x|."""
+    y = tl.exp2(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, y) / (1 + y), y
+
+
+@triton.jit
+def softplus(odds, DTYPE: tl.constexpr):
+    """Return the softplus of numbers in units of log2, in units of log, and its slope."""
+    sigmoid, y = _sigmoid(odds)
+    return tl.maximum(odds, 0.0) * LN2 + _log1p(y, DTYPE), sigmoid
+
+
+class _Softplus(NamedTuple):
+    total: Any  # [ROWS], Σ_j softplus(S_ij − a_i)
+    slopes: Any  # [ROWS], Σ_j of its slopes
+    weighted: Any  # [ROWS, DEPTH], Σ_j slope_ij g_j y_j
+
+
+class _SoftplusOperands(NamedTuple):
+    similarities: Any
+    block: Any
+    positive_logits: Any  # [ROWS]
+    WEIGHTED: Any
+
+
+@triton.jit
+def _add_softplus(sums, operands, row, column, mask, MASKED: tl.constexpr, TILE):
+    y, s = load_tile(operands.similarities, operands.block, column, TILE)
+    odds = s - operands.positive_logits[:, None]
+    if MASKED:
+        odds = masked(odds, row, column, mask, TILE)
+    penalty, sigmoid = softplus(odds, TILE.DTYPE)
+    total, slopes = sums.total + tl.sum(penalty, 1), sums.slopes + tl.sum(sigmoid, 1)
+    weighted = sums.weighted
+    if operands.WEIGHTED:
+        weights = lift(sigmoid, y.dtype)
+        weighted = add_weighted(weighted, weights, y, operands.similarities.y, column, TILE)
+    return _Softplus(total, slopes, weighted)
+
+
+@triton.jit(do_not_specialize=["n", "m", "per_split", "diagonal"])
+def softplus_sums(
+    similarities,
+    positive_logits_ptr,  # a, [n_padded], in units of log2
+    sums_ptr,  # [n_splits, n_padded]
+    slopes_ptr,  # [n_splits, n_padded]
+    values_ptr,  # [n_splits, n_padded, DEPTH], or None
+    n,
+    n_padded,
+    m,
+    per_split,
+    diagonal,
+    TILE,
+):
+    """Compute Σ_j softplus(S_ij − a_i) and Σ_j of its slopes; program (tile of rows, split).
+
+    The values are Σ_j slope_ij g_j y_j.
+    """
+    row, split = tl.program_id(0) * TILE.ROWS, tl.program_id(1)
+    low, high = columns_of_split(split, per_split, m)
+    rows = row + tl.arange(0, TILE.ROWS)
+    block = load_block(similarities, row, TILE)
+    positive_logits = tl.load(positive_logits_ptr + rows)
+    sums = _Softplus(
+        tl.zeros([TILE.ROWS], TILE.DTYPE),
+        tl.zeros([TILE.ROWS], TILE.DTYPE),
+        tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE),
+    )
+    sums = fold_tiles(
+        sums, _SoftplusOperands(similarities, block, positive_logits, values_ptr is not None),
+        row, low, high, Mask(n, m, diagonal, False), _add_softplus, TILE,
+    )  # fmt: skip
+    tl.store(sums_ptr + split * n_padded + rows, sums.total)
+    tl.store(slopes_ptr + split * n_padded + rows, sums.slopes)
+    if values_ptr is not None:
+        one = lift(tl.full([], 1.0, TILE.DTYPE), block.x.dtype)
+        store_values(values_ptr, sums.weighted / one, split, n_padded, row, TILE)
+
+
+class _SlopeOperands(NamedTuple):
+    similarities: Any
+    block: Any
+    other_view: Any  # [ROWS], or None
+    classes: Any  # `Classes`, or None
+    row_classes: Any  # [ROWS]
+    attractions: Any  # [ROWS]
+    row_shifts: Any  # [ROWS], or None
+    column_shifts_ptr: Any
+    weights_ptr: Any
+
+
+@triton.jit
+def _add_slopes(values, operands, row, column, mask, MASKED: tl.constexpr, TILE):
+    y, s = load_tile(operands.similarities, operands.block, column, TILE)
+    if MASKED:
+        s = masked(s, row, column, mask, TILE)
+    if operands.other_view is not None:
+        s = mask_other_view(s, operands.other_view, column, TILE)
+    places = column + tl.arange(0, TILE.COLUMNS)
+    if operands.weights_ptr is not None:
+        slopes, _ = _sigmoid(s - tl.load(operands.column_shifts_ptr + places)[None, :])
+        slopes *= tl.load(operands.weights_ptr + places)[None, :]
+    else:
+        slopes = tl.exp2(s - tl.load(operands.column_shifts_ptr + places)[None, :])
+        if operands.row_shifts is not None:
+            slopes += tl.exp2(s - operands.row_shifts[:, None])
+        if operands.classes is not None:
+            same = same_class(s, operands.row_classes, operands.classes.y_ptr, column, MASKED, TILE)
+            slopes = tl.where(same, slopes - operands.attractions[:, None], slopes)
+    return add_weighted(values, slopes, y, operands.similarities.y, column, TILE)
+
+
+@triton.jit(do_not_specialize=["n", "m", "per_split", "diagonal"])
+def weighed_sums(
+    similarities,
+    other_view_ptr,  # [n_padded], the column of the other view of each row; None: no two views
+    classes,  # Classes, or None
+    row_shifts_ptr,  # [n_padded], or None
+    column_shifts_ptr,  # [m_padded]
+    weights_ptr,  # [m_padded], or None
+    values_ptr,  # [n_splits, n_padded, DEPTH]
+    n,
+    n_padded,
+    m,
+    per_split,
+    diagonal,
+    TILE,
+):
+    """Compute Σ_j G_ij g_j y_j; program (tile of rows, split of the columns).
+
+    G_ij = exp2(S_ij − column_shift_j) + exp2(S_ij − row_shift_i), the latter if there are row
+    shifts, minus attraction_i for each pair of one class; with weights it is
+    weight_j σ(S_ij − column_shift_j).
+    """
+    row, split = tl.program_id(0) * TILE.ROWS, tl.program_id(1)
+    low, high = columns_of_split(split, per_split, m)
+    block = load_block(similarities, row, TILE)
+    lanes = tl.arange(0, TILE.ROWS)
+    other_view, row_classes, attractions, row_shifts = None, None, None, None
+    if classes is not None:
+        row_classes = tl.load(classes.x_ptr + row + lanes)
+        attractions = tl.load(classes.attractions_ptr + row + lanes)
+    if other_view_ptr is not None:
+        other_view = tl.load(other_view_ptr + row + lanes)
+    if row_shifts_ptr is not None:
+        row_shifts = tl.load(row_shifts_ptr + row + lanes)
+    values = tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE)
+    values = fold_tiles(
+        values,
+        _SlopeOperands(
+            similarities, block, other_view, classes, row_classes, attractions, row_shifts,
+            column_shifts_ptr, weights_ptr,
+        ),
+        row, low, high, Mask(n, m, diagonal, False), _add_slopes, TILE,
+    )  # fmt: skip
+    store_values(values_ptr, values, split, n_padded, row, TILE)

@@ -1,0 +1,1 @@
+"""The problem of relations on a GPU: distances and angles in a batch."""
