@@ -1,8 +1,7 @@
 """Queries against keys: losses of their similarities, without storing the matrix of them.
 
 `Pairs` is the problem of the contrastive losses, `SoftPairs` that of similarities against a
-teacher's; the mathematics that the engines share follows. `contrasts.py` states the losses as these
-problems.
+teacher's; the mathematics that the engines share follows. `_contrasts.py` states the losses.
 """
 
 from __future__ import annotations
