@@ -14,6 +14,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 _CLEARLY = 0.97  # of fastkd's time: closer ones differ from run to run
+_FORMULA = r'<div class="highlight"><pre><span></span><code>(.*?)</code></pre></div>'
+_SCRIPT = (
+    r"(?P<kept><(?P<tag>code|script|style|title)\b.*?</(?P=tag)>|<[^>]*>)"
+    r"|(?P<sign>[_^])(?:\{(?P<group>[^{}]*)\}|(?P<index>[ijkpstv·]+(?:\+1)?|(?<=\^)\([^()]*\))(?!\w))"
+)
 _PAPER = r"\barXiv:(\d{4}\.\d{4,5})"  # as docstrings name papers
 _LINK = r'<a href="https://arxiv.org/abs/\1">arXiv:\1</a>'
 
@@ -29,9 +34,9 @@ def main(folder: Path) -> None:
     # Material announces its successor on every build: CONTRIBUTING.md says why it is used
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     subprocess.run([*build, "--site-dir", folder], cwd=ROOT, check=True, env=environment)
-    for page in folder.rglob("*.html"):
-        text = page.read_text(encoding="utf-8")
-        page.write_text(re.sub(_PAPER, _LINK, text), encoding="utf-8")
+    for name in ("losses.html", "modules.html"):
+        page = folder / name
+        page.write_text(typeset(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def slower() -> str:
@@ -50,6 +55,22 @@ def slower() -> str:
                     cells = [*what, row.get("threads") or "–", name, f"{found['ratio']:.2f}"]
                     lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def typeset(html: str) -> str:
+    """Return a page with links to papers, and with formulas that have subscripts and exponents."""
+
+    def text_of(match: re.Match[str]) -> str:
+        if match["kept"]:
+            return match["kept"]
+        tag = "sup" if match["sign"] == "^" else "sub"
+        # an exponent may have an index itself
+        inside = re.sub(_SCRIPT, text_of, match["group"] or match["index"])
+        return f"<{tag}>{inside}</{tag}>"
+
+    html = re.sub(_FORMULA, r'<pre class="formula">\1</pre>', html, flags=re.S)
+    html = re.sub(_PAPER, _LINK, html)
+    return re.sub(_SCRIPT, text_of, html, flags=re.S)
 
 
 if __name__ == "__main__":
