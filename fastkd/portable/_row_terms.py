@@ -1,7 +1,7 @@
 """Divergences between softmax rows: their values and their slopes, for a chunk of rows.
 
-With e = exp2(d), where d is in log2 units and relative to a row's maximum, one exp2 gives both e and,
-with its sum Z, the softmax e / Z, for less than PyTorch's exp or log_softmax take. Buffers are
+With e = exp2(d), where d is in log2 units and relative to a row's maximum, one exp2 gives both e
+and, with its sum Z, the softmax e / Z, for less than PyTorch's exp or log_softmax take. Buffers are
 overwritten as soon as they are not needed any more.
 """
 
