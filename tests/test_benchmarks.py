@@ -259,9 +259,7 @@ def test_a_figure_depends_on_the_code_that_computes_it():
     assert "fastkd/_loss.py" not in names("kd", "portable") | names("kd", "triton")
     assert not [x for x in names("info_nce", "triton") if "rows" in x or "portable" in x]
     assert names("pkt", "triton") == names("pkt", "portable")  # it has no kernels
-    hashes = [
-        records.sources(BY_NAME[name].case, "portable") for name in ("kd", "pkt", "rkd")
-    ]
+    hashes = [records.sources(BY_NAME[name].case, "portable") for name in ("kd", "pkt", "rkd")]
     assert len({*hashes}) == 3
 
 
