@@ -1,7 +1,7 @@
 """Measure time and peak memory of the losses on this CPU: python benchmarks/bench.py (make bench)
 
 Writes each row to the record of the device, and prints the table. With PYTHONPATH=FOLDER it finds
-the peers that fetch_peers.py has put there. A GPU has gpu_run.py, which measures the same way.
+the peers of peers.txt that lie there. A GPU has gpu_run.py, which measures the same way.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -235,7 +236,8 @@ def processor() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return line.split(":")[1].strip()
+                name = re.sub(r"\((R|TM)\)", "", line.split(":")[1])
+                return " ".join(name.split())
     return platform.processor() or platform.machine()
 
 

@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--skip", type=names, default=[], help="tests,torch.compile")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--out", type=Path, help="folder of record and logs (benchmarks/results)")
-    parser.add_argument("--peers", type=Path, help="folder made by fetch_peers.py")
+    parser.add_argument("--peers", type=Path, help="folder with the peers of peers.txt")
     parser.add_argument("--dry", action="store_true", help="on a CPU, with small shapes")
     options = parser.parse_args()
     root = Path(__file__).parent.parent
