@@ -1,4 +1,4 @@
-"""The instructions that an NVIDIA GPU would execute for a launch that the gate captured: counted, never timed.
+"""The instructions of a launch that the gate captured, on an NVIDIA GPU: counted, never timed.
 
     report = analyse(launch)            registers, spills, occupancy, instruction counts
     per_element(report.main, 16)        the same counts per element, 16 elements to a thread
