@@ -1,4 +1,4 @@
-"""What holds for every loss, whichever engine computes it: each promise once, for all cases."""
+"""Promises that hold for every loss, whichever engine computes it: each once, for all cases."""
 
 import re
 import warnings
@@ -233,7 +233,7 @@ def test_duplicates_and_collapsed_students_train(case, engine):
 
 @each_case
 def test_only_some_get_a_gradient(case, engine):
-    """What is detached changes nothing for the others; in evaluation nothing is on the graph."""
+    """A detached input changes nothing for the others; in evaluation nothing is on the graph."""
     inputs = small(case)
     losses, *gradients = results(case, inputs)
     of_inputs = iter(gradients)
