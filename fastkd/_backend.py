@@ -72,7 +72,7 @@ _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def triton_obstacle(tensors: Sequence[Tensor]) -> str | None:
-    """Why the Triton engine cannot take these tensors, as the end of a sentence; None if it can."""
+    """Return why the Triton engine cannot take these tensors, as the end of a sentence, or None."""
     if _no_triton:
         return _no_triton
     for tensor in tensors:
@@ -86,7 +86,7 @@ def triton_obstacle(tensors: Sequence[Tensor]) -> str | None:
 
 
 def choose(tensors: Sequence[Tensor], has_kernels: bool = True) -> str:
-    """The engine for these tensors: "triton", "portable" or "formula"."""
+    """Return the engine for these tensors: "triton", "portable" or "formula"."""
     if not has_kernels:
         return "formula" if _current == "formula" else "portable"
     if _current == "triton":

@@ -1,4 +1,4 @@
-"""The input contracts: every error says what was got, what is needed and what to do."""
+"""Checks of inputs, whose errors say what was got, what is needed and what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def logits(student: Tensor, teacher: Tensor) -> None:
-    """Student and teacher logits of one shape (..., V), on one device."""
+    """Raise an error unless both are logits of one shape (..., V) on one device."""
     for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(tensor, Tensor):
             raise TypeError(
@@ -56,7 +56,7 @@ def _embedding(name: str, tensor: Any) -> None:
 
 
 def embeddings(student: Tensor, teacher: Tensor) -> None:
-    """Of the same N examples, [N, ...], on one device; all but N may differ."""
+    """Raise an error unless both are features [N, ...] of the same N examples on one device."""
     for name, tensor in (("student", student), ("teacher", teacher)):
         _embedding(name, tensor)
     if len(student) != len(teacher):
@@ -69,7 +69,7 @@ def embeddings(student: Tensor, teacher: Tensor) -> None:
 
 
 def matrices(**tensors: Tensor) -> None:
-    """Embeddings [N, D] of any N, with one D, on one device."""
+    """Raise an error unless all are embeddings [N, D] of any N, with one D, on one device."""
     (first, first_tensor), *_ = tensors.items()
     for name, tensor in tensors.items():
         _embedding(name, tensor)
@@ -87,7 +87,7 @@ def matrices(**tensors: Tensor) -> None:
 
 
 def crops(**views: Any) -> None:
-    """[n_crops, B, K] or sequences of [B, K], of one B and K, on one device."""
+    """Raise an error unless all are [n_crops, B, K] or sequences of [B, K], of one B and K."""
     found: list[tuple[str, Tensor]] = []
     for name, view in views.items():
         n_dims = 3 if isinstance(view, Tensor) else 2
@@ -125,7 +125,7 @@ def crops(**views: Any) -> None:
 
 
 def center(center: Any, like: Tensor) -> None:
-    """One number for each of the outputs (..., K) of a teacher, on its device."""
+    """Raise an error unless the centre has a number for each of K outputs of a teacher (..., K)."""
     if not isinstance(center, Tensor):
         raise TypeError(f"center must be a tensor of shape [K], got {type(center).__name__}")
     if center.shape != like.shape[-1:] or center.dtype not in _FLOATS:
@@ -206,7 +206,7 @@ def reduction(reduction: str, normalizer: Any) -> None:
 
 
 def _is_tensor(name: str, value: Any) -> bool:
-    """Of its values nothing is known: on a GPU a look at them would wait for it."""
+    """Return whether it is a tensor, whose value is not checked, because that is a host sync."""
     if not isinstance(value, Tensor):
         return False
     if value.ndim != 0 or value.requires_grad:
@@ -244,7 +244,7 @@ def at_least_1(**options: Any) -> None:
 
 
 def number(above: float = -math.inf, **options: Any) -> None:
-    """A finite number, or a 0-dim tensor, which may be learnt."""
+    """Raise an error unless each is a finite number, or a 0-dim tensor, which may be learnt."""
     for name, value in options.items():
         if isinstance(value, Tensor):
             if value.ndim != 0 or value.is_complex():
@@ -284,7 +284,7 @@ def process_group(group: Any) -> None:
 
 
 def _ordered(lowest: Any, value: Any, highest: Any) -> bool:
-    """Whether it is a number between the two; no isinstance: traced ones have no known class."""
+    """Return whether it is a number between both, by no isinstance: traced ones lack a class."""
     try:
         return bool(lowest <= value <= highest)
     except TypeError:
@@ -304,7 +304,7 @@ def same_device(**tensors: Tensor) -> None:
 
 
 def _has_values_at_hand(tensor: Tensor) -> bool:
-    """Not on a GPU, which one would wait for, and not traced or mapped by vmap, without values."""
+    """Return whether the values can be read without a host sync: on a CPU, not traced or mapped."""
     return (
         type(tensor) is Tensor
         and tensor.device.type == "cpu"
@@ -314,7 +314,7 @@ def _has_values_at_hand(tensor: Tensor) -> bool:
 
 
 def constant_teacher(**teacher: Tensor) -> None:
-    """A teacher gets no gradient; where that would change a training, it is said once."""
+    """Warn once that a teacher gets no gradient, where that would change a training."""
     for name, tensor in teacher.items():
         if tensor.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _warn_once(

@@ -19,6 +19,7 @@ R = TypeVar("R", covariant=True)
 
 _REDUCTION = ("weights", "normalizer", "reduction")  # parameters that a formula does not read
 _PARTS = "return_parts"
+_THIS_PROCESS = Ranks()
 
 
 class Call(NamedTuple):
@@ -132,7 +133,7 @@ def loss(
                 n_dims = arguments[0].ndim - 1 if per_example is True else per_example
                 _checks.weights(weights, arguments[0].shape[:n_dims], arguments[0].device)
                 mask = weights if weights.dtype == torch.bool else weights.detach() != 0
-            found = losses_of(arguments, options, mask, Ranks())
+            found = losses_of(arguments, options, mask, _THIS_PROCESS)
             if isinstance(found, Tensor):
                 return reduce(found, weights, normalizer, reduction)
             return _sum_of_terms(found, weights, normalizer, reduction, return_parts)

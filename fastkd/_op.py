@@ -127,64 +127,51 @@ class Op:
         """Solve the problem with the engine "portable" or "triton"."""
         fields = [problem[i] for i in self.trained]
         needs_grad = [x is not None and is_differentiated(x) for x in fields]
-        outputs = self._apply((*problem, *needs_grad, engine), any(needs_grad))
-        return outputs[0] if self.n_losses == 1 else outputs[: self.n_losses]
-
-    def _apply(self, arguments: Sequence[Any], is_trained: bool) -> tuple[Tensor, ...]:
+        arguments = (*problem, *needs_grad, engine)
         if torch.compiler.is_compiling():
-            traced = self._numbers_as_tensors(arguments)
             # the compiler would call `forward` with a context where nothing is trained
-            return (self._traced.apply if is_trained else self.opaque_forward)(*traced)
-        if transforms_active():
-            return self._mapped.apply(*arguments)
-        # this is what `apply` does without torch.func: binding a signature would cost a launch
-        function: Any = super(torch.autograd.Function, self._eager)
-        return function.apply(*arguments)
+            traced = self._traced.apply if any(needs_grad) else self.opaque_forward
+            outputs = traced(*self._numbers_as_tensors(arguments))
+        elif transforms_active():
+            outputs = self._mapped.apply(*arguments)
+        else:
+            # this is what `apply` does without torch.func: to bind a signature costs a launch
+            function: Any = super(torch.autograd.Function, self._eager)
+            outputs = function.apply(*arguments)
+        return outputs[0] if self.n_losses == 1 else outputs[: self.n_losses]
 
     # --------------------------------------------------------------- what autograd functions call
 
-    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(self, *arguments: Any) -> tuple[Any, ...]:
         """Return the losses and what the backward wants, None in place of what is not there."""
         if _is_traced(arguments):
             return self.opaque_forward(*self._numbers_as_tensors(arguments))
-        return self._solve(arguments, self._needs_grad(arguments))
-
-    def backward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
-        """Return the gradients from the upstream ones, what the forward saved and its arguments."""
-        start = len(arguments) - self.n_arguments
-        upstream, saved = arguments[: self.n_losses], arguments[self.n_losses : start]
-        arguments = arguments[start:]
-        if not self.recomputes:
-            return tuple(
-                _scaled(gradient, upstream[0], arguments[i])
-                for gradient, i in zip(saved, self.trained, strict=True)
-            )
-        if _is_traced((*upstream, *arguments)):
-            found = self.opaque_backward(*upstream, *saved, *self._numbers_as_tensors(arguments))
-            return (found,) if isinstance(found, Tensor) else found
-        return self._differentiate(upstream, saved, arguments)
-
-    def _solve(self, arguments: Sequence[Any], needs_grad: Sequence[bool]) -> tuple[Tensor, ...]:
-        problem, engine = self._problem(arguments)
+        problem, needs_grad, engine = self._read(arguments)
         if self.recomputes:
             losses, saved = engine.forward(problem, needs_grad)
             return *losses, *saved
         loss, gradients = engine.value_and_gradients(problem, needs_grad)
         return loss, *gradients
 
-    def _differentiate(
-        self, upstream: Sequence[Any], saved: Sequence[Any], arguments: Sequence[Any]
-    ) -> tuple[Tensor, ...]:
-        problem, engine = self._problem(arguments)
-        with without_autocast(arguments[self.trained[0]].device):
+    def backward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
+        """Return the gradients from the upstream ones, what the forward saved and its arguments."""
+        start = len(arguments) - self.n_arguments
+        upstream, saved = arguments[: self.n_losses], arguments[self.n_losses : start]
+        fields = arguments[start:]
+        if not self.recomputes:
+            gradients = zip(saved, self.trained, strict=True)
+            return tuple(_scaled(gradient, upstream[0], fields[i]) for gradient, i in gradients)
+        if _is_traced((*upstream, *fields)):
+            found = self.opaque_backward(*upstream, *saved, *self._numbers_as_tensors(fields))
+            return (found,) if isinstance(found, Tensor) else found
+        problem, _, engine = self._read(fields)
+        with without_autocast(fields[self.trained[0]].device):
             return engine.backward(problem, saved, upstream)
 
-    def _problem(self, arguments: Sequence[Any]) -> tuple[Any, types.ModuleType]:
-        fields = arguments[: self.n_arguments - len(self.trained) - 1]
-        return self.problem(*fields), _engine(self.module, arguments[-1])
-
-    def _needs_grad(self, arguments: Sequence[Any]) -> Sequence[bool]:
-        return arguments[-1 - len(self.trained) : -1]
+    def _read(self, arguments: Sequence[Any]) -> tuple[Any, Sequence[bool], types.ModuleType]:
+        """Return the problem, which trained fields need a gradient, and the engine."""
+        n = self.n_arguments - len(self.trained) - 1
+        return self.problem(*arguments[:n]), arguments[n:-1], _engine(self.module, arguments[-1])
 
     # ------------------------------------------------------------------ what torch.compile sees
 
@@ -209,20 +196,16 @@ class Op:
             )
 
     def _run(self, *traced: Any) -> tuple[Tensor, ...]:
-        # of a recomputed problem the compiler must know what is saved: statistics
-        arguments = _detached(traced)
-        needs_grad = self._needs_grad(arguments)
-        if self.recomputes:
-            needs_grad = (False,) * len(self.trained)
+        arguments, n_trained = _detached(traced), len(self.trained)
+        if self.recomputes:  # the compiler must know what is saved: statistics
+            arguments[-1 - n_trained : -1] = [False] * n_trained
         # autocast is off where an eager loss is solved, but may be on in a compiled graph
         with torch.no_grad(), without_autocast(arguments[self.trained[0]].device):
-            return self._without_none(arguments, self._solve(arguments, needs_grad))
+            return self._without_none(arguments, self.forward(*arguments))
 
     def _run_backward(self, *traced: Any) -> Any:
-        arguments, start = _detached(traced), len(traced) - self.n_arguments
-        upstream, saved = arguments[: self.n_losses], arguments[self.n_losses : start]
         with torch.no_grad():
-            found = self._differentiate(upstream, saved, arguments[start:])
+            found = self.backward(*_detached(traced))
         return found if len(found) > 1 else found[0]
 
     def _without_none(self, arguments: Sequence[Any], outputs: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -234,7 +217,7 @@ class Op:
         )
 
     def _fake(self, *arguments: Any) -> tuple[Tensor, ...]:
-        problem, engine = self._problem(arguments)
+        problem, needs_grad, engine = self._read(arguments)
         like = problem[self.trained[0]]
         wide = [x for x in problem if isinstance(x, Tensor) and x.ndim]
         new = functools.partial(like.new_empty, dtype=compute_dtype(*wide))
@@ -243,7 +226,7 @@ class Op:
         losses = [new((*examples, 0) if gone else examples) for gone in absent]
         if self.recomputes:
             return *losses, new((*examples, engine.n_statistics(problem)))
-        gradients = zip(self.trained, self._needs_grad(arguments), strict=True)
+        gradients = zip(self.trained, needs_grad, strict=True)
         return *losses, *(new(problem[i].shape if needed else 0) for i, needed in gradients)
 
     def _fake_backward(self, *arguments: Any) -> Any:
@@ -290,6 +273,8 @@ def _scaled(gradient: Tensor | None, upstream: Tensor, field: Tensor | None) -> 
         return gradient
     if upstream.ndim:
         upstream = upstream[(..., *[None] * (gradient.ndim - upstream.ndim))]
+    if gradient.dtype == field.dtype:
+        return gradient * upstream
     if torch.compiler.is_compiling() or type(gradient) is not Tensor:
         return (gradient * upstream).to(field.dtype)
     # one pass over memory multiplies and rounds
@@ -299,12 +284,6 @@ def _scaled(gradient: Tensor | None, upstream: Tensor, field: Tensor | None) -> 
 def _is_traced(arguments: Sequence[Any]) -> bool:
     """Return whether the op must be opaque: chunk loops are not traced, fake data not computed."""
     return torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, arguments))
-
-
-def _refuse_batches(upstream: Sequence[Tensor | None]) -> None:
-    for x in upstream:
-        if x is not None and torch._C._functorch.is_legacy_batchedtensor(x):
-            raise RuntimeError(_BATCHED_BY_AUTOGRAD)
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -355,7 +334,8 @@ def _gradients(ctx: Any, op: Op, gradient_node: Any, upstream: Sequence[Any]) ->
     backward: Callable[..., Any] = op.backward
     # grad mode is on in a backward only under create_graph=True, and vmap may map over it
     if not torch.compiler.is_compiling():
-        _refuse_batches(upstream)
+        if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in upstream):
+            raise RuntimeError(_BATCHED_BY_AUTOGRAD)
         if torch.is_grad_enabled() or transforms_active():
             backward = gradient_node.apply
     found = backward(*upstream, *saved, *arguments)

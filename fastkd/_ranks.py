@@ -25,7 +25,7 @@ class Ranks:
 
     @property
     def name(self) -> str:
-        """The group's name, since an op takes no group, or "" without one."""
+        """Return the group's name, since an op takes no group, or "" without one."""
         return self.group.group_name if self else ""
 
     def gather(self, *tensors: Tensor) -> tuple[list[Tensor], int]:
@@ -59,11 +59,11 @@ class Ranks:
         return total
 
     def total(self, share: Tensor) -> Tensor:
-        """Return the loss of the whole batch, with the gradient of the own share of it."""
+        """Return the loss of the whole batch, with the gradient of this rank's share of it."""
         return self.valued(share, self.sum(share)) if self else share
 
     def mean(self, loss: Tensor, n_examples: int) -> Tensor:
-        """Return the mean loss of the examples of all ranks from that of the own examples."""
+        """Return the mean loss of the examples of all ranks from that of this rank's examples."""
         if not self:
             return loss
         n = loss.new_full((), n_examples)
@@ -93,7 +93,7 @@ class Ranks:
 
 
 class _Shared(torch.autograd.Function):
-    """The rows of all ranks as a function of the own ones."""
+    """The rows of all ranks as a function of this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, whole: Tensor, n_rows: list[int], group: Any) -> Tensor:

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from fastkd._loss import loss
 from fastkd._op import Number
-from fastkd.problems import contrasts
-from fastkd.problems.contrasts import is_number, logarithm, zero_loss
+from fastkd.problems import _contrasts as contrasts
+from fastkd.problems._contrasts import is_number, logarithm, zero_loss
 
 
 @loss(contrasts.check_info_nce, contrasts.info_nce, same_on_ranks=("negatives",))

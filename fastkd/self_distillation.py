@@ -1,4 +1,4 @@
-"""Self-distillation: a network is taught by the moving average of itself, over crops of an image."""
+"""Self-distillation: the moving average of a network teaches it, over crops of an image."""
 
 from __future__ import annotations
 

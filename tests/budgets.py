@@ -33,7 +33,7 @@ Tree = dict[str, Any]
 
 
 def points(case: Case, target: str) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
-    """Every size in bfloat16, the longest and the shortest rows in float32 too."""
+    """Yield every size in bfloat16, the longest and the shortest rows in float32 too."""
     sizes = case.family.compiled_sizes
     yield from ((shape, torch.bfloat16) for shape in sizes)
     if target == "sm_90":
@@ -45,7 +45,7 @@ def name_of(shape: tuple[int, ...], dtype: torch.dtype) -> str:
 
 
 def of_kernels(run: Compiled) -> Tree:
-    """The kernels of a call by name, each specialisation once."""
+    """Return the kernels of a call by name, each specialisation once."""
     found = defaultdict(list)
     for launch in run.launches:
         counts = rounded(resources(launch, run.element_bytes))
@@ -60,7 +60,7 @@ def of_call(run: Compiled) -> Tree:
 
 
 def of_traffic(case: Case, shape: tuple[int, ...]) -> Tree:
-    """Bytes asked for, and each counted once per launch. In the interpreter."""
+    """Return the bytes asked for, and each counted once per launch, in the interpreter."""
     small, device = scaled_down(case, shape)
     with device:
         forward, backward, (_, gradient) = metered(case, small, torch.bfloat16)
@@ -97,7 +97,7 @@ class Change(NamedTuple):
 
     @property
     def size(self) -> float:
-        """The part by which it changed, infinite if that is no number."""
+        """Return the part by which it changed, infinite if that is no number."""
         if not self.recorded or self.present is None:
             return float("inf")
         return self.present / self.recorded - 1
@@ -109,7 +109,7 @@ class Change(NamedTuple):
 
 
 def changes(recorded: Tree, present: Tree) -> list[Change]:
-    """The largest first."""
+    """Return the changes, the largest first."""
     before, now = flat(recorded), flat(present)
     found = [Change(what, before.get(what), now.get(what)) for what in {**before, **now}]
     found = [change for change in found if change.recorded != change.present]
@@ -117,7 +117,7 @@ def changes(recorded: Tree, present: Tree) -> list[Change]:
 
 
 def flat(tree: Any, path: str = "") -> dict[str, float]:
-    """Every number by the names that lead to it."""
+    """Return every number by the names that lead to it."""
     if isinstance(tree, dict):
         parts = [(f"{path} {name}".lstrip(), value) for name, value in tree.items()]
     elif isinstance(tree, list):
@@ -132,7 +132,7 @@ def read() -> Tree:
 
 
 def text(tree: Tree, indent: int = 0) -> str:
-    """JSON, sorted, with what holds no further names on one line."""
+    """Return JSON, sorted, with what holds no further names on one line."""
     if not any(isinstance(value, dict) for value in tree.values()):
         return json.dumps(tree)
     lines = [
@@ -144,7 +144,7 @@ def text(tree: Tree, indent: int = 0) -> str:
 
 
 def count() -> Tree:
-    """Everything that the file records, by loss and by shape and dtype."""
+    """Count everything that the file records, by loss and by shape and dtype."""
     # the interpreter decides at import: its part needs a process of its own
     interpreted = subprocess.Popen(
         [sys.executable, "-W", "ignore", __file__, "--traffic"],

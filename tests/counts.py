@@ -1,4 +1,4 @@
-"""What a loss of the benchmarks' table costs on a GPU, counted without one at its launch sites.
+"""The cost of a loss on a GPU, counted without one at its launch sites.
 
     run = compiled(case, shape, dtype, "sm_90")     launches and memory
     resources(run.launches[0], run.element_bytes)   registers, instructions and so on of a launch
@@ -63,7 +63,7 @@ def compiled(case: Case, shape: tuple[int, ...], dtype: torch.dtype, target: str
 
 
 def resources(launch: Launch, element_bytes: int) -> dict[str, Any]:
-    """Instructions and special functions are for each element, one number for each sweep.
+    """Return the counts of a launch, instructions for each element and one number for each sweep.
 
     Of kernels that walk over points they are for each pair and point.
     """
@@ -93,12 +93,12 @@ def resources(launch: Launch, element_bytes: int) -> dict[str, Any]:
 
 
 def main_walk(loops: list[Any]) -> Any:
-    """The loop that loads most; of tiles the one that looks at no single pair has least to do."""
+    """Return the loop that loads most and, among such loops over tiles, has least to do."""
     return max(loops, key=lambda loop: (loop["load_bytes"], -loop["instructions"]))
 
 
 def scaled_down(case: Case, shape: tuple[int, ...], n: int = 2) -> tuple[tuple[int, ...], Any]:
-    """A few examples on so much of an H100 that each gets its share of the whole."""
+    """Return a few examples, and so much of an H100 that each gets its share of the whole."""
     if not case.family.independent:
         return tuple(map(min, shape, RELATED)), contextlib.nullcontext()
     multiprocessors = DEVICES["sm_90"].multiprocessors * n // shape[0]
@@ -113,7 +113,7 @@ def metered(
     dtype: torch.dtype,
     lay_out: Callable[[list[torch.Tensor]], list[torch.Tensor]] = list,
 ) -> tuple[Meter, Meter, list[torch.Tensor]]:
-    """Forward and backward, each watched, and what they returned."""
+    """Run forward and backward, each watched, and return what they returned besides."""
     inputs = lay_out(case.inputs(shape, dtype))
     with fastkd.backend("triton"):
         with Meter() as forward:

@@ -72,7 +72,7 @@ def towers(loss):
 
 
 def crops(model, features, teacher, first, **options):
-    """In the second step the centre is what the teacher's outputs of all ranks left."""
+    """Make a second step, whose centre is what the teacher's outputs of all ranks left."""
     loss = fastkd.DINOLoss(11, **options).double()
     student = model(torch.cat([features, 2 * features, features.square()])).unflatten(0, (3, -1))
     outputs = torch.stack([teacher, teacher.square()])

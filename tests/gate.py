@@ -39,7 +39,7 @@ DEVICES = {
 
 
 class Tensor(NamedTuple):
-    """What is kept of a tensor argument: holding the tensor would change what autograd does."""
+    """A tensor argument without its memory: holding the tensor would change what autograd does."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -56,22 +56,22 @@ class Launch:
 
     @property
     def metadata(self) -> Any:
-        """num_warps, num_stages, shared (bytes) and so on."""
+        """Return num_warps, num_stages, shared (bytes) and so on."""
         return self.kernel.metadata
 
     @property
     def signature(self) -> dict[str, str]:
-        """Parameter name to triton type: the specialisation that was compiled."""
+        """Return the triton types of the parameters by name, the compiled specialisation."""
         return self.kernel.src.signature
 
     @property
     def asm(self) -> dict[str, Any]:
-        """ttir, ttgir, llir, and ptx and cubin, or amdgcn and hsaco."""
+        """Return ttir, ttgir, llir, and ptx and cubin, or amdgcn and hsaco."""
         return self.kernel.asm
 
 
 class StandIn:
-    """As much of a triton driver as a launch asks for."""
+    """A triton driver with as much as a launch asks for."""
 
     def __init__(self, device: Device, index: int):
         self.device, self.index = device, index
@@ -125,7 +125,7 @@ def wait(*args, **options):
 
 @contextlib.contextmanager
 def capture(target: str = "sm_90"):
-    """The launches made inside the block; what does not compile, fit or go on at once raises."""
+    """Yield the launches made inside; what does not compile, fit or go on at once raises."""
     launches: list[Launch] = []
     stand_in = STAND_INS[target]
     run_kernel = JITFunction.run

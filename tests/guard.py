@@ -23,12 +23,12 @@ class Guard:
         self._guarded: list[tuple[torch.Tensor, torch.Tensor, bool]] = []
 
     def surround(self, tensor: torch.Tensor, gap: int = 0) -> torch.Tensor:
-        """A copy with poison around it and, if asked for, gaps of poison between its rows."""
+        """Return a copy with poison around it and, if asked for, gaps of it between its rows."""
         view = self._allocate(tensor.shape, tensor.dtype, tensor.device, gap, is_output=False)
         return view.copy_(tensor)
 
     def empty(self, *shape: int, dtype=torch.float32, device="cpu", gap: int = 0) -> torch.Tensor:
-        """An output, every element of which must be written."""
+        """Return an output, every element of which must be written."""
         return self._allocate(shape, dtype, device, gap, is_output=True)
 
     def check(self):

@@ -42,12 +42,12 @@ original_patch_lang_tensor = triton_interpreter._patch_lang_tensor
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
-    """The float32 values of bfloat16 bits, exactly."""
+    """Return the float32 values of bfloat16 bits, exactly."""
     return (np.asarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def narrow(values: np.ndarray) -> np.ndarray:
-    """The bfloat16 bits nearest to float32 values, ties to even; NaN stays NaN."""
+    """Return the bfloat16 bits nearest to float32 values, ties to even; NaN stays NaN."""
     values = np.asarray(values, np.float32)
     bits = values.view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -55,7 +55,7 @@ def narrow(values: np.ndarray) -> np.ndarray:
 
 
 def to_tf32(values: np.ndarray) -> np.ndarray:
-    """float32 values cut to 10 bits of mantissa: triton does not round, tensor cores truncate."""
+    """Cut float32 to 10 bits of mantissa: triton does not round, tensor cores truncate."""
     bits = np.asarray(values, np.float32).view(np.uint32)
     return (bits & np.uint32(0xFFFFE000)).view(np.float32)
 
@@ -73,7 +73,7 @@ def narrowed(values: np.ndarray) -> TensorHandle:
 
 
 def convert(method: str, builder, source, target, *rounding):
-    """A cast: bfloat16 goes through float32 on its way in and out."""
+    """Cast values: bfloat16 goes through float32 on its way in and out."""
     to_bfloat16 = target.scalar == tl.bfloat16
     if is_bfloat16(source) and not to_bfloat16:
         source = widened(source)
@@ -138,7 +138,7 @@ def builtins_of(package) -> list[str]:
 
 
 def patch_builtin(package, builder, *scope):
-    """As shipped, but for the search at every call of a device function, which took the time."""
+    """Patch as shipped, without the search at every call of a device function, which took time."""
     for name in builtins_of(package):
         member = getattr(package, name)
         if tl.core.is_builtin(member):  # not patched already
@@ -146,7 +146,7 @@ def patch_builtin(package, builder, *scope):
 
 
 def patch_lang_tensor(tensor, *scope):
-    """numpy >= 2.4 refuses int(array of one element), on which triton <= 3.6 relies."""
+    """Let triton <= 3.6 make an int of an array of one element, which numpy >= 2.4 refuses."""
 
     def index(self):
         return int(self.handle.data.item())

@@ -1,4 +1,4 @@
-"""What kernels touch in memory, exactly, without a GPU.
+"""The memory that kernels touch, exactly, without a GPU.
 
     with Meter() as meter:            under TRITON_INTERPRET=1
         operation(...)
@@ -81,7 +81,7 @@ class Memory:
         self.reader = np.full(count, NOBODY, np.int32)
 
     def label(self, owner: int) -> str:
-        """The argument's name; those of aliases are joined, they cannot be told apart."""
+        """Return the argument's name; those of aliases are joined, they cannot be told apart."""
         return "/".join(name for k, name in enumerate(self.names) if owner >> k & 1)
 
     def record(self, kind: str, units: np.ndarray, program: int, launch: Launch):
@@ -268,5 +268,5 @@ class PeakMemory(TorchDispatchMode):
 
 
 def touched_bytes(tensor: torch.Tensor) -> int:
-    """An expanded tensor touches no more than its storage."""
+    """Return the bytes of the tensor, of an expanded one those of its storage."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())

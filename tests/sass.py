@@ -1,4 +1,4 @@
-"""What an NVIDIA GPU would execute for a launch that the gate captured: counted, never timed.
+"""The instructions of a launch that the gate captured, on an NVIDIA GPU: counted, never timed.
 
     report = analyse(launch)            registers, spills, occupancy, instruction counts
     per_element(report.main, 16)        the same counts per element, 16 elements to a thread
@@ -98,14 +98,14 @@ def analyse(launch) -> Report:
 
 
 def per_element(counts: Counter, elements: float) -> dict[str, float]:
-    """The counts divided by the elements a thread handles: counts["load_bytes"] / bytes of one."""
+    """Divide the counts by the elements a thread handles: counts["load_bytes"] / bytes of one."""
     return {what: number / elements for what, number in counts.items()}
 
 
 def complaints(
     launch, least_warps: int = 16, least_bytes: int = 8, float64: bool = False
 ) -> list[str]:
-    """What is wrong with a kernel that should be limited by memory."""
+    """Return what is wrong with a kernel that should be limited by memory."""
     report, found = analyse(launch), []
     if report.spills:
         found.append(f"{report.spills} spill instructions, {report.stack_bytes} bytes of stack")

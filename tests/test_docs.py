@@ -326,6 +326,7 @@ def test_the_site(tmp_path):
     headings = re.findall(r'<h3 id="([\w.]+)" class="doc doc-heading">', losses + modules)
     assert sorted(heading.split(".")[-1] for heading in headings) == sorted([*NAMES, "backend"])
     assert "As in" not in losses  # what docstrings share is written out
+    assert "Σ<sub>ij</sub>" in losses and ">arXiv:1503.02531</a>" in losses
     assert "forward_kl" in results
 
     for page in tmp_path.rglob("*.html"):

@@ -1,4 +1,4 @@
-"""What is particular to correlations: directions of nothing, uniform rows, saturated logits."""
+"""Particulars of correlations: directions of nothing, uniform rows, saturated logits."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is particular to pairs: scales, maxima, classes, banks and queues, memory."""
+"""Particulars of pairs: scales, maxima, classes, banks and queues, memory."""
 
 from functools import partial
 
@@ -89,7 +89,7 @@ def test_rows_without_anything_close(case, dtype, tolerance, monkeypatch):
 
 @pytest.mark.parametrize("temperature", [0.1, 0.07, 0.05])
 def test_views_that_are_alike_keep_their_gradient(temperature, engine):
-    """What is left of it is far smaller than what float32 leaves of 1 − p."""
+    """The rest of it is far smaller than what float32 leaves of 1 − p."""
     view, noise = normal(2, 64, 128, seed=3)
     pair = [view.requires_grad_(), (view + 0.1 * noise).detach().requires_grad_()]
     loss = partial(fastkd.nt_xent, temperature=temperature)
@@ -133,7 +133,7 @@ def test_labels_of_any_kind(alike, anchors, engine):
 
 @pytest.mark.parametrize("length", [0, 1e-13])
 def test_a_vector_without_a_direction(length, engine):
-    """As torch.nn.functional.normalize has it: divided by 1e-12, and not projected."""
+    """It is divided by 1e-12 and not projected, as torch.nn.functional.normalize has it."""
     for case in (NCE, BOTH, NT_XENT, SUP_CON):
         inputs = case.inputs((5,), 3)
         inputs[0].detach()[2] *= length

@@ -1,4 +1,4 @@
-"""What is particular to relations: penalties, weights of parts, duplicates, and accuracy."""
+"""Particulars of relations: penalties, weights of parts, duplicates, and accuracy."""
 
 import pytest
 import torch

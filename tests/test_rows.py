@@ -1,4 +1,4 @@
-"""What is particular to rows of logits: infinities, temperatures, layouts of sequences, labels."""
+"""Particulars of rows of logits: infinities, temperatures, layouts of sequences, labels."""
 
 import math
 
@@ -243,7 +243,7 @@ def test_a_masked_vocabulary(case, whose, engine):
 
 @pytest.mark.parametrize("case", SOFTMAXED, ids=str)
 def test_infinities_are_where_the_definition_has_them(case, engine):
-    """In words, for reading: who excludes what the other allows."""
+    """The table says it in words: who excludes what the other allows."""
     divergence = case.options.get("divergence", case.name)
     mixtures = [case.options[k] for k in ("beta", "skew", "weight") if k in case.options]
     mixture = (*mixtures, 0.5)[0]

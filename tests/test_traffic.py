@@ -50,7 +50,7 @@ LAYOUTS = {  # of the input that is trained, and of the others
 
 @pytest.fixture
 def poisoned():
-    """What is allocated holds NaN until it is written."""
+    """Let what is allocated hold NaN until it is written."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield

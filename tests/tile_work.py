@@ -1,4 +1,4 @@
-"""What kernels that walk over points or tiles do in a trip: their bytes do not tell, as a sweep's.
+"""The work of kernels that walk over points or tiles in a trip, which their bytes do not tell.
 
 Of relations each thread has some pairs of its program's tile, whose parts it loads for itself. A
 trip handles one point of every pair (of `squares`: DEPTH features). Of similarities a trip handles
@@ -15,7 +15,7 @@ SIDE = TILE.value
 
 
 class Work(NamedTuple):
-    """Of one launch."""
+    """The work of one launch."""
 
     per_trip: float  # pairs and points that a program handles in a trip
     trips: float  # of all programs together
@@ -25,7 +25,7 @@ class Work(NamedTuple):
 
 
 def upper(tiles: int) -> float:
-    """Programs that do not leave their work to the one above the diagonal."""
+    """Return the number of programs that do not leave their work to the one above the diagonal."""
     return tiles * (tiles + 1) / 2
 
 

@@ -30,18 +30,17 @@ _MOST = 1e30  # weights over a larger number may be flushed to 0
 
 
 class _Slopes(NamedTuple):
-    """A loss and its slopes in S, which are those of `matrix` times `factors`."""
+    """A loss and its slopes in S."""
 
     loss: Tensor
     matrix: Tensor  # [n, M]; G + Gᵀ where the queries are the keys
-    factors: Tensor | None  # [n], of the rows
     of_logits: Tensor | None  # [n], the gradient in the positive logits
 
 
 def value_and_gradients(
     problem: Pairs, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Gradients] | None:
-    """Return the loss and its gradients, or None if this is no way to solve the problem."""
+    """Return the loss and its gradients; None if the chunks must solve the problem."""
     query, key, bank = problem.query, problem.key, problem.bank
     n_pairs = query.shape[0] * sum(
         x.shape[0] for x in (query if key is None else key, bank) if x is not None
@@ -49,7 +48,7 @@ def value_and_gradients(
     if not query.is_cpu or not 0 < n_pairs <= _chunks.most_elements(query, 1 << 22, 0):
         return None
     scale = problem.scale.item()
-    # a product with 0, or with what is no number, loses NaN and infinities
+    # a factor of 0 would hide NaN and infinities, because BLAS does not multiply by it
     if not scale or not math.isfinite(scale):
         return None
     normalize = problem.normalize
@@ -59,27 +58,21 @@ def value_and_gradients(
     slopes_of = _softplus_of_pairs if problem.form == "pairs" else _log_sum_exps
     if problem.classes is not None:
         slopes_of = _with_classes
-    found = slopes_of(problem, q, keys, scale, needs_grad)
-    if found is None or not math.isfinite(found.loss.item()):
+    slopes = slopes_of(problem, q, keys, scale, needs_grad)
+    if slopes is None or not math.isfinite(slopes.loss.item()):
         return None
-    loss, g, factors, of_logits = found
-    if factors is not None and g.shape[1] <= 2 * q.shape[1]:  # fewer numbers than both embeddings
-        g.mul_(factors.unsqueeze(1))
-        factors = None
+    loss, g, of_logits = slopes
     needs_query, needs_key, needs_scale, needs_logits = needs_grad
     in_query = in_key = in_scale = None
     if needs_query or needs_scale:
-        # with a factor of 0 the first tensor is not read
+        # the first tensor is not read, because beta is 0
         in_query = torch.addmm(q, g, keys, beta=0, alpha=scale)
-        if factors is not None:
-            in_query.mul_(factors.unsqueeze(1))
         if needs_scale:  # in G + Gᵀ each pair counts twice
             in_scale = torch.linalg.vecdot(in_query, q).sum()
             in_scale.mul_((0.5 if key is None else 1) / scale)
         in_query = of_lengths(in_query, q, q_lengths) if needs_query else None
     if needs_key:
-        of_rows = q if factors is None else q * factors.unsqueeze(1)
-        in_key = torch.addmm(k, g[:, : k.shape[0]].T, of_rows, beta=0, alpha=scale)
+        in_key = torch.addmm(k, g[:, : k.shape[0]].T, q, beta=0, alpha=scale)
         in_key = of_lengths(in_key, k, k_lengths)
     return loss, (in_query, in_key, in_scale, of_logits if needs_logits else None)
 
@@ -146,9 +139,8 @@ def _log_sum_exps(
     if not is_in_range:
         return None
     if not any(needs_grad):
-        return _Slopes(loss, s, None, None)
+        return _Slopes(loss, s, None)
 
-    factors = None
     if key_weights is not None:
         of_columns = v * column_sums
         if given is not None:
@@ -157,19 +149,17 @@ def _log_sum_exps(
         if v.shape[0] < keys.shape[0]:
             v = torch.cat((v, v.new_zeros(keys.shape[0] - v.shape[0])))
         s.mul_(u.unsqueeze(1) + v)
-    elif of_kind:
+    else:
         slopes = u * sums
-        s.mul_(u.unsqueeze(1) + u)
-    else:  # the rows of S remain to be multiplied by u
-        factors, slopes = u, sums if given is None else u * sums
+        s.mul_(u.unsqueeze(1) + u if of_kind else u.unsqueeze(1))
     if given is not None:
-        return _Slopes(loss, s, factors, slopes.neg_())
+        return _Slopes(loss, s, slopes.neg_())
     assert pairs is not None
     if of_kind:  # (i, j) and (j, i) are one pair
         pairs.sub_(slopes.view(2, -1).sum(0))
     else:
         torch.neg(slopes, out=pairs)
-    return _Slopes(loss, s, factors, None)
+    return _Slopes(loss, s, None)
 
 
 def _powers(logits: Tensor, shift: Tensor | None) -> Tensor:
@@ -218,7 +208,7 @@ def _with_classes(
             s.mul_(u.unsqueeze(1) + u).addcmul_(alike, r.unsqueeze(1), value=-2)
         else:
             s.mul_(u.unsqueeze(1)).addcmul_(alike, r, value=-1)
-    return _Slopes(loss, s, None, None)
+    return _Slopes(loss, s, None)
 
 
 def _softplus_of_pairs(
@@ -240,6 +230,7 @@ def _softplus_of_pairs(
         e.div_(torch.add(e, 1, out=scratch))
         if own is not None:
             own.neg_()
+        e.mul_(weights.unsqueeze(1))
         if needs_grad[3]:
-            of_logits = e.sum(1).mul_(weights).neg_()
-    return _Slopes(loss, e, weights, of_logits)
+            of_logits = e.sum(1).neg_()
+    return _Slopes(loss, e, of_logits)

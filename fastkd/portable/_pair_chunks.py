@@ -131,14 +131,14 @@ class PairChunks:
         """Return views of the positive pairs of these rows: (rows of the chunk, a diagonal)."""
         if not self.two_views:
             return self._own_pairs(rows, part)
-        n, found = len(self.q), []
+        n, views = len(self.q), []
         for low, high, shift in ((0, n // 2, n // 2), (n // 2, n, -(n // 2))):
             low, high = max(rows.start, low), min(rows.stop, high)
             if low < high:
                 place = self.first + low + shift
                 some = slice(low - rows.start, high - rows.start)
-                found.append((some, part[some, place : place + high - low].diagonal()))
-        return found
+                views.append((some, part[some, place : place + high - low].diagonal()))
+        return views
 
     def _own_pairs(self, rows: slice, part: Tensor) -> list[tuple[slice, Tensor]]:
         if self.first < 0:
@@ -287,7 +287,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def lowest(like: Tensor) -> float:
-    """Return a finite number for the maximum of nothing, since −∞ − (−∞) would be NaN."""
+    """Return a finite number for the maximum of masked rows, since −∞ − (−∞) would be NaN."""
     return torch.finfo(like.dtype).min
 
 

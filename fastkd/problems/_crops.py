@@ -65,7 +65,7 @@ def against_means(
     teacher_temperature: Number,
     skip_same_view: bool,
 ) -> Tensor:
-    """Solve Σ_t H(p_t, q) as n H(mean p_t, q), which reads a crop of the student once, not n times."""
+    """Solve Σ_t H(p_t, q) as n H(mean p_t, q), which reads a student's crop once, not n times."""
     teacher = constant(teacher)
     dtype = compute_dtype(*tensors_of(student), teacher)
     p = teacher.to(dtype)

@@ -1,8 +1,7 @@
 """Queries against keys: losses of their similarities, without storing the matrix of them.
 
 `Pairs` is the problem of the contrastive losses, `SoftPairs` that of similarities against a
-teacher's; the mathematics that the engines share follows. `contrasts.py` states the losses as these
-problems.
+teacher's; the mathematics that the engines share follows. `_contrasts.py` states the losses.
 """
 
 from __future__ import annotations
@@ -200,8 +199,9 @@ def with_positives(solve_negatives: Solve) -> Solve:
             odds = positive - problem.positive_logits.to(scale.dtype)
             weights = problem.weights.to(scale.dtype)
             loss = loss + F.softplus(-odds, threshold=LINEAR) @ weights
-            slopes: Tensor | None = torch.sigmoid(-odds) * -weights
-            of_logits = None if gradients[3] is None else gradients[3].sub(slopes)
+            of_pairs = torch.sigmoid(-odds) * -weights
+            slopes: Tensor | None = of_pairs
+            of_logits = None if gradients[3] is None else gradients[3] - of_pairs
         else:
             given = problem._replace(
                 positive_logits=positive,

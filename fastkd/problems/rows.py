@@ -65,7 +65,8 @@ def check(
     """Raise an error for logits that do not fit together and options out of range."""
     _checks.logits(student, teacher)
     _checks.temperature(temperature)
-    _checks.fraction(**fraction)
+    if fraction:
+        _checks.fraction(**fraction)
 
 
 def check_kd(

@@ -11,7 +11,7 @@ follows. Per element of S a chunk costs 4 bytes written and, for each kernel and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class Chunks:
         normalize: bool = True,
         half: str,
         weights: Tensor | None = None,
-        needs_grad: tuple[bool, ...] = (False, False, False),
+        needs_grad: Sequence[bool] = (False, False, False),
     ) -> None:
         self.scale, self.first, self.two_views = scale.to(query.dtype), first, two_views
         self.is_one_matrix = key is None
@@ -269,7 +269,7 @@ class Chunks:
 
 
 def pairs_by_chunks(
-    problem: Pairs, needs_grad: tuple[bool, ...]
+    problem: Pairs, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Return the loss and its gradients in query, key, scale and positive_logits."""
     chunks = Chunks(
@@ -288,6 +288,7 @@ def pairs_by_chunks(
 
 def _sum_of_pairs(problem: Pairs, chunks: Chunks) -> tuple[Tensor, Tensor]:
     """Return Σ_i w_i Σ_j softplus(S_ij − a_i), and its gradient in a."""
+    assert problem.positive_logits is not None
     dtype = problem.query.dtype
     positive_logits, weights = problem.positive_logits.to(dtype), problem.weights.to(dtype)
     losses, slopes = torch.zeros_like(weights), torch.zeros_like(weights)
@@ -343,7 +344,7 @@ def _log_sum_exps_of_both(problem: Pairs, chunks: Chunks) -> tuple[Tensor, Tenso
 
 
 def soft_pairs_by_chunks(
-    problem: SoftPairs, needs_grad: tuple[bool, ...]
+    problem: SoftPairs, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Return Σ_i KL_i and its gradients in query, key and scale."""
     student = Chunks(*problem[:3], first=problem.first, half=problem.half, needs_grad=needs_grad)

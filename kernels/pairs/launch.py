@@ -15,10 +15,10 @@ other problems go by chunks through cuBLAS.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -45,25 +45,23 @@ from fastkd.kernels.pairs.tiling import (
     tilings_of_two,
 )
 from fastkd.kernels.tiles import LN2, LOG2E
-from fastkd.problems.contrasts import cosines
 from fastkd.problems.pairs import (
     HEADROOM,
-    LINEAR,
+    Gradients,
     Pairs,
     SoftPairs,
     column_penalty,
-    means_over_classes,
     over_ranks,
     own_columns,
     penalty,
+    with_positives,
 )
 
 _LANES = 128
-Gradients = tuple[Tensor | None, ...]
 
 
 def value_and_gradients(
-    problem: Pairs | SoftPairs, needs_grad: tuple[bool, ...]
+    problem: Pairs | SoftPairs, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Gradients]:
     """Return the loss of these queries, 0-dim, and its gradients in the trained fields.
 
@@ -75,60 +73,8 @@ def value_and_gradients(
         return _solve_pairs(problem, needs_grad)
 
 
-def _solve_pairs(problem: Pairs, needs_grad: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
-    """Solve a problem whose positive logits are given, or similarities that tiles mask."""
-    if problem.classes is not None and problem.positive_logits is None:
-        problem = problem._replace(positive_logits=means_over_classes(problem))
-    if problem.form == "pairs":
-        return _solve_with_positives(problem, needs_grad)
-    if problem.positive_logits is None:
-        return _solve_with_positives(problem, needs_grad)
-    return _solve_negatives(problem, needs_grad)
-
-
-def _solve_with_positives(problem: Pairs, needs_grad: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
-    """Solve a problem with similarities s to the positive keys, which PyTorch differentiates."""
-    trained = problem.query, problem.key, problem.scale
-    query, key, scale = (
-        None if x is None else x.detach().requires_grad_(needed)
-        for x, needed in zip(trained, needs_grad[:3], strict=True)
-    )
-    with torch.enable_grad():
-        positives = _positive_similarities(problem._replace(query=query, key=key, scale=scale))
-    s, weights = positives.detach(), problem.weights.to(problem.query.dtype)
-    if problem.form == "pairs":
-        loss, gradients = _solve_negatives(problem, needs_grad)
-        odds = problem.positive_logits.to(s.dtype) - s
-        loss = loss + F.softplus(odds, threshold=LINEAR) @ weights
-        of_s = odds.sigmoid().mul_(weights).neg_()
-        of_logits = gradients[3]
-        if of_logits is not None:
-            of_logits = of_logits - of_s
-    else:
-        columns = None if problem.key_weights is None else s
-        given = problem._replace(positive_logits=s, key_positive_logits=columns)
-        loss, gradients = _solve_negatives(given, (*needs_grad[:3], any(needs_grad)))
-        of_s, of_logits = gradients[3], None
-    leaves = [x for x in (query, key, scale) if x is not None and x.requires_grad]
-    if not leaves:
-        return loss, (None, None, None, of_logits)
-    of_positives = iter(torch.autograd.grad(positives, leaves, of_s))
-    sums = [None if x is None else x.add_(next(of_positives)) for x in gradients[:3]]
-    return loss, (*sums, of_logits)
-
-
-def _positive_similarities(problem: Pairs) -> Tensor:
-    """Return the similarity of each query to its positive key, [n]."""
-    keys = problem.query if problem.key is None else problem.key
-    keys = keys[own_columns(problem)]
-    if problem.two_views:
-        keys = keys.roll(len(keys) // 2, 0)
-    x = problem.query
-    return (cosines(x, keys) if problem.normalize else (x * keys).sum(1)) * problem.scale
-
-
-def _solve_negatives(problem: Pairs, needs_grad: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
-    """Solve a problem with given positive logits; "pairs" without its term of positive keys."""
+@with_positives
+def _solve_pairs(problem: Pairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gradients]:
     query, key = problem.query, problem.key
     tiles = tiling(query, problem.half, query.dtype)
     if tiles is None or not query.numel() or not (key is None or key.numel()):
@@ -136,7 +82,7 @@ def _solve_negatives(problem: Pairs, needs_grad: tuple[bool, ...]) -> tuple[Tens
     return _Sweeps(problem, tiles, needs_grad).value_and_gradients()
 
 
-def _solve_soft_pairs(problem: SoftPairs, needs_grad: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
+def _solve_soft_pairs(problem: SoftPairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gradients]:
     query, teacher = problem.query, problem.teacher_query
     tiles = tilings_of_two(
         query,
@@ -152,7 +98,7 @@ def _solve_soft_pairs(problem: SoftPairs, needs_grad: tuple[bool, ...]) -> tuple
 class _Sweeps:
     """The sweeps over the tiles of `Pairs`."""
 
-    def __init__(self, problem: Pairs, tiles: Tiling, needs_grad: tuple[bool, ...]) -> None:
+    def __init__(self, problem: Pairs, tiles: Tiling, needs_grad: Sequence[bool]) -> None:
         self.problem, self.tiles, self.needs_grad = problem, tiles, needs_grad
         dtype = problem.query.dtype
         self.scale = problem.scale.to(dtype)
@@ -244,6 +190,7 @@ class _Sweeps:
     def _pairs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return the same of Σ_i w_i Σ_j softplus(S_ij − a_i)."""
         problem, x = self.problem, self.x
+        assert problem.positive_logits is not None
         dtype = problem.query.dtype
         positive_logits = x.pad(problem.positive_logits.to(dtype) * LOG2E.value)
         weights = problem.weights.to(dtype)
@@ -353,7 +300,7 @@ class _SoftSweeps:
     """The sweeps over the tiles of `SoftPairs`; names that end in _t are the teacher's."""
 
     def __init__(
-        self, problem: SoftPairs, tiles: tuple[Tiling, Tiling], needs_grad: tuple[bool, ...]
+        self, problem: SoftPairs, tiles: tuple[Tiling, Tiling], needs_grad: Sequence[bool]
     ) -> None:
         self.problem, self.needs_grad = problem, needs_grad
         self.tiles, tiles_t = tiles

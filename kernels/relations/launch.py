@@ -23,6 +23,7 @@ a tile of 32² edges, 1 B an edge in float32, from the cache; an edge's slope is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ _LEAST_BETA = {torch.float32: 1e-12, torch.float64: 1e-30}  # below all that rou
 
 
 def value_and_gradients(
-    problem: Relations, needs_grad: tuple[bool, ...]
+    problem: Relations, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, tuple[Tensor | None]]:
     """Launch the kernels; return the local rows' share of the loss and the gradient in them."""
     (with_slopes,), is_part = needs_grad, problem.whole_student is not None
@@ -154,8 +155,9 @@ def _numbers(problem: Relations) -> _Numbers:
     numbers = problem.distance_weight, problem.angle_weight, beta
     # by pointer in float64 too, because a Python float reaches a kernel as float32
     if dtype == torch.float64 or any(isinstance(x, Tensor) for x in numbers):
-        return _Numbers(*(_on_device(x, problem.teacher.device) for x in numbers), True)
-    return _Numbers(*map(float, numbers), False)
+        a, b, c = [_on_device(x, problem.teacher.device) for x in numbers]
+        return _Numbers(a, b, c, on_device=True)
+    return _Numbers(float(numbers[0]), float(numbers[1]), float(numbers[2]), on_device=False)
 
 
 def _on_device(number: Number, device: torch.device) -> Tensor:

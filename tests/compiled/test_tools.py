@@ -12,7 +12,7 @@ from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 import fastkd
-from fastkd.kernels import divergence as kernels
+from fastkd.kernels.rows import launch as kernels
 
 BEFORE_3_5 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5)
 

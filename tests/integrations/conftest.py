@@ -49,7 +49,7 @@ def tiny_llama():
 
 @pytest.fixture
 def trainer_options(tmp_path):
-    """What the trainers of transformers and TRL are given."""
+    """Return what the trainers of transformers and TRL are given."""
     return dict(
         output_dir=tmp_path,
         max_steps=12,

@@ -45,7 +45,7 @@ class Expression(Distillation):
 
 
 def sentences(n, length=12):
-    """Sentences of 3 to `length` tokens, padded: a mean of means would weigh the tokens wrongly."""
+    """Return sentences of 3 to `length` tokens: a mean of means would weight tokens wrongly."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, 32, (n, length), generator=generator)
     lengths = torch.randint(3, length + 1, (n, 1), generator=generator)

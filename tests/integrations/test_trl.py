@@ -53,7 +53,7 @@ def tokenizer():
 
 
 def chats(n):
-    """Prompts and answers of different lengths, so that masks and divisors matter."""
+    """Return prompts and answers of different lengths, so that masks and divisors matter."""
     rng = random.Random(0)
 
     def words():

@@ -1,0 +1,278 @@
+"""Particulars of compiled kernels, where they are launched; the rest is in the budgets."""
+
+import pytest
+import torch
+from budgets import TARGETS, VERSION
+from choice import full, quick_if
+from counts import FUSED, compiled, resources
+from gate import DEVICES, capture
+from sass import analyse, complaints
+from tile_work import work_of
+
+import fastkd
+from fastkd.kernels.pairs import chunks, tiling
+from fastkd.kernels.relations import launch as relations
+from fastkd.kernels.relations.tiles import TILE
+from fastkd.problems.relations import Relations
+
+HAS_LINKER = tuple(map(int, VERSION.split("."))) >= (3, 5)  # which gfx942 needs
+LONG, ODD = (4096, 128256), (4096, 151669)
+MIB = 1 << 20
+
+
+def launches(loss, shape, dtype=torch.bfloat16, target="sm_90", backward=True, teacher_dtype=None):
+    student = torch.empty(shape, dtype=dtype, device="meta", requires_grad=backward)
+    teacher = torch.empty(shape, dtype=teacher_dtype or dtype, device="meta")
+    labels = [torch.empty(shape[:-1], dtype=torch.int64, device="meta")] if loss == "kd" else []
+    options = dict(temperature=2.0) if hasattr(fastkd, loss) and "similarity" not in loss else {}
+    with capture(target) as found, fastkd.backend("triton"):
+        result = getattr(fastkd, loss)(student, teacher, *labels, **options)
+        if backward:
+            torch.autograd.grad(result, student)
+    return found
+
+
+def the(name):
+    (found,) = (case for case in FUSED if case.name == name)
+    return found
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+def wide_loops(launch):
+    """Return the innermost loops that sweep over a row."""
+    return [loop for loop in analyse(launch).loops if loop["LDG.128"]]
+
+
+@pytest.mark.parametrize("loss, sweeps", [("forward_kl", 1), ("jensen_shannon", 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=full)])
+def test_threads_sweep_over_long_rows_on_their_own(loss, sweeps, dtype):
+    (launch,) = launches(loss, LONG, dtype, backward=False)
+    loops = wide_loops(launch)
+    assert len(loops) == sweeps
+    assert not any(loop["barriers"] or loop["shuffles"] for loop in loops)
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", "jensen_shannon", "kd"])
+@pytest.mark.parametrize("shape", [ODD, (4096, 50257)])
+@quick_if(lambda loss, shape: loss == "forward_kl" and shape == ODD)
+def test_rows_off_the_boundary_are_read_in_vectors(loss, shape):
+    statistics, gradient = launches(loss, shape)
+    for loop in wide_loops(statistics):
+        assert loop["load_bytes"] == 16 * loop["LDG.128"]
+    assert len(wide_loops(statistics)) == len(analyse(statistics).loops)
+    assert not complaints(gradient)
+    assert analyse(gradient).outside["STG.128"]
+
+
+@pytest.mark.parametrize("target", DEVICES)
+@quick_if(lambda target: target == "sm_90")
+def test_as_many_programs_as_fill_the_device(target):
+    if target == "gfx942" and not HAS_LINKER:
+        pytest.skip("needs an external ld.lld before triton 3.5")
+    (split, *_) = launches("forward_kl", (2, 262144), target=target, backward=False)
+    assert split.grid[1] == 32  # columns / 8192, fewer than two programs a multiprocessor
+    (whole, *_) = launches("forward_kl", (512, 262144), target=target, backward=False)
+    assert whole.grid == (512, 1, 1)
+    (many,) = launches("forward_kl", (1 << 20, 10), torch.float32, target, backward=False)
+    (few,) = launches("forward_kl", (128, 10), torch.float32, target, backward=False)
+    if target == "sm_90":  # small rows share programs
+        assert (many.grid, few.grid) == ((4096, 1, 1), (128, 1, 1))
+
+
+@full
+def test_mixed_dtypes_keep_wide_loads_and_float64_is_float64():
+    statistics, gradient = launches("forward_kl", LONG, teacher_dtype=torch.float32)
+    (loop,) = wide_loops(statistics)
+    assert loop["LDG.128"] == 3  # one of bfloat16, two of float32
+    assert not complaints(gradient)
+    for shape in (LONG, (256, 1000)):
+        for launch in launches("jensen_shannon", shape, torch.float64):
+            assert analyse(launch).total["fp64"]
+
+
+def test_where_a_tensor_lies_compiles_nothing_anew():
+    """An allocator gives any multiple of 512 bytes; a step of a training must not wait for that."""
+    room = torch.empty(4096 * 8192 + 1024, dtype=torch.bfloat16, device="meta")
+    with capture("sm_90") as found, fastkd.backend("triton"):
+        for start in (0, 256, 512, 1024):
+            student = room[start : start + 4096 * 8192].view(4096, 8192)
+            fastkd.forward_kl(student, torch.empty_like(student))
+    assert len({id(launch.kernel) for launch in found}) == 1
+
+
+# ------------------------------------------------------------------------------------------ pairs
+
+PAIRS = [case for case in FUSED if case.problem == "pairs"]
+MOST_PRODUCTS = {"info_nce": 4, "clip_contrastive": 5, "siglip": 4, "nt_xent": 3, "sup_con": 3}
+MOST_PRODUCTS["similarity_kl"] = 3 + 2  # of the student and of the teacher, which is as wide
+MOST_LAUNCHES = {"clip_contrastive": 4}  # columns have sums of their own, and their sums an end
+# what reads a chunk: its log-sum-exps or divergences or pairs, columns, slopes
+SWEEPS = dict(info_nce=2, clip_contrastive=3, siglip=1, nt_xent=2, sup_con=2, similarity_kl=2)
+each_pair = pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.name)
+
+
+@each_pair
+@pytest.mark.parametrize("shape", [(4096, 64), (32768, 256), (1024, 128)], ids=str)
+@quick_if(lambda case, shape: shape == (4096, 64))
+def test_products_launches_and_memory(case, shape):
+    """Tensor cores make the products: whole warp groups on Hopper, in loss and gradient."""
+    run, (n, width) = compiled(case, shape, torch.bfloat16, "sm_90"), shape
+    works = [work_of(launch) for launch in run.launches]
+    flops = sum(work.flops for work in works if work)
+    assert flops / (2 * n**2 * width) == MOST_PRODUCTS[case.name]
+    assert len(run.launches) == MOST_LAUNCHES.get(case.name, 2)
+    # rows of float32 numbers for both sides, and what programs leave of columns and of shares
+    of_programs = 2 * 4 * 132 * n + 2 * 4 * 132 * 64 * width
+    assert run.peak_bytes <= 12 * 4 * n * width + of_programs + MIB
+    assert n < 32768 or run.peak_bytes < 4 * n**2 / 8
+    swept = [analyse(launch) for launch in run.launches if work_of(launch)]
+    assert len(swept) >= 2
+    for report in swept:
+        walks = [loop for loop in report.loops if loop["tensor"]]
+        assert walks and all(loop["HGMMA"] == loop["tensor"] for loop in walks)
+
+
+@full
+@each_pair
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_float32_where_it_may_be_rounded(case, target, monkeypatch):
+    monkeypatch.setattr(tiling, "_may_be_rounded", lambda nvidia: nvidia)
+    for shape in ((8192, 128), (1024, 64)):
+        found = compiled(case, shape, torch.float32, target).launches
+        assert len(found) == MOST_LAUNCHES.get(case.name, 2)
+        for launch in found:
+            assert not analyse(launch).spills
+            assert analyse(launch).total["tensor"] or not work_of(launch)
+
+
+@full
+@pytest.mark.parametrize("teacher_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_two_networks_of_any_precision(dtype, teacher_dtype, monkeypatch):
+    monkeypatch.setattr(tiling, "_may_be_rounded", lambda nvidia: nvidia)
+    found = launches("similarity_kl", (8192, 128), dtype, teacher_dtype=teacher_dtype)
+    assert len(found) == 2
+    for launch in found:
+        assert not analyse(launch).spills and analyse(launch).total["HGMMA"]
+
+
+@each_pair
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("halves", [False, True])
+@quick_if(lambda case, target, halves: (case.name, target) == ("info_nce", "sm_90"))
+def test_what_goes_through_cublas(case, target, halves, monkeypatch):
+    """Wide embeddings, and float32 that is not to be rounded: 16 bytes at a time, no spills."""
+    if target == "gfx942" and (halves or not HAS_LINKER):
+        pytest.skip("multiplies no halves, and needs an external linker before triton 3.5")
+    if halves:  # cuBLAS multiplies them, but on a device only
+        monkeypatch.setattr(chunks, "multiplies_halves", lambda rows, half: bool(half))
+        monkeypatch.setattr(chunks, "_product", lambda a, b, out: out)
+    size = ((1024, 512), torch.bfloat16) if halves else ((1000, 64), torch.float32)
+    run = compiled(case, *size, target)
+    assert len(run.launches) == SWEEPS[case.name]
+    for launch in run.launches:
+        assert not resources(launch, 1)["spills"]
+        if target != "gfx942":
+            counts = analyse(launch).main
+            assert counts["LDG.128"]
+            assert counts["instructions"] <= 64 * 16  # for the 16 pairs of a thread
+
+
+@full
+@pytest.mark.parametrize("width", [1, 17, 100, 200])
+def test_pairs_of_any_width(width):
+    run = compiled(the("info_nce"), (1000, width), torch.bfloat16, "sm_90")
+    assert len(run.launches) == 2
+
+
+# -------------------------------------------------------------------------------------- relations
+
+SIZES = [(256, 512), (64, 128), (1024, 512), (2048, 1024)]
+RELATIONS = ["rkd", "rkd_angle", "rkd_distance"]
+
+
+@pytest.mark.parametrize("name", RELATIONS)
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@quick_if(lambda name, shape, dtype: (name, shape[0], dtype) == ("rkd", 256, torch.bfloat16))
+def test_instructions_of_each_pair_and_third_point_launches_and_memory(name, shape, dtype):
+    """The last launch is followed by the product with the upstream, which is PyTorch's."""
+    run, (n, width) = compiled(the(name), shape, dtype, "sm_90"), shape
+    kernels = ["squares", "distances", "edges", "sum_splits", "laplacian"]
+    missing = dict(rkd_angle="distances", rkd_distance="edges").get(name)
+    assert [x.name for x in run.launches] == [x for x in kernels if x != missing]
+    most = 8 * 4 * n * n if n >= 1024 else 12 * MIB
+    if dtype == torch.float32:
+        assert run.forward_bytes <= most and run.peak_bytes <= most + 4 * n * width
+    forward = launches(name, shape, dtype, backward=False) if name == "rkd" else []
+    if forward:
+        assert [x.name for x in forward] == kernels[:-1]
+    for found, instructions in ((run.launches, 36), (forward, 14)):
+        for launch in (x for x in found if x.name == "edges"):
+            report = analyse(launch)
+            loop = max(report.loops, key=lambda loop: loop["load_bytes"])
+            n_pairs = TILE.value**2 / (32 * report.warps)
+            assert loop["instructions"] / n_pairs <= instructions
+            assert not any(loop.get(x) for x in ("BAR", "LDS", "STS", "SHFL", "barriers", "MUFU"))
+
+
+def relations_of(n, parts, precision, dtype, is_part):
+    student = torch.empty(n, 96, dtype=dtype, device="meta")
+    mine, whole = (student[: n // 2], student) if is_part else (student, None)
+    return Relations(mine, student, whole, 25.0, 50.0, 1.0, parts, precision, 0)
+
+
+@full
+@pytest.mark.parametrize("target", DEVICES)
+@pytest.mark.parametrize("parts", ["distance", "angle", "both"])
+@pytest.mark.parametrize("is_part", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_way_compiles_without_spills(target, parts, is_part, dtype):
+    for n in (64, 1024):
+        for needs_grad in (True, False):
+            problem = relations_of(n, parts, "default", dtype, is_part)
+            with capture(target) as found:
+                relations.value_and_gradients(problem, (needs_grad,))
+            for launch in found:
+                counts = resources(launch, 4)
+                if "warps_per_sm" not in counts:
+                    assert not counts["spills"], launch.name
+                elif dtype == torch.float32:
+                    assert not counts["spills"], launch.name
+                    assert counts["warps_per_sm"] >= 16
+                    assert not analyse(launch).total["fp64"]
+                else:  # its divisions are calls, around which registers are saved
+                    assert not any(x["LDL"] + x["STL"] for x in analyse(launch).loops), launch.name
+
+
+@full
+def test_high_precision_is_float64_throughout():
+    with capture("sm_90") as found:
+        problem = relations_of(64, "both", "high", torch.bfloat16, False)
+        relations.value_and_gradients(problem, (True,))
+    for launch in found:
+        assert analyse(launch).total["fp64"], launch.name
+
+
+def test_numbers_that_vary_compile_nothing_anew():
+    found = set()
+    for n, beta, weight in ((128, 1.0, 25.0), (128, 0.3, 2.0), (77, 0.3, 2.0), (500, 0.3, 2.0)):
+        student = torch.empty(n, 96, device="meta", requires_grad=True)
+        with capture("sm_90") as launched, fastkd.backend("triton"):
+            fastkd.rkd(student, student.detach(), distance_weight=weight, smooth_l1_beta=beta)
+        found.add(tuple(launch.asm["cubin"] for launch in launched))
+    assert len(found) == 1
+
+
+def test_the_work_of_a_launch():
+    """Every pair of different examples and itself meets every third once."""
+    run = compiled(the("rkd"), (256, 512), torch.bfloat16, "sm_90")
+    squares, _, edges, sum_splits, laplacian = map(work_of, run.launches)
+    pairs = 36 * 32 * 32  # tiles on and above the diagonal
+    assert edges.trips * edges.per_trip == pairs * 256
+    assert squares.trips * squares.per_trip == 2 * pairs * 512
+    assert laplacian.trips * laplacian.per_trip == 256 * 256 * 512
+    n_splits = run.launches[2].grid[2]
+    assert sum_splits.trips * sum_splits.per_trip == 256 * 256 * (n_splits - 1)
