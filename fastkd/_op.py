@@ -273,6 +273,8 @@ def _scaled(gradient: Tensor | None, upstream: Tensor, field: Tensor | None) -> 
         return gradient
     if upstream.ndim:
         upstream = upstream[(..., *[None] * (gradient.ndim - upstream.ndim))]
+    if gradient.dtype == field.dtype:
+        return gradient * upstream
     if torch.compiler.is_compiling() or type(gradient) is not Tensor:
         return (gradient * upstream).to(field.dtype)
     # one pass over memory multiplies and rounds

@@ -1,9 +1,7 @@
 """Solve `Rows` in PyTorch, for any device: divergences between softmax rows.
 
 Every D = Σ d(log p, log q) has ∂D/∂student = (h − q Σ h) / T with h = ∂d/∂log q, known up to a
-multiple of q: a divergence is a value and a slope. All is in log2 units and relative to the row's
-maximum, as in the kernels: one exp2 gives both e and, with its sum Z, the softmax, for less than
-PyTorch's exp or log_softmax take.
+multiple of q: a divergence is a value and a slope, which `_row_terms` has.
 
 Rows are taken in chunks that stay in the cache. Where one chunk holds all of them, the forward
 makes value and slope at once and keeps the gradient. Otherwise the backward computes the softmaxes
@@ -12,27 +10,24 @@ again, which costs less in the cache than a tensor of the logits' size costs in 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd._op import Number, compute_dtype
+from fastkd._op import compute_dtype
 from fastkd.portable._chunks import for_each, most_elements
+from fastkd.portable._row_terms import N_SCRATCH, Scratch, cross_entropy, softmax, terms_of
 from fastkd.problems.rows import Rows
 
 _ON_CPU, _ELSEWHERE = 1 << 18, 1 << 23  # elements of a chunk
-_LN2 = math.log(2)
-_N_SCRATCH = 6  # buffers of a chunk: d and e of both networks, and two for a divergence
-_NO_SCRATCH = (None,) * _N_SCRATCH
+_NO_SCRATCH = (None,) * N_SCRATCH
 _N_STATISTICS = 4  # −pivot and Z of the student, and of the teacher
 
 _NUMBERS = ("student_temperature", "teacher_temperature", "weight", "scale")
 
 Losses = tuple[Tensor, Tensor | None]  # the second one where there are labels
-Scratch = Sequence[Tensor | None]
 
 
 def n_statistics(problem: Rows) -> int:
@@ -57,9 +52,9 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teacher = chunks
         if labels is not None and cross_entropies is not None:
-            q = _softmax(z, 1.0, losses.dtype, scratch)
-            cross_entropies.view(-1, 1)[rows] = _cross_entropy(q, labels[rows])
-        known, terms = _terms(problem, z, z_teacher, scratch)
+            q = softmax(z, 1.0, losses.dtype, scratch)
+            cross_entropies.view(-1, 1)[rows] = cross_entropy(q, labels[rows])
+        known, terms = terms_of(problem, z, z_teacher, scratch)
         if known:
             torch.cat(known, 1, out=table[rows])
         losses.view(-1, 1)[rows] = terms.value(problem.scale)
@@ -122,19 +117,19 @@ def _losses_and_slopes(problem: Rows) -> tuple[Losses, tuple[Tensor, Tensor | No
     dtype, rows = compute_dtype(z, z_teacher), student.shape[:-1]
     cross_entropies = ce_slopes = None
     if labels is not None:
-        q = _softmax(z, 1.0, dtype, _NO_SCRATCH)
+        q = softmax(z, 1.0, dtype, _NO_SCRATCH)
         masked = labels < 0
         # elsewhere than on a CPU a look at the labels would be a host sync
         is_complete = z.is_cpu and not masked.any()
         classes = labels if is_complete else labels.clamp(min=0)
-        of_rows = _cross_entropy(q, classes)
+        of_rows = cross_entropy(q, classes)
         ce_slopes = q.e.div_(q.total)
         ce_slopes.scatter_add_(1, classes, torch.full_like(q.total, -1))
         if not is_complete:
             of_rows.masked_fill_(masked, 0)
             ce_slopes.masked_fill_(masked, 0)
         cross_entropies, ce_slopes = of_rows.view(rows), ce_slopes.view(student.shape)
-    _, terms = _terms(problem, z, z_teacher, _NO_SCRATCH)
+    _, terms = terms_of(problem, z, z_teacher, _NO_SCRATCH)
     losses, slopes = terms.value(problem.scale), terms.spare
     terms.slope(slopes, problem.scale / problem.student_temperature)
     if problem.row_mask is not None:
@@ -173,12 +168,12 @@ def _fill(
         if factors is None:
             slope.zero_()
         else:
-            _, terms = _terms(problem, z, z_teacher, scratch, table[rows].unbind(1))
+            _, terms = terms_of(problem, z, z_teacher, scratch, table[rows].unbind(1))
             terms.slope(slope, factors[rows] * unit)
             _select(slope, factors[rows])
         if ce_factors is not None and labels is not None:
             factor = ce_factors[rows]
-            q = _softmax(z, 1.0, dtype, scratch)
+            q = softmax(z, 1.0, dtype, scratch)
             slope.add_(_select(q.e.mul_(factor / q.total), factor))
             slope.scatter_add_(1, labels[rows].clamp(min=0), -factor)
         if in_scratch:
@@ -265,7 +260,7 @@ def _for_chunks(work: Callable[[slice, list[Tensor], Scratch], None], *tensors: 
         blocks = [x.reshape(1, -1, n_cols) for x in blocks]
     n_blocks, inner, _ = blocks[0].shape
     size = min(inner, max(1, most // n_cols))
-    shape = _N_SCRATCH, size, n_cols
+    shape = N_SCRATCH, size, n_cols
     scratch = student.new_empty(shape, dtype=compute_dtype(student, teacher))
 
     def of_block(i: int, rows: slice) -> None:
@@ -275,254 +270,3 @@ def _for_chunks(work: Callable[[slice, list[Tensor], Scratch], None], *tensors: 
 
     for i in range(n_blocks):
         for_each(lambda rows, i=i: of_block(i, rows), range(inner), size)  # type: ignore[misc]
-
-
-# ------------------------------------------------------------------- softmaxes and divergences
-
-
-class _Softmax(NamedTuple):
-    """The softmax e / total, where e = exp2(d) is 1 at a row's maximum."""
-
-    d: Tensor  # [R, V]
-    e: Tensor  # [R, V]
-    shift: Tensor  # [R, 1], −pivot
-    total: Tensor  # [R, 1], Z
-
-
-class _Terms(NamedTuple):
-    """A divergence of a chunk: its value and, asked for afterwards, its slope."""
-
-    value: Callable[[Number], Tensor]  # rows [R, 1] of the divergence times a number
-    slope: Callable[[Tensor, Number], None]  # writes factor · (h − q Σ h) to [R, V]
-    spare: Tensor  # [R, V], a buffer that the slope may be written to
-
-
-def _softmax(
-    logits: Tensor,
-    temperature: Number,
-    dtype: torch.dtype,
-    scratch: Scratch,
-    statistics: Sequence[Tensor] = (),
-) -> _Softmax:
-    """Return the softmax of logits / temperature in two buffers, from its statistics if known."""
-    d, e, *_ = scratch
-    unit = 1 / (_LN2 * temperature)
-    if statistics:
-        shift, total = statistics
-    else:
-        shift, total = logits.amax(-1, keepdim=True), None
-        shift = (shift if shift.dtype == dtype else shift.to(dtype)).mul_(-unit)
-    if isinstance(unit, Tensor):
-        d = torch.addcmul(shift, logits.to(dtype), unit.to(dtype), out=d)
-    else:
-        d = torch.add(shift, logits, alpha=unit, out=d)
-    e = torch.exp2(d, out=e)
-    return _Softmax(d, e, shift, e.sum(-1, keepdim=True) if total is None else total)
-
-
-def _terms(
-    problem: Rows,
-    z: Tensor,
-    z_teacher: Tensor,
-    scratch: Scratch,
-    statistics: Sequence[Tensor] = (),
-) -> tuple[list[Tensor], _Terms]:
-    """Return the statistics of a chunk's softmaxes, and the value and slope of its divergence."""
-    dtype = compute_dtype(z, z_teacher)
-    if problem.divergence == "logit_mse":
-        return [], _logit_mse(z, z_teacher, dtype, scratch)
-    q = _softmax(z, problem.student_temperature, dtype, scratch[:2], statistics[:2])
-    p = _softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4], statistics[2:])
-    terms = _DIVERGENCES[problem.divergence](q, p, problem.weight, scratch[4:])
-    return [q.shift, q.total, p.shift, p.total], terms
-
-
-def _cross_entropy(q: _Softmax, classes: Tensor) -> Tensor:
-    """Return rows [R, 1] of −log q[class]; a negative class gives a number without meaning."""
-    return (q.total.log2() - q.d.gather(1, classes.clamp(min=0))).mul_(_LN2)
-
-
-def _mean(x: Tensor, weights: _Softmax, out: Tensor | None = None) -> Tensor:
-    """Return rows [R, 1] of the expectation of x; 0·∞ is a NaN, which counts as 0."""
-    return torch.mul(x, weights.e, out=out).nansum(-1, keepdim=True).div_(weights.total)
-
-
-def _log_ratio(p: _Softmax, q: _Softmax) -> Tensor:
-    """Return log2(Z_p / Z_q), which is NaN for a row with a NaN: the sums above drop it."""
-    return (p.total / q.total).log2_()
-
-
-def _forward_kl(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
-    def value(scale: Number) -> Tensor:
-        above = p.d.sub_(q.d)
-        return _mean(above, p, out=above).sub_(_log_ratio(p, q)).mul_(scale * _LN2)
-
-    return _Terms(value, lambda out, factor: _difference(q, p, out, factor), p.d)
-
-
-def _soft_cross_entropy(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
-    def value(scale: Number) -> Tensor:
-        return q.total.log2().sub_(_mean(q.d, p, out=q.d)).mul_(scale * _LN2)
-
-    return _Terms(value, lambda out, factor: _difference(q, p, out, factor), p.d)
-
-
-def _reverse_kl(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
-    ratio, above = _log_ratio(p, q), q.d.sub_(p.d)
-    of_q = _mean(above, q, out=scratch[0])
-
-    def slope(out: Tensor, factor: Number) -> None:
-        _deviations(above, of_q, q, out, ratio, factor * _LN2)
-
-    return _Terms(lambda scale: (of_q + ratio).mul_(scale * _LN2), slope, p.d)
-
-
-def _symmetric_kl(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
-    ratio, above = _log_ratio(p, q), q.d.sub_(p.d)
-    of_q = _mean(above, q, out=scratch[0])
-
-    def value(scale: Number) -> Tensor:
-        forward = _mean(above, p, out=p.d).add_(ratio).neg_()
-        return (forward * weight).add_((of_q + ratio).mul_(1 - weight)).mul_(scale * _LN2)
-
-    def slope(out: Tensor, factor: Number) -> None:
-        _deviations(above, of_q, q, out, ratio, factor * ((1 - weight) * _LN2))
-        out.add_(q.e.mul_(_each(q, factor * weight))).sub_(p.e.mul_(_each(p, factor * weight)))
-
-    return _Terms(value, slope, p.d)
-
-
-def _total_variation(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
-    ratio = _log_ratio(p, q)
-    q = _in_units_of(p, q)
-    difference = torch.sub(q.e, p.e, out=q.d)
-
-    def value(scale: Number) -> Tensor:
-        above = torch.abs(difference, out=p.d)
-        return above.sum(-1, keepdim=True).div_(p.total).mul_(scale * 0.5)
-
-    def slope(out: Tensor, factor: Number) -> None:
-        sign = difference.sign_()
-        _deviations(sign, _mean(sign, q, out=out), q, out, ratio, factor * 0.5)
-
-    return _Terms(value, slope, p.d)
-
-
-def _skew_kl(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
-    ratio = _log_ratio(p, q)
-    q = _in_units_of(p, q)
-    m = _mixture(q, p, weight, scratch[0])
-
-    def value(scale: Number) -> Tensor:
-        above = p.d.sub_(torch.log2(m, out=q.d))
-        return _mean(above, p, out=above).add_(ratio * 0).mul_(scale * _LN2)
-
-    def slope(out: Tensor, factor: Number) -> None:
-        share = p.e.div_(m)
-        _deviations(share, _mean(share, q, out=out), q, out, ratio, factor * (weight - 1))
-
-    return _Terms(value, slope, p.d)
-
-
-def _skew_reverse_kl(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
-    ratio = _log_ratio(p, q)
-    q = _in_units_of(p, q)
-    m = _mixture(p, q, weight, scratch[0])
-    above = q.d.add_(ratio).sub_(torch.log2(m, out=p.d))
-
-    def slope(out: Tensor, factor: Number) -> None:
-        of_m = torch.div(q.e, m, out=p.e).mul_(-weight / _LN2)
-        v = above.nan_to_num_(0).add_(of_m)
-        _deviations(v, _mean(v, q, out=out), q, out, ratio, factor * _LN2)
-
-    return _Terms(
-        lambda scale: _mean(above, q, out=p.d).add_(ratio * 0).mul_(scale * _LN2), slope, p.d
-    )
-
-
-def _jensen_shannon(q: _Softmax, p: _Softmax, weight: Number, scratch: Scratch) -> _Terms:
-    ratio = _log_ratio(p, q)
-    q = _in_units_of(p, q)
-    log_m = _mixture(q, p, weight, scratch[0]).log2_()
-    above = q.d.add_(ratio).sub_(log_m)
-    of_q = _mean(above, q, out=scratch[1])
-
-    def value(scale: Number) -> Tensor:
-        above_p = p.d.sub_(log_m)
-        of_p = _mean(above_p, p, out=above_p)
-        return of_p.mul_(weight).add_(of_q * (1 - weight)).add_(ratio * 0).mul_(scale * _LN2)
-
-    def slope(out: Tensor, factor: Number) -> None:
-        _deviations(above, of_q, q, out, ratio, factor * ((1 - weight) * _LN2))
-
-    return _Terms(value, slope, p.d)
-
-
-def _logit_mse(z: Tensor, z_teacher: Tensor, dtype: torch.dtype, scratch: Scratch) -> _Terms:
-    z, z_teacher = z.to(dtype), z_teacher.to(dtype)
-    difference = torch.sub(z, z_teacher, out=scratch[0])
-    # elsewhere than on a CPU a look at the numbers would be a host sync
-    is_finite = z.is_cpu and math.isfinite(difference.sum().item())
-    lowest = torch.finfo(dtype).min  # in place of −∞, since −∞ in both networks is no difference
-    if not is_finite:
-        difference = torch.clamp(z, min=lowest, out=scratch[0]).sub_(z_teacher.clamp(min=lowest))
-    spare = torch.empty_like(difference) if scratch[1] is None else scratch[1]
-
-    def value(scale: Number) -> Tensor:
-        return torch.mul(difference, difference, out=spare).mean(-1, keepdim=True).mul_(scale)
-
-    def slope(out: Tensor, factor: Number) -> None:
-        torch.mul(difference, factor * (2 / z.shape[-1]), out=out)
-        if not is_finite:
-            out.masked_fill_(z < lowest, 0)
-
-    return _Terms(value, slope, spare)
-
-
-_DIVERGENCES: dict[str, Callable[[_Softmax, _Softmax, Number, Scratch], _Terms]] = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
-    "jensen_shannon": _jensen_shannon,
-    "skew_kl": _skew_kl,
-    "skew_reverse_kl": _skew_reverse_kl,
-    "symmetric_kl": _symmetric_kl,
-    "total_variation": _total_variation,
-    "soft_cross_entropy": _soft_cross_entropy,
-}
-
-
-def _each(softmax: _Softmax, factor: Number) -> Tensor:
-    """Return factor / Z, what a row's e are multiplied by."""
-    return torch.mul(softmax.total.reciprocal(), factor)
-
-
-def _difference(q: _Softmax, p: _Softmax, out: Tensor, factor: Number) -> None:
-    """Write factor · (softmax of q − softmax of p), the slope of h = −p."""
-    torch.mul(q.e, p.total / q.total, out=out)
-    out.sub_(p.e).mul_(_each(p, factor))
-
-
-def _deviations(
-    v: Tensor, mean: Tensor, q: _Softmax, out: Tensor, ratio: Tensor, factor: Number
-) -> None:
-    """Write factor · q (v − mean), the slope of h = q·v; overwrites v.
-
-    Where v is NaN, q is 0. The NaN of an input, which the sums drop, comes back from the ratio.
-    """
-    torch.mul(v.sub_(mean).nan_to_num_(0), q.e, out=out)
-    out.mul_(_each(q, factor).add_(ratio * 0))
-
-
-def _in_units_of(p: _Softmax, q: _Softmax) -> _Softmax:
-    """Return q with its e in units of the teacher's Z."""
-    q.e.mul_(p.total / q.total)
-    return q._replace(total=p.total)
-
-
-def _mixture(q: _Softmax, p: _Softmax, weight: Number, out: Tensor | None) -> Tensor:
-    """Return weight · p + (1 − weight) · q in units of the teacher's Z, not 0 where both vanish."""
-    of_q, of_p = q.e, p.e
-    if not isinstance(weight, Tensor) and weight > 0.5:  # 1 − (1 − w) would round a small w away
-        of_q, of_p, weight = of_p, of_q, 1 - weight
-    m = torch.lerp(of_q, of_p, weight, out=out)
-    return m.clamp_(min=torch.finfo(m.dtype).tiny)

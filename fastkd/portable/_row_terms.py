@@ -1,0 +1,271 @@
+"""Divergences between softmax rows: their values and their slopes, for a chunk of rows.
+
+With e = exp2(d), where d is in log2 units and relative to a row's maximum, one exp2 gives both e
+and, with its sum Z, the softmax e / Z, for less than PyTorch's exp or log_softmax take. Buffers are
+overwritten as soon as they are not needed any more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd._op import Number, compute_dtype
+from fastkd.problems.rows import Rows
+
+N_SCRATCH = 6  # buffers of a chunk: d and e of both networks, and two for a divergence
+_LN2 = math.log(2)
+
+Scratch = Sequence[Tensor | None]
+
+
+class Softmax(NamedTuple):
+    """The softmax e / total, where e = exp2(d) is 1 at a row's maximum."""
+
+    d: Tensor  # [R, V]
+    e: Tensor  # [R, V]
+    shift: Tensor  # [R, 1], −pivot
+    total: Tensor  # [R, 1], Z
+
+
+class Terms(NamedTuple):
+    """A divergence of a chunk: its value and, asked for afterwards, its slope."""
+
+    value: Callable[[Number], Tensor]  # rows [R, 1] of the divergence times a number
+    slope: Callable[[Tensor, Number], None]  # writes factor · (h − q Σ h) to [R, V]
+    spare: Tensor  # [R, V], a buffer that the slope may be written to
+
+
+def softmax(
+    logits: Tensor,
+    temperature: Number,
+    dtype: torch.dtype,
+    scratch: Scratch,
+    statistics: Sequence[Tensor] = (),
+) -> Softmax:
+    """Return the softmax of logits / temperature in two buffers, from its statistics if known."""
+    d, e, *_ = scratch
+    unit = 1 / (_LN2 * temperature)
+    if statistics:
+        shift, total = statistics
+    else:
+        shift, total = logits.amax(-1, keepdim=True), None
+        shift = (shift if shift.dtype == dtype else shift.to(dtype)).mul_(-unit)
+    if isinstance(unit, Tensor):
+        d = torch.addcmul(shift, logits.to(dtype), unit.to(dtype), out=d)
+    else:
+        d = torch.add(shift, logits, alpha=unit, out=d)
+    e = torch.exp2(d, out=e)
+    return Softmax(d, e, shift, e.sum(-1, keepdim=True) if total is None else total)
+
+
+def terms_of(
+    problem: Rows,
+    z: Tensor,
+    z_teacher: Tensor,
+    scratch: Scratch,
+    statistics: Sequence[Tensor] = (),
+) -> tuple[list[Tensor], Terms]:
+    """Return the statistics of a chunk's softmaxes, and the value and slope of its divergence."""
+    dtype = compute_dtype(z, z_teacher)
+    if problem.divergence == "logit_mse":
+        return [], _logit_mse(z, z_teacher, dtype, scratch)
+    q = softmax(z, problem.student_temperature, dtype, scratch[:2], statistics[:2])
+    p = softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4], statistics[2:])
+    terms = _DIVERGENCES[problem.divergence](q, p, problem.weight, scratch[4:])
+    return [q.shift, q.total, p.shift, p.total], terms
+
+
+def cross_entropy(q: Softmax, classes: Tensor) -> Tensor:
+    """Return rows [R, 1] of −log q[class]; a negative class gives a number without meaning."""
+    return (q.total.log2() - q.d.gather(1, classes.clamp(min=0))).mul_(_LN2)
+
+
+def _mean(x: Tensor, weights: Softmax, out: Tensor | None = None) -> Tensor:
+    """Return rows [R, 1] of the expectation of x; 0·∞ is a NaN, which counts as 0."""
+    return torch.mul(x, weights.e, out=out).nansum(-1, keepdim=True).div_(weights.total)
+
+
+def _log_ratio(p: Softmax, q: Softmax) -> Tensor:
+    """Return log2(Z_p / Z_q), which is NaN for a row with a NaN: the sums above drop it."""
+    return (p.total / q.total).log2_()
+
+
+def _forward_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
+    def value(scale: Number) -> Tensor:
+        above = p.d.sub_(q.d)
+        return _mean(above, p, out=above).sub_(_log_ratio(p, q)).mul_(scale * _LN2)
+
+    return Terms(value, lambda out, factor: _difference(q, p, out, factor), p.d)
+
+
+def _soft_cross_entropy(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
+    def value(scale: Number) -> Tensor:
+        return q.total.log2().sub_(_mean(q.d, p, out=q.d)).mul_(scale * _LN2)
+
+    return Terms(value, lambda out, factor: _difference(q, p, out, factor), p.d)
+
+
+def _reverse_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
+    ratio, above = _log_ratio(p, q), q.d.sub_(p.d)
+    of_q = _mean(above, q, out=scratch[0])
+
+    def slope(out: Tensor, factor: Number) -> None:
+        _deviations(above, of_q, q, out, ratio, factor * _LN2)
+
+    return Terms(lambda scale: (of_q + ratio).mul_(scale * _LN2), slope, p.d)
+
+
+def _symmetric_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
+    ratio, above = _log_ratio(p, q), q.d.sub_(p.d)
+    of_q = _mean(above, q, out=scratch[0])
+
+    def value(scale: Number) -> Tensor:
+        forward = _mean(above, p, out=p.d).add_(ratio).neg_()
+        return (forward * weight).add_((of_q + ratio).mul_(1 - weight)).mul_(scale * _LN2)
+
+    def slope(out: Tensor, factor: Number) -> None:
+        _deviations(above, of_q, q, out, ratio, factor * ((1 - weight) * _LN2))
+        out.add_(q.e.mul_(_each(q, factor * weight))).sub_(p.e.mul_(_each(p, factor * weight)))
+
+    return Terms(value, slope, p.d)
+
+
+def _total_variation(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
+    ratio = _log_ratio(p, q)
+    q = _in_units_of(p, q)
+    difference = torch.sub(q.e, p.e, out=q.d)
+
+    def value(scale: Number) -> Tensor:
+        above = torch.abs(difference, out=p.d)
+        return above.sum(-1, keepdim=True).div_(p.total).mul_(scale * 0.5)
+
+    def slope(out: Tensor, factor: Number) -> None:
+        sign = difference.sign_()
+        _deviations(sign, _mean(sign, q, out=out), q, out, ratio, factor * 0.5)
+
+    return Terms(value, slope, p.d)
+
+
+def _skew_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
+    ratio = _log_ratio(p, q)
+    q = _in_units_of(p, q)
+    m = _mixture(q, p, weight, scratch[0])
+
+    def value(scale: Number) -> Tensor:
+        above = p.d.sub_(torch.log2(m, out=q.d))
+        return _mean(above, p, out=above).add_(ratio * 0).mul_(scale * _LN2)
+
+    def slope(out: Tensor, factor: Number) -> None:
+        share = p.e.div_(m)
+        _deviations(share, _mean(share, q, out=out), q, out, ratio, factor * (weight - 1))
+
+    return Terms(value, slope, p.d)
+
+
+def _skew_reverse_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
+    ratio = _log_ratio(p, q)
+    q = _in_units_of(p, q)
+    m = _mixture(p, q, weight, scratch[0])
+    above = q.d.add_(ratio).sub_(torch.log2(m, out=p.d))
+
+    def slope(out: Tensor, factor: Number) -> None:
+        of_m = torch.div(q.e, m, out=p.e).mul_(-weight / _LN2)
+        v = above.nan_to_num_(0).add_(of_m)
+        _deviations(v, _mean(v, q, out=out), q, out, ratio, factor * _LN2)
+
+    return Terms(
+        lambda scale: _mean(above, q, out=p.d).add_(ratio * 0).mul_(scale * _LN2), slope, p.d
+    )
+
+
+def _jensen_shannon(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
+    ratio = _log_ratio(p, q)
+    q = _in_units_of(p, q)
+    log_m = _mixture(q, p, weight, scratch[0]).log2_()
+    above = q.d.add_(ratio).sub_(log_m)
+    of_q = _mean(above, q, out=scratch[1])
+
+    def value(scale: Number) -> Tensor:
+        above_p = p.d.sub_(log_m)
+        of_p = _mean(above_p, p, out=above_p)
+        return of_p.mul_(weight).add_(of_q * (1 - weight)).add_(ratio * 0).mul_(scale * _LN2)
+
+    def slope(out: Tensor, factor: Number) -> None:
+        _deviations(above, of_q, q, out, ratio, factor * ((1 - weight) * _LN2))
+
+    return Terms(value, slope, p.d)
+
+
+def _logit_mse(z: Tensor, z_teacher: Tensor, dtype: torch.dtype, scratch: Scratch) -> Terms:
+    z, z_teacher = z.to(dtype), z_teacher.to(dtype)
+    difference = torch.sub(z, z_teacher, out=scratch[0])
+    # elsewhere than on a CPU a look at the numbers would be a host sync
+    is_finite = z.is_cpu and math.isfinite(difference.sum().item())
+    lowest = torch.finfo(dtype).min  # in place of −∞, since −∞ in both networks is no difference
+    if not is_finite:
+        difference = torch.clamp(z, min=lowest, out=scratch[0]).sub_(z_teacher.clamp(min=lowest))
+    spare = torch.empty_like(difference) if scratch[1] is None else scratch[1]
+
+    def value(scale: Number) -> Tensor:
+        return torch.mul(difference, difference, out=spare).mean(-1, keepdim=True).mul_(scale)
+
+    def slope(out: Tensor, factor: Number) -> None:
+        torch.mul(difference, factor * (2 / z.shape[-1]), out=out)
+        if not is_finite:
+            out.masked_fill_(z < lowest, 0)
+
+    return Terms(value, slope, spare)
+
+
+_DIVERGENCES: dict[str, Callable[[Softmax, Softmax, Number, Scratch], Terms]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jensen_shannon": _jensen_shannon,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "symmetric_kl": _symmetric_kl,
+    "total_variation": _total_variation,
+    "soft_cross_entropy": _soft_cross_entropy,
+}
+
+
+def _each(softmax: Softmax, factor: Number) -> Tensor:
+    """Return factor / Z, what a row's e are multiplied by."""
+    return torch.mul(softmax.total.reciprocal(), factor)
+
+
+def _difference(q: Softmax, p: Softmax, out: Tensor, factor: Number) -> None:
+    """Write factor · (softmax of q − softmax of p), the slope of h = −p."""
+    torch.mul(q.e, p.total / q.total, out=out)
+    out.sub_(p.e).mul_(_each(p, factor))
+
+
+def _deviations(
+    v: Tensor, mean: Tensor, q: Softmax, out: Tensor, ratio: Tensor, factor: Number
+) -> None:
+    """Write factor · q (v − mean), the slope of h = q·v; overwrites v.
+
+    Where v is NaN, q is 0. The NaN of an input, which the sums drop, comes back from the ratio.
+    """
+    torch.mul(v.sub_(mean).nan_to_num_(0), q.e, out=out)
+    out.mul_(_each(q, factor).add_(ratio * 0))
+
+
+def _in_units_of(p: Softmax, q: Softmax) -> Softmax:
+    """Return q with its e in units of the teacher's Z."""
+    q.e.mul_(p.total / q.total)
+    return q._replace(total=p.total)
+
+
+def _mixture(q: Softmax, p: Softmax, weight: Number, out: Tensor | None) -> Tensor:
+    """Return weight · p + (1 − weight) · q in units of the teacher's Z, not 0 where both vanish."""
+    of_q, of_p = q.e, p.e
+    if not isinstance(weight, Tensor) and weight > 0.5:  # 1 − (1 − w) would round a small w away
+        of_q, of_p, weight = of_p, of_q, 1 - weight
+    m = torch.lerp(of_q, of_p, weight, out=out)
+    return m.clamp_(min=torch.finfo(m.dtype).tiny)
