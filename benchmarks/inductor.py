@@ -16,17 +16,19 @@ import sys
 from math import prod
 from typing import Any
 
-import checkout  # noqa: F401
+import checkout
 import child
 import records
 import torch
-from counts import compiled, metered, resources, scaled_down
+from counts import resources
 from gate import capture
 from meter import Meter, PeakMemory
+from runner import sentence
 from tables import pair, section
-from workloads import FUSED, WORKLOADS, Workload
+from workloads import BY_NAME, FUSED, WORKLOADS, Workload
 
 FILE = records.RESULTS / "inductor.json"
+BUDGETS = checkout.ROOT / "tests" / "budgets.json"
 SHAPE, MULTIPROCESSORS = (4096, 128256), 132
 # as many rows for a multiprocessor, and columns that are not padded either: the same kernels
 SMALL, FEW_MULTIPROCESSORS = (32, 4032), 1
@@ -79,23 +81,16 @@ def bytes_per_entry(meter: Meter, entries: int) -> list[float]:
 
 
 def run_small(generated: dict[str, list[str]]) -> dict[str, Any]:
-    """Watch in the interpreter what each loss moves, ours and torch.compile's."""
+    """Watch in the interpreter what the generated code of each loss moves."""
     from interpreter import correct
 
     correct()
     found: dict[str, Any] = {}
-    for workload in LOGITS:
-        row = found[workload.name] = {}
-        if workload in FUSED:
-            small, device = scaled_down(workload, SHAPE)
-            with device:
-                *meters, _ = metered(workload, small, torch.bfloat16)
-            row["fastkd"] = summed([bytes_per_entry(meter, prod(small)) for meter in meters])
-        if workload.name in generated:
-            try:
-                row["torch.compile"] = run_generated(workload, *generated[workload.name])
-            except Exception as error:  # a table with one row less is worth more than none
-                row["reason"] = sentence(error)
+    for name, codes in generated.items():
+        try:
+            found[name] = run_generated(BY_NAME[name], *codes)
+        except Exception as error:  # a table with one row less is worth more than none
+            found[name] = {"reason": sentence(error)}
     return found
 
 
@@ -108,8 +103,11 @@ def run_generated(workload: Workload, forward: str, backward: str) -> dict[str, 
             value, *kept = load(forward)([x.detach() for x in inputs])
         with Meter() as second:
             gradient = load(backward)([*kept, torch.ones_like(value)])[0]
+    moved = [bytes_per_entry(meter, prod(SMALL)) for meter in (first, second)]
+    (forward_bytes, forward_unique), (backward_bytes, backward_unique) = moved
     return {
-        **summed([bytes_per_entry(meter, prod(SMALL)) for meter in (first, second)]),
+        "bytes_per_entry": [forward_bytes, forward_bytes + backward_bytes],
+        "unique_bytes_per_entry": [forward_unique, forward_unique + backward_unique],
         "relative_error": errors(workload, inputs, [value, gradient]),
     }
 
@@ -175,24 +173,15 @@ def eager(loss: Any, workload: Workload) -> dict[str, Any]:
 
 
 def fastkd(workload: Workload) -> dict[str, Any]:
-    run = compiled(workload, SHAPE, torch.bfloat16, "sm_90")
+    """Return what tests/budgets.json has of the kernels, or count the operations that stand in."""
+    if workload not in FUSED:
+        return eager(workload.fastkd, workload)
+    found = json.loads(BUDGETS.read_text())["counts"][workload.name]["4096x128256 bfloat16"]
     return {
-        "launches": [run.n_forward, len(run.launches)],
-        "peak_extra_memory": [x / run.trained_bytes for x in (run.forward_bytes, run.peak_bytes)],
+        "launches": found["call"]["launches"],
+        "peak_extra_memory": found["call"]["extra_memory"],
+        "bytes_per_entry": found["traffic"]["bytes"],
     }
-
-
-def summed(moved: list[list[float]]) -> dict[str, list[float]]:
-    """Return the bytes of the forward, and of both directions."""
-    (forward, forward_unique), (backward, backward_unique) = moved
-    return {
-        "bytes_per_entry": [forward, forward + backward],
-        "unique_bytes_per_entry": [forward_unique, forward_unique + backward_unique],
-    }
-
-
-def sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
 
 
 def count() -> dict[str, Any]:
@@ -210,17 +199,15 @@ def count() -> dict[str, Any]:
     moved = child.interpreted(__file__, "--small", small)
     rows = []
     for workload in LOGITS:
-        found = moved[workload.name]
-        if reason := reasons.get(workload.name) or found.get("reason"):
-            peer = {"reason": reason}
-        else:
-            peer = {**torch_compiled(workload, *real[workload.name]), **found["torch.compile"]}
-        ours = (
-            {**fastkd(workload), **found["fastkd"]}
-            if workload in FUSED
-            else eager(workload.fastkd, workload)
-        )
-        row = {"eager": eager(workload.eager, workload), "torch.compile": peer, "fastkd": ours}
+        name = workload.name
+        peer = {"reason": reasons[name]} if name in reasons else moved[name]
+        if "reason" not in peer:
+            peer = {**torch_compiled(workload, *real[name]), **peer}
+        row = {
+            "eager": eager(workload.eager, workload),
+            "torch.compile": peer,
+            "fastkd": fastkd(workload),
+        }
         rows.append({"loss": workload.name, **row})
     return {
         "schema": 2,

@@ -232,7 +232,6 @@ def test_a_docstring_tells_all_about_its_function(name):
 SYNONYMS = {
     "left out": "masked",
     "weighed": "weighted",
-    "weighs": "weights",
     "burn in": "specialise",
     "burnt in": "specialised",
     "what is computed in": "compute dtype",
