@@ -25,7 +25,7 @@ import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -337,8 +337,9 @@ def main() -> int:
     alive = []
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         unbroken = None if options.trust else pool.submit(judge, None, options.marker)
-        outcomes = pool.map(judge, run, itertools.repeat(options.marker))
-        for mutant, noticed in zip(run, outcomes, strict=True):
+        judged = {pool.submit(judge, mutant, options.marker): mutant for mutant in run}
+        for done in as_completed(judged):
+            mutant, noticed = judged[done], done.result()
             print(f"killed  {mutant}  [{noticed}]" if noticed else f"ALIVE   {mutant}", flush=True)
             alive += [] if noticed else [mutant]
         if unbroken and unbroken.result():
