@@ -1,4 +1,4 @@
-"""From a problem, a NamedTuple, to a differentiable op that an engine solves.
+"""Differentiable ops, made from problems, which are NamedTuples, and solved by engines.
 
 The annotations of a problem are the one list of its arguments. The op's schema, its outputs under
 torch.compile and its autograd functions are made from them, so that a problem works in eager mode,
