@@ -24,7 +24,7 @@ def launches(loss, shape, dtype=torch.bfloat16, target="sm_90", backward=True, t
     student = torch.empty(shape, dtype=dtype, device="meta", requires_grad=backward)
     teacher = torch.empty(shape, dtype=teacher_dtype or dtype, device="meta")
     labels = [torch.empty(shape[:-1], dtype=torch.int64, device="meta")] if loss == "kd" else []
-    options = dict(temperature=2.0) if hasattr(fastkd, loss) and "similarity" not in loss else {}
+    options = {} if loss in ("rkd", "similarity_kl") else dict(temperature=2.0)
     with capture(target) as found, fastkd.backend("triton"):
         result = getattr(fastkd, loss)(student, teacher, *labels, **options)
         if backward:
