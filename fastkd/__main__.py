@@ -183,13 +183,15 @@ def _engine_and_reason(loss: Loss[..., Any], device: str) -> tuple[str | None, s
     """Return the engine that computes the loss, or None, and why it is not a better one."""
     tensors, has_kernels = [torch.empty(0, device=device)], loss.has_kernels
     try:
-        engine = _backend.choose(tensors, has_kernels)
+        engine = loss.engine_for(tensors)
     except RuntimeError as error:
         return None, str(error)
     if engine == "triton":
         return engine, ""
     if _backend._current == engine:
         return engine, f'{engine}: FASTKD_BACKEND asks for it; "auto" takes the best engine'
+    if engine == "formula":
+        return engine, "formula: it has fewer launches there than the portable engine"
     if not has_kernels:
         return engine, f"{engine}: the best engine of losses that have no kernels"
     obstacle = _backend.triton_obstacle(tensors)

@@ -45,6 +45,7 @@ class Loss(Protocol[P, R]):
     __name__: str
     formula: Callable[..., Any]
     has_kernels: bool
+    engine_for: Callable[[Sequence[Tensor]], str]  # "triton", "portable" or "formula"
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Return the loss."""
@@ -88,6 +89,11 @@ def loss(
         spread = [name not in same_on_ranks for name in batch]
         name = formula.__name__
 
+        def engine_for(tensors: Sequence[Tensor]) -> str:
+            if statement is None or (on_cpu_alone and not tensors[0].is_cpu):
+                return "formula"
+            return _backend.choose(tensors, has_kernels)
+
         def from_formula(
             arguments: Sequence[Any], options: dict[str, Any], mask: Tensor | None, ranks: Ranks
         ) -> Any:
@@ -105,11 +111,7 @@ def loss(
 
         def losses_of(arguments: Sequence[Any], options: Any, mask: Any, ranks: Ranks) -> Any:
             tensors = _tensors(arguments)
-            engine = "formula"
-            if statement is not None:
-                engine = _backend.choose(tensors, has_kernels)
-                if on_cpu_alone and not tensors[0].is_cpu:
-                    engine = "formula"
+            engine = engine_for(tensors)
             with without_autocast(tensors[0].device):
                 if engine == "formula" or statement is None:
                     return from_formula(arguments, options, mask, ranks)
@@ -143,7 +145,7 @@ def loss(
             return _sum_of_terms(found, weights, normalizer, reduction, return_parts)
 
         public: Any = compute
-        public.formula, public.has_kernels = formula, has_kernels
+        public.formula, public.has_kernels, public.engine_for = formula, has_kernels, engine_for
         return public
 
     return decorate

@@ -304,11 +304,15 @@ class _FirstOrder(torch.autograd.Function):
 
 def _keep(ctx: Any, op: Op, arguments: Sequence[Any], saved: Sequence[Tensor]) -> None:
     """Save for the backward what the forward made, the tensors that it needs, and the rest."""
-    rest, fields = [*arguments], []
+    # tensors that the backward does not need are not kept alive
+    rest = [None if isinstance(x, Tensor) else x for x in arguments]
+    for i in op.numbers:
+        rest[i] = arguments[i]
+    fields = []
     for i in op.saved_fields:
         # an inference tensor, often a teacher's logits, cannot be saved: the context keeps it
-        if not is_inference(arguments[i]):
-            rest[i] = None
+        if is_inference(arguments[i]):
+            rest[i] = arguments[i]
         fields.append(arguments[i] if rest[i] is None else None)
     ctx.save_for_backward(*saved, *fields)
     ctx.set_materialize_grads(False)
