@@ -173,7 +173,7 @@ def all_labelled(labels: Tensor, ignore_index: int) -> bool:
     """Return whether it is known, without a host sync, that no label is to be ignored."""
     if ignore_index >= 0 or not _has_values_at_hand(labels) or not labels.numel():
         return False
-    return labels.min().item() >= 0
+    return labels.long().min().item() >= 0  # a narrow type has no minimum
 
 
 def weights(weights: Tensor, examples: torch.Size, device: torch.device) -> None:

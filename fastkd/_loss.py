@@ -23,7 +23,7 @@ _THIS_PROCESS = Ranks()
 
 
 class Call(NamedTuple):
-    """What a statement must know besides the tensors and the options of a loss."""
+    """A call of a loss: all that a statement must know besides its tensors and options."""
 
     name: str  # of the loss
     engine: str  # "portable" or "triton"
@@ -56,6 +56,7 @@ def loss(
     *,
     per_example: bool | int = False,
     has_kernels: bool = True,
+    on_cpu_alone: bool = False,
     same_on_ranks: Sequence[str] = (),
     is_mean: bool = False,
 ) -> Callable[[Callable[P, R]], Loss[P, R]]:
@@ -72,6 +73,7 @@ def loss(
             (..., V), a number if for each entry of so many leading dimensions. It may return a list
             of `Term` instead, of which the loss is the sum.
         has_kernels: Whether the kernels solve the problem; otherwise the portable engine does.
+        on_cpu_alone: Whether other devices compute the formula, which has fewer launches.
         same_on_ranks: Parameters of the batch that are no part of it: all ranks hold the same.
         is_mean: Whether a loss of the batch is a mean over examples that do not interact, so that
             ranks exchange nothing but their means.
@@ -106,6 +108,8 @@ def loss(
             engine = "formula"
             if statement is not None:
                 engine = _backend.choose(tensors, has_kernels)
+                if on_cpu_alone and not tensors[0].is_cpu:
+                    engine = "formula"
             with without_autocast(tensors[0].device):
                 if engine == "formula" or statement is None:
                     return from_formula(arguments, options, mask, ranks)

@@ -1,4 +1,4 @@
-"""From a problem, a NamedTuple, to a differentiable op that an engine solves.
+"""Differentiable ops, made from problems, which are NamedTuples, and solved by engines.
 
 The annotations of a problem are the one list of its arguments. The op's schema, its outputs under
 torch.compile and its autograd functions are made from them, so that a problem works in eager mode,
@@ -354,8 +354,10 @@ def _differentiable(name: str) -> tuple[type[torch.autograd.Function], ...]:
 
     class Gradient(_FirstOrder):
         @staticmethod
-        def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
-            return _ops[name].backward(*arguments)
+        def forward(*arguments: Any) -> tuple[Tensor, ...]:
+            found = _ops[name].backward(*arguments)
+            like = next(x for x in found if x is not None)
+            return tuple(like.new_empty(0) if x is None else x for x in found)  # vmap maps tensors
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:

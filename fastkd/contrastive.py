@@ -77,7 +77,7 @@ def info_nce(
     Reference:
         van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018.
         arXiv:1807.03748; decoupled: Yeh et al., Decoupled Contrastive Learning, 2022.
-        arXiv:2110.06848
+        arXiv:2110.06848; a bank: He et al., Momentum Contrast, 2020. arXiv:1911.05722
     """
     if normalize:
         query, key = F.normalize(query), F.normalize(key)

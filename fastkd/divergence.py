@@ -344,7 +344,7 @@ def soft_cross_entropy(
     return _scaled(_expectation(log_p.exp(), -log_q), temperature, scale_t2)
 
 
-@loss(rows.check, rows.logit_mse, per_example=True, has_kernels=False)
+@loss(rows.check, rows.logit_mse, per_example=True, has_kernels=False, on_cpu_alone=True)
 def logit_mse(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -1,4 +1,4 @@
-"""What launchers know of tensors and devices before a kernel starts."""
+"""Tensors and devices as launchers know them before a kernel starts."""
 
 from __future__ import annotations
 

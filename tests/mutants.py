@@ -25,7 +25,7 @@ import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,7 +223,7 @@ class Order:
     """The tests that fit the mutant's file come first, and one that does not end is ended."""
 
     def __init__(self, mutant: Mutant) -> None:
-        self.mutant = mutant
+        self.mutant, self.judge = mutant, os.getpid()
         source = (ROOT / mutant.file).read_text()
         parts = Path(mutant.file).with_suffix("").parts[1:]
         topics = {part.strip("_") for part in parts} - {"problems", "portable"}
@@ -252,6 +252,8 @@ class Order:
         items[:] = sorted(ranks, key=ranks.__getitem__)
 
     def pytest_runtest_setup(self) -> None:
+        if os.getppid() != self.judge:  # it was ended, and nobody waits for the tests
+            os._exit(3)
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
 
@@ -337,8 +339,9 @@ def main() -> int:
     alive = []
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         unbroken = None if options.trust else pool.submit(judge, None, options.marker)
-        outcomes = pool.map(judge, run, itertools.repeat(options.marker))
-        for mutant, noticed in zip(run, outcomes, strict=True):
+        judged = {pool.submit(judge, mutant, options.marker): mutant for mutant in run}
+        for done in as_completed(judged):
+            mutant, noticed = judged[done], done.result()
             print(f"killed  {mutant}  [{noticed}]" if noticed else f"ALIVE   {mutant}", flush=True)
             alive += [] if noticed else [mutant]
         if unbroken and unbroken.result():
