@@ -120,7 +120,7 @@ NEEDS = [(True, True, True, True), (True, False, False, False), (False, True, Tr
 NEEDS += [(False, False, True, True), (False, False, False, False)]
 
 
-def pairs(form, first, n=40, n_keys=110, columns=False, two_views=False):
+def pairs(form, first, n=34, n_keys=85, columns=False, two_views=False):
     """Return queries of one rank, whose positive keys are somewhere among those of all ranks."""
     scale = torch.tensor(3.0, dtype=torch.float64, device=DEVICE)
     positive = normal(n, seed=3)
@@ -148,7 +148,7 @@ def pairs(form, first, n=40, n_keys=110, columns=False, two_views=False):
     )
 
 
-def soft_pairs(first, n=40, n_keys=110):
+def soft_pairs(first, n=34, n_keys=85):
     scale = torch.tensor(3.0, dtype=torch.float64, device=DEVICE)
     networks = [
         x
@@ -161,7 +161,7 @@ def soft_pairs(first, n=40, n_keys=110):
 def assert_twins_agree(module, problem, needs_grad):
     """Compare with the portable engine in several chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        in_chunks_of(5000, patch)
+        in_chunks_of(1000, patch)  # so many that S is not kept
         twin = importlib.import_module("fastkd.portable.pairs")
         loss, gradients = twin.value_and_gradients(problem, needs_grad)
     found, of_found = module.value_and_gradients(problem, needs_grad)
@@ -186,7 +186,7 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
-@pytest.mark.parametrize("first", [0, 37, 70])
+@pytest.mark.parametrize("first", [0, 37, 52])
 @pytest.mark.parametrize("form", FORMS)
 @quick_if(lambda form, first, way: first == 37)
 def test_queries_of_one_rank(form, first, way, request):
@@ -194,15 +194,15 @@ def test_queries_of_one_rank(form, first, way, request):
         return  # without a group no columns have losses on other ranks
     problem = pairs(form, first, **FORMS[form])
     is_quick = "portable" in request.node.name
-    for needs_grad in NEEDS if is_quick else NEEDS[:3] if first == 37 else NEEDS[:1]:
+    for needs_grad in NEEDS if is_quick else NEEDS[0:3:2] if first == 37 else NEEDS[:1]:
         assert_twins_agree(way, problem, needs_grad)
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
-@pytest.mark.parametrize("first", [0, 37, 70])
+@pytest.mark.parametrize("first", [0, 37, 52])
 @quick_if(lambda first, way: first == 37)
 def test_similarities_of_one_rank(first, way):
-    for needs_grad in ((True,) * 3, (True, False, False), (False, True, True)):
+    for needs_grad in ((True,) * 3, (False, True, True), (True, False, False)):
         assert_twins_agree(way, soft_pairs(first), needs_grad)
 
 
@@ -227,6 +227,7 @@ def test_slopes_that_are_small_survive_float16(solver, engine):
 
 @pytest.mark.parametrize("parts", ["distance", "angle", "both"])
 @pytest.mark.parametrize("sizes", [[2, 4, 3], [33, 0, 7]], ids=str)
+@quick_if(lambda parts, sizes: parts == "both" or sizes[0] == 2)
 def test_parts_of_a_batch_have_shares_of_the_loss(parts, sizes, solver):
     (whole, *_) = of("relations")
     inputs = whole.inputs((sum(sizes),), 3)

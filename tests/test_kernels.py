@@ -169,7 +169,7 @@ def test_every_access_is_inside_and_every_output_written(
 
 @each_pair
 @pytest.mark.parametrize("multiprocessors", [1, 1000])
-@quick_if(lambda case, multiprocessors: multiprocessors == 1 or case in EACH)
+@quick_if(lambda case, multiprocessors: case in EACH or (multiprocessors == 1 and case.note))
 def test_pairs_in_chunks(case, multiprocessors, monkeypatch):
     through_chunks(monkeypatch)
     on_device_of(multiprocessors, monkeypatch)
@@ -194,11 +194,11 @@ def test_chunks_of_half_precision(case, dtype, monkeypatch):
 
 @each_pair
 @pytest.mark.parametrize("multiprocessors", [1, 3, 1000])
-@quick_if(lambda case, multiprocessors: case in EACH and multiprocessors != 1)
+@quick_if(lambda case, multiprocessors: case in EACH and multiprocessors == 3)
 def test_however_programs_share_the_work(case, multiprocessors, monkeypatch):
     """Few have several tiles of rows and add to their own sums, many share the columns of one."""
     on_device_of(multiprocessors, monkeypatch)
-    inputs = case.inputs((150,), 5)
+    inputs = case.inputs((100,), 5)
     assert_same(results(case, inputs), results(case.truth, inputs), 1e-13)
 
 
