@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import INTERPRETED, LOSSES, named, of
 from choice import full, pairwise, quick_if
-from exactness import assert_same, by_formula, exact, results
+from exactness import assert_exact, assert_same, exact, results
 from force import multiplying_halves, on_device_of, through_chunks
 
 import fastkd
@@ -183,13 +183,7 @@ def test_chunks_of_half_precision(case, dtype, monkeypatch):
     """The loss is as exact as the formula, gradients to one more rounding, as tiles have them."""
     through_chunks(monkeypatch)
     multiplying_halves(monkeypatch)
-    inputs = case.inputs((19,), 5, dtype)
-    truth, yardstick = results(case.truth, exact(inputs)), by_formula(case, inputs)
-    loss, *gradients = results(case, inputs)
-    rounding = 2 * torch.finfo(torch.float32).eps * truth[0].abs()
-    assert (loss - truth[0]).abs() <= max(2 * (yardstick[0] - truth[0]).abs(), rounding)
-    for x, y in zip(gradients, truth[1:], strict=True):
-        assert (x.double() - y).abs().max() <= torch.finfo(dtype).eps * y.abs().max()
+    assert_exact(case, case.inputs((19,), 5, dtype), rounds_halves=True)
 
 
 @each_pair
