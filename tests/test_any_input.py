@@ -15,7 +15,7 @@ from hypothesis import strategies as some
 import fastkd
 
 quiet = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-settings.register_profile("ci", derandomize=True, database=None, max_examples=40, **quiet)
+settings.register_profile("ci", derandomize=True, database=None, max_examples=20, **quiet)
 settings.register_profile("explore", max_examples=3000, **quiet)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 ROWS = [case for case in CASES if case.per_example]

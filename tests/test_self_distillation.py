@@ -174,7 +174,7 @@ def test_the_temperature_of_a_schedule():
         assert_same([loss(student, teacher)], expected[:1])
 
 
-@pytest.mark.parametrize("number, graphs", [(float, 2), (torch.tensor, 1)])
+@pytest.mark.parametrize("number, graphs", [(float, 2), pytest.param(torch.tensor, 1, marks=full)])
 def test_one_graph_moves_the_centre_too(number, graphs):
     """The second number of a schedule makes it vary."""
     torch._dynamo.reset()
