@@ -258,7 +258,7 @@ def _weighted_sum(summands: Sequence[tuple[Number, Tensor]]) -> Tensor:
         is_known = not isinstance(factor, Tensor)
         if is_known and factor == 0:
             continue
-        term = x if is_known and factor == 1 else factor * x
+        term = x if is_known and factor == 1 else (factor * x).to(x.dtype)
         total = term if total is None else total + term
     assert total is not None, "the factors of a loss add up to 1"
     return total

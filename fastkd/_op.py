@@ -309,11 +309,14 @@ def _keep(ctx: Any, op: Op, arguments: Sequence[Any], saved: Sequence[Tensor]) -
     for i in op.numbers:
         rest[i] = arguments[i]
     fields = []
+    needs_grad = dict(zip(op.trained, arguments[-1 - len(op.trained) : -1], strict=True))
     for i in op.saved_fields:
+        # a gradient that is there already needs its field alone, the dtype of which it gets
+        field = arguments[i] if op.recomputes or needs_grad[i] else None
         # an inference tensor, often a teacher's logits, cannot be saved: the context keeps it
-        if is_inference(arguments[i]):
-            rest[i] = arguments[i]
-        fields.append(arguments[i] if rest[i] is None else None)
+        if is_inference(field):
+            field, rest[i] = None, field
+        fields.append(field)
     ctx.save_for_backward(*saved, *fields)
     ctx.set_materialize_grads(False)
     ctx.rest = rest

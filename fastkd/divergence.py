@@ -454,9 +454,10 @@ def kd(
     Reference:
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
     """
+    labels = labels.long()  # −100 is 156 in uint8
     labelled = labels != ignore_index
     of_labels = selected(student_logits, labelled)
-    classes = torch.where(labelled, labels.long(), 0).unsqueeze(-1)
+    classes = torch.where(labelled, labels, 0).unsqueeze(-1)
     cross_entropies = -of_labels.log_softmax(-1).gather(-1, classes).squeeze(-1)
     distilled = None if distill_ignored else labelled
     own = dict(beta=beta, skew=skew, weight=weight)

@@ -10,6 +10,7 @@ again, which costs less in the cache than a tensor of the logits' size costs in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,8 +43,11 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
     the softmaxes.
     """
     problem = _in_compute_dtype(problem)
-    if needs_grad[0] and problem.student.numel() <= _most(problem.student):
-        return _losses_and_slopes(problem)
+    student = problem.student
+    if needs_grad[0] and student.is_cpu and student.numel() <= _most(student):
+        solved = _losses_and_slopes(problem)
+        if solved is not None:
+            return solved
     losses, cross_entropies = _empty_losses(problem)
     examples, width = problem.student.shape[:-1], n_statistics(problem)
     statistics = losses.new_empty((*examples, width))
@@ -110,8 +114,12 @@ def value_and_gradients(
     return losses, (gradient,)
 
 
-def _losses_and_slopes(problem: Rows) -> tuple[Losses, tuple[Tensor, Tensor | None]]:
-    """Return both losses of a small problem and their gradients, in one pass without scratch."""
+def _losses_and_slopes(problem: Rows) -> tuple[Losses, tuple[Tensor, Tensor | None]] | None:
+    """Return both losses of a small problem and their gradients, in one pass without scratch.
+
+    None stands for losses that are not finite: a row with a NaN may have no gradient upstream, and
+    `backward` has to leave it out then.
+    """
     student, labels = problem.student, _column(problem.labels)
     z, z_teacher = _matrix(student), _matrix(problem.teacher)
     dtype, rows = compute_dtype(z, z_teacher), student.shape[:-1]
@@ -119,8 +127,7 @@ def _losses_and_slopes(problem: Rows) -> tuple[Losses, tuple[Tensor, Tensor | No
     if labels is not None:
         q = softmax(z, 1.0, dtype, _NO_SCRATCH)
         masked = labels < 0
-        # elsewhere than on a CPU a look at the labels would be a host sync
-        is_complete = z.is_cpu and not masked.any()
+        is_complete = not masked.any()
         classes = labels if is_complete else labels.clamp(min=0)
         of_rows = cross_entropy(q, classes)
         ce_slopes = q.e.div_(q.total)
@@ -136,6 +143,9 @@ def _losses_and_slopes(problem: Rows) -> tuple[Losses, tuple[Tensor, Tensor | No
         masked = ~problem.row_mask.reshape(-1, 1)
         losses.masked_fill_(masked, 0)
         slopes.masked_fill_(masked, 0)
+    total = losses.sum() if cross_entropies is None else losses.sum() + cross_entropies.sum()
+    if not math.isfinite(total.item()):
+        return None
     return (losses.view(rows), cross_entropies), (slopes.view(student.shape), ce_slopes)
 
 

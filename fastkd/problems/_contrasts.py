@@ -178,7 +178,7 @@ def clip_contrastive(
         n_columns=n,
     )  # fmt: skip
     if isinstance(logit_bias, Tensor):
-        share = share + 0 * logit_bias  # the bias cancels, but is on the graph
+        share = share + (0 * logit_bias).to(share)  # the bias cancels, but is on the graph
     return call.ranks.total(share)
 
 
@@ -224,7 +224,7 @@ def sup_con(
     whole, first, labels = call.ranks.share(features, labels)
     n = len(whole)
     if n < 2:
-        return zero_loss(features, temperature)
+        return zero_loss(features, features, temperature)
     classes, n_alike = _classes(labels.long().contiguous())
     n_positives = n_alike.to(whole.dtype).sub_(1)
     is_anchor = n_positives.clamp(max=1)
@@ -283,7 +283,7 @@ def similarity_kl(
         if call.ranks:
             n = int(call.ranks.sum(torch.tensor(n, device=query.device)))
         if not n or len(query if key is None else key) - mask_self < 1:
-            return zero_loss(query, scale, key)
+            return zero_loss(query, query if key is None else key, scale)
         problem = SoftPairs(
             query, _apart(key, query), scale,
             teacher_query, _apart(teacher_key, teacher_query), teacher_scale,

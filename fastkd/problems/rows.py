@@ -135,8 +135,8 @@ def kd(
     **options: Number,
 ) -> list[Term]:
     """Solve for the cross-entropy with the labels and for a divergence, in one pass."""
+    mask, labels = call.row_mask, labels.long()  # −100 is 156 in uint8
     labelled = None if _checks.all_labelled(labels, ignore_index) else labels != ignore_index
-    mask, labels = call.row_mask, labels.long()
     if labelled is not None:
         mask = labelled if mask is None else labelled & mask
     if mask is not None:
