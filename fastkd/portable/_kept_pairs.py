@@ -45,7 +45,7 @@ def value_and_gradients(
     n_pairs = query.shape[0] * sum(
         x.shape[0] for x in (query if key is None else key, bank) if x is not None
     )
-    if not query.is_cpu or not 0 < n_pairs <= _chunks.most_elements(query, 1 << 22, 0):
+    if not query.is_cpu or not 0 < n_pairs <= _chunks.most_elements(query, 1 << 20, 0):
         return None
     scale = problem.scale.item()
     # a factor of 0 would hide NaN and infinities, because BLAS does not multiply by it

@@ -63,7 +63,7 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
             torch.cat(known, 1, out=table[rows])
         losses.view(-1, 1)[rows] = terms.value(problem.scale)
 
-    _for_chunks(work, problem.student, problem.teacher)
+    _for_chunks(work, _n_scratch(problem), problem.student, problem.teacher)
     return _masked(problem, losses, cross_entropies), (statistics,)
 
 
@@ -172,7 +172,7 @@ def _fill(
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teacher, out = chunks
-        slope = scratch[5] if in_scratch else out
+        slope = scratch[-1] if in_scratch else out
         if slope is None:
             slope = torch.empty_like(z, dtype=dtype)
         if factors is None:
@@ -189,7 +189,7 @@ def _fill(
         if in_scratch:
             out.copy_(slope)
 
-    _for_chunks(work, problem.student, problem.teacher, gradient)
+    _for_chunks(work, _n_scratch(problem), problem.student, problem.teacher, gradient)
 
 
 # ------------------------------------------------------------------------- rows, chunks and masks
@@ -209,6 +209,10 @@ def _in_compute_dtype(problem: Rows) -> Rows:
 
 def _most(like: Tensor) -> int:
     return most_elements(like, _ON_CPU, _ELSEWHERE)
+
+
+def _n_scratch(problem: Rows) -> int:
+    return 3 if problem.divergence == "logit_mse" and problem.labels is None else N_SCRATCH
 
 
 def _empty_losses(problem: Rows) -> Losses:
@@ -251,7 +255,9 @@ def _select(rows: Tensor, factor: Tensor) -> Tensor:
     return rows
 
 
-def _for_chunks(work: Callable[[slice, list[Tensor], Scratch], None], *tensors: Tensor) -> None:
+def _for_chunks(
+    work: Callable[[slice, list[Tensor], Scratch], None], n_scratch: int, *tensors: Tensor
+) -> None:
     """Call `work` with row numbers, chunks [R, V] of the tensors, and scratch of that shape.
 
     Shifted logits, [B, S, V] cut to [:, :-1], do not flatten to rows: their blocks are taken one
@@ -270,7 +276,7 @@ def _for_chunks(work: Callable[[slice, list[Tensor], Scratch], None], *tensors: 
         blocks = [x.reshape(1, -1, n_cols) for x in blocks]
     n_blocks, inner, _ = blocks[0].shape
     size = min(inner, max(1, most // n_cols))
-    shape = N_SCRATCH, size, n_cols
+    shape = n_scratch, size, n_cols
     scratch = student.new_empty(shape, dtype=compute_dtype(student, teacher))
 
     def of_block(i: int, rows: slice) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd import _checks
 from fastkd._loss import Call, Term
-from fastkd._op import Number, Op
+from fastkd._op import Number, Op, compute_dtype
 
 
 class Rows(NamedTuple):
@@ -114,6 +114,8 @@ def logit_mse(
     call: Call, student: Tensor, teacher: Tensor, *, temperature: Number, scale_t2: bool
 ) -> Tensor:
     """Solve for the mean squared difference of logits."""
+    if isinstance(temperature, Tensor):  # a narrower dtype than that of the logits would round 1/T²
+        temperature = temperature.to(compute_dtype(student, teacher))
     scale = 1.0 if scale_t2 else 1 / temperature**2
     problem = Rows(student, teacher, None, call.row_mask, 1.0, 1.0, 0.0, scale, "logit_mse")
     losses, _ = solve(call.engine, problem)
