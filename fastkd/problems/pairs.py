@@ -178,7 +178,7 @@ def with_positives(solve_negatives: Solve) -> Solve:
 
     The engine takes positive logits of queries, and of keys if columns have a loss, as given. Their
     gradient becomes one in the embeddings here, as do the positive pairs of the form "pairs". All
-    of it costs a few passes over [n, D].
+    of it costs a few passes over [n, D], and no memory of that size.
     """
 
     def value_and_gradients(problem: Pairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gradients]:
@@ -191,8 +191,8 @@ def with_positives(solve_negatives: Solve) -> Solve:
             return solve_negatives(problem, needs_grad)
 
         scale = problem.scale.to(problem.query.dtype)
-        cosines = torch.linalg.vecdot(*_positive_pairs(problem)[:2])
-        positive = cosines * scale
+        positives = _positives(problem)
+        positive = positives.cosines * scale
         if by_pairs:
             loss, gradients = solve_negatives(problem, needs_grad)
             assert problem.positive_logits is not None
@@ -209,45 +209,78 @@ def with_positives(solve_negatives: Solve) -> Solve:
             )
             loss, gradients = solve_negatives(given, (*needs_grad[:3], any(needs_grad[:3])))
             of_logits, slopes = None, gradients[3]
-        if any(needs_grad[:3]):
-            _add_positive_pairs(problem, gradients, slopes, cosines)
+        if slopes is not None and any(needs_grad[:3]):
+            _add_positive_pairs(problem, gradients, slopes, positives)
         return loss, (*gradients[:3], of_logits)
 
     return value_and_gradients
 
 
-def _positive_pairs(problem: Pairs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the queries and their positive keys, as units, and the lengths of both."""
-    q, q_lengths = units(problem.query, problem.normalize)
-    if problem.key is not None:
-        k, k_lengths = units(problem.key[own_columns(problem)], problem.normalize)
-        if not problem.two_views:
-            return q, k, q_lengths, k_lengths
-    else:
-        k, k_lengths = q, q_lengths
-    half = len(q) // 2
-    return q, k.roll(half, 0), q_lengths, None if k_lengths is None else k_lengths.roll(half, 0)
+class _Positives(NamedTuple):
+    """The pairs of queries with their positive keys, in blocks of rows that lie side by side."""
+
+    blocks: list[tuple[slice, slice]]  # queries, and the keys of those
+    q_lengths: Tensor  # [n], 1 if rows are not normalised
+    k_lengths: Tensor  # [n], of the positive keys
+    cosines: Tensor  # [n], or products if rows are not normalised
+
+
+def _positives(problem: Pairs) -> _Positives:
+    """Find the positive pairs and their cosines without a copy of the embeddings."""
+    query, first, n = problem.query, problem.first, len(problem.query)
+    keys, half = query if problem.key is None else problem.key, n // 2
+    blocks = [(slice(0, n), slice(first, first + n))]
+    if problem.two_views:
+        blocks = [
+            (slice(0, half), slice(first + half, first + n)),
+            (slice(half, n), slice(first, first + half)),
+        ]
+    products = [torch.linalg.vecdot(query[rows], keys[columns]) for rows, columns in blocks]
+    cosines = torch.cat(products)
+    q_lengths = k_lengths = torch.ones_like(cosines)
+    if problem.normalize:
+        q_lengths, k_lengths = (
+            torch.linalg.vector_norm(x, dim=1).clamp_(min=SHORTEST)
+            for x in (query, keys[own_columns(problem)])
+        )
+        k_lengths = k_lengths.roll(half) if problem.two_views else k_lengths
+        cosines.div_(q_lengths * k_lengths)
+    return _Positives(blocks, q_lengths, k_lengths, cosines)
 
 
 def _add_positive_pairs(
-    problem: Pairs, gradients: Gradients, slopes: Tensor | None, cosines: Tensor
+    problem: Pairs, gradients: Gradients, slopes: Tensor, positives: _Positives
 ) -> None:
-    """Add the gradients of the positive pairs, in place, from the slopes in their similarities."""
-    assert slopes is not None
+    """Add the gradients of the positive pairs, in place, from the slopes in their similarities.
+
+    The gradient of a cosine in q is (k / ‖k‖ − cos · q / ‖q‖) / ‖q‖, and the same in k.
+    """
     of_query, of_key, of_scale = gradients[:3]
+    blocks, q_lengths, k_lengths, cosines = positives
     if of_scale is not None:
         of_scale += slopes @ cosines
-    q, k, q_lengths, k_lengths = _positive_pairs(problem)
-    slopes = (slopes * problem.scale)[:, None]
-    if of_key is not None:
-        of_positive = of_lengths(q * slopes, k, k_lengths)
-        if problem.two_views:
-            of_positive = of_positive.roll(len(q) // 2, 0)
-        of_key[own_columns(problem)] += of_positive
-    if of_query is not None:
-        if problem.key is None:  # each pair of views is a pair of queries twice
-            slopes = slopes + slopes.roll(len(q) // 2, 0)
-        of_query += of_lengths(k * slopes, q, q_lengths)
+    slopes = slopes * problem.scale.to(slopes.dtype)
+    across = slopes / (q_lengths * k_lengths)
+    # a shorter row was divided by a constant, so that its gradient keeps the part along the row
+    along_q, along_k = (
+        -slopes * cosines / lengths.square() * (lengths > SHORTEST)
+        for lengths in (q_lengths, k_lengths)
+    )
+    keys, of_keys = problem.key, of_key
+    if keys is None:
+        keys, of_keys = problem.query, of_query
+
+    def add(gradient: Tensor, other: Tensor, own: Tensor, rows: slice, along: Tensor) -> None:
+        gradient.addcmul_(other, across[rows, None])
+        if problem.normalize:
+            gradient.addcmul_(own, along[rows, None])
+
+    for rows, columns in blocks:
+        q, k = problem.query[rows], keys[columns]
+        if of_query is not None:
+            add(of_query[rows], k, q, rows, along_q)
+        if of_keys is not None:
+            add(of_keys[columns], q, k, rows, along_k)
 
 
 def means_over_classes(problem: Pairs) -> Tensor:
