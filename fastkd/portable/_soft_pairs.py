@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.portable._pair_chunks import PairChunks, are_large, lowest
+from fastkd.portable._pair_chunks import PairChunks, are_large
 from fastkd.problems.pairs import Gradients, SoftPairs
 
-_SMALL = 1 << 14  # pairs: errors do not average out, and another pass over S costs nothing
+_SMALL = 1 << 14  # pairs whose errors do not average out: the logarithms of softmaxes are exact
 
 
 def value_and_gradients(problem: SoftPairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gradients]:
@@ -30,14 +30,14 @@ def value_and_gradients(problem: SoftPairs, needs_grad: Sequence[bool]) -> tuple
         first=problem.first, half=problem.teacher_half,
     )  # fmt: skip
     is_small = student.q.is_cpu and len(student.q) * len(student.k) <= _SMALL
-    shifts = (None, None) if is_small else (student.shift(), teacher.shift())
+    shifts = student.shift(), teacher.shift()
     buffer, teacher_buffer = student.buffer(), student.buffer()
     losses = buffer.new_empty(len(student.q))
 
     def of_chunk(rows: slice, s: Tensor) -> None:
         t = teacher.rows(rows, teacher_buffer)
-        if is_small:  # maxima first, so that the differences of large similarities are exact
-            s, t = _less_maxima(student, rows, s), _less_maxima(teacher, rows, t)
+        if is_small:
+            return of_few(rows, s, t)
         difference = torch.sub(t, s, out=student.of_spare(s))
         student.mask(rows, difference, 0.0)
         s_shift, s_sums = _softmax(student, rows, s, shifts[0])
@@ -49,14 +49,16 @@ def value_and_gradients(problem: SoftPairs, needs_grad: Sequence[bool]) -> tuple
         if any(needs_grad):
             student.add(rows, s.sub_(t))
 
+    def of_few(rows: slice, s: Tensor, t: Tensor) -> None:
+        log_q = student.mask(rows, s, -torch.inf).log_softmax(1)
+        log_p = teacher.mask(rows, t, -torch.inf).log_softmax(1)
+        difference, p = student.mask(rows, log_p - log_q, 0.0), log_p.exp_()
+        torch.linalg.vecdot(p, difference, out=losses[rows])
+        if any(needs_grad):
+            student.add(rows, log_q.exp_().sub_(p))
+
     student.for_each(buffer, of_chunk)
     return losses.sum(), student.gradients()
-
-
-def _less_maxima(chunks: PairChunks, rows: slice, x: Tensor) -> Tensor:
-    """Subtract the largest similarity of each row, masked pairs aside, in place."""
-    chunks.mask(rows, x, -torch.inf)
-    return x.sub_(x.amax(1, keepdim=True).clamp_(min=lowest(x)))
 
 
 def _softmax(
