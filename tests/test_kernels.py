@@ -93,7 +93,7 @@ def test_gradients_in_place_overwrite_the_student_alone(n_cols, division):
             argument.loaded + argument.stored
             for x in meter.launches
             for name, argument in x.arguments.items()
-            if any(word in name for word in ("student.", "teacher.", "gradient."))
+            if any(word in name for word in ("student", "teacher", "gradient"))
         )
         sweeps_of_row = 2 if divergence in MIXTURES else 1
         assert moved // student.numel() == (6 if is_on_chip else 4 * sweeps_of_row + 6)
@@ -106,10 +106,15 @@ def test_masked_rows_are_not_read(n_cols, division):
         fastkd.forward_kl(
             student, teacher, weights=torch.tensor([True, False, False, True])
         ).backward()
-    read = [x.arguments["teacher.ptr"].loaded for x in meter.launches]
+    read = [
+        argument.loaded
+        for x in meter.launches
+        for name, argument in x.arguments.items()
+        if name.replace("_", ".") == "teacher.ptr"
+    ]
     if n_cols == LOOPED:  # on chip their reads cost nothing that shows
         assert sum(read) == 2 * student.numel()
-    assert meter.launches[-1].arguments["gradient.ptr"].stored == 2 * student.numel()
+    assert meter.launches[-1].arguments["gradient_ptr"].stored == 2 * student.numel()
     assert not student.grad[1:3].any()
 
 
@@ -160,7 +165,7 @@ def test_every_access_is_inside_and_every_output_written(
     assert not meter.races
     losses = [x.arguments["losses_ptr"].unique_stored for x in meter.launches]
     assert sum(losses) == 3 * 4
-    written = meter.launches[-1].arguments["gradient.ptr"]
+    written = meter.launches[-1].arguments["gradient_ptr"]
     assert written.unique_stored == written.stored == 3 * n_cols * 4
 
 

@@ -22,7 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd._op import Number, compute_dtype
-from fastkd.kernels.device import alignment, congruent, device_of, on_device, rows_of
+from fastkd.kernels.device import (
+    Strided,
+    alignment,
+    congruent,
+    device_of,
+    on_device,
+    rows_of,
+)
 from fastkd.kernels.rows import sweeps
 from fastkd.problems.rows import Rows
 
@@ -157,11 +164,7 @@ def _launch_whole_rows(
     with on_device(problem.student):
         sweeps.whole_rows[(triton.cdiv(n_rows, block),)](
             **_arguments(problem),
-            student=student,
-            teacher=teacher,
-            gradient=gradient_rows,
-            upstream=_upstream(upstream[0]),
-            ce_upstream=_upstream(upstream[1]),
+            **_operands(student, teacher, gradient_rows, upstream),
             losses_ptr=None if losses is None else losses[0],
             cross_entropies_ptr=None if losses is None else losses[1],
             n_rows=n_rows,
@@ -234,11 +237,7 @@ def _launch_gradient(
     with on_device(problem.student):
         sweeps.gradient[(n_rows * n_blocks,)](
             **_arguments(problem),
-            student=student,
-            teacher=teacher,
-            gradient=gradient_rows,
-            upstream=_upstream(upstream[0]),
-            ce_upstream=_upstream(upstream[1]),
+            **_operands(student, teacher, gradient_rows, upstream),
             statistics_ptr=statistics,
             n_blocks=n_blocks,
             FAST=_has_fast_log2(problem),
@@ -293,11 +292,26 @@ def _width(problem: Rows) -> int:
     return 16 // min(problem.student.element_size(), problem.teacher.element_size())
 
 
-def _upstream(gradients: Tensor | None) -> sweeps.Upstream | None:
-    if gradients is None:
-        return None
-    gradients = gradients.reshape(-1)
-    return sweeps.Upstream(gradients, gradients.stride(0))
+def _operands(
+    student: Strided, teacher: Strided, gradient: Strided | None, upstream: Sequence[Tensor | None]
+) -> dict[str, Any]:
+    """Return the pointers of a kernel that writes a gradient, and their strides."""
+    of_losses, of_labels = (None if x is None else x.reshape(-1) for x in upstream)
+    outer, inner = (0, 0) if gradient is None else (gradient.outer_stride, gradient.inner_stride)
+    return dict(
+        student_ptr=student.ptr,
+        teacher_ptr=teacher.ptr,
+        upstream_ptr=of_losses,
+        ce_upstream_ptr=of_labels,
+        gradient_ptr=None if gradient is None else gradient.ptr,
+        strides=sweeps.Strides(
+            *(student.outer_stride, student.inner_stride),
+            *(teacher.outer_stride, teacher.inner_stride),
+            *(outer, inner),
+            0 if of_losses is None else of_losses.stride(0),
+            0 if of_labels is None else of_labels.stride(0),
+        ),
+    )
 
 
 def _flat(rows: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastkd.kernels.device import Strided
 from fastkd.kernels.rows.terms import (
     LOWEST,
     Statistics,
@@ -50,11 +51,20 @@ class Numbers(NamedTuple):
     scale: float | Tensor
 
 
-class Upstream(NamedTuple):
-    """Upstream gradients of the rows' losses."""
+class Strides(NamedTuple):
+    """Strides of logits and of upstream gradients, in elements; 0 for what is not there.
 
-    ptr: Tensor  # (n_rows,)
-    stride: int
+    They follow all pointers, because other orders of the parameters cost registers.
+    """
+
+    student_outer: int
+    student_inner: int
+    teacher_outer: int
+    teacher_inner: int
+    gradient_outer: int
+    gradient_inner: int
+    upstream: int
+    ce_upstream: int
 
 
 class Pointers(NamedTuple):
@@ -342,19 +352,20 @@ def combine(
 
 @triton.jit
 def _row_factors(
-    rows, mask, n_cols, upstream, ce_upstream, row_mask_ptr, labels_ptr, scale, DTYPE: tl.constexpr
-):
+    rows, mask, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr, scale,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
     """Return the Factors of rows; `scale` multiplies the gradient of the divergence."""
     factor = tl.zeros(rows.shape, DTYPE)
     ce_factor, label = factor, tl.full(rows.shape, -1, tl.int64)
-    if upstream is not None:
-        factor = tl.load(upstream.ptr + rows * upstream.stride, mask, 0.0).to(DTYPE) * scale
+    if upstream_ptr is not None:
+        factor = tl.load(upstream_ptr + rows * strides.upstream, mask, 0.0).to(DTYPE) * scale
     if row_mask_ptr is not None:
         factor = tl.where(tl.load(row_mask_ptr + rows, mask, 0) != 0, factor, 0.0)
     if labels_ptr is not None:
         label = tl.load(labels_ptr + rows, mask, -1).to(tl.int64)
-    if ce_upstream is not None:
-        ce_factor = tl.load(ce_upstream.ptr + rows * ce_upstream.stride, mask, 0.0).to(DTYPE)
+    if ce_upstream_ptr is not None:
+        ce_factor = tl.load(ce_upstream_ptr + rows * strides.ce_upstream, mask, 0.0).to(DTYPE)
         # a label out of range shows as NaN, unless an upstream gradient of 0 masks its row
         ce_factor = tl.where((label >= n_cols) & (ce_factor != 0), float("nan"), ce_factor)
         ce_factor = tl.where(label < 0, 0.0, ce_factor)
@@ -392,18 +403,19 @@ def _gradient_tile(
 
 @triton.jit
 def gradient(
-    student,  # Strided (n_rows, n_cols)
-    teacher,  # Strided (n_rows, n_cols)
-    gradient,  # Strided (n_rows, n_cols), written
+    student_ptr,  # (n_rows, n_cols)
+    teacher_ptr,  # (n_rows, n_cols)
     labels_ptr,  # (n_rows,) or None
     row_mask_ptr,  # (n_rows,) or None
-    upstream,  # Upstream (n_rows,) of the losses, or None
-    ce_upstream,  # Upstream (n_rows,) of the cross-entropies, or None
+    upstream_ptr,  # (n_rows,) of the losses, or None
+    ce_upstream_ptr,  # (n_rows,) of the cross-entropies, or None
     statistics_ptr,  # (n_rows, N_STATISTICS)
-    numbers,  # Numbers
+    gradient_ptr,  # (n_rows, n_cols), written
     n_cols,
-    inner,  # size of the logits' last dimension but one
     n_blocks,  # of VECTORS vectors, to a row
+    inner,  # size of the logits' last dimension but one
+    strides,  # Strides
+    numbers,  # Numbers
     DIVERGENCE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ON_DEVICE: tl.constexpr,
     CONGRUENT: tl.constexpr, GRADIENT_CONGRUENT: tl.constexpr, VECTORS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -417,21 +429,24 @@ def gradient(
     weight = number(numbers.weight, ON_DEVICE, DTYPE)
     temperature = number(numbers.student_temperature, ON_DEVICE, DTYPE)
     units = _units(numbers, ON_DEVICE, DTYPE)
-    LABELS: tl.constexpr = ce_upstream is not None
+    LABELS: tl.constexpr = ce_upstream_ptr is not None
     factors = _row_factors(
-        row, row >= 0, n_cols, upstream, ce_upstream, row_mask_ptr, labels_ptr,
+        row, row >= 0, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
         number(numbers.scale, ON_DEVICE, DTYPE) / temperature, DTYPE,
     )  # fmt: skip
     statistics = _load_statistics(statistics_ptr + row.to(tl.int64) * N_STATISTICS)
 
-    student_row = student.ptr + row_offset(row, inner, student)
+    student = Strided(student_ptr, strides.student_outer, strides.student_inner)
+    teacher = Strided(teacher_ptr, strides.teacher_outer, strides.teacher_inner)
+    gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)
+    student_row = student_ptr + row_offset(row, inner, student)
     head = head_of(student_row, n_cols, WIDTH)
     rows = Pointers(
         at_boundary(student_row, head, True),
-        at_boundary(teacher.ptr, row_offset(row, inner, teacher) + head, CONGRUENT),
+        at_boundary(teacher_ptr, row_offset(row, inner, teacher) + head, CONGRUENT),
     )
     gradient_row = at_boundary(
-        gradient.ptr, row_offset(row, inner, gradient) + head, GRADIENT_CONGRUENT
+        gradient_ptr, row_offset(row, inner, gradient) + head, GRADIENT_CONGRUENT
     )
     unmasked = (factors.divergence != 0) | (factors.cross_entropy != 0)
     start = block * VECTORS
@@ -450,19 +465,20 @@ def gradient(
 
 @triton.jit
 def whole_rows(
-    student,  # Strided (n_rows, n_cols)
-    teacher,  # Strided (n_rows, n_cols)
-    gradient,  # Strided (n_rows, n_cols), written; None: the losses alone
+    student_ptr,  # (n_rows, n_cols)
+    teacher_ptr,  # (n_rows, n_cols)
     labels_ptr,  # (n_rows,) or None
     row_mask_ptr,  # (n_rows,) or None
-    upstream,  # Upstream (n_rows,) of the losses, or None
-    ce_upstream,  # Upstream (n_rows,) of the cross-entropies, or None
+    upstream_ptr,  # (n_rows,) of the losses, or None
+    ce_upstream_ptr,  # (n_rows,) of the cross-entropies, or None
     losses_ptr,  # (n_rows,); None: the gradient alone
     cross_entropies_ptr,  # (n_rows,); None without losses_ptr or without labels
-    numbers,  # Numbers
+    gradient_ptr,  # (n_rows, n_cols), written; None: the losses alone
     n_rows,
     n_cols,
     inner,  # size of the logits' last dimension but one
+    strides,  # Strides
+    numbers,  # Numbers
     DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
     ON_DEVICE: tl.constexpr, ALIGNMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -479,10 +495,12 @@ def whole_rows(
     LABELS: tl.constexpr = labels_ptr is not None
     n_cols = n_cols // ALIGNMENT * ALIGNMENT  # unchanged; tells the compiler what divides it
     columns = tl.arange(0, COLUMNS)[None, :]
+    student = Strided(student_ptr, strides.student_outer, strides.student_inner)
+    teacher = Strided(teacher_ptr, strides.teacher_outer, strides.teacher_inner)
     student_rows = row_offset(rows, inner, student) // ALIGNMENT * ALIGNMENT
     teacher_rows = row_offset(rows, inner, teacher) // ALIGNMENT * ALIGNMENT
     inside = exists[:, None] & (columns < n_cols)
-    pointers = Pointers(student.ptr + student_rows[:, None], teacher.ptr + teacher_rows[:, None])
+    pointers = Pointers(student_ptr + student_rows[:, None], teacher_ptr + teacher_rows[:, None])
     x, y = _logits(pointers, columns, inside, DTYPE)
 
     ms = tl.maximum(tl.max(x, 1) * units.cs, LOWEST)
@@ -511,12 +529,12 @@ def whole_rows(
         tl.store(losses_ptr + rows, tl.where(unmasked, value * scale, 0.0), exists)
         if LABELS:
             label = tl.load(labels_ptr + rows, exists, -1).to(tl.int64)
-            row_ptr = student.ptr + student_rows
+            row_ptr = student_ptr + student_rows
             ce = cross_entropy(row_ptr, label, n_cols, units.c1, m1, z1, DTYPE)
             tl.store(cross_entropies_ptr + rows, ce, exists)
-    if gradient is not None:
+    if gradient_ptr is not None:
         factors = _row_factors(
-            rows, exists, n_cols, upstream, ce_upstream, row_mask_ptr, labels_ptr,
+            rows, exists, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
             scale / temperature, DTYPE,
         )  # fmt: skip
         slopes = _row_gradient(
@@ -529,12 +547,13 @@ def whole_rows(
             Factors(
                 factors.divergence[:, None], factors.cross_entropy[:, None], factors.label[:, None]
             ),
-            DIVERGENCE, ce_upstream is not None, FAST,
+            DIVERGENCE, ce_upstream_ptr is not None, FAST,
         )  # fmt: skip
         tl.debug_barrier()  # so that the label's logit has been read before it is overwritten
+        gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)
         gradient_rows = row_offset(rows, inner, gradient) // ALIGNMENT * ALIGNMENT
         tl.store(
-            gradient.ptr + gradient_rows[:, None] + columns,
-            slopes.to(gradient.ptr.dtype.element_ty),
+            gradient_ptr + gradient_rows[:, None] + columns,
+            slopes.to(gradient_ptr.dtype.element_ty),
             mask=inside,
         )
