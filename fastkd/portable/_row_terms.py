@@ -115,7 +115,7 @@ def _reverse_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Ter
     of_q = _mean(above, q, out=scratch[0])
 
     def slope(out: Tensor, factor: Number) -> None:
-        _deviations(above, of_q, q, out, ratio, factor * _LN2)
+        _weighted(above.sub_(of_q).nan_to_num_(0), q, out, ratio, factor * _LN2)
 
     return Terms(lambda scale: (of_q + ratio).mul_(scale * _LN2), slope, p.d)
 
@@ -129,7 +129,8 @@ def _symmetric_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> T
         return (forward * weight).add_((of_q + ratio).mul_(1 - weight)).mul_(scale * _LN2)
 
     def slope(out: Tensor, factor: Number) -> None:
-        _deviations(above, of_q, q, out, ratio, factor * ((1 - weight) * _LN2))
+        centred = above.sub_(of_q).nan_to_num_(0)
+        _weighted(centred, q, out, ratio, factor * ((1 - weight) * _LN2))
         out.add_(q.e.mul_(_each(q, factor * weight))).sub_(p.e.mul_(_each(p, factor * weight)))
 
     return Terms(value, slope, p.d)
@@ -146,7 +147,7 @@ def _total_variation(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -
 
     def slope(out: Tensor, factor: Number) -> None:
         sign = difference.sign_()
-        _deviations(sign, _mean(sign, q, out=out), q, out, ratio, factor * 0.5)
+        _weighted(sign.sub_(_mean(sign, q, out=out)), q, out, ratio, factor * 0.5)
 
     return Terms(value, slope, p.d)
 
@@ -162,7 +163,8 @@ def _skew_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
 
     def slope(out: Tensor, factor: Number) -> None:
         share = p.e.div_(m)
-        _deviations(share, _mean(share, q, out=out), q, out, ratio, factor * (weight - 1))
+        centred = share.sub_(_mean(share, q, out=out))
+        _weighted(centred, q, out, ratio, factor * (weight - 1))
 
     return Terms(value, slope, p.d)
 
@@ -176,7 +178,7 @@ def _skew_reverse_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -
     def slope(out: Tensor, factor: Number) -> None:
         of_m = torch.div(q.e, m, out=p.e).mul_(-weight / _LN2)
         v = above.nan_to_num_(0).add_(of_m)
-        _deviations(v, _mean(v, q, out=out), q, out, ratio, factor * _LN2)
+        _weighted(v.sub_(_mean(v, q, out=out)), q, out, ratio, factor * _LN2)
 
     return Terms(
         lambda scale: _mean(above, q, out=p.d).add_(ratio * 0).mul_(scale * _LN2), slope, p.d
@@ -196,7 +198,8 @@ def _jensen_shannon(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) ->
         return of_p.mul_(weight).add_(of_q * (1 - weight)).add_(ratio * 0).mul_(scale * _LN2)
 
     def slope(out: Tensor, factor: Number) -> None:
-        _deviations(above, of_q, q, out, ratio, factor * ((1 - weight) * _LN2))
+        centred = above.sub_(of_q).nan_to_num_(0)
+        _weighted(centred, q, out, ratio, factor * ((1 - weight) * _LN2))
 
     return Terms(value, slope, p.d)
 
@@ -245,14 +248,12 @@ def _difference(q: Softmax, p: Softmax, out: Tensor, factor: Number) -> None:
     out.sub_(p.e).mul_(_each(p, factor))
 
 
-def _deviations(
-    v: Tensor, mean: Tensor, q: Softmax, out: Tensor, ratio: Tensor, factor: Number
-) -> None:
-    """Write factor · q (v − mean), the slope of h = q·v; overwrites v.
+def _weighted(centred: Tensor, q: Softmax, out: Tensor, ratio: Tensor, factor: Number) -> None:
+    """Write factor · q (v − Σ q·v), the slope of h = q·v, from v less its mean.
 
-    Where v is NaN, q is 0. The NaN of an input, which the sums drop, comes back from the ratio.
+    The NaN of an input, which the sums drop, comes back from the ratio.
     """
-    torch.mul(v.sub_(mean).nan_to_num_(0), q.e, out=out)
+    torch.mul(centred, q.e, out=out)
     out.mul_(_each(q, factor).add_(ratio * 0))
 
 
