@@ -186,7 +186,7 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
-@pytest.mark.parametrize("first", [0, 37, 52])
+@pytest.mark.parametrize("first", [0, 37, 51])  # 51: the last rank
 @pytest.mark.parametrize("form", FORMS)
 @quick_if(lambda form, first, way: first == 37)
 def test_queries_of_one_rank(form, first, way, request):
@@ -199,7 +199,7 @@ def test_queries_of_one_rank(form, first, way, request):
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
-@pytest.mark.parametrize("first", [0, 37, 52])
+@pytest.mark.parametrize("first", [0, 37, 51])  # 51: the last rank
 @quick_if(lambda first, way: first == 37)
 def test_similarities_of_one_rank(first, way):
     for needs_grad in ((True,) * 3, (False, True, True), (True, False, False)):
