@@ -264,9 +264,9 @@ def test_a_figure_depends_on_the_code_that_computes_it():
 
 
 CODE = '''
-"""What it is."""
+"""Name the thing."""
 def f(x, *, scale=2.0):
-    """What it does."""
+    """Do the thing."""
     if x:
         x += 1  # why
         x *= scale
@@ -280,8 +280,8 @@ def f(x, *, scale=2.0):
     "old, new, is_same",
     [
         ("  # why", "  # because", True),
-        ('"""What it does."""', "", True),
-        ('"""What it is."""', '"""What it was."""', True),
+        ('"""Do the thing."""', "", True),
+        ('"""Name the thing."""', '"""Name another."""', True),
         ("def f(x, *, scale=2.0):", "def f(\n    x,\n    *,\n    scale=2.0,\n):", True),
         ("    if x:", "\n\n    if (x):", True),
         ("got it", "got that", True),
