@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -46,6 +46,7 @@ class Loss(Protocol[P, R]):
     formula: Callable[..., Any]
     has_kernels: bool
     engine_for: Callable[[Sequence[Tensor]], str]  # "triton", "portable" or "formula"
+    check: Callable[..., None]  # (batch by name, options): raises the errors of a call
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Return the loss."""
@@ -126,26 +127,36 @@ def loss(
             if not per_example:
                 group = options.pop("group", None)
                 check(*arguments, **options)
-                _checks.process_group(group)
-                ranks = Ranks(group)
+                ranks = Ranks.of(group)
                 found = losses_of(arguments, options, None, ranks)
                 return ranks.mean(found, len(arguments[0][0])) if is_mean else found
             weights, normalizer, reduction = map(options.pop, _REDUCTION)
             return_parts = options.pop(_PARTS, False)
             _checks.reduction(reduction, normalizer)
+            if isinstance(normalizer, Tensor) and normalizer.ndim:
+                normalizer = normalizer.reshape(())
             check(*arguments, **options)
             mask = None
             if weights is not None:
                 n_dims = arguments[0].ndim - 1 if per_example is True else per_example
-                _checks.weights(weights, arguments[0].shape[:n_dims], arguments[0].device)
+                _checks.weights(weights, arguments[0], n_dims)
                 mask = weights if weights.dtype == torch.bool else weights.detach() != 0
             found = losses_of(arguments, options, mask, _THIS_PROCESS)
             if isinstance(found, Tensor):
                 return reduce(found, weights, normalizer, reduction)
             return _sum_of_terms(found, weights, normalizer, reduction, return_parts)
 
+        def check_only(of_batch: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+            own = {k: v for k, v in options.items() if k not in (*_REDUCTION, _PARTS, "group")}
+            check(*_bound(signature, batch, (), dict(of_batch)), **own)
+            if per_example:
+                _checks.reduction(options["reduction"], None)
+            elif not isinstance(options.get("group"), str):  # a name is looked up at the call
+                _checks.process_group(options.get("group"))
+
         public: Any = compute
         public.formula, public.has_kernels, public.engine_for = formula, has_kernels, engine_for
+        public.check = check_only
         return public
 
     return decorate

@@ -60,8 +60,8 @@ def test_weights_reduction_and_normalizer(case):
     for reduction in ("sum", "none"):
         with says(ValueError, "normalizer replaces the divisor", f"got reduction='{reduction}'"):
             case(*inputs, reduction=reduction, normalizer=3)
-    with says(ValueError, "a number or a 0-dim tensor", r"got \[1\]"):
-        case(*inputs, reduction="mean", normalizer=torch.ones(1, device=DEVICE))
+    with says(ValueError, "a tensor of one element", r"got \[2, 1\]", r"pass normalizer\[0\]"):
+        case(*inputs, reduction="mean", normalizer=torch.ones(2, 1, device=DEVICE))
     for shape in ((4,), (2, 2, 1)):
         sentence = "one real number or bool for each example"
         with says(ValueError, sentence, r"\[2, 2\]", rf"\{[*shape]}"):

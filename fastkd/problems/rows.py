@@ -59,12 +59,29 @@ _LIMITS = {
 }
 
 
+# what to do where each row has a temperature of its own
+_DIVIDED = (
+    "divide by it: student_logits / temperature and teacher_logits / temperature, of shape (..., 1)"
+    ', with reduction="none", and multiply what comes back by temperature.squeeze(-1) ** 2'
+)
+_DIVIDED_KD = (
+    "alpha * F.cross_entropy(student_logits, labels) + (1 - alpha) * a divergence such as "
+    f"fastkd.forward_kl, where each row has its own: {_DIVIDED}"
+)
+
+
 def check(
-    student: Tensor, teacher: Tensor, *, temperature: Number, scale_t2: bool, **fraction: Number
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: Number,
+    scale_t2: bool,
+    of_each_row: str = _DIVIDED,
+    **fraction: Number,
 ) -> None:
     """Raise an error for logits that do not fit together and options out of range."""
     _checks.logits(student, teacher)
-    _checks.temperature(temperature)
+    _checks.temperature(temperature, of_each_row=of_each_row)
     if fraction:
         _checks.fraction(**fraction)
 
@@ -87,8 +104,10 @@ def check_kd(
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
     _checks.fraction(alpha=alpha)
     own = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
-    check(student, teacher, temperature=temperature, scale_t2=scale_t2, **own)
-    _checks.labels(labels, student, ignore_index)
+    check(
+        student, teacher, temperature=temperature, scale_t2=scale_t2, of_each_row=_DIVIDED_KD, **own
+    )
+    _checks.labels(labels, student, ignore_index, divergence)
 
 
 def is_exactly(number: Number, value: float) -> bool:
