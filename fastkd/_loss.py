@@ -121,7 +121,7 @@ def loss(
         @functools.wraps(formula)
         def compute(*arguments: Any, **options: Any) -> Any:
             if len(arguments) != len(batch):
-                arguments = _bound(signature, batch, arguments, options)
+                arguments = _bound(signature, batch, arguments, options, name)
             _checks.options(options, defaults, name)
             options = defaults | options
             if not per_example:
@@ -146,13 +146,20 @@ def loss(
                 return reduce(found, weights, normalizer, reduction)
             return _sum_of_terms(found, weights, normalizer, reduction, return_parts)
 
-        def check_only(of_batch: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-            own = {k: v for k, v in options.items() if k not in (*_REDUCTION, _PARTS, "group")}
-            check(*_bound(signature, batch, (), dict(of_batch)), **own)
+        def check_only(of_batch: Mapping[str, Any], options: dict[str, Any]) -> None:
+            arguments, options = (
+                _bound(signature, batch, (), dict(of_batch), name),
+                defaults | options,
+            )
             if per_example:
-                _checks.reduction(options["reduction"], None)
-            elif not isinstance(options.get("group"), str):  # a name is looked up at the call
-                _checks.process_group(options.get("group"))
+                *_, reduction = map(options.pop, _REDUCTION)
+                _checks.reduction(reduction, None)
+                options.pop(_PARTS, False)
+            else:
+                group = options.pop("group", None)
+                if not isinstance(group, str):  # a name is looked up at the call
+                    _checks.process_group(group)
+            check(*arguments, **options)
 
         public: Any = compute
         public.formula, public.has_kernels, public.engine_for = formula, has_kernels, engine_for
@@ -163,7 +170,11 @@ def loss(
 
 
 def _bound(
-    signature: inspect.Signature, batch: Sequence[str], arguments: Any, options: dict[str, Any]
+    signature: inspect.Signature,
+    batch: Sequence[str],
+    arguments: Any,
+    options: dict[str, Any],
+    loss: str,
 ) -> tuple[Any, ...]:
     """Return the whole batch, of which some were given by name or left at their default.
 
@@ -173,7 +184,13 @@ def _bound(
     rest = [signature.parameters[name].default for name in batch[len(arguments) :]]
     if not given and rest and inspect.Parameter.empty not in rest:  # faster than to bind
         return *arguments, *rest
-    bound = signature.bind(*arguments, **given)
+    try:
+        bound = signature.bind(*arguments, **given)
+    except TypeError as error:
+        raise TypeError(
+            f"{loss} takes {', '.join(batch)} and then its options by name, as option=value, got "
+            f"{len(arguments) + len(given)} of them: {error}"
+        ) from None
     bound.apply_defaults()
     return bound.args
 
