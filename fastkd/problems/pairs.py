@@ -6,6 +6,7 @@ teacher's; the mathematics that the engines share follows. `_contrasts.py` state
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from fastkd._op import Op
 Number = float | Tensor
 Gradients = tuple[Tensor | None, ...]
 
-SHORTEST = 1e-12  # F.normalize divides by at least this length
+SHORTEST = 1e-12  # F.normalize divides by at least this length; a row of it has no direction
 LINEAR = 50.0  # from here on a softplus equals its argument, in float64 too
 HEADROOM = 12  # slopes are lifted by 2^12, since small ones would vanish in float16
 
@@ -114,14 +115,23 @@ def units(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     return rows / lengths, lengths
 
 
+def directions(rows: Tensor) -> Tensor:
+    """Return rows as F.normalize does; those that are too short for a direction get gradient 0."""
+    lengths = torch.linalg.vector_norm(rows.detach(), dim=1, keepdim=True)
+    return F.normalize(torch.where(lengths > SHORTEST, rows, rows.detach()))
+
+
+def divisors(lengths: Tensor) -> Tensor:
+    """Return what divides the gradients of rows: their lengths, ∞ where there is no direction."""
+    return torch.threshold(lengths, SHORTEST, math.inf)
+
+
 def of_lengths(gradients: Tensor, rows: Tensor, lengths: Tensor | None) -> Tensor:
     """Return the gradients in x from those in `rows` = x / ‖x‖, in place."""
     if lengths is None:
         return gradients
     along = torch.linalg.vecdot(gradients, rows)[:, None]
-    # a shorter row was divided by a constant, so that its gradient keeps the part along the row
-    along.mul_(lengths > SHORTEST)
-    return gradients.addcmul_(rows, along, value=-1).div_(lengths)
+    return gradients.addcmul_(rows, along, value=-1).div_(divisors(lengths))
 
 
 # ----------------------------------------------------------------- the loss, from log-sum-exps
@@ -260,27 +270,24 @@ def _add_positive_pairs(
     if of_scale is not None:
         of_scale += slopes @ cosines
     slopes = slopes * problem.scale.to(slopes.dtype)
-    across = slopes / (q_lengths * k_lengths)
-    # a shorter row was divided by a constant, so that its gradient keeps the part along the row
-    along_q, along_k = (
-        -slopes * cosines / lengths.square() * (lengths > SHORTEST)
-        for lengths in (q_lengths, k_lengths)
-    )
+    of_q, of_k = divisors(q_lengths), divisors(k_lengths)
+    across_q, across_k = slopes / (of_q * k_lengths), slopes / (q_lengths * of_k)
+    along_q, along_k = (-slopes * cosines / x.square() for x in (of_q, of_k))
     keys, of_keys = problem.key, of_key
     if keys is None:
         keys, of_keys = problem.query, of_query
 
-    def add(gradient: Tensor, other: Tensor, own: Tensor, rows: slice, along: Tensor) -> None:
-        gradient.addcmul_(other, across[rows, None])
+    def add(gradient: Tensor, other: Tensor, across: Tensor, own: Tensor, along: Tensor) -> None:
+        gradient.addcmul_(other, across[:, None])
         if problem.normalize:
-            gradient.addcmul_(own, along[rows, None])
+            gradient.addcmul_(own, along[:, None])
 
     for rows, columns in blocks:
         q, k = problem.query[rows], keys[columns]
         if of_query is not None:
-            add(of_query[rows], k, q, rows, along_q)
+            add(of_query[rows], k, across_q[rows], q, along_q[rows])
         if of_keys is not None:
-            add(of_keys[columns], q, k, rows, along_k)
+            add(of_keys[columns], q, across_k[rows], k, along_k[rows])
 
 
 def means_over_classes(problem: Pairs) -> Tensor:

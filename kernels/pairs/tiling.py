@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd.kernels.device import INTERPRETED, Device, device_of
 from fastkd.kernels.pairs.tiles import Side, Tile
-from fastkd.problems.pairs import SHORTEST, in_half
+from fastkd.problems.pairs import SHORTEST, divisors, in_half
 
 ALIGNMENT = 128  # matrices have a multiple of so many rows, which the sides of all tiles divide
 _WIDEST_HALF, _WIDEST_TF32 = 256, 128  # widths whose sums stay in registers
@@ -157,10 +157,8 @@ class Embeddings(NamedTuple):
             return values * scale, torch.linalg.vecdot(self.rows, values)
         units = self.rows / self.lengths
         along = torch.linalg.vecdot(units, values)
-        # a row that is not longer is divided by a constant, so that its gradient keeps this part
-        removed = along * (self.lengths[:, 0] > SHORTEST)
-        gradient = torch.addcmul(values, units, removed[:, None], value=-1)
-        return gradient.mul_(scale / self.lengths), along
+        gradient = torch.addcmul(values, units, along[:, None], value=-1)
+        return gradient.mul_(scale / divisors(self.lengths)), along
 
 
 def embeddings(rows: Tensor, normalize: bool, half: str, tiles: Tiling) -> Embeddings:
