@@ -39,7 +39,7 @@ class Pairs(NamedTuple):
     where s are the similarities to the positive keys and a the positive logits, which equal s if
     they are None. "pairs" needs them. With weights of keys the first two forms have the same sums
     over the columns of those keys besides. Classes go with "linear": all keys of a query's class
-    are its positive ones, and r_i S_ij, which equals r_j S_ij, is subtracted for each such pair.
+    are its positive ones, and r_i S_ij is subtracted for each such pair.
 
     The gradient in the positive logits includes that in the positive logits of the queries' keys.
     """
@@ -50,10 +50,12 @@ class Pairs(NamedTuple):
     positive_logits: Tensor | None  # a, [n]; None: s, or by classes
     weights: Tensor  # w, [n]
     bank: Tensor | None  # [B, D], further keys, which get no gradient
+    left_out: Tensor | None  # [n, M + B], bool: pairs that are masked; kernels do not read it
     key_positive_logits: Tensor | None  # [N], of the first N keys; None: s
     key_weights: Tensor | None  # [N]; None: columns have no loss
-    classes: Tensor | None  # [M], float numbers of the classes of all keys, the queries' among them
-    attractions: Tensor | None  # r, [M], one value for all keys of a class
+    classes: Tensor | None  # [M], float numbers of the classes of all keys
+    query_classes: Tensor | None  # [n]
+    attractions: Tensor | None  # r, [n], 0 for a query without a class
     form: str
     first: int  # the rank offset: query i and key first + i are of one example; -1: none are
     two_views: bool  # queries are two views of each example, the first views before the second
@@ -63,9 +65,9 @@ class Pairs(NamedTuple):
 
 
 class SoftPairs(NamedTuple):
-    """Σ_i KL(softmax_j T_ij ‖ softmax_j S_ij), S of the student and T of the teacher as in `Pairs`.
+    """Σ_i w_i KL(softmax_j T_ij ‖ softmax_j S_ij), S of the student and T of the teacher.
 
-    Rows are divided by their lengths.
+    S and T are as in `Pairs`. The form "cross_entropy" lacks the teacher's entropy.
     """
 
     query: Tensor  # [n, D], the student's, in the compute dtype
@@ -74,7 +76,10 @@ class SoftPairs(NamedTuple):
     teacher_query: Tensor  # [n, D']
     teacher_key: Tensor | None  # [M, D']
     teacher_scale: Tensor  # 0-dim
+    weights: Tensor | None  # w, [n]; None: all 1
+    form: str  # "kl" or "cross_entropy"
     first: int  # key first + i is query i itself and masked; -1: none is
+    normalize: bool
     half: str  # "bfloat16" or "float16" if that holds the student's rows without rounding, else ""
     teacher_half: str
 
@@ -117,8 +122,8 @@ def units(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
 
 def directions(rows: Tensor) -> Tensor:
     """Return rows as F.normalize does; those that are too short for a direction get gradient 0."""
-    lengths = torch.linalg.vector_norm(rows.detach(), dim=1, keepdim=True)
-    return F.normalize(torch.where(lengths > SHORTEST, rows, rows.detach()))
+    lengths = torch.linalg.vector_norm(rows.detach(), dim=-1, keepdim=True)
+    return F.normalize(torch.where(lengths > SHORTEST, rows, rows.detach()), dim=-1)
 
 
 def divisors(lengths: Tensor) -> Tensor:
@@ -291,21 +296,24 @@ def _add_positive_pairs(
 
 
 def means_over_classes(problem: Pairs) -> Tensor:
-    """Return for each query its mean similarity to the others of its class."""
-    assert problem.classes is not None
-    queries = slice(0, None) if problem.key is None else own_columns(problem)
-    z, _ = units(problem.query if problem.key is None else problem.key, problem.normalize)
-    place = problem.classes.long()
-    zeros = torch.zeros_like(place, dtype=z.dtype)
-    n_alike = zeros.index_add(0, place, zeros + 1)[place]
-    own = z[queries]
-    of_class = (own * _class_means(z, place, n_alike)[queries]).sum(1) * n_alike[queries]
-    n_positives = (n_alike[queries] - 1).clamp(min=1)
-    return (of_class - own.square().sum(1)) / n_positives * problem.scale.to(z.dtype)
+    """Return for each query its mean similarity to the other keys of its class."""
+    assert problem.classes is not None and problem.query_classes is not None
+    keys = problem.query if problem.key is None else problem.key
+    k, _ = units(keys, problem.normalize)
+    place, of_queries = problem.classes.long(), problem.query_classes.long()
+    zeros = torch.zeros_like(place, dtype=k.dtype)
+    n_alike = zeros.index_add(0, place, zeros + 1).clamp_(min=1)
+    means, n_positives = _class_means(k, place, n_alike)[of_queries], n_alike[of_queries]
+    is_among_keys = problem.first >= 0
+    q = k[own_columns(problem)] if is_among_keys else units(problem.query, problem.normalize)[0]
+    of_class = torch.linalg.vecdot(q, means) * n_positives
+    if is_among_keys:
+        of_class, n_positives = of_class - q.square().sum(1), (n_positives - 1).clamp(min=1)
+    return of_class / n_positives * problem.scale.to(k.dtype)
 
 
 def _class_means(rows: Tensor, place: Tensor, n_alike: Tensor) -> Tensor:
-    """Return for each row the mean of its class.
+    """Return the mean of each class, by its number.
 
     The mean of the differences from a first mean is added to it, because a sum of many rows that
     are alike is rounded often.
@@ -317,7 +325,7 @@ def _class_means(rows: Tensor, place: Tensor, n_alike: Tensor) -> Tensor:
             sums = sums.index_put((place,), rows, accumulate=True)
         else:
             sums = sums.index_add(0, place, rows)
-        return sums[place].div_(n_alike[:, None])
+        return sums.div_(n_alike[:, None])
 
     means = means_of(rows)
-    return means.add_(means_of(rows - means))
+    return means.add_(means_of(rows - means[place]))
