@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd.portable._pair_chunks import PairChunks, are_large
-from fastkd.problems.pairs import Gradients, SoftPairs
+from fastkd.problems.pairs import Gradients, SoftPairs, weighted_sum
 
 _SMALL = 1 << 14  # pairs whose errors do not average out: the logarithms of softmaxes are exact
 
@@ -69,8 +69,7 @@ def value_and_gradients(problem: SoftPairs, needs_grad: Sequence[bool]) -> tuple
         student.add(rows, slopes, None if weights is None else weights[rows])
 
     student.for_each(buffer, of_chunk)
-    loss = losses.sum() if weights is None else losses @ weights.to(losses.dtype)
-    return loss, student.gradients()
+    return weighted_sum(losses, weights), student.gradients()
 
 
 def _softmax(

@@ -258,7 +258,7 @@ def sup_con(
         _inverse(temperature, features), factors, form="linear", first=-1 if is_apart else first,
         normalize=normalize, half=half, classes=classes.to(features.dtype),
         query_classes=query_classes.to(features.dtype),
-        attractions=factors / n_positives.clamp(min=1),
+        attractions=factors / n_positives.clamp(min=1), attractions_differ=weights is not None,
     )  # fmt: skip
     total = call.ranks.total(share)
     if base_temperature is None:
@@ -375,6 +375,7 @@ def _solve(
     classes: Tensor | None = None,
     query_classes: Tensor | None = None,
     attractions: Tensor | None = None,
+    attractions_differ: bool = False,
     two_views: bool = False,
     normalize: bool = True,
 ) -> Tensor:
@@ -395,7 +396,7 @@ def _solve(
         weights=weights, bank=_apart(bank, query, key), left_out=left_out,
         key_positive_logits=key_positive_logits, key_weights=_apart(key_weights, weights),
         classes=classes, query_classes=_apart(query_classes, classes), attractions=attractions,
-        form=form, first=first, two_views=two_views, normalize=normalize, half=half,
+        attractions_differ=attractions_differ, form=form, first=first, two_views=two_views, normalize=normalize, half=half,
         group=call.ranks.name if n_columns else "",
     )  # fmt: skip
     return solve(call.engine, problem)

@@ -56,6 +56,7 @@ class Pairs(NamedTuple):
     classes: Tensor | None  # [M], float numbers of the classes of all keys
     query_classes: Tensor | None  # [n]
     attractions: Tensor | None  # r, [n], 0 for a query without a class
+    attractions_differ: bool  # whether they do within a class
     form: str
     first: int  # the rank offset: query i and key first + i are of one example; -1: none are
     two_views: bool  # queries are two views of each example, the first views before the second
@@ -140,6 +141,11 @@ def of_lengths(gradients: Tensor, rows: Tensor, lengths: Tensor | None) -> Tenso
 
 
 # ----------------------------------------------------------------- the loss, from log-sum-exps
+
+
+def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Return Σ w_i l_i; without weights all are 1."""
+    return losses.sum() if weights is None else losses @ weights.to(losses.dtype)
 
 
 def own_columns(problem: Pairs) -> slice:
@@ -322,10 +328,10 @@ def _class_means(rows: Tensor, place: Tensor, n_alike: Tensor) -> Tensor:
     def means_of(rows: Tensor) -> Tensor:
         sums = torch.zeros_like(rows)
         if rows.is_cuda:  # index_add has no fixed order there
-            sums = sums.index_put((place,), rows, accumulate=True)
+            sums.index_put_((place,), rows, accumulate=True)
         else:
-            sums = sums.index_add(0, place, rows)
+            sums.index_add_(0, place, rows)
         return sums.div_(n_alike[:, None])
 
     means = means_of(rows)
-    return means.add_(means_of(rows - means[place]))
+    return means.add_(means_of(means[place].neg_().add_(rows)))

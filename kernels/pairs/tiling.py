@@ -197,7 +197,7 @@ def sum_of_splits(values: Tensor) -> Tensor:
 
 
 class Statistics(NamedTuple):
-    """The losses KL_i of rows, and the maximum and Σ_j exp(S_ij − maximum_i) of each, and of T."""
+    """The losses of rows, and the maximum and Σ_j exp(S_ij − maximum_i) of each, and of T."""
 
     losses: Tensor
     largest: Tensor
@@ -206,7 +206,7 @@ class Statistics(NamedTuple):
     total_t: Tensor
 
 
-def merge_statistics(parts: Tensor, unit: float) -> Statistics:
+def merge_statistics(parts: Tensor, unit: float, form: str) -> Statistics:
     """Merge [n_splits, 5, n], what `divergences` leaves with S and T in numbers of `unit`."""
     largest, total, largest_t, total_t, differences = parts.unbind(1)
     if len(parts) > 1:
@@ -217,7 +217,10 @@ def merge_statistics(parts: Tensor, unit: float) -> Statistics:
         differences = (differences * shrunk_t).sum(0)
     else:
         largest, total, largest_t, total_t, differences = parts[0]
-    # the maxima are subtracted before the logarithms are added, because they are large and alike
-    losses = (differences / total_t + (largest - largest_t)) * unit
-    losses = losses + (total / total_t).log()
+    if form == "cross_entropy":
+        losses = (differences / total_t + largest) * unit + total.log()
+    else:
+        # maxima are subtracted before the logarithms are added, because they are large and alike
+        losses = (differences / total_t + (largest - largest_t)) * unit
+        losses = losses + (total / total_t).log()
     return Statistics(losses, largest, total, largest_t, total_t)
