@@ -422,6 +422,7 @@ def similarity_kl(
         arXiv:2101.04731; Yang et al., CLIP-KD: An Empirical Study of CLIP Model Distillation, 2024.
         arXiv:2307.12732
     """
+
     def similarities(query: Tensor, keys: Tensor | None, temperature: Number) -> Tensor:
         keys = query if keys is None else keys
         if normalize:

@@ -3,7 +3,7 @@
 Chunks of rows of S and T, made together, stay in the cache. With P and R the softmax of the rows of
 S and of T, the loss of a row and its slopes in S are
 
-    KL_i = Σ_j R_ij (T_ij − S_ij + log Σ_k exp S_ik − log Σ_k exp T_ik)          G_i = w_i (P_i − R_i)
+    KL_i = Σ_j R_ij (T_ij − S_ij + log Σ_k exp S_ik − log Σ_k exp T_ik)     G = w (P − R)
 
 A cross-entropy is Σ_j R_ij (log Σ_k exp S_ik − S_ij), with the same slopes.
 """

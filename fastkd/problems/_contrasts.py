@@ -344,7 +344,7 @@ def similarity_kl(
 def _factors(
     call: Call, weights: Tensor | None, n: int, reduction: str, like: Tensor
 ) -> float | Tensor:
-    """Return what multiplies the losses of this rank's examples: with weights for each, else for all.
+    """Return what multiplies the losses of this rank's examples, one number without weights.
 
     n: how many examples all ranks have.
     """
@@ -396,7 +396,8 @@ def _solve(
         weights=weights, bank=_apart(bank, query, key), left_out=left_out,
         key_positive_logits=key_positive_logits, key_weights=_apart(key_weights, weights),
         classes=classes, query_classes=_apart(query_classes, classes), attractions=attractions,
-        attractions_differ=attractions_differ, form=form, first=first, two_views=two_views, normalize=normalize, half=half,
+        attractions_differ=attractions_differ, form=form, first=first, two_views=two_views,
+        normalize=normalize, half=half,
         group=call.ranks.name if n_columns else "",
     )  # fmt: skip
     return solve(call.engine, problem)

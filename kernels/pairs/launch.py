@@ -182,9 +182,7 @@ class _Sweeps:
         sums = None
         if self.trains_columns:
             by_rows = column_shifts if n_columns else None
-            sums = self._weighted_sums(
-                self.trained_y, x, by_rows, row_shifts, column_attractions=r
-            )
+            sums = self._weighted_sums(self.trained_y, x, by_rows, row_shifts, column_attractions=r)
             sums = sums * most
         return loss, of_logits, values, sums
 

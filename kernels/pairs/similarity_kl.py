@@ -4,8 +4,9 @@ With P and R the softmax of the rows of S and of T
 
     KL_i = Σ_j R_ij (T_ij − S_ij) + log Σ_j exp S_ij − log Σ_j exp T_ij
 
-has the slope P − R in S; a cross-entropy, Σ_j R_ij (log Σ_k exp S_ik − S_ij), has the same. Per element of S and T nothing is read or written; per tile a program
-reads COLUMNS · (DEPTH + DEPTH_T) elements, mostly from the L2 cache.
+has the slope P − R in S; a cross-entropy, Σ_j R_ij (log Σ_k exp S_ik − S_ij), has the same. Per
+element of S and T nothing is read or written; per tile a program reads COLUMNS · (DEPTH + DEPTH_T)
+elements, mostly from the L2 cache.
 """
 
 from typing import Any, NamedTuple
