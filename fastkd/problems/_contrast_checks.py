@@ -183,7 +183,9 @@ def check_similarity_kl(
 
 def _first_of_each(x: Any) -> Any:
     """Return [N, D] of [N, M, D], several embeddings of each example, and all else as it is."""
-    return x[:, 0] if isinstance(x, Tensor) and x.ndim == 3 and x.shape[1] else x
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        return x
+    return x[:, 0] if x.shape[1] else x.flatten(0, 1)
 
 
 def _labels(of: str, rows: Tensor, **labels: Any) -> None:

@@ -49,6 +49,8 @@ def info_nce(
     weights: Tensor | None,
     reduction: str,
 ) -> Tensor:
+    if negatives is not None and not negatives.shape[-2]:
+        negatives = negatives.flatten(0, -2)  # none of each query are none of all queries
     of_each = negatives is not None and negatives.ndim == 3
     if reduction == "none" or (of_each and (symmetric or not in_batch_negatives)):
         return NotImplemented
@@ -80,8 +82,7 @@ def info_nce(
             least = torch.finfo(further.dtype).min / 4
             further = further.masked_fill(false_negatives[:, n:], least)
             false_negatives = false_negatives[:, :n]
-        if n_further:
-            form, logits, of_negatives = _with_further(form, logits, further.logsumexp(1))
+        form, logits, of_negatives = _with_further(form, logits, further.logsumexp(1))
     elif not in_batch_negatives:
         keys, bank, first = negatives, None, -1
     elif bank is not None and is_differentiated(bank):

@@ -204,7 +204,7 @@ class _Sweeps:
         penalties, slopes = sums.sum(1)[:, : len(weights)]
         column_sums = row_sums = None
         if self.trains_columns:
-            most = weights.amax() * 2**-HEADROOM
+            most = weights.amax().clamp(min=1e-30) * 2**-HEADROOM
             column_sums = self._weighted_sums(
                 self.trained_y, x, None, positive_logits, weights=x.pad(weights / most)
             )
@@ -322,7 +322,7 @@ class _SoftSweeps:
             self.keys_t = embeddings(problem.teacher_key, normalize, half_t, tiles_t)
         self.most = self.scale.new_ones(())  # that a slope may be, and is divided by in the sweeps
         if problem.weights is not None:
-            self.most = problem.weights.to(dtype).amax().clamp(min=torch.finfo(dtype).tiny)
+            self.most = problem.weights.to(dtype).amax().clamp(min=1e-30)
 
     def value_and_gradients(self) -> tuple[Tensor, Gradients]:
         needs_query, needs_key, needs_scale = self.needs_grad
