@@ -122,8 +122,8 @@ def _log_sum_exps(
         own.zero_()
     if pairs is not own and pairs is not None:
         pairs.zero_()
-    if problem.left_out is not None:
-        s.masked_fill_(problem.left_out, 0)
+    if problem.masked_pairs is not None:
+        s.masked_fill_(problem.masked_pairs, 0)
 
     sums = s.sum(1)
     loss, u = _penalty(problem.form, sums, positive, problem.weights.to(s.dtype))
@@ -190,7 +190,8 @@ def _with_classes(
 ) -> _Slopes | None:
     """Return the loss of examples that are attracted by all of their class, and its slopes."""
     classes, query_classes, r = problem.classes, problem.query_classes, problem.attractions
-    if problem.positive_logits is not None or query_classes is None or r is None:
+    assert classes is not None and query_classes is not None and r is not None
+    if problem.positive_logits is not None:
         return None
     if not problem.normalize or abs(scale) > LARGEST or problem.two_views:
         return None

@@ -62,7 +62,7 @@ class _Solver:
         self.chunks = PairChunks(
             problem.query, problem.key, problem.scale, needs_grad,
             bank=problem.bank, first=problem.first, two_views=problem.two_views,
-            left_out=problem.left_out, normalize=problem.normalize, half=problem.half,
+            masked_pairs=problem.masked_pairs, normalize=problem.normalize, half=problem.half,
             weights=problem.weights,
         )  # fmt: skip
         self.buffer = self.chunks.buffer()

@@ -89,7 +89,7 @@ def info_nce(
         keys, bank = torch.cat([keys, bank]), None
     share = _solve(
         call, query, keys, scale, factors * 0.5 if symmetric else factors, form=form, first=first,
-        normalize=normalize, half=half, bank=bank, left_out=false_negatives,
+        normalize=normalize, half=half, bank=bank, masked_pairs=false_negatives,
         positive_logits=logits,
         key_positive_logits=of_keys[0] if of_keys and n > 1 else None,
         n_columns=n if symmetric and n > 1 else 0,
@@ -370,7 +370,7 @@ def _solve(
     half: str,
     positive_logits: Tensor | None = None,
     bank: Tensor | None = None,
-    left_out: Tensor | None = None,
+    masked_pairs: Tensor | None = None,
     n_columns: int = 0,
     key_positive_logits: Tensor | None = None,
     classes: Tensor | None = None,
@@ -394,7 +394,7 @@ def _solve(
         (key_weights,), _ = call.ranks.gather(weights)
     problem = Pairs(
         query=query, key=_apart(key, query), scale=scale, positive_logits=positive_logits,
-        weights=weights, bank=_apart(bank, query, key), left_out=left_out,
+        weights=weights, bank=_apart(bank, query, key), masked_pairs=masked_pairs,
         key_positive_logits=key_positive_logits, key_weights=_apart(key_weights, weights),
         classes=classes, query_classes=_apart(query_classes, classes), attractions=attractions,
         attractions_differ=attractions_differ, form=form, first=first, two_views=two_views,
