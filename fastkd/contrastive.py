@@ -11,7 +11,8 @@ has no loss, and one of zeros, which has no direction, gets the gradient 0. Half
 computed in float32 inside, and its gradient comes back in half.
 
 All losses take `weights` and `reduction`. A weight multiplies the loss of its example: one of
-weight 0 has none, but its embeddings still are keys of the others, so that a NaN in them shows.
+weight 0 has none, but its embeddings are still compared with the others, so that a NaN in them
+shows.
 `reduction="none"` is computed by the formula, with the matrix of similarities in memory, and so are
 few options, which say so.
 
@@ -456,7 +457,7 @@ def _without_own_pairs(similarities: Tensor) -> Tensor:
 
 def _reduced(losses: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     weights = None if weights is None else weights.detach()  # because engines give them no gradient
-    return reduce(losses, weights, None, reduction)
+    return reduce(losses, weights, None, None, reduction)
 
 
 def _decoupled(negatives: Tensor, positive: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._op import compute_dtype, is_differentiated, is_inference
+from fastkd._op import is_differentiated, is_inference
+from fastkd._precision import compute_dtype
 from fastkd.problems._contrast_checks import check_columns
 from fastkd.problems.pairs import (
     LINEAR,
