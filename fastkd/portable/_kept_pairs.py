@@ -42,9 +42,8 @@ def value_and_gradients(
 ) -> tuple[Tensor, Gradients] | None:
     """Return the loss and its gradients; None if the chunks must solve the problem."""
     query, key, bank = problem.query, problem.key, problem.bank
-    n_pairs = query.shape[0] * sum(
-        x.shape[0] for x in (query if key is None else key, bank) if x is not None
-    )
+    n_keys = (query if key is None else key).shape[0] + (0 if bank is None else bank.shape[0])
+    n_pairs = query.shape[0] * n_keys
     if not query.is_cpu or not 0 < n_pairs <= _chunks.most_elements(query, 1 << 20, 0):
         return None
     scale = problem.scale.item()
@@ -207,11 +206,12 @@ def _with_classes(
     sums, weights = s.sum(1), problem.weights.to(s.dtype)
     loss = sums.log().mul_(weights).sub_(attracted, alpha=_LN2).sum()
     if any(needs_grad):
-        u, of_rows = weights / sums, r.unsqueeze(1)
-        s.mul_(u.unsqueeze(1) + u if problem.key is None else u.unsqueeze(1))
-        s.addcmul_(alike, of_rows, value=-1)
-        if problem.key is None:  # (i, j) and (j, i) are one pair
-            s.addcmul_(alike, r, value=-1)
+        u, of_rows, of_kind = weights / sums, r.unsqueeze(1), problem.key is None
+        s.mul_(u.unsqueeze(1) + u if of_kind else u.unsqueeze(1))
+        if of_kind and problem.attractions_differ:  # (i, j) and (j, i) are one pair
+            of_rows = of_rows + r
+        is_double = of_kind and not problem.attractions_differ
+        s.addcmul_(alike, of_rows, value=-2 if is_double else -1)
     return _Slopes(loss, s, None)
 
 

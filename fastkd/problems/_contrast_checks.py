@@ -215,6 +215,7 @@ def _mask(rows: Tensor, **mask: Any) -> None:
 
 
 def _weights_and_reduction(weights: Tensor | None, reduction: str, rows: Tensor) -> None:
-    _checks.reduction(reduction, None)
+    if reduction != "mean":
+        _checks.reduction(reduction, None)
     if weights is not None:
         _checks.weights(weights, rows.shape[:-1], rows.device)
