@@ -208,9 +208,9 @@ def labels(labels: Tensor, student: Tensor, ignore_index: int, divergence: str) 
             )
 
 
-def _classes_last(logits: Tensor, of_rows: Tensor) -> str:
+def _classes_last(logits: Tensor | None, of_rows: Tensor) -> str:
     """Return what to do about logits (N, V, ...), to which labels or weights (N, ...) belong."""
-    if logits.ndim < 3 or of_rows.shape != logits.shape[:1] + logits.shape[2:]:
+    if logits is None or logits.ndim < 3 or of_rows.shape != logits.shape[:1] + logits.shape[2:]:
         return ""
     return (
         "; classes come last here: pass student_logits.movedim(1, -1) and "
@@ -225,15 +225,16 @@ def all_labelled(labels: Tensor, ignore_index: int) -> bool:
     return labels.long().min().item() >= 0  # a narrow type has no minimum
 
 
-def weights(weights: Tensor, like: Tensor, n_dims: int) -> None:
-    """Raise an error unless there is a weight for each entry of some leading dimensions."""
-    examples, device = like.shape[:n_dims], like.device
+def weights(
+    weights: Tensor, examples: torch.Size, device: torch.device, logits: Tensor | None = None
+) -> None:
+    """Raise an error unless there is a weight for each example, which may be rows of logits."""
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
     if weights.is_complex() or weights.shape != examples:
         raise ValueError(
             f"weights need one real number or bool for each example: the shape {[*examples]}, "
-            f"got {_shape(weights)} of {weights.dtype}{_classes_last(like, weights)}"
+            f"got {_shape(weights)} of {weights.dtype}{_classes_last(logits, weights)}"
         )
     if weights.device != device:
         raise ValueError(f"weights are on {weights.device}, the losses on {device}: move them")

@@ -415,14 +415,29 @@ class InfoNCELoss(_Loss, function=contrastive.info_nce):
         return self.memory.keys if self._queue_size else torch.empty(0, 0)
 
     def forward(  # type: ignore[override]
-        self, query: Tensor, key: Tensor, negatives: Tensor | None = None, **of_a_batch: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None = None,
+        false_negatives: Tensor | None = None,
+        **of_a_batch: Any,
     ) -> Tensor:
-        """Return the loss with the queue among the negatives."""
+        """Return the loss with the queue among the negatives, none of which is a false one."""
         if not self._queue_size or not isinstance(key, Tensor) or key.ndim != 2:
-            return super().forward(query, key, negatives, **of_a_batch)
+            return super().forward(query, key, negatives, false_negatives, **of_a_batch)
         queue = self.memory.like(key)
-        bank = queue if negatives is None else torch.cat([negatives, queue])
-        loss = super().forward(query, key, bank, **of_a_batch)
+        bank = queue
+        if isinstance(negatives, Tensor):
+            if negatives.ndim == 3:
+                raise ValueError(
+                    f"a queue has negatives of all queries, got negatives {[*negatives.shape]} of "
+                    "each query: pass a bank [M, D], or take an InfoNCELoss without a queue"
+                )
+            bank = torch.cat([negatives, queue])
+        if isinstance(false_negatives, Tensor):
+            none = false_negatives.new_zeros(len(false_negatives), len(queue))
+            false_negatives = torch.cat([false_negatives, none], 1)
+        loss = super().forward(query, key, bank, false_negatives, **of_a_batch)
         if self.training:
             with torch.no_grad():
                 (keys,), _ = Ranks.of(self.group).gather(key.detach())

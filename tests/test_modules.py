@@ -101,8 +101,8 @@ def test_a_module_is_its_function(module, of_the_batch):
     assert got[1].any()
     for name in options:  # each of them arrives: leaving it out gives something else
         fewer = {key: value for key, value in options.items() if key != name}
-        left_out = make(module, **fewer)(*tensors, **of_the_batch)
-        assert left_out.shape != got[0].shape or not torch.equal(left_out, got[0]), name
+        masked_pairs = make(module, **fewer)(*tensors, **of_the_batch)
+        assert masked_pairs.shape != got[0].shape or not torch.equal(masked_pairs, got[0]), name
 
 
 @every_module
@@ -401,6 +401,15 @@ def test_a_queue_has_the_device_and_the_dtype_of_the_keys():
         assert model[1].queue.dtype == dtype
     model[1].eval()(*torch.zeros(2, 3, 4, device="meta"))
     assert model[1].queue.is_meta
+
+
+def test_no_key_of_a_queue_is_a_false_negative():
+    loss, (first, keys) = fastkd.InfoNCELoss(queue_size=7), keys_of_steps(2)
+    loss(first, first)
+    false = torch.eye(3).bool().flip(0)
+    none = torch.zeros(3, 3, dtype=torch.bool)
+    expected = fastkd.info_nce(keys.sin(), keys, first, torch.cat([false, none], 1))
+    assert torch.equal(loss(keys.sin(), keys, false_negatives=false), expected)
 
 
 def test_a_full_queue_compiles_nothing_anew():

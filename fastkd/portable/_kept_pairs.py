@@ -42,9 +42,8 @@ def value_and_gradients(
 ) -> tuple[Tensor, Gradients] | None:
     """Return the loss and its gradients; None if the chunks must solve the problem."""
     query, key, bank = problem.query, problem.key, problem.bank
-    n_pairs = query.shape[0] * sum(
-        x.shape[0] for x in (query if key is None else key, bank) if x is not None
-    )
+    n_keys = (query if key is None else key).shape[0] + (0 if bank is None else bank.shape[0])
+    n_pairs = query.shape[0] * n_keys
     if not query.is_cpu or not 0 < n_pairs <= _chunks.most_elements(query, 1 << 20, 0):
         return None
     scale = problem.scale.item()
@@ -122,6 +121,8 @@ def _log_sum_exps(
         own.zero_()
     if pairs is not own and pairs is not None:
         pairs.zero_()
+    if problem.masked_pairs is not None:
+        s.masked_fill_(problem.masked_pairs, 0)
 
     sums = s.sum(1)
     loss, u = _penalty(problem.form, sums, positive, problem.weights.to(s.dtype))
@@ -187,27 +188,30 @@ def _with_classes(
     problem: Pairs, q: Tensor, keys: Tensor, scale: float, needs_grad: Sequence[bool]
 ) -> _Slopes | None:
     """Return the loss of examples that are attracted by all of their class, and its slopes."""
-    given, classes, r = problem.positive_logits, problem.classes, problem.attractions
-    if given is not None or classes is None or r is None:
+    classes, query_classes, r = problem.classes, problem.query_classes, problem.attractions
+    assert classes is not None and query_classes is not None and r is not None
+    if problem.positive_logits is not None:
         return None
     if not problem.normalize or abs(scale) > LARGEST or problem.two_views:
         return None
     s = _similarities(q, keys, scale)
-    own, columns = s.diagonal(problem.first), own_columns(problem)
     # eq gives numbers here, because booleans and their sums take far longer
-    alike = torch.eq(classes[columns].unsqueeze(1), classes, out=torch.empty_like(s))
-    alike.diagonal(problem.first).zero_()
-    attracted = torch.linalg.vecdot(alike, s).mul_(r[columns])
+    alike = torch.eq(query_classes.unsqueeze(1), classes, out=torch.empty_like(s))
+    if problem.first >= 0:
+        alike.diagonal(problem.first).zero_()
+    attracted = torch.linalg.vecdot(alike, s).mul_(r)
     s.exp2_()
-    own.zero_()
+    if problem.first >= 0:
+        s.diagonal(problem.first).zero_()
     sums, weights = s.sum(1), problem.weights.to(s.dtype)
     loss = sums.log().mul_(weights).sub_(attracted, alpha=_LN2).sum()
     if any(needs_grad):
-        u = weights / sums
-        if problem.key is None:
-            s.mul_(u.unsqueeze(1) + u).addcmul_(alike, r.unsqueeze(1), value=-2)
-        else:
-            s.mul_(u.unsqueeze(1)).addcmul_(alike, r, value=-1)
+        u, of_rows, of_kind = weights / sums, r.unsqueeze(1), problem.key is None
+        s.mul_(u.unsqueeze(1) + u if of_kind else u.unsqueeze(1))
+        if of_kind and problem.attractions_differ:  # (i, j) and (j, i) are one pair
+            of_rows = of_rows + r
+        is_double = of_kind and not problem.attractions_differ
+        s.addcmul_(alike, of_rows, value=-2 if is_double else -1)
     return _Slopes(loss, s, None)
 
 
