@@ -119,6 +119,7 @@ def test_a_learnt_temperature_has_its_way(case):
 
 
 @pytest.mark.parametrize("case", [c for c in LOSSES if "dino" not in c.name], ids=str)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_tensors_that_are_not_in_one_piece(case):
     inputs = case.inputs((4,), 7)
     nested = [
@@ -324,6 +325,7 @@ CALLS = [
     # crops
     (lambda: fastkd.dino(S.flatten(0, 1), T), r"student needs .*\[12, 5\].*unfl"),
     (lambda: fastkd.dino(S, [T]), r"teacher needs crops.* \[2, 3, 5\]"),
+    (lambda: fastkd.dino([*S], [*T.as_subclass(Spread)]), "teacher is a DTensor"),
     (lambda: fastkd.dino(S, 3.0), "teacher needs crops.* got float"),
     (lambda: fastkd.dino(S, [T[0], 1]), "teacher needs crops.* got list"),
     (lambda: fastkd.dino([], T), "student needs crops.* got no crop"),
@@ -369,7 +371,7 @@ KINDS |= {
     "needs crops.* got float": TypeError,
 }
 KINDS |= {"got list": TypeError, "got float": TypeError, "labels .*float32": TypeError}
-KINDS |= {"n_prototypes$": TypeError}
+KINDS |= {"n_prototypes$": TypeError, "is a DTensor": TypeError}
 
 
 @pytest.mark.parametrize("call, sentence", CALLS)

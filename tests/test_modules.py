@@ -32,7 +32,7 @@ OPTIONS = {  # none of them a default
     fastkd.SimilarityPreservingLoss: {},
     fastkd.PKTLoss: {},
     fastkd.CorrelationCongruenceLoss: dict(form="kernel", gamma=0.7, order=3),
-    fastkd.DISTLoss: dict(beta=2.0, gamma=0.5, temperature=4.0),
+    fastkd.DISTLoss: dict(beta=2.0, gamma=0.5, temperature=4.0, epsilon=0.1),
     fastkd.InfoNCELoss: dict(temperature=0.3, negative_weight=0.5, symmetric=True, margin=0.2),
     fastkd.ClipLoss: {},
     fastkd.SigLipLoss: {},
