@@ -27,14 +27,13 @@ def _known(name: str, advice: str = "") -> str:
 _default = os.environ.get("FASTKD_BACKEND", "auto")
 _current: ContextVar[Any] = ContextVar("fastkd's backend")
 _outer: ContextVar[tuple[Any, ...]] = ContextVar("those of the blocks around", default=())
-_traced: tuple[
-    str, ...
-] = ()  # the blocks that torch.compile is tracing, which traces no ContextVar
+# the blocks that torch.compile has entered while tracing, because it traces no ContextVar
+_traced: tuple[str, ...] = ()
 transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 class _Context:
-    """What the context of a call has chosen: a name, or this object itself if it has not chosen.
+    """The choice of a context: its `backend` is a name, or this object where none was chosen.
 
     A property that C code computes is what torch.compile reads and guards on, so that a graph is
     used where the choice is the one that it was compiled for.

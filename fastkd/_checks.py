@@ -252,8 +252,9 @@ def reduction(reduction: str, normalizer: Any) -> None:
         if normalizer.numel() != 1:
             raise ValueError(
                 f"normalizer must be a number or a tensor of one element, got {_shape(normalizer)}"
-                ": where each replica of torch.nn.DataParallel has an entry, all are the same "
-                "total: pass normalizer[0]"
+                ": where torch.nn.DataParallel repeats one total for its devices, pass "
+                "normalizer[0], or in Hugging Face's Trainer, which multiplies the loss by their "
+                "number, normalizer.sum()"
             )
     elif normalizer is not None and not _ordered(-math.inf, normalizer, math.inf):
         raise ValueError(

@@ -39,7 +39,7 @@ _OF_A_MODULE = ("center",)  # parameters that a module keeps as its state
 class _Loss(nn.Module):
     """A loss as a module; the subclass names its function: ``class KDLoss(_Loss, function=kd)``."""
 
-    function: Loss[..., Any]
+    function: Any  # a Loss
     defaults: dict[str, Any]
     empty_shape: tuple[int, ...] = (0, 1)  # of a tensor of no examples
 
@@ -75,7 +75,7 @@ class _Loss(nn.Module):
         for option, value in options.items():
             self._keep(option, value)
 
-    def forward(self, *tensors: Tensor, **of_a_batch: Any) -> Any:
+    def forward(self, *tensors: Any, **of_a_batch: Any) -> Any:
         """Return the loss of the function with these options."""
         if of_a_batch:
             self._refuse_options(of_a_batch)
@@ -157,9 +157,9 @@ class _Loss(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         group = state.get("group")
-        super().__setstate__(
-            state | {"group": group.group} if isinstance(group, _Shared) else state
-        )
+        if isinstance(group, _Shared):
+            state = {**state, "group": group.group}
+        super().__setstate__(state)
 
 
 class _Shared:

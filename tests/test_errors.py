@@ -136,7 +136,7 @@ def test_tensors_that_are_not_in_one_piece(case):
 
 
 class Spread(torch.Tensor):
-    """What checks see of a DTensor, which needs a process group to be made."""
+    """A tensor that the checks take for a DTensor, which needs a process group to be made."""
 
     full_tensor = to_local = None
 

@@ -366,7 +366,7 @@ def trained(n):
 
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_a_queue_survives_copies_and_checkpoints(n, tmp_path):
-    """What is loaded in place, as distributed checkpoints are, finds the shape that it needs."""
+    """Distributed checkpoints load in place, into a queue that does not know its width yet."""
     model, (keys, more) = trained(n), keys_of_steps(2).flip(0)
     state = {"model": Queued().state_dict()}
     with warnings.catch_warnings():

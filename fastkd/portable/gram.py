@@ -42,9 +42,11 @@ def value_and_gradients(
 ) -> tuple[Tensor, tuple[Tensor | None]]:
     """Return the loss and its gradient in the student's features or logits."""
     dtype = compute_dtype(problem.student, problem.teacher)
-    fields = problem._asdict().items()
-    numbers = {k: x.to(dtype) for k, x in fields if isinstance(x, Tensor) and not x.ndim}
-    problem = problem._replace(**numbers)
+    beta, gamma, temperature, epsilon = (
+        x.to(dtype) if isinstance(x, Tensor) else x
+        for x in (problem.beta, problem.gamma, problem.temperature, problem.epsilon)
+    )
+    problem = problem._replace(beta=beta, gamma=gamma, temperature=temperature, epsilon=epsilon)
     gradient = None
     if needs_grad[0]:
         gradient = problem.student.new_empty(problem.student.shape, dtype=dtype)
