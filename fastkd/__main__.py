@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
@@ -80,6 +81,7 @@ def _demo(out: Path, device: str, **options: Any) -> int:
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
         _backend.choose([torch.empty(0, device=device)])
     except OSError as error:
         return _complain(f"--out {out} cannot be a folder for the results: {error.strerror}")

@@ -352,8 +352,8 @@ def process_group(group: Any) -> Any:
         )
     if not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(
-            'group must be a process group, for example torch.distributed.group.WORLD, or "world", '
-            f"got {type(group).__name__}"
+            "group must be a process group, which a DeviceMesh gives by get_group(), or "
+            f'"world" for all ranks, got {type(group).__name__}'
         )
     return group
 

@@ -65,7 +65,7 @@ def forward_kl(
         weights: One number or bool for each row, (...). A row of weight 0 contributes exactly 0 to
             loss and gradient, whatever it holds.
         normalizer: Replaces the divisor Σ weights of the mean, for example by the number of target
-            tokens of a whole accumulated batch. A number or a 0-dim tensor.
+            tokens of a whole accumulated batch. A number or a tensor of one element.
         reduction: "mean" (Σ w·l / Σ w; torch's "batchmean" for [N, V]), "sum" (Σ w·l) or "none"
             (w·l).
 

@@ -386,7 +386,7 @@ class InfoNCELoss(_Loss, function=contrastive.info_nce):
             is no buffer: nothing averages it, and DistributedDataParallel leaves each rank its
             own. In training a call adds its keys, with a `group` those of all ranks. Activation
             checkpointing around the module would see them already: recompute the embeddings, not
-            the loss.
+            the loss. While it fills, torch.compile compiles each step anew: fill it before.
         options: Those of `fastkd.info_nce`.
 
     Reference:
