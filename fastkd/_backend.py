@@ -121,7 +121,8 @@ def triton_obstacle(tensors: Sequence[Tensor]) -> str | None:
             return f"the tensors are on {tensor.device}, not on a GPU"
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             return f"the kernels do not take {tensor.dtype}"
-        if kind == "cpu" and tensor.dtype == torch.bfloat16 and not interpreter_knows_bfloat16:
+        is_bits = tensor.dtype == torch.bfloat16 and not interpreter_knows_bfloat16
+        if _interpreted and is_bits and kind != "meta":
             return (
                 "the interpreter of TRITON_INTERPRET=1 computes with the bits of bfloat16 in place "
                 "of its values, so that it needs float32 or float16"

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastkd._backend import chosen
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SHARED = "all examples share it"  # what to do about a number for each of them
 
 
 def _one_piece(name: str, tensor: Tensor, values: str) -> None:
@@ -262,13 +263,21 @@ def reduction(reduction: str, normalizer: Any) -> None:
         )
 
 
-def _is_tensor(name: str, value: Any, of_each_row: str = "all examples have one") -> bool:
+def _one_number(name: str, value: Tensor, of_each_row: str) -> None:
+    """Raise an error unless a tensor is one number, with a way for one that each row has."""
+    if value.ndim != 0 or value.is_complex():
+        way = "take its element, for example with .squeeze()" if value.numel() == 1 else of_each_row
+        raise ValueError(
+            f"{name} must be a number or a 0-dim tensor, got {_shape(value)} of {value.dtype}: "
+            f"{way}"
+        )
+
+
+def _is_tensor(name: str, value: Any, of_each_row: str = _SHARED) -> bool:
     """Return whether it is a tensor, whose value is not checked, because that is a host sync."""
     if not isinstance(value, Tensor):
         return False
-    if value.ndim != 0:
-        way = "take its element, for example with .squeeze()" if value.numel() == 1 else of_each_row
-        raise ValueError(f"{name} must be a number or a 0-dim tensor, got {_shape(value)}: {way}")
+    _one_number(name, value, of_each_row)
     if value.requires_grad and chosen() != "formula":
         raise ValueError(
             f"{name} must be a number or a 0-dim tensor without gradient, got "
@@ -278,9 +287,7 @@ def _is_tensor(name: str, value: Any, of_each_row: str = "all examples have one"
     return True
 
 
-def temperature(
-    value: Any, name: str = "temperature", of_each_row: str = "all rows have one temperature"
-) -> None:
+def temperature(value: Any, name: str = "temperature", of_each_row: str = _SHARED) -> None:
     """Raise an error for a temperature out of range, with a way for one that each row has."""
     if _is_tensor(name, value, of_each_row):
         return
@@ -310,11 +317,7 @@ def number(above: float = -math.inf, **options: Any) -> None:
     """Raise an error unless each is a finite number, or a 0-dim tensor, which may be learnt."""
     for name, value in options.items():
         if isinstance(value, Tensor):
-            if value.ndim != 0 or value.is_complex():
-                raise ValueError(
-                    f"{name} must be a number or a 0-dim tensor, got {_shape(value)} of "
-                    f"{value.dtype}: take its only element, for example with .squeeze()"
-                )
+            _one_number(name, value, _SHARED)
         elif not _ordered(-math.inf, value, math.inf) or not above < value < math.inf:
             bound = f" above {above:g}" if above > -math.inf else ""
             raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")

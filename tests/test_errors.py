@@ -274,7 +274,8 @@ CALLS = [
     (lambda: fastkd.info_nce(Q, [1.0]), "key must be a tensor .* got list"),
     (lambda: fastkd.info_nce(Q, K, temperature=0), "above 0, got 0"),
     (lambda: fastkd.info_nce(Q, K, negative_weight=0.0), "negative_weight .* 0"),
-    (lambda: fastkd.info_nce(Q, K, margin=torch.ones(2)), r"margin .* \[2\]"),
+    (lambda: fastkd.info_nce(Q, K, margin=torch.ones(2)), r"margin .* \[2\].*: all examples share"),
+    (lambda: fastkd.rkd(A, A, angle_weight=torch.ones(3, 1)), r"\[3, 1\].*: all examples share"),
     (lambda: fastkd.info_nce(Q, K, in_batch_negatives=False), "negatives=None"),
     (
         lambda: fastkd.info_nce(Q, K, K, in_batch_negatives=False, symmetric=True),
@@ -293,7 +294,7 @@ CALLS = [
     (lambda: fastkd.info_nce(Q, K, weights=Q[0]), r"for each example: the shape \[4\], got \[3\]"),
     (lambda: fastkd.nt_xent(Q, K, reduction="batchmean"), "\"none\", got 'batchmean'"),
     (lambda: fastkd.clip_contrastive(Q, K, "5"), "logit_scale .* '5'"),
-    (lambda: fastkd.siglip(Q, K, 5.0, torch.ones(1)), r"logit_bias .* \[1\]"),
+    (lambda: fastkd.siglip(Q, K, 5.0, torch.ones(1)), r"logit_bias .* \[1\].*squeeze"),
     (lambda: fastkd.nt_xent(Q, K[:2]), "view1 and view2"),
     (lambda: fastkd.sup_con(Q, torch.ones(4)), "labels .*float32"),
     (lambda: fastkd.sup_con(Q, torch.ones(3).long()), r"4 features.* \[3\]"),
