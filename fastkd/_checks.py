@@ -168,20 +168,23 @@ def same_examples(**tensors: Tensor) -> None:
         )
 
 
-def labels(labels: Tensor, student: Tensor, ignore_index: int, divergence: str) -> None:
-    """Raise an error unless the labels are class indices (...), one for each row of logits."""
+def labels(labels: Tensor, student: Tensor, ignore_index: int, divergence: str = "") -> None:
+    """Raise an error unless the labels are class indices (...), one for each row of logits.
+
+    A loss with a cross-entropy gives the name of its other term.
+    """
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        advice = ""
+        got = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
         if isinstance(labels, Tensor) and labels.shape == student.shape:
-            advice = (
-                "; probabilities of all classes have their own cross-entropy: alpha * F.cross_"
-                "entropy(student_logits.flatten(0, -2), labels.flatten(0, -2)) + (1 - alpha) * "
-                f"fastkd.{divergence}(student_logits, teacher_logits), or pass labels.argmax(-1)"
-            )
-        raise TypeError(
-            f"labels must be a tensor of class indices (torch.int64), got {got}{advice}"
-        )
+            got += "; with a probability for each class "
+            if divergence:
+                got += (
+                    "write alpha * F.cross_entropy(student_logits.flatten(0, -2), "
+                    f"labels.flatten(0, -2)) + (1 - alpha) * fastkd.{divergence}(student_logits, "
+                    "teacher_logits, temperature=temperature), or "
+                )
+            got += "pass labels.argmax(-1)"
+        raise TypeError(f"labels must be a tensor of class indices (torch.int64), got {got}")
     if type(labels) is not Tensor or labels.is_nested:
         _one_piece("labels", labels, "one label for each row of the logits")
     if labels.shape != student.shape[:-1]:
@@ -217,6 +220,23 @@ def _classes_last(logits: Tensor | None, of_rows: Tensor) -> str:
         "; classes come last here: pass student_logits.movedim(1, -1) and "
         "teacher_logits.movedim(1, -1)"
     )
+
+
+def probabilities(teacher: Tensor, form: str) -> None:
+    """Raise an error if a teacher of this form holds what is no probability or logarithm of one."""
+    if not _has_values_at_hand(teacher) or not teacher.numel():
+        return
+    lowest, highest = (x.item() for x in teacher.aminmax())
+    if form == "probabilities" and lowest < 0:
+        raise ValueError(
+            f"teacher_form={form!r} needs numbers of at least 0, got {lowest:g}: logarithms of "
+            'probabilities are "log_probabilities", unnormalised ones are "logits"'
+        )
+    if form == "log_probabilities" and highest > 1e-2:
+        raise ValueError(
+            f"teacher_form={form!r} needs numbers of at most 0, got {highest:g}: probabilities are "
+            '"probabilities", unnormalised logarithms are "logits"'
+        )
 
 
 def all_labelled(labels: Tensor, ignore_index: int) -> bool:
@@ -289,6 +309,8 @@ def _is_tensor(name: str, value: Any, of_each_row: str = _SHARED) -> bool:
 
 def temperature(value: Any, name: str = "temperature", of_each_row: str = _SHARED) -> None:
     """Raise an error for a temperature out of range, with a way for one that each row has."""
+    if type(value) is float and 0 < value < math.inf:  # what it nearly always is
+        return
     if _is_tensor(name, value, of_each_row):
         return
     if not _ordered(0, value, math.inf) or value == 0 or value == math.inf:
