@@ -70,7 +70,8 @@ def value_and_gradients(
             in_scale.mul_((0.5 if key is None else 1) / scale)
         in_query = of_lengths(in_query, q, q_lengths) if needs_query else None
     if needs_key:
-        in_key = torch.addmm(k, g[:, : k.shape[0]].T, q, beta=0, alpha=scale)
+        of_keys = g if bank is None else g[:, : k.shape[0]]
+        in_key = torch.addmm(k, of_keys.T, q, beta=0, alpha=scale)
         in_key = of_lengths(in_key, k, k_lengths)
     return loss, (in_query, in_key, in_scale, of_logits if needs_logits else None)
 
