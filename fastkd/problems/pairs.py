@@ -51,7 +51,7 @@ class Pairs(NamedTuple):
     weights: Tensor  # w, [n]
     bank: Tensor | None  # [B, D], further keys, which get no gradient
     masked_pairs: Tensor | None  # [n, M + B], bool: further masked pairs; kernels do not read it
-    key_positive_logits: Tensor | None  # [N], of the first N keys; None: s
+    key_positive_logits: Tensor | None  # [N], a of the examples of the first N keys; None: s
     key_weights: Tensor | None  # [N]; None: columns have no loss
     classes: Tensor | None  # [M], float numbers of the classes of all keys
     query_classes: Tensor | None  # [n]
