@@ -83,7 +83,8 @@ class backend(contextlib.ContextDecorator):
             global _traced
             _traced = _traced[:-1]
             return
-        *outer, name = _outer.get()
+        # a generator may be closed in another context, which has no choice to return to
+        *outer, name = _outer.get() or (_context,)
         _outer.set((*outer,))
         _current.set(name)
 

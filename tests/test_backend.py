@@ -103,6 +103,17 @@ def test_a_choice_belongs_to_its_task():
     assert order == ["formula", "portable", "auto"] and _backend.chosen() == outside
 
 
+def test_a_block_may_end_in_another_context():
+    def blocks():
+        with fastkd.backend("formula"):
+            yield _backend.chosen()
+
+    outside, generator = _backend.chosen(), blocks()
+    assert contextvars.Context().run(next, generator) == "formula"
+    generator.close()
+    assert _backend.chosen() == outside
+
+
 def test_a_backward_has_the_engine_of_its_forward():
     student, teacher = normal(2, 3).requires_grad_(), normal(2, 3, seed=1)
     with fastkd.backend("portable"):
