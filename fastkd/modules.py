@@ -337,7 +337,7 @@ class _Queue(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.keys = torch.zeros(size, 0)  # [size, D] from the first batch on
+        self.keys = torch.zeros(size, 0)  # [size, D] from the first step on
         self.count = (
             0  # of the keys that are filled; a number, because a tensor would be waited for
         )
@@ -346,23 +346,24 @@ class _Queue(nn.Module):
     def like(self, key: Tensor) -> Tensor:
         """Return the keys that are filled, [count, D], on the device and in the dtype of `key`."""
         if not self.count:
-            self.keys = key.new_zeros(len(self.keys), key.shape[1])
+            return key.detach()[:0]
         if self.keys.shape[1] != key.shape[1]:
             raise ValueError(
                 f"the queue holds keys of D = {self.keys.shape[1]}, got keys {[*key.shape]}: "
                 "another width needs a new InfoNCELoss"
             )
-        self.keys, self.place = self.keys.to(key), self.place.to(key.device)
-        return self.keys[: self.count]
+        return self.keys[: self.count].to(key)
 
     def add(self, keys: Tensor) -> None:
         """Replace the oldest keys by these, the last of them where not all fit."""
-        size = len(self.keys)
-        keys = keys[-size:]
-        places = (self.place + torch.arange(len(keys), device=keys.device)) % size
+        size, keys = len(self.keys), keys[-len(self.keys) :]
+        if not self.count:
+            self.keys = keys.new_zeros(size, keys.shape[1])
+        place = self.place.to(keys.device)
+        places = (place + torch.arange(len(keys), device=keys.device)) % size
         # a new tensor, because a backward may still need the old one
-        self.keys = self.keys.index_copy(0, places, keys)
-        self.place = (self.place + len(keys)) % size
+        self.keys = self.keys.to(keys).index_copy(0, places, keys)
+        self.place = (place + len(keys)) % size
         self.count = min(self.count + len(keys), size)
 
     def get_extra_state(self) -> bytes:
@@ -375,10 +376,8 @@ class _Queue(nn.Module):
         if len(keys) == len(self.keys):
             self.keys, self.count, self.place = keys, count, place
         else:
-            oldest_first = keys[:count].roll(-int(place), 0)
-            self.keys, self.count = keys.new_zeros(len(self.keys), keys.shape[1]), 0
-            self.place = torch.zeros_like(place)
-            self.add(oldest_first)
+            self.count, self.place = 0, torch.zeros_like(place)
+            self.add(keys[:count].roll(-int(place), 0))  # the oldest first
 
     def extra_repr(self) -> str:
         return f"size={len(self.keys)}"
@@ -389,12 +388,13 @@ class InfoNCELoss(_Loss, function=contrastive.info_nce):
 
     Args:
         queue_size: How many keys of the batches before are negatives too. The oldest leave first.
-            `queue` has [queue_size, D] from the first batch on, which tells D and the dtype; only
-            what is filled is used. It is saved with the state and copied with the module, and it
-            is no buffer: nothing averages it, and DistributedDataParallel leaves each rank its
-            own. In training a call adds its keys, with a `group` those of all ranks. Activation
-            checkpointing around the module would see them already: recompute the embeddings, not
-            the loss. While it fills, torch.compile compiles each step anew: fill it before.
+            `queue` has [queue_size, D] from the first step on, which tells D, and the dtype of the
+            keys; only what is filled is used. It is saved with the state and copied with the
+            module, and it is no buffer: nothing averages it, and DistributedDataParallel leaves
+            each rank its own. In training a call adds its keys, with a `group` those of all ranks.
+            Activation checkpointing around the module would see them already: recompute the
+            embeddings, not the loss. While it fills, torch.compile compiles each step anew: fill it
+            before.
         options: Those of `fastkd.info_nce`.
 
     Reference:
@@ -434,15 +434,16 @@ class InfoNCELoss(_Loss, function=contrastive.info_nce):
         if not self._queue_size or not isinstance(key, Tensor) or key.ndim != 2:
             return super().forward(query, key, negatives, false_negatives, **of_a_batch)
         queue = self.memory.like(key)
-        bank = queue
+        bank: Any = queue if negatives is None else negatives
         if isinstance(negatives, Tensor):
             if negatives.ndim == 3:
                 raise ValueError(
                     f"a queue has negatives of all queries, got negatives {[*negatives.shape]} of "
                     "each query: pass a bank [M, D], or take an InfoNCELoss without a queue"
                 )
-            bank = torch.cat([negatives, queue])
-        if isinstance(false_negatives, Tensor):
+            if negatives.shape[1:] == queue.shape[1:]:  # otherwise the function says what is wrong
+                bank = torch.cat([negatives, queue])
+        if isinstance(false_negatives, Tensor) and false_negatives.ndim == 2:
             none = false_negatives.new_zeros(len(false_negatives), len(queue))
             false_negatives = torch.cat([false_negatives, none], 1)
         loss = super().forward(query, key, bank, false_negatives, **of_a_batch)

@@ -291,6 +291,12 @@ CALLS = [
     (lambda: fastkd.info_nce(Q, K, None, Q), "must be a tensor of torch.bool, got torch.float32"),
     (lambda: fastkd.info_nce(Q, K, None, Q[:2] > 0), r"one row for each of 4 .*\[2, 3\]"),
     (lambda: fastkd.info_nce(Q, K, None, Q > 0), r"one column for each of 4 keys.*\[4, 3\]"),
+    (lambda: fastkd.InfoNCELoss(queue_size=2)(Q, K, F), "query and negatives need one D"),
+    (lambda: fastkd.InfoNCELoss(queue_size=2)(Q, K, [K]), "negatives must be .* got list"),
+    (
+        lambda: fastkd.InfoNCELoss(queue_size=2)(Q, K, None, Q[0] > 0),
+        r"one row for each of 4 .*\[3",
+    ),
     (
         lambda: fastkd.InfoNCELoss(queue_size=2)(Q, K, torch.ones(4, 2, 3)),
         r"a queue has negatives of all queries, got negatives \[4, 2, 3\] of each query: pass",

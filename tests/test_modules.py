@@ -399,7 +399,9 @@ def test_a_queue_has_the_device_and_the_dtype_of_the_keys():
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         model.to(dtype)(keys_of_steps(1)[0].to(dtype))
         assert model[1].queue.dtype == dtype
-    model[1].eval()(*torch.zeros(2, 3, 4, device="meta"))
+    model[1].eval()(*torch.zeros(2, 3, 4))
+    assert model[1].queue.dtype == torch.float64  # what is only looked at stays as it is
+    model[1].train()(*torch.zeros(2, 3, 4, device="meta"))
     assert model[1].queue.is_meta
 
 
