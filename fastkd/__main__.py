@@ -61,7 +61,7 @@ def _device(text: str) -> str:
     try:
         torch.zeros((), device=text).item()
     except (AssertionError, RuntimeError) as error:  # the former where torch has no CUDA
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise argparse.ArgumentTypeError(
             f"cannot compute on {text!r}: {reason.rstrip('.')}; leave it out for the CPU"
         ) from error

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from torch import Tensor
 
 _BACKENDS = ("auto", "triton", "portable", "formula")
 _OLDEST_TRITON = (3, 4)
+_LATER = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 def _known(name: str, advice: str = "") -> str:
@@ -64,11 +66,23 @@ class backend(contextlib.ContextDecorator):
     A backward has the engine of its forward. Activation checkpointing computes a loss again in the
     backward, perhaps in another thread, so that the block belongs inside what is checkpointed.
 
-    Raises ValueError for another name; a loss raises RuntimeError where the engine cannot run.
+    Raises ValueError for another name, and TypeError where it decorates a generator or a coroutine,
+    whose body the block would not see; a loss raises RuntimeError where the engine cannot run.
     """
 
     def __init__(self, name: str) -> None:
         self.name = _known(name)
+
+    def __call__(self, function: Any) -> Any:
+        """Return the function with the block around its body."""
+        code = getattr(function, "__code__", None)
+        if code is not None and code.co_flags & _LATER:
+            raise TypeError(
+                f"fastkd.backend({self.name!r}) cannot decorate {function.__name__}, which is a "
+                "generator or a coroutine: the block would end before its body begins, so put the "
+                "`with` block into the body"
+            )
+        return super().__call__(function)
 
     def __enter__(self) -> None:
         if torch.compiler.is_dynamo_compiling():

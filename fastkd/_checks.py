@@ -61,7 +61,11 @@ def logits(student: Tensor, teacher: Tensor) -> None:
 
 def _embedding(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape [N, D], got {type(tensor).__name__}")
+        # the most common reason: an option that is given by its place
+        way = "; an option goes by its name, as option=value" if isinstance(tensor, float) else ""
+        raise TypeError(
+            f"{name} must be a tensor of shape [N, D], got {type(tensor).__name__}{way}"
+        )
     if type(tensor) is not Tensor or tensor.is_nested:
         rows = "one embedding for each example, pooled, or .values() where each row is an example"
         _one_piece(name, tensor, rows)
@@ -394,7 +398,7 @@ def _ordered(lowest: Any, value: Any, highest: Any) -> bool:
 def options(given: Any, known: Any, loss: str) -> None:
     for name in given:
         if name not in known:
-            raise TypeError(f"{loss} has no option {name!r}; its options are {', '.join(known)}")
+            raise TypeError(f"{loss} has no option {name!r}; its options are {', '.join(known) or 'none'}")
 
 
 def same_device(**tensors: Tensor) -> None:

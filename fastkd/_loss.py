@@ -302,8 +302,9 @@ def _sum_of_terms(
     for _, losses, mask in terms:
         if mask is None:
             part = reduce(losses, weights, row_mask, normalizer, reduction)
-        elif weights is not None:
-            part = reduce(losses, torch.where(mask, weights, 0), mask, normalizer, reduction)
+        elif weights is not None and row_mask is not None:
+            counted = mask & row_mask
+            part = reduce(losses, torch.where(mask, weights, 0), counted, normalizer, reduction)
         else:  # masked rows are 0 already, so that only their number is missing
             divisor = mask.sum() if normalizer is None else normalizer
             part = reduce(losses, None, None, divisor, reduction)

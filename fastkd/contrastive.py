@@ -124,7 +124,7 @@ def info_nce(
     positive = logits.diagonal() if in_batch_negatives else logits[:, 0]
     if decoupled or not (is_number(margin, 0) and is_number(negative_weight, 1)):
         # a softmax ignores a constant, so that λ may as well divide the positive exponential
-        positive = positive - margin / temperature
+        positive = positive - positive.new_ones(()) * margin / temperature
         positive = positive - logarithm(negative_weight, positive)
         own_logit = positive - torch.inf if decoupled else positive
         logits = logits.diagonal_scatter(own_logit) if in_batch_negatives else own_logit[:, None]
@@ -366,7 +366,7 @@ def sup_con(
         n_anchors = is_anchor.view_as(losses).to(losses.dtype)
         weights = n_anchors if weights is None else n_anchors * weights
     if base_temperature is not None:
-        losses = losses * (temperature / base_temperature)
+        losses = losses * temperature / base_temperature
     return _reduced(losses, weights, reduction)
 
 

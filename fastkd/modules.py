@@ -150,6 +150,11 @@ class _Loss(nn.Module):
                 )
 
     def _refuse_misspelt(self, name: str) -> None:
+        if name in inspect.signature(self.function).parameters:
+            raise AttributeError(
+                f"{name} belongs to a batch and is no option of {type(self).__name__}, which would "
+                f"not read it: pass it at the call, as loss(..., {name}={name})"
+            )
         known = inspect.signature(type(self)).parameters
         option = next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), name)
         if option != name:

@@ -118,11 +118,11 @@ def with_views(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
 
 
 def with_labelled_keys(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
-    """Return keys some of which have no class, nor have some features; one class has no key."""
+    """Return keys some of which have no class, nor have some features; two classes have no key."""
     features, labels = with_classes(examples, width, dtype, seed, device)
     keys, key_labels = with_classes((*examples[:-1], 11), width, dtype, seed + 5, device)
     labels[..., :1], key_labels[..., :2], key_labels[..., 2:3] = 7, -100, 8
-    labels[..., 1:2] = -100
+    labels[..., 1:2], labels[..., 2:3] = -100, 9000  # above all labels of keys
     return [features, labels, keys, key_labels]
 
 

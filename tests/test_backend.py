@@ -53,6 +53,18 @@ def test_a_backend_decorates_even_what_calls_itself():
     assert engine_in_use() == outside
 
 
+def test_a_backend_decorates_nothing_whose_body_begins_later():
+    async def coroutine():
+        return engine_in_use()
+
+    def generator():
+        yield engine_in_use()
+
+    for function in (coroutine, generator):
+        with pytest.raises(TypeError, match=f"{function.__name__}.* put the `with` block into"):
+            fastkd.backend("formula")(function)
+
+
 def in_thread(function):
     """Return what the function returns in a thread of its own."""
     found = []

@@ -236,6 +236,7 @@ def test_features(case):
         (A[:, :0], A, ValueError, "with D ≥ 1"),
         (A.int(), A, TypeError, "floating-point"),
         ([1.0], A, TypeError, "student must be a tensor"),
+        (A, 0.5, TypeError, "teacher must be a tensor.* got float; an option goes by its name"),
         (A.to("meta"), A, ValueError, "move them together"),
     ):
         with pytest.raises(error, match=words):

@@ -1,5 +1,6 @@
 """Particulars of rows of logits: infinities, temperatures, layouts of sequences, labels."""
 
+import contextlib
 import math
 
 import pytest
@@ -631,6 +632,17 @@ def test_labels_say_which_rows_count(name, dtype, engine):
         expected = of_rows(name, [student, teacher], "mean", weights=counts)
         options = dict(labels=labels, ignore_index=200, weights=given)
         assert_same(of_rows(name, [student, teacher], "mean", **options), expected)
+
+
+def test_probabilities_of_rows_that_do_not_count(inputs, engine):
+    student, teacher, labels = inputs
+    weights = torch.arange(labels.numel(), device=DEVICE).view_as(labels) % 2
+    expected = fastkd.kd(*inputs, weights=weights, return_parts=True)
+    of_teacher = dict(teacher_form="probabilities", weights=weights, return_parts=True)
+    for backend in (contextlib.nullcontext(), fastkd.backend("formula")):
+        with backend:
+            found = fastkd.kd(student, teacher.softmax(-1), labels, **of_teacher)
+        assert_same(found, expected)
 
 
 def test_the_weights_of_both_terms_are_free(inputs, engine):

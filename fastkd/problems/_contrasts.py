@@ -262,7 +262,7 @@ def sup_con(
     total = call.ranks.total(share)
     if base_temperature is None:
         return total
-    return total * _number_like(temperature / base_temperature, features)
+    return total * (_number_like(temperature, features) / base_temperature)
 
 
 def _classes(
@@ -276,8 +276,10 @@ def _classes(
     ordered = key_labels.sort()[0]
     of_keys = place = torch.searchsorted(ordered, key_labels)
     if labels is not key_labels:
-        place = torch.searchsorted(ordered, labels).clamp(max=len(ordered) - 1)
+        place = torch.searchsorted(ordered, labels)
     n_alike = torch.searchsorted(ordered, labels, right=True).sub_(place).to(dtype)
+    if labels is not key_labels:  # a label above those of all keys has the place after the last
+        place = place.clamp(max=len(ordered) - 1)
     classes = of_keys.to(dtype)
     return classes, classes if place is of_keys else place.to(dtype), n_alike
 
