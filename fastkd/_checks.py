@@ -17,7 +17,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHARED = "all examples share it"  # what to do about a number for each of them
 
 
-def _one_piece(name: str, tensor: Tensor, values: str) -> None:
+def one_piece(name: str, tensor: Tensor, values: str) -> None:
     """Raise an error for a tensor whose rows are spread over devices or of different lengths."""
     if tensor.is_nested:
         raise TypeError(
@@ -39,7 +39,7 @@ def logits(student: Tensor, teacher: Tensor) -> None:
             )
         if type(tensor) is not Tensor or tensor.is_nested:
             rows = "the rows of all sequences, .values() of a jagged tensor, for both networks"
-            _one_piece(name, tensor, rows)
+            one_piece(name, tensor, rows)
         if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
             raise TypeError(
                 f"{name} must hold floating-point logits (float16, bfloat16, float32 or float64, "
@@ -68,7 +68,7 @@ def _embedding(name: str, tensor: Any) -> None:
         )
     if type(tensor) is not Tensor or tensor.is_nested:
         rows = "one embedding for each example, pooled, or .values() where each row is an example"
-        _one_piece(name, tensor, rows)
+        one_piece(name, tensor, rows)
     if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
         raise TypeError(
             f"{name} must hold floating-point embeddings (float16, bfloat16, float32 or "
@@ -125,7 +125,7 @@ def crops(**views: Any) -> None:
             raise TypeError(f"{needed}, got {type(view).__name__}")
         for crop in crops:
             if type(crop) is not Tensor or crop.is_nested:
-                _one_piece(name, crop, "a list with a tensor [B, K] for each crop")
+                one_piece(name, crop, "a list with a tensor [B, K] for each crop")
             if crop.dtype not in _FLOATS or crop.layout is not torch.strided:
                 raise TypeError(
                     f"{name} must hold floating-point outputs (float16, bfloat16, float32 or "
@@ -156,6 +156,7 @@ def center(center: Any, like: Tensor) -> None:
     """Raise an error unless the centre has a number for each of K outputs of a teacher (..., K)."""
     if not isinstance(center, Tensor):
         raise TypeError(f"center must be a tensor of shape [K], got {type(center).__name__}")
+    one_piece("center", center, "one tensor [K]")
     if center.shape != like.shape[-1:] or center.dtype not in _FLOATS:
         raise ValueError(
             f"center needs one floating-point number for each of K = {like.shape[-1]} outputs, got "
@@ -177,6 +178,8 @@ def labels(labels: Tensor, student: Tensor, ignore_index: int, divergence: str =
 
     A loss with a cross-entropy gives the name of its other term.
     """
+    if isinstance(labels, Tensor) and (type(labels) is not Tensor or labels.is_nested):
+        one_piece("labels", labels, "one label for each row of the logits")
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         got = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
         if isinstance(labels, Tensor) and labels.shape == student.shape:
@@ -189,12 +192,12 @@ def labels(labels: Tensor, student: Tensor, ignore_index: int, divergence: str =
                 )
             got += "pass labels.argmax(-1)"
         raise TypeError(f"labels must be a tensor of class indices (torch.int64), got {got}")
-    if type(labels) is not Tensor or labels.is_nested:
-        _one_piece("labels", labels, "one label for each row of the logits")
     if labels.shape != student.shape[:-1]:
+        way = "; a label of ones and zeros is labels.argmax(-1)"
+        way = way if labels.shape == student.shape else _classes_last(student, labels)
         raise ValueError(
             f"labels need one class for each row: the shape {_shape(student[..., 0])} for logits "
-            f"of shape {_shape(student)}, got {_shape(labels)}{_classes_last(student, labels)}"
+            f"of shape {_shape(student)}, got {_shape(labels)}{way}"
         )
     if not isinstance(ignore_index, int):
         raise TypeError(
@@ -256,6 +259,8 @@ def weights(
     """Raise an error unless there is a weight for each example, which may be rows of logits."""
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
+    if type(weights) is not Tensor or weights.is_nested:
+        one_piece("weights", weights, "one weight for each example")
     if weights.is_complex() or weights.shape != examples:
         raise ValueError(
             f"weights need one real number or bool for each example: the shape {[*examples]}, "
@@ -274,6 +279,7 @@ def reduction(reduction: str, normalizer: Any) -> None:
             f"drop one of the two"
         )
     if isinstance(normalizer, Tensor):
+        one_piece("normalizer", normalizer, "one number")
         if normalizer.numel() != 1:
             raise ValueError(
                 f"normalizer must be a number or a tensor of one element, got {_shape(normalizer)}"
@@ -289,6 +295,7 @@ def reduction(reduction: str, normalizer: Any) -> None:
 
 def _one_number(name: str, value: Tensor, of_each_row: str) -> None:
     """Raise an error unless a tensor is one number, with a way for one that each row has."""
+    one_piece(name, value, "one number")
     if value.ndim != 0 or value.is_complex():
         way = "take its element, for example with .squeeze()" if value.numel() == 1 else of_each_row
         raise ValueError(
@@ -391,14 +398,15 @@ def _ordered(lowest: Any, value: Any, highest: Any) -> bool:
     """Return whether it is a number between both, by no isinstance: traced ones lack a class."""
     try:
         return bool(lowest <= value <= highest)
-    except TypeError:
+    except (TypeError, ValueError):  # the latter from an array of several numbers
         return False
 
 
 def options(given: Any, known: Any, loss: str) -> None:
     for name in given:
         if name not in known:
-            raise TypeError(f"{loss} has no option {name!r}; its options are {', '.join(known) or 'none'}")
+            names = ", ".join(known) or "none"
+            raise TypeError(f"{loss} has no option {name!r}; its options are {names}")
 
 
 def same_device(**tensors: Tensor) -> None:

@@ -116,7 +116,7 @@ def info_nce(
         further = (negatives @ query[:, :, None])[..., 0] if of_each else query @ negatives.mT
     if false_negatives is not None:
         n_keys = logits.shape[1] if in_batch_negatives else 0
-        checks.check_columns(false_negatives, n_keys + further.shape[1])
+        checks.check_columns(n_keys + further.shape[1], false_negatives=false_negatives)
         further = further.masked_fill(false_negatives[:, n_keys:], -torch.inf)
         if in_batch_negatives:
             own_pairs = torch.eye(n_keys, dtype=torch.bool, device=query.device)
@@ -351,11 +351,13 @@ def sup_con(
         others = labels if key_labels is None else key_labels
         positives = (labels[:, None] == others) & (labels != IGNORED)[:, None]
     assert positives is not None
+    checks.check_columns(len(features if keys is None else keys), positives=positives)
     alike = positives.repeat_interleave(n_views, 0)
     logits = similarities
     if keys is None:
-        alike = alike.repeat_interleave(n_views, 1).fill_diagonal_(False)
-        logits = _without_own_pairs(similarities)
+        own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        alike = alike.repeat_interleave(n_views, 1) & ~own  # in place it could not be compiled
+        logits = similarities.masked_fill(own, -torch.inf)
     n_alike = alike.sum(1)
     is_anchor = n_alike > 0
     # selected before, because the log-sum-exp of no key has the gradient NaN

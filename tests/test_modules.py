@@ -199,7 +199,7 @@ def test_a_misspelt_option_is_not_lost():
     for name, meant in (("teacher_temprature", "teacher_temperature"), ("Group", "group")):
         with pytest.raises(AttributeError, match=f"no option '{name}'; did you mean '{meant}'"):
             setattr(loss, name, 2.0)
-    with pytest.raises(AttributeError, match="weights belongs to a batch .* at the call"):
+    with pytest.raises(AttributeError, match=r"weights belongs to a batch .* at the call"):
         fastkd.KDLoss().weights = torch.ones(3)
     with pytest.raises(TypeError):
         loss.options["teacher_temperature"] = 2.0

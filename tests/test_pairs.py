@@ -149,6 +149,14 @@ def test_options(case, engine):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12 * max(1.0, float(y.norm())))
 
 
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+def test_formulas_write_into_no_view(case):
+    """What torch.compile could not make functional would not be compiled."""
+    inputs = [x.detach() for x in case.inputs((4,), 5)]
+    with fastkd.backend("formula"):
+        assert_same([torch.func.functionalize(case)(*inputs)], [case(*inputs)])
+
+
 @pytest.mark.parametrize("length", [0, 1e-13, 1e-12])
 @quick_if(lambda length, engine: engine != "triton" or length == 0)
 def test_a_vector_without_a_direction(length, engine):

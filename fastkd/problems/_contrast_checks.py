@@ -45,13 +45,14 @@ def check_info_nce(
         _mask(query, false_negatives=false_negatives)
 
 
-def check_columns(false_negatives: Tensor | None, n_columns: int) -> None:
-    """Raise an error unless the mask of pairs has one entry for each key of a query."""
-    if false_negatives is not None and false_negatives.shape[1] != n_columns:
-        raise ValueError(
-            f"false_negatives needs one column for each of {n_columns} keys, those of the batch "
-            f"and then the negatives, got the shape {[*false_negatives.shape]}"
-        )
+def check_columns(n_keys: int, **masks: Tensor | None) -> None:
+    """Raise an error unless the masks of pairs have one column for each key of a query."""
+    for name, mask in masks.items():
+        if mask is not None and mask.shape[1] != n_keys:
+            raise ValueError(
+                f"{name} needs one column for each of {n_keys} keys, those of the batch, of all "
+                f"ranks, and then further negatives, got the shape {[*mask.shape]}"
+            )
 
 
 def check_clip_contrastive(
@@ -120,12 +121,6 @@ def check_sup_con(
         _labels("keys", keys, key_labels=key_labels)
     if positives is not None:
         _mask(features, positives=positives)
-        n_keys = len(features) if keys is None else len(keys)
-        if positives.shape[1] < n_keys:
-            raise ValueError(
-                f"positives needs one column for each of {n_keys} keys, got the shape "
-                f"{[*positives.shape]}"
-            )
     _checks.number(temperature=temperature, above=0)
     if base_temperature is not None:
         _checks.number(base_temperature=base_temperature, above=0)
@@ -183,13 +178,15 @@ def check_similarity_kl(
 
 def _first_of_each(x: Any) -> Any:
     """Return [N, D] of [N, M, D], several embeddings of each example, and all else as it is."""
-    if not isinstance(x, Tensor) or x.ndim != 3:
+    if not isinstance(x, Tensor) or x.is_nested or x.ndim != 3:
         return x
     return x[:, 0] if x.shape[1] else x.flatten(0, 1)
 
 
 def _labels(of: str, rows: Tensor, **labels: Any) -> None:
     for name, classes in labels.items():
+        if isinstance(classes, Tensor):
+            _checks.one_piece(name, classes, f"one class for each of the {of}")
         if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.is_complex():
             got = classes.dtype if isinstance(classes, Tensor) else type(classes).__name__
             raise TypeError(f"{name} must be a tensor of classes (torch.int64), got {got}")
@@ -203,6 +200,8 @@ def _labels(of: str, rows: Tensor, **labels: Any) -> None:
 
 def _mask(rows: Tensor, **mask: Any) -> None:
     for name, pairs in mask.items():
+        if isinstance(pairs, Tensor):
+            _checks.one_piece(name, pairs, "a tensor with one row for each example")
         if not isinstance(pairs, Tensor) or pairs.dtype != torch.bool:
             got = pairs.dtype if isinstance(pairs, Tensor) else type(pairs).__name__
             raise TypeError(f"{name} must be a tensor of torch.bool, got {got}: compare with != 0")

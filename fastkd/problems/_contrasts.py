@@ -69,7 +69,7 @@ def info_nce(
     gathered = [logits.detach()] if symmetric and logits is not None else []
     keys, first, *of_keys = call.ranks.share(key, *gathered)
     n, n_further = keys.shape[0], 0 if negatives is None else negatives.shape[-2]
-    check_columns(false_negatives, (n if in_batch_negatives else 0) + n_further)
+    check_columns((n if in_batch_negatives else 0) + n_further, false_negatives=false_negatives)
     if not n or not n_further + (n - 1 if in_batch_negatives else 0):
         return zero_loss(query, key, negatives, temperature, negative_weight, margin)
     factors = _factors(call, weights, n, reduction, query)

@@ -78,8 +78,8 @@ _OF_EACH_ROW = {
     },
 }
 _OF_EACH_ROW_OF_KD = {
-    name: "alpha * F.cross_entropy(student_logits, labels) + (1 - alpha) * a divergence such as "
-    f"fastkd.forward_kl, where {way}"
+    name: "write alpha * F.cross_entropy(student_logits, labels) + (1 - alpha) * a divergence such "
+    f"as fastkd.forward_kl, and for that {way}"
     for name, way in _OF_EACH_ROW.items()
 }
 
