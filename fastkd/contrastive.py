@@ -363,7 +363,7 @@ def sup_con(
     # selected before, because the log-sum-exp of no key has the gradient NaN
     log_sums = logits.masked_fill(~is_anchor[:, None], 0).logsumexp(1)
     losses = log_sums - torch.where(alike, similarities, 0).sum(1) / n_alike.clamp(min=1)
-    losses = torch.where(is_anchor, losses, 0).view(features.shape[:-1])
+    losses = torch.where(is_anchor, _not_below_0(losses), 0).view(features.shape[:-1])
     if anchors == "with_positive":
         n_anchors = is_anchor.view_as(losses).to(losses.dtype)
         weights = n_anchors if weights is None else n_anchors * weights
@@ -445,7 +445,7 @@ def similarity_kl(
     def divergences(dim: int) -> Tensor:
         log_p, log_q = t.log_softmax(dim), s.log_softmax(dim)
         terms = log_p.exp() * (log_p - log_q if form == "kl" else -log_q)
-        return terms.masked_fill(own, 0).sum(dim)
+        return _not_below_0(terms.masked_fill(own, 0).sum(dim))
 
     if symmetric and student_keys is not None:
         return (divergences(1).mean() + divergences(0).mean()) / 2
@@ -461,6 +461,11 @@ def _without_own_pairs(similarities: Tensor) -> Tensor:
 def _reduced(losses: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     weights = None if weights is None else weights.detach()  # because engines give them no gradient
     return reduce(losses, weights, None, None, reduction)
+
+
+def _not_below_0(losses: Tensor) -> Tensor:
+    """Return losses, 0 where rounding made one negative, with the gradient that they have."""
+    return losses + (losses.relu() - losses).detach()
 
 
 def _decoupled(negatives: Tensor, positive: Tensor) -> Tensor:

@@ -157,6 +157,19 @@ def test_formulas_write_into_no_view(case):
         assert_same([torch.func.functionalize(case)(*inputs)], [case(*inputs)])
 
 
+def test_rounding_leaves_no_loss_below_0(engine):
+    """Students near their teachers, and two examples of one class, are where it would show."""
+    for seed in range(4):
+        x = normal(6, 8, seed=seed, dtype=torch.float32)
+        near = x + 1e-5 * normal(6, 8, seed=9, dtype=torch.float32)
+        of_one = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        for reduction in ("mean", "none"):
+            assert (fastkd.similarity_kl(near, x, reduction=reduction) >= 0).all()
+            for normalize in (True, False):
+                options = dict(normalize=normalize, reduction=reduction)
+                assert (fastkd.sup_con(x[:2], of_one, **options) >= 0).all()
+
+
 @pytest.mark.parametrize("length", [0, 1e-13, 1e-12])
 @quick_if(lambda length, engine: engine != "triton" or length == 0)
 def test_a_vector_without_a_direction(length, engine):

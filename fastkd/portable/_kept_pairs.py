@@ -187,7 +187,8 @@ def _with_classes(
     if problem.first >= 0:
         s.diagonal(problem.first).zero_()
     sums, weights = s.sum(1), problem.weights.to(s.dtype)
-    loss = sums.log().mul_(weights).sub_(attracted, alpha=_LN2).sum()
+    losses = sums.log().mul_(weights).sub_(attracted, alpha=_LN2)
+    loss = losses.relu_().sum()  # the attracting pairs are in the sums: rounding alone is below 0
     if any(needs_grad):
         u, of_rows, of_kind = weights / sums, r.unsqueeze(1), problem.key is None
         s.mul_(u.unsqueeze(1) + u if of_kind else u.unsqueeze(1))

@@ -69,7 +69,7 @@ def value_and_gradients(problem: SoftPairs, needs_grad: Sequence[bool]) -> tuple
         student.add(rows, slopes, None if weights is None else weights[rows])
 
     student.for_each(buffer, of_chunk)
-    return weighted_sum(losses, weights), student.gradients()
+    return weighted_sum(losses.relu_(), weights), student.gradients()
 
 
 def _softmax(

@@ -164,6 +164,8 @@ def penalty(
     assert problem.positive_logits is not None
     dtype = problem.query.dtype
     odds = log_sums + (shift - problem.positive_logits[rows].to(dtype))
+    if problem.classes is not None:  # the positive pairs are among all: rounding alone is below 0
+        odds = odds.relu()
     return _of_form(problem.form, odds, problem.weights[rows].to(dtype))
 
 
