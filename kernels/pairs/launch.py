@@ -347,7 +347,7 @@ class _SoftSweeps:
         if needs_key and not is_one_matrix:
             values = self._weighted_differences(None, shifts)
             of_key, _ = self.keys.gradient(values, self.scale)
-        return weighted_sum(losses.relu(), self.problem.weights), (of_query, of_key, of_scale)
+        return weighted_sum(losses, self.problem.weights), (of_query, of_key, of_scale)
 
     def _divergences(self) -> tuple[Tensor, Shifts]:
         """Return the losses of rows, and what to subtract from S and T for lifted softmaxes."""

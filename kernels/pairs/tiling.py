@@ -223,4 +223,5 @@ def merge_statistics(parts: Tensor, unit: float, form: str) -> Statistics:
         # maxima are subtracted before the logarithms are added, because they are large and alike
         losses = (differences / total_t + (largest - largest_t)) * unit
         losses = losses + (total / total_t).log()
-    return Statistics(losses, largest, total, largest_t, total_t)
+    # rounding alone makes a loss negative
+    return Statistics(losses.relu_(), largest, total, largest_t, total_t)
