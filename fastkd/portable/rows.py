@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkd._op import compute_dtype
-from fastkd.portable._chunks import for_each, most_elements
+from fastkd.portable._chunks import cut, for_each, most_elements
 from fastkd.portable._row_terms import N_SCRATCH, Scratch, cross_entropy, softmax, terms_of
 from fastkd.problems.rows import Rows
 
@@ -276,13 +276,12 @@ def _for_chunks(
         blocks = [x.reshape(1, -1, n_cols) for x in blocks]
     n_blocks, inner, _ = blocks[0].shape
     size = min(inner, max(1, most // n_cols))
-    shape = n_scratch, size, n_cols
-    scratch = student.new_empty(shape, dtype=compute_dtype(student, teacher))
+    shape, dtype = (n_scratch, size, n_cols), compute_dtype(student, teacher)
 
-    def of_block(i: int, rows: slice) -> None:
-        n = rows.stop - rows.start
-        places = slice(i * inner + rows.start, i * inner + rows.stop)
+    def of_chunk(places: slice, scratch: Tensor) -> None:
+        i, n = places.start // inner, places.stop - places.start
+        rows = slice(places.start - i * inner, places.stop - i * inner)
         work(places, [x[i, rows] for x in blocks], scratch[:, :n].unbind())
 
-    for i in range(n_blocks):
-        for_each(lambda rows, i=i: of_block(i, rows), range(inner), size)  # type: ignore[misc]
+    chunks = [x for i in range(n_blocks) for x in cut(range(i * inner, (i + 1) * inner), size)]
+    for_each(of_chunk, chunks, lambda: student.new_empty(shape, dtype=dtype), student)
