@@ -42,6 +42,11 @@ def cut(rows: range, size: int) -> list[slice]:
     return [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
 
 
+def total(x: Tensor) -> Tensor:
+    """Return the sum of a matrix, by rows: that of all at once would depend on the threads."""
+    return x.sum(-1).sum()
+
+
 def for_each(
     work: Callable[[slice, Scratch], Result],
     chunks: list[slice],
