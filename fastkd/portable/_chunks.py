@@ -116,7 +116,7 @@ def _let_workers(take: Callable[[], None], todo: deque) -> None:
 @functools.lru_cache(maxsize=4)
 def _workers(n_threads: int, process: int) -> ThreadPoolExecutor:
     """Return threads of this process, not of the one that it was forked from."""
-    workers = ThreadPoolExecutor(n_threads, "fastkd", torch.set_num_threads, (1,))
+    workers = ThreadPoolExecutor(n_threads, "fastkd", _compute_alone)
     started = threading.Barrier(n_threads + 1)
     try:
         for _ in range(n_threads):
@@ -127,3 +127,9 @@ def _workers(n_threads: int, process: int) -> ThreadPoolExecutor:
         raise
     torch.set_num_threads(n_threads)  # because threads that start later take what was set last
     return workers
+
+
+def _compute_alone() -> None:
+    """Let calls of PyTorch run on this thread alone."""
+    torch.get_num_threads()  # because what asks first gives the thread the number of the others
+    torch.set_num_threads(1)
