@@ -69,13 +69,15 @@ def loss(
     Args:
         check: ``check(*batch, **options)`` raises an error if they do not fit together.
         statement: ``statement(call, *batch, **options)`` states the loss as a problem, solves it
-            and returns what the formula returns. Without it the loss is its formula everywhere.
+            and returns what the formula returns, or NotImplemented for options that no engine
+            takes. Without it the loss is its formula everywhere.
         per_example: True if the formula returns one loss for each row of the first tensor
             (..., V), a number if for each entry of so many leading dimensions. It may return a list
             of `Term` instead, of which the loss is the sum.
         has_kernels: Whether the kernels solve the problem; otherwise the portable engine does.
         on_cpu_alone: Whether other devices compute the formula, which has fewer launches.
-        same_on_ranks: Parameters of the batch that are no part of it: all ranks hold the same.
+        same_on_ranks: Parameters of the batch that are no part of it, matrices: all ranks hold the
+            same. With a dimension more they belong to the examples.
         is_mean: Whether a loss of the batch is a mean over examples that do not interact, so that
             ranks exchange nothing but their means.
     """
@@ -102,20 +104,32 @@ def loss(
                 _prepared(x, dtype, mask, is_constant)
                 for x, is_constant in zip(arguments, constant, strict=True)
             ]
-            if ranks and not is_mean:
-                tensors = [
-                    ranks.share(x)[0] if is_spread and isinstance(x, Tensor) and x.ndim else x
-                    for x, is_spread in zip(tensors, spread, strict=True)
-                ]
-            return formula(*tensors, **options)  # type: ignore[arg-type]
+            if not ranks or is_mean:
+                return formula(*tensors, **options)  # type: ignore[arg-type]
+            tensors = [
+                ranks.share(x)[0]
+                if isinstance(x, Tensor) and x.ndim > (0 if is_spread else 2)
+                else x
+                for x, is_spread in zip(tensors, spread, strict=True)
+            ]
+            options = {
+                option: ranks.gather(x)[0][0] if isinstance(x, Tensor) and x.ndim else x
+                for option, x in options.items()
+            }
+            found: Any = formula(*tensors, **options)  # type: ignore[arg-type]
+            # the losses of all examples; this rank gets those of its own
+            return found[ranks.own(arguments[0])] if found.ndim else found
 
         def losses_of(arguments: Sequence[Any], options: Any, mask: Any, ranks: Ranks) -> Any:
             tensors = _tensors(arguments)
             engine = engine_for(tensors)
             with without_autocast(tensors[0].device):
-                if engine == "formula" or statement is None:
+                found = NotImplemented
+                if engine != "formula" and statement is not None:
+                    found = statement(Call(name, engine, mask, ranks), *arguments, **options)
+                if found is NotImplemented:
                     return from_formula(arguments, options, mask, ranks)
-                return statement(Call(name, engine, mask, ranks), *arguments, **options)
+                return found
 
         @functools.wraps(formula)
         def compute(*arguments: Any, **options: Any) -> Any:

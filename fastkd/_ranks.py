@@ -50,6 +50,11 @@ class Ranks:
         first = sum(n_rows[: dist.get_rank(self.group)])
         return _Shared.apply(rows, whole, n_rows, self.group), first, *rest
 
+    def own(self, rows: Tensor) -> slice:
+        """Return where this rank's rows are among those of all ranks; a host sync, as `gather`."""
+        _, first = self.gather(rows[:, :0])
+        return slice(first, first + len(rows))
+
     def sum(self, share: Tensor) -> Tensor:
         """Return the sum of what all ranks have, without gradient."""
         if not self:

@@ -1,11 +1,13 @@
 """Particulars of pairs: scales, maxima, classes, banks and queues, memory."""
 
+import itertools
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE, LOSSES, VIEWS, named, normal, of, with_bank, with_classes
+from cases import DEVICE, LOSSES, OPTIONS, VIEWS, named, normal, of, with_bank, with_classes
 from choice import ENGINES, full, pairwise, quick_if
 from exactness import (
     assert_as_exact,
@@ -29,6 +31,9 @@ NCE, BOTH, CLIP, SIGLIP, NT_XENT, SUP_CON, SOFT = named(
 )  # fmt: skip
 each_case = pytest.mark.parametrize("case", PAIRS, ids=str)
 each_loss = pytest.mark.parametrize("case", EACH, ids=str)
+
+
+DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 1e-3)]
 
 
 def number(x):
@@ -134,13 +139,35 @@ def test_labels_of_any_kind(alike, anchors, engine):
     assert_same(results(partial(fastkd.sup_con, **options), [features]), expected)
 
 
-@pytest.mark.parametrize("length", [0, 1e-13])
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+def test_options(case, engine):
+    for n in (0, 1, 7) if engine != "triton" else (7,):
+        inputs = case.inputs((n,), 5)
+        found = results(case, inputs)
+        expected = results(case.truth, inputs) if n else [0 * x for x in found]
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12 * max(1.0, float(y.norm())))
+
+
+@pytest.mark.parametrize("length", [0, 1e-13, 1e-12])
+@quick_if(lambda length, engine: engine != "triton" or length == 0)
 def test_a_vector_without_a_direction(length, engine):
-    """It is divided by 1e-12 and not projected, as torch.nn.functional.normalize has it."""
-    for case in (NCE, BOTH, NT_XENT, SUP_CON):
-        inputs = case.inputs((5,), 3)
-        inputs[0].detach()[2] *= length
-        assert_same(results(case, inputs), results(case.truth, inputs))
+    """Its value is that of F.normalize, and its gradient 0 where that has 1e12 times the others."""
+    margin = replace(BOTH, options=dict(symmetric=True, margin=0.1))
+    for case, (dtype, tolerance) in itertools.product(
+        (BOTH, margin, NT_XENT, SUP_CON, SOFT), DTYPES
+    ):
+        inputs, options = case.inputs((5,), 3, dtype), of_scale(case, 2.0)
+        for x in inputs:
+            if x.requires_grad:
+                x.detach()[2] = length * F.one_hot(torch.tensor(1), 3)
+        loss, *gradients = results(partial(case.truth, **options), exact(inputs))
+        for x in gradients:
+            x[2] = 0
+        ours = partial(case, **options)
+        for found in (results(ours, inputs), by_formula(ours, inputs)):
+            assert not any(x[2].any() for x in found[1:])
+            assert_same(found, [loss, *gradients], tolerance)
 
 
 def test_a_student_whose_embeddings_are_alike(engine):

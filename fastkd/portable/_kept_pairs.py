@@ -122,6 +122,8 @@ def _log_sum_exps(
         own.zero_()
     if pairs is not own and pairs is not None:
         pairs.zero_()
+    if problem.left_out is not None:
+        s.masked_fill_(problem.left_out, 0)
 
     sums = s.sum(1)
     loss, u = _penalty(problem.form, sums, positive, problem.weights.to(s.dtype))
@@ -187,27 +189,28 @@ def _with_classes(
     problem: Pairs, q: Tensor, keys: Tensor, scale: float, needs_grad: Sequence[bool]
 ) -> _Slopes | None:
     """Return the loss of examples that are attracted by all of their class, and its slopes."""
-    given, classes, r = problem.positive_logits, problem.classes, problem.attractions
-    if given is not None or classes is None or r is None:
+    classes, query_classes, r = problem.classes, problem.query_classes, problem.attractions
+    if problem.positive_logits is not None or query_classes is None or r is None:
         return None
     if not problem.normalize or abs(scale) > LARGEST or problem.two_views:
         return None
     s = _similarities(q, keys, scale)
-    own, columns = s.diagonal(problem.first), own_columns(problem)
     # eq gives numbers here, because booleans and their sums take far longer
-    alike = torch.eq(classes[columns].unsqueeze(1), classes, out=torch.empty_like(s))
-    alike.diagonal(problem.first).zero_()
-    attracted = torch.linalg.vecdot(alike, s).mul_(r[columns])
+    alike = torch.eq(query_classes.unsqueeze(1), classes, out=torch.empty_like(s))
+    if problem.first >= 0:
+        alike.diagonal(problem.first).zero_()
+    attracted = torch.linalg.vecdot(alike, s).mul_(r)
     s.exp2_()
-    own.zero_()
+    if problem.first >= 0:
+        s.diagonal(problem.first).zero_()
     sums, weights = s.sum(1), problem.weights.to(s.dtype)
     loss = sums.log().mul_(weights).sub_(attracted, alpha=_LN2).sum()
     if any(needs_grad):
-        u = weights / sums
-        if problem.key is None:
-            s.mul_(u.unsqueeze(1) + u).addcmul_(alike, r.unsqueeze(1), value=-2)
-        else:
-            s.mul_(u.unsqueeze(1)).addcmul_(alike, r, value=-1)
+        u, of_rows = weights / sums, r.unsqueeze(1)
+        s.mul_(u.unsqueeze(1) + u if problem.key is None else u.unsqueeze(1))
+        s.addcmul_(alike, of_rows, value=-1)
+        if problem.key is None:  # (i, j) and (j, i) are one pair
+            s.addcmul_(alike, r, value=-1)
     return _Slopes(loss, s, None)
 
 

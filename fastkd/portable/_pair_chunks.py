@@ -33,6 +33,7 @@ class PairChunks:
         bank: [B, D], keys after the others, which get no gradient.
         first: Query i and key first + i are of one example, and the pair is masked; -1: none is.
         two_views: Whether the pairs of two views of an example are masked too.
+        left_out: [n, M + B], further pairs that are masked.
         normalize: Whether rows are divided by their lengths.
         half: The half precision that holds all rows without rounding, or "".
         weights: [n], slopes are at most the largest of these; None: at most 1.
@@ -49,11 +50,13 @@ class PairChunks:
         half: str,
         bank: Tensor | None = None,
         two_views: bool = False,
+        left_out: Tensor | None = None,
         normalize: bool = True,
         weights: Tensor | None = None,
     ) -> None:
         self.scale, self.first, self.two_views = scale.to(query.dtype), first, two_views
         self.normalize, self.needs_grad = normalize, tuple(needs_grad[:3])
+        self.left_out = left_out
         self.spare: Tensor | None = None
         keys = query if key is None else key
         self.n_trained = len(keys)
@@ -125,6 +128,8 @@ class PairChunks:
         if self.two_views:
             for _, diagonal in self.positive_pairs(rows, part):
                 diagonal.fill_(value)
+        if self.left_out is not None:
+            part.masked_fill_(self.left_out[rows], value)
         return part
 
     def positive_pairs(self, rows: slice, part: Tensor) -> list[tuple[slice, Tensor]]:
@@ -145,10 +150,6 @@ class PairChunks:
             return []
         start = self.first + rows.start
         return [(slice(len(part)), part[:, start : start + len(part)].diagonal())]
-
-    def own(self, of_keys: Tensor, rows: slice) -> Tensor:
-        """Return what these queries' own keys have of a value for each key."""
-        return of_keys[self.first + rows.start : self.first + rows.stop]
 
     # ---------------------------------------------------------------------------- exponentials
 

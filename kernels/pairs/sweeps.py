@@ -45,7 +45,8 @@ class Classes(NamedTuple):
 
     x_ptr: Any  # [n_padded], numbers of classes
     y_ptr: Any  # [m_padded]
-    attractions_ptr: Any  # [n_padded]
+    attractions_ptr: Any  # [n_padded], or None
+    column_attractions_ptr: Any  # [m_padded], or None
 
 
 class _Sums(NamedTuple):
@@ -279,7 +280,7 @@ class _SlopeOperands(NamedTuple):
     other_view: Any  # [ROWS], or None
     classes: Any  # `Classes`, or None
     row_classes: Any  # [ROWS]
-    attractions: Any  # [ROWS]
+    attractions: Any  # [ROWS], or None
     row_shifts: Any  # [ROWS], or None
     column_shifts_ptr: Any
     weights_ptr: Any
@@ -302,7 +303,11 @@ def _add_slopes(values, operands, row, column, mask, MASKED: tl.constexpr, TILE)
             slopes += tl.exp2(s - operands.row_shifts[:, None])
         if operands.classes is not None:
             same = same_class(s, operands.row_classes, operands.classes.y_ptr, column, MASKED, TILE)
-            slopes = tl.where(same, slopes - operands.attractions[:, None], slopes)
+            if operands.attractions is not None:
+                slopes = tl.where(same, slopes - operands.attractions[:, None], slopes)
+            if operands.classes.column_attractions_ptr is not None:
+                of_columns = tl.load(operands.classes.column_attractions_ptr + places)
+                slopes = tl.where(same, slopes - of_columns[None, :], slopes)
     return add_weighted(values, slopes, y, operands.similarities.y, column, TILE)
 
 
@@ -325,8 +330,8 @@ def weighed_sums(
     """Compute Σ_j G_ij g_j y_j; program (tile of rows, split of the columns).
 
     G_ij = exp2(S_ij − column_shift_j) + exp2(S_ij − row_shift_i), the latter if there are row
-    shifts, minus attraction_i for each pair of one class; with weights it is
-    weight_j σ(S_ij − column_shift_j).
+    shifts, minus attraction_i and column_attraction_j for each pair of one class; with weights it
+    is weight_j σ(S_ij − column_shift_j).
     """
     row, split = tl.program_id(0) * TILE.ROWS, tl.program_id(1)
     low, high = columns_of_split(split, per_split, m)
@@ -335,7 +340,8 @@ def weighed_sums(
     other_view, row_classes, attractions, row_shifts = None, None, None, None
     if classes is not None:
         row_classes = tl.load(classes.x_ptr + row + lanes)
-        attractions = tl.load(classes.attractions_ptr + row + lanes)
+        if classes.attractions_ptr is not None:
+            attractions = tl.load(classes.attractions_ptr + row + lanes)
     if other_view_ptr is not None:
         other_view = tl.load(other_view_ptr + row + lanes)
     if row_shifts_ptr is not None:
