@@ -1,4 +1,4 @@
-"""Chunks of a matrix of similarities, S = scale · Q Kᵀ, and gradients from its slopes.
+"""Sheets of a matrix of similarities, S = scale · Q Kᵀ, and gradients from its slopes.
 
 For slopes G in S the gradients are dQ = scale · G K, dK = scale · Gᵀ Q and
 dscale = Σ ⟨q_i, (G K)_i⟩. In rows that are divided by their lengths they lose their part along the
@@ -7,6 +7,7 @@ row, and are divided too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,11 +20,13 @@ from fastkd.problems.pairs import HEADROOM, Half, in_half, of_lengths, units
 LARGEST = 60.0  # exp(60) times the keys is a float32 number, and so is exp(−60)
 LEAST = 1e-25  # sums below it may lack exponentials that were flushed to 0
 _LINE = 16  # numbers: rows that start on a line of the cache are read and multiplied faster
+_N_CHUNKS = 8  # of a sheet, which stay in the cache
+_LEAST_ROWS = 32  # of a chunk, because a product of fewer reads more than it computes
 _PAGE = 1024  # numbers: rows whole pages apart would share few lines of a CPU's cache
 
 
 class PairChunks:
-    """Rows of S in chunks that stay in a CPU's cache, and the gradients that they add up to.
+    """Rows of S in sheets, chunks of which workers take, and the gradients that they add up to.
 
     Args:
         query: [n, D].
@@ -82,8 +85,11 @@ class PairChunks:
             self.of_keys = _Sums(self.k[: self.n_trained])
         limit = _chunks.most_elements(query, on_cpu=1 << 22, elsewhere=1 << 24)
         n, m = len(self.q), len(self.k)
-        n_chunks = max(1, -(-n * m // limit))
-        self.n_rows = min(n, max(1, -(-n // n_chunks)))  # of a chunk
+        n_sheets = max(1, -(-n * m // limit))
+        self.n_rows = min(n, max(1, -(-n // n_sheets)))  # of a sheet
+        # one product gives both sides of each pair
+        of_one_kind = self.of_keys is not None and self.of_keys is self.of_queries
+        self.adds_both_sides = of_one_kind and self.n_rows == n and self.halves is None
         self.stride = -(-m // _LINE) * _LINE
         if query.is_cpu and not self.stride % _PAGE:
             self.stride += _LINE
@@ -91,20 +97,52 @@ class PairChunks:
     # ------------------------------------------------------------------------------- rows of S
 
     def buffer(self) -> Tensor:
-        """Return memory for the rows of a chunk."""
+        """Return memory for the rows of a sheet."""
         return self.q.new_empty(self.n_rows, self.stride)[:, : len(self.k)]
 
-    def of_spare(self, part: Tensor) -> Tensor:
-        """Return memory for as many numbers as a chunk's, the same for all chunks."""
+    def of_spare(self, rows: slice) -> Tensor:
+        """Return memory for as many numbers as these rows of S have."""
+        assert self.spare is not None
+        return self.spare[self._place(rows)]
+
+    def for_each(
+        self,
+        buffer: Tensor,
+        work: Callable[[slice, Tensor], Any],
+        by_columns: Callable[[slice, Tensor, slice], None] | None = None,
+        *,
+        is_solved: bool = False,
+    ) -> list[Any]:
+        """Call work(rows, rows of S) for each chunk, and return the results in order.
+
+        The buffer holds a sheet of S, whose rows workers share out. Once all of them are done, they
+        share out its columns and call by_columns(rows, the sheet, columns of trained keys).
+        `is_solved` says that the buffer holds what an earlier loop has made of S.
+        """
+        n, results = len(self.q), []
         if self.spare is None:
             self.spare = self.buffer()
-        return self.spare[: len(part)]
 
-    def for_each(self, buffer: Tensor, work: Callable[[slice, Tensor], Any]) -> list[Any]:
-        """Call work(rows, rows of S) for each chunk in order, and return the results."""
-        return _chunks.for_each(
-            lambda rows: work(rows, self.rows(rows, buffer)), range(len(self.q)), self.n_rows
-        )
+        def of_rows(rows: slice, _: None) -> Any:
+            return work(rows, buffer[self._place(rows)] if is_solved else self.rows(rows, buffer))
+
+        for sheet in _chunks.cut(range(n), self.n_rows):
+            chunks = _chunks.cut(range(sheet.start, sheet.stop), self._share(self.n_rows))
+            results += _chunks.for_each(of_rows, chunks, _without_scratch, self.q)
+            if by_columns is not None:
+                of_columns = functools.partial(by_columns, sheet, buffer[self._place(sheet)])
+                columns = _chunks.cut(range(self.n_trained), self._share(self.n_trained))
+                _chunks.for_each(lambda x, _: of_columns(x), columns, _without_scratch, self.q)
+        return results
+
+    def _place(self, rows: slice) -> slice:
+        """Return where a sheet has these rows."""
+        start = rows.start % self.n_rows
+        return slice(start, start + rows.stop - rows.start)
+
+    def _share(self, n: int) -> int:
+        """Return how many of n rows or columns a chunk has: few are slow to multiply."""
+        return max(-(-n // _N_CHUNKS), _LEAST_ROWS) if self.q.is_cpu else n
 
     def rows(self, rows: slice, buffer: Tensor) -> Tensor:
         """Return these rows of S, in the buffer."""
@@ -116,7 +154,7 @@ class PairChunks:
 
     def products(self, rows: slice, buffer: Tensor) -> Tensor:
         """Return these rows of S, in half precision without the scale and the factors of rows."""
-        part = buffer[: rows.stop - rows.start]
+        part = buffer[self._place(rows)]
         if self.halves is None:
             return torch.mm(self.q[rows] * self.scale, self.k.mT, out=part)
         return _product(self.halves[0].matrix[rows], self.halves[1].matrix.mT, part)
@@ -188,27 +226,27 @@ class PairChunks:
     # ------------------------------------------------------------------------------- gradients
 
     def add(self, rows: slice, slopes: Tensor, of_rows: Tensor | None = None) -> None:
-        """Add what the slopes of the loss in these rows of S give, each row times its `of_rows`.
+        """Add to the sums of these queries what the slopes of the loss in their rows of S give.
 
-        This is the step that combines chunks: they call it in their order. It may overwrite the
-        slopes.
+        Each row counts `of_rows` times. The slopes stay in the buffer, for `add_to_keys`.
         """
+        if of_rows is not None:
+            slopes.mul_(of_rows[:, None])
         if self.halves is not None:
-            self._add_halves(rows, slopes if of_rows is None else slopes * of_rows[:, None])
+            self._add_halves(rows, slopes)
+        elif self.of_queries is not None and not self.adds_both_sides:
+            self.of_queries.values[rows].addmm_(slopes, self.k)
+
+    def add_to_keys(self, rows: slice, sheet: Tensor, columns: slice) -> None:
+        """Add to the sums of some keys what the slopes in these rows of S give."""
+        if self.of_keys is None or self.halves is not None:
             return
-        of_queries, of_keys = self.of_queries, self.of_keys
-        if of_keys is of_queries and of_keys is not None and len(slopes) == len(self.q):
-            # one product gives both sides of each pair
-            if of_rows is not None:
-                slopes.mul_(of_rows[:, None])
-            both = torch.add(slopes, slopes.mT, out=self.of_spare(slopes))
-            of_keys.values.addmm_(both, self.k)
-            return
-        if of_queries is not None:
-            of_queries.add(rows, slopes, self.k, of_rows)
-        if of_keys is not None:
-            q = self.q[rows] if of_rows is None else self.q[rows] * of_rows[:, None]
-            of_keys.values.addmm_(slopes[:, : self.n_trained].mT, q)
+        values = self.of_keys.values[columns]
+        if self.adds_both_sides:
+            both = torch.add(sheet[columns], sheet[:, columns].mT, out=self.of_spare(columns))
+            values.addmm_(both, self.k)
+        else:
+            values.addmm_(sheet[:, columns].mT, self.q[rows])
 
     def _add_halves(self, rows: slice, slopes: Tensor) -> None:
         assert self.halves is not None
@@ -245,7 +283,7 @@ class PairChunks:
         in_query = in_key = in_scale = None
         needs_query, _, needs_scale = self.needs_grad
         if needs_scale and of_queries is not None:
-            in_scale = (self.q * of_queries.values).sum()
+            in_scale = _chunks.total(self.q * of_queries.values)
             if of_keys is of_queries:  # each pair was added from both sides
                 in_scale = in_scale / 2
         if of_keys is not None and of_keys is not of_queries:
@@ -262,17 +300,13 @@ class _Sums:
     def __init__(self, x: Tensor) -> None:
         self.x, self.values = x, torch.zeros_like(x)
 
-    def add(self, rows: slice, slopes: Tensor, y: Tensor, of_rows: Tensor | None) -> None:
-        """Add the slopes of these rows, each times its factor."""
-        values = self.values[rows]
-        if of_rows is None:
-            values.addmm_(slopes, y)
-        else:
-            values.addcmul_(slopes @ y, of_rows[:, None])
-
     def gradient(self, scale: Tensor, lengths: Tensor | None) -> Tensor:
         """Return the gradient in the rows before they were divided by their lengths, in place."""
         return of_lengths(self.values.mul_(scale), self.x, lengths)
+
+
+def _without_scratch() -> None:
+    """Return nothing, because the buffers of a sheet are all that its chunks need."""
 
 
 def multiplies_halves(rows: Tensor, half: str) -> bool:

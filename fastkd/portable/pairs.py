@@ -66,6 +66,7 @@ class _Solver:
             weights=problem.weights,
         )  # fmt: skip
         self.buffer = self.chunks.buffer()
+        self.add_to_keys = self.chunks.add_to_keys if any(needs_grad) else None
 
     def solve(self) -> tuple[Tensor, Gradients]:
         """Return the loss and its gradients."""
@@ -114,7 +115,8 @@ class _Solver:
                 self._add_softmax(rows, part, _over_sums(slopes, sums))
             return share
 
-        return _total(of_logits, chunks.for_each(self.buffer, of_chunk)), of_logits
+        shares = chunks.for_each(self.buffer, of_chunk, self.add_to_keys)
+        return _total(of_logits, shares), of_logits
 
     def _add_softmax(self, rows: slice, part: Tensor, slopes: Tensor) -> None:
         """Add slopes_i `part`_ij as slopes in S, less what attracts the others of a class."""
@@ -123,7 +125,7 @@ class _Solver:
             chunks.add(rows, part, slopes)
             return
         assert problem.query_classes is not None and problem.attractions is not None
-        alike = chunks.of_spare(part)
+        alike = chunks.of_spare(rows)
         torch.eq(problem.query_classes[rows, None], problem.classes, out=alike)
         chunks.mask(rows, alike, 0.0)
         # the difference of each pair, because the difference of two sums would round it away
@@ -141,17 +143,22 @@ class _Solver:
         column_sums = buffer.new_zeros(n_columns)
 
         def of_chunk(rows: slice, part: Tensor) -> None:
-            columns = part[:, :n_columns]
             self._read_positives(rows, part)
-            if shift is None:
-                chunks.mask(rows, part, -torch.inf)
-                _add_to_columns(columns, column_largest, column_sums)
+            if shift is None:  # S is left for the columns
+                part = chunks.of_spare(rows).copy_(chunks.mask(rows, part, -torch.inf))
             largest[rows], sums[rows] = chunks.exponentials(rows, part, shift)
             if shift is not None:
                 _check_size(sums[rows])
-                column_sums.add_(columns.sum(0))
 
-        chunks.for_each(buffer, of_chunk)
+        def of_columns(_: slice, sheet: Tensor, keys: slice) -> None:
+            columns = slice(keys.start, min(keys.stop, n_columns))
+            if shift is None:
+                totals = column_largest[columns], column_sums[columns]
+                _add_to_columns(sheet[:, columns], *totals)
+            else:
+                column_sums[columns].add_(sheet[:, columns].sum(0))
+
+        chunks.for_each(buffer, of_chunk, of_columns)
         if shift is not None:
             _check_size(column_sums)
         if problem.group:
@@ -176,14 +183,12 @@ class _Solver:
             else:
                 if len(buffer) < n:
                     chunks.shifted_exponentials(rows, part, shift)
-                part.mul_(torch.add(u[rows, None], v, out=chunks.of_spare(part)))
+                part.mul_(torch.add(u[rows, None], v, out=chunks.of_spare(rows)))
             self._write_positives(rows, part, of_logits[rows])
             chunks.add(rows, part)
 
-        if shift is not None and len(buffer) == n:
-            add_slopes(slice(0, n), buffer)
-        else:
-            chunks.for_each(buffer, add_slopes)
+        is_solved = shift is not None and len(buffer) == n
+        chunks.for_each(buffer, add_slopes, self.add_to_keys, is_solved=is_solved)
         return loss + share, of_logits
 
     # --------------------------------------------------------------------- the form of single pairs
@@ -200,7 +205,7 @@ class _Solver:
             positive = chunks.positive_pairs(rows, part)
             for _, pairs in positive:
                 pairs.neg_()
-            of_pairs = chunks.of_spare(part)
+            of_pairs = chunks.of_spare(rows)
             F.softplus(part, threshold=LINEAR, out=of_pairs)  # type: ignore[call-arg]
             torch.sum(of_pairs, 1, out=losses[rows])
             if any(self.needs_grad):
@@ -210,7 +215,7 @@ class _Solver:
                 torch.sum(part, 1, out=slopes[rows])
                 chunks.add(rows, part, weights[rows])
 
-        chunks.for_each(self.buffer, of_chunk)
+        chunks.for_each(self.buffer, of_chunk, self.add_to_keys)
         return losses @ weights, -slopes * weights
 
 
