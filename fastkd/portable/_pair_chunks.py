@@ -21,7 +21,7 @@ LARGEST = 60.0  # exp(60) times the keys is a float32 number, and so is exp(−6
 LEAST = 1e-25  # sums below it may lack exponentials that were flushed to 0
 _LINE = 16  # numbers: rows that start on a line of the cache are read and multiplied faster
 _N_CHUNKS = 8  # of a sheet, which stay in the cache
-_LEAST_ROWS = 32  # of a chunk, because a product of fewer reads more than it computes
+_LEAST_ROWS = 64  # of a chunk, because a product of fewer reads more than it computes
 _PAGE = 1024  # numbers: rows whole pages apart would share few lines of a CPU's cache
 
 
@@ -60,7 +60,6 @@ class PairChunks:
         self.scale, self.first, self.two_views = scale.to(query.dtype), first, two_views
         self.normalize, self.needs_grad = normalize, tuple(needs_grad[:3])
         self.left_out = left_out
-        self.spare: Tensor | None = None
         keys = query if key is None else key
         self.n_trained = len(keys)
         if bank is not None:
@@ -83,7 +82,7 @@ class PairChunks:
             self.of_keys = self.of_queries if needs_query else None
         elif needs_key:
             self.of_keys = _Sums(self.k[: self.n_trained])
-        limit = _chunks.most_elements(query, on_cpu=1 << 22, elsewhere=1 << 24)
+        limit = _chunks.most_elements(query, on_cpu=1 << 23, elsewhere=1 << 24)
         n, m = len(self.q), len(self.k)
         n_sheets = max(1, -(-n * m // limit))
         self.n_rows = min(n, max(1, -(-n // n_sheets)))  # of a sheet
@@ -100,39 +99,36 @@ class PairChunks:
         """Return memory for the rows of a sheet."""
         return self.q.new_empty(self.n_rows, self.stride)[:, : len(self.k)]
 
-    def of_spare(self, rows: slice) -> Tensor:
-        """Return memory for as many numbers as these rows of S have."""
-        assert self.spare is not None
-        return self.spare[self._place(rows)]
-
     def for_each(
         self,
         buffer: Tensor,
-        work: Callable[[slice, Tensor], Any],
-        by_columns: Callable[[slice, Tensor, slice], None] | None = None,
+        work: Callable[[slice, Tensor, Tensor], Any],
+        by_columns: Callable[[slice, Tensor, slice, Tensor], None] | None = None,
         *,
         is_solved: bool = False,
     ) -> list[Any]:
-        """Call work(rows, rows of S) for each chunk, and return the results in order.
+        """Call work(rows, rows of S, spare) for each chunk, and return the results in order.
 
         The buffer holds a sheet of S, whose rows workers share out. Once all of them are done, they
-        share out its columns and call by_columns(rows, the sheet, columns of trained keys).
-        `is_solved` says that the buffer holds what an earlier loop has made of S.
+        share out its columns: by_columns(rows, the sheet, columns of trained keys, spare). A worker
+        has spare memory for a chunk. `is_solved` says that the buffer holds what an earlier loop has
+        made of S.
         """
-        n, results = len(self.q), []
-        if self.spare is None:
-            self.spare = self.buffer()
+        n, n_rows, n_columns = len(self.q), self._share(self.n_rows), self._share(self.n_trained)
+        spare = functools.partial(self.q.new_empty, n_rows * self.stride)
+        results: list[Any] = []
 
-        def of_rows(rows: slice, _: None) -> Any:
-            return work(rows, buffer[self._place(rows)] if is_solved else self.rows(rows, buffer))
+        def of_rows(rows: slice, spare: Tensor) -> Any:
+            part = buffer[self._place(rows)] if is_solved else self.rows(rows, buffer)
+            return work(rows, part, spare[: part.numel()].view(part.shape))
 
         for sheet in _chunks.cut(range(n), self.n_rows):
-            chunks = _chunks.cut(range(sheet.start, sheet.stop), self._share(self.n_rows))
-            results += _chunks.for_each(of_rows, chunks, _without_scratch, self.q)
+            rows = _chunks.cut(range(sheet.start, sheet.stop), n_rows)
+            results += _chunks.for_each(of_rows, rows, spare, self.q)
             if by_columns is not None:
                 of_columns = functools.partial(by_columns, sheet, buffer[self._place(sheet)])
-                columns = _chunks.cut(range(self.n_trained), self._share(self.n_trained))
-                _chunks.for_each(lambda x, _: of_columns(x), columns, _without_scratch, self.q)
+                columns = _chunks.cut(range(self.n_trained), n_columns)
+                _chunks.for_each(of_columns, columns, spare, self.q)
         return results
 
     def _place(self, rows: slice) -> slice:
@@ -237,13 +233,14 @@ class PairChunks:
         elif self.of_queries is not None and not self.adds_both_sides:
             self.of_queries.values[rows].addmm_(slopes, self.k)
 
-    def add_to_keys(self, rows: slice, sheet: Tensor, columns: slice) -> None:
+    def add_to_keys(self, rows: slice, sheet: Tensor, columns: slice, spare: Tensor) -> None:
         """Add to the sums of some keys what the slopes in these rows of S give."""
         if self.of_keys is None or self.halves is not None:
             return
         values = self.of_keys.values[columns]
         if self.adds_both_sides:
-            both = torch.add(sheet[columns], sheet[:, columns].mT, out=self.of_spare(columns))
+            part = sheet[columns]
+            both = torch.add(part, sheet[:, columns].mT, out=spare[: part.numel()].view(part.shape))
             values.addmm_(both, self.k)
         else:
             values.addmm_(sheet[:, columns].mT, self.q[rows])
@@ -303,10 +300,6 @@ class _Sums:
     def gradient(self, scale: Tensor, lengths: Tensor | None) -> Tensor:
         """Return the gradient in the rows before they were divided by their lengths, in place."""
         return of_lengths(self.values.mul_(scale), self.x, lengths)
-
-
-def _without_scratch() -> None:
-    """Return nothing, because the buffers of a sheet are all that its chunks need."""
 
 
 def multiplies_halves(rows: Tensor, half: str) -> bool:

@@ -38,11 +38,10 @@ def value_and_gradients(problem: SoftPairs, needs_grad: Sequence[bool]) -> tuple
     losses, weights = buffer.new_empty(len(student.q)), problem.weights
     of_teacher = problem.form == "kl"  # otherwise the loss is without the teacher's entropy
 
-    def of_chunk(rows: slice, s: Tensor) -> None:
+    def of_chunk(rows: slice, s: Tensor, spare: Tensor) -> None:
         t = teacher.rows(rows, teacher_buffer)
         if is_small:
             return of_few(rows, s, t)
-        spare = student.of_spare(rows)
         difference = torch.sub(t, s, out=spare) if of_teacher else torch.neg(s, out=spare)
         student.mask(rows, difference, 0.0)
         s_shift, s_sums = _softmax(student, rows, s, shifts[0])

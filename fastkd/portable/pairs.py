@@ -103,7 +103,7 @@ class _Solver:
         """Solve in one pass, with exp(S − shift) or with maxima."""
         chunks, of_logits = self.chunks, self.buffer.new_empty(len(self.chunks.q))
 
-        def of_chunk(rows: slice, part: Tensor) -> Tensor:
+        def of_chunk(rows: slice, part: Tensor, spare: Tensor) -> Tensor:
             self._read_positives(rows, part)
             largest, sums = chunks.exponentials(rows, part, shift)
             if shift is not None:
@@ -112,21 +112,20 @@ class _Solver:
             torch.neg(slopes, out=of_logits[rows])
             if any(self.needs_grad):
                 self._write_positives(rows, part, -sums)
-                self._add_softmax(rows, part, _over_sums(slopes, sums))
+                self._add_softmax(rows, part, spare, _over_sums(slopes, sums))
             return share
 
         shares = chunks.for_each(self.buffer, of_chunk, self.add_to_keys)
         return _total(of_logits, shares), of_logits
 
-    def _add_softmax(self, rows: slice, part: Tensor, slopes: Tensor) -> None:
+    def _add_softmax(self, rows: slice, part: Tensor, spare: Tensor, slopes: Tensor) -> None:
         """Add slopes_i `part`_ij as slopes in S, less what attracts the others of a class."""
         chunks, problem = self.chunks, self.problem
         if problem.classes is None:
             chunks.add(rows, part, slopes)
             return
         assert problem.query_classes is not None and problem.attractions is not None
-        alike = chunks.of_spare(rows)
-        torch.eq(problem.query_classes[rows, None], problem.classes, out=alike)
+        alike = torch.eq(problem.query_classes[rows, None], problem.classes, out=spare)
         chunks.mask(rows, alike, 0.0)
         # the difference of each pair, because the difference of two sums would round it away
         attractions = problem.attractions[rows, None]
@@ -142,15 +141,15 @@ class _Solver:
         column_largest = buffer.new_full((n_columns,), -torch.inf if shift is None else shift)
         column_sums = buffer.new_zeros(n_columns)
 
-        def of_chunk(rows: slice, part: Tensor) -> None:
+        def of_chunk(rows: slice, part: Tensor, spare: Tensor) -> None:
             self._read_positives(rows, part)
             if shift is None:  # S is left for the columns
-                part = chunks.of_spare(rows).copy_(chunks.mask(rows, part, -torch.inf))
+                part = spare.copy_(chunks.mask(rows, part, -torch.inf))
             largest[rows], sums[rows] = chunks.exponentials(rows, part, shift)
             if shift is not None:
                 _check_size(sums[rows])
 
-        def of_columns(_: slice, sheet: Tensor, keys: slice) -> None:
+        def of_columns(_: slice, sheet: Tensor, keys: slice, spare: Tensor) -> None:
             columns = slice(keys.start, min(keys.stop, n_columns))
             if shift is None:
                 totals = column_largest[columns], column_sums[columns]
@@ -174,7 +173,7 @@ class _Solver:
         u, v = _over_sums(slopes, sums), buffer.new_zeros(buffer.shape[1])
         v[:n_columns] = _over_sums(column_slopes, column_sums)
 
-        def add_slopes(rows: slice, part: Tensor) -> None:
+        def add_slopes(rows: slice, part: Tensor, spare: Tensor) -> None:
             if shift is None:
                 chunks.mask(rows, part, -torch.inf)
                 by_columns = (part[:, :n_columns] - column_largest).exp_().mul_(v[:n_columns])
@@ -183,7 +182,7 @@ class _Solver:
             else:
                 if len(buffer) < n:
                     chunks.shifted_exponentials(rows, part, shift)
-                part.mul_(torch.add(u[rows, None], v, out=chunks.of_spare(rows)))
+                part.mul_(torch.add(u[rows, None], v, out=spare))
             self._write_positives(rows, part, of_logits[rows])
             chunks.add(rows, part)
 
@@ -200,14 +199,13 @@ class _Solver:
         logits, weights = problem.positive_logits.to(dtype), problem.weights.to(dtype)
         losses, slopes = torch.zeros_like(weights), torch.zeros_like(weights)
 
-        def of_chunk(rows: slice, part: Tensor) -> None:
+        def of_chunk(rows: slice, part: Tensor, spare: Tensor) -> None:
             part.sub_(logits[rows, None])
             positive = chunks.positive_pairs(rows, part)
             for _, pairs in positive:
                 pairs.neg_()
-            of_pairs = chunks.of_spare(rows)
-            F.softplus(part, threshold=LINEAR, out=of_pairs)  # type: ignore[call-arg]
-            torch.sum(of_pairs, 1, out=losses[rows])
+            F.softplus(part, threshold=LINEAR, out=spare)  # type: ignore[call-arg]
+            torch.sum(spare, 1, out=losses[rows])
             if any(self.needs_grad):
                 part.sigmoid_()
                 for _, pairs in positive:
