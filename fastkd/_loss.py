@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from fastkd import _backend, _checks
-from fastkd._op import Number, compute_dtype, without_autocast
+from fastkd._op import Number
+from fastkd._precision import compute_dtype, without_autocast
 from fastkd._ranks import Ranks
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
 
 _REDUCTION = ("weights", "normalizer", "reduction")  # parameters that a formula does not read
+_ROW_LABELS = ("labels", "ignore_index")  # these too, where labels are an option
 _PARTS = "return_parts"
 _THIS_PROCESS = Ranks()
 
@@ -64,7 +66,8 @@ def loss(
     """Decorate a formula, which keeps its signature and becomes a public loss.
 
     The parameters before `*` are the batch, tensors and learnt numbers; those after it are options.
-    The decorator reads `weights`, `normalizer`, `reduction`, `return_parts` and `group` itself.
+    The decorator reads `weights`, `normalizer`, `reduction`, `return_parts` and `group` itself, and
+    `labels` and `ignore_index` where both are options: rows with that label have weight 0.
 
     Args:
         check: ``check(*batch, **options)`` raises an error if they do not fit together.
@@ -89,7 +92,7 @@ def loss(
         defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         constant = [name.startswith("teacher") for name in batch]
         spread = [name not in same_on_ranks for name in batch]
-        name = formula.__name__
+        name, takes_labels = formula.__name__, "labels" in defaults
 
         def engine_for(tensors: Sequence[Tensor]) -> str:
             if statement is None or (on_cpu_alone and not tensors[0].is_cpu):
@@ -135,7 +138,8 @@ def loss(
         def compute(*arguments: Any, **options: Any) -> Any:
             if len(arguments) != len(batch):
                 arguments = _bound(signature, batch, arguments, options)
-            _checks.options(options, defaults, name)
+            if options:
+                _checks.options(options, defaults, name)
             options = defaults | options
             if not per_example:
                 group = options.pop("group", None)
@@ -145,18 +149,25 @@ def loss(
                 found = losses_of(arguments, options, None, ranks)
                 return ranks.mean(found, len(arguments[0][0])) if is_mean else found
             weights, normalizer, reduction = map(options.pop, _REDUCTION)
+            labels, ignore_index = map(options.pop, _ROW_LABELS) if takes_labels else (None, 0)
             return_parts = options.pop(_PARTS, False)
-            _checks.reduction(reduction, normalizer)
+            if reduction != "mean" or normalizer is not None:
+                _checks.reduction(reduction, normalizer)
             check(*arguments, **options)
-            mask = None
             if weights is not None:
                 n_dims = arguments[0].ndim - 1 if per_example is True else per_example
                 _checks.weights(weights, arguments[0].shape[:n_dims], arguments[0].device)
+            if labels is not None:
+                _checks.labels(labels, arguments[0], ignore_index)
+                labelled = labels.long() != ignore_index  # −100 is 156 in uint8
+                weights = labelled if weights is None else torch.where(labelled, weights, 0)
+            mask = None
+            if weights is not None:
                 mask = weights if weights.dtype == torch.bool else weights.detach() != 0
             found = losses_of(arguments, options, mask, _THIS_PROCESS)
             if isinstance(found, Tensor):
-                return reduce(found, weights, normalizer, reduction)
-            return _sum_of_terms(found, weights, normalizer, reduction, return_parts)
+                return reduce(found, weights, mask, normalizer, reduction)
+            return _sum_of_terms(found, weights, mask, normalizer, reduction, return_parts)
 
         public: Any = compute
         public.formula, public.has_kernels, public.engine_for = formula, has_kernels, engine_for
@@ -215,14 +226,21 @@ def selected(rows: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(mask[(..., *[None] * (rows.ndim - mask.ndim))], rows, 0)
 
 
-def reduce(losses: Tensor, weights: Tensor | None, normalizer: Any, reduction: str) -> Tensor:
+def reduce(
+    losses: Tensor,
+    weights: Tensor | None,
+    row_mask: Tensor | None,
+    normalizer: Any,
+    reduction: str,
+) -> Tensor:
     """Return Σ w·l / Σ w, or / normalizer, of "mean", Σ w·l of "sum", w·l of "none".
 
-    Where no example is left, the loss is 0 and still on the graph.
+    Where the row mask is False there is 0, and no gradient of any size comes through. Where no
+    example is left, the loss is 0 and still on the graph.
     """
     if weights is not None:
         weights = weights.to(losses.dtype)
-        losses = losses * weights
+        losses = selected(losses * weights, row_mask)
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -242,6 +260,7 @@ def reduce(losses: Tensor, weights: Tensor | None, normalizer: Any, reduction: s
 def _sum_of_terms(
     terms: Sequence[Term],
     weights: Tensor | None,
+    row_mask: Tensor | None,
     normalizer: Any,
     reduction: str,
     return_parts: bool,
@@ -250,16 +269,16 @@ def _sum_of_terms(
     if not return_parts and all(term.row_mask is None for term in terms):
         # one reduction of the sum, since all terms have the same divisor
         losses = _weighted_sum([(term.factor, term.losses) for term in terms])
-        return reduce(losses, weights, normalizer, reduction)
+        return reduce(losses, weights, row_mask, normalizer, reduction)
     parts = []
     for _, losses, mask in terms:
         if mask is None:
-            part = reduce(losses, weights, normalizer, reduction)
+            part = reduce(losses, weights, row_mask, normalizer, reduction)
         elif weights is not None:
-            part = reduce(losses, torch.where(mask, weights, 0), normalizer, reduction)
+            part = reduce(losses, torch.where(mask, weights, 0), mask, normalizer, reduction)
         else:  # masked rows are 0 already, so that only their number is missing
             divisor = mask.sum() if normalizer is None else normalizer
-            part = reduce(losses, None, divisor, reduction)
+            part = reduce(losses, None, None, divisor, reduction)
         parts.append(part)
     total = _weighted_sum([(term.factor, part) for term, part in zip(terms, parts, strict=True)])
     return (total, *parts) if return_parts else total
@@ -267,12 +286,15 @@ def _sum_of_terms(
 
 def _weighted_sum(summands: Sequence[tuple[Number, Tensor]]) -> Tensor:
     """Return Σ factor · x without the x of factor 0, which count for nothing even if infinite."""
-    total = None
+    (_, first), total = summands[0], None
     for factor, x in summands:
         is_known = not isinstance(factor, Tensor)
         if is_known and factor == 0:
             continue
-        term = x if is_known and factor == 1 else (factor * x).to(x.dtype)
-        total = term if total is None else total + term
-    assert total is not None, "the factors of a loss add up to 1"
-    return total
+        if total is None:
+            total = x if is_known and factor == 1 else (factor * x).to(x.dtype)
+        elif is_known and not torch.compiler.is_compiling():  # alpha would be specialised on
+            total = torch.add(total, x, alpha=factor)  # type: ignore[arg-type]
+        else:
+            total = total + (factor * x).to(x.dtype)
+    return selected(first, torch.zeros_like(first, dtype=torch.bool)) if total is None else total

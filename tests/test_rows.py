@@ -72,7 +72,32 @@ def test_no_rows(case, engine):
 @quick_if(lambda case, engine: case in LOSSES)
 def test_one_class_is_no_choice(case, engine):
     losses, gradient = results(case, case.inputs((3,), 1, torch.float32))
-    assert losses.abs().max() <= 2e-6 and gradient.abs().max() <= 2e-6
+    assert not losses.any() and not gradient.any()
+
+
+@pytest.mark.parametrize("case", SOFTMAXED, ids=str)
+@quick_if(lambda case, engine: case in LOSSES or engine == "portable")
+def test_rounding_crosses_no_bound(case, engine):
+    """Rows near the teacher are not negative, rows that both networks are certain of are 0."""
+    student, teacher, *labels = case.inputs((64,), 100, torch.float32)
+    near = (3 * teacher + 1e-4 * student.detach()).requires_grad_()
+    losses, _ = results(case, [near, 3 * teacher, *labels])
+    assert (losses >= 0).all()
+    certain = torch.zeros_like(teacher)
+    certain[:, 7] = 1000 + teacher[:, 0]
+    labels = [torch.full_like(x, 7) for x in labels]
+    losses, gradient = results(case, [certain.requires_grad_(), 0.7 * certain.detach(), *labels])
+    assert not losses.any() and not gradient.any()
+
+
+@pytest.mark.parametrize("n_cols", [1000, LONG])
+def test_jensen_shannon_of_a_half_is_symmetric(n_cols, engine):
+    student, teacher = (x.detach() for x in logits((16,), n_cols, torch.float32))
+    there, back = (
+        fastkd.jensen_shannon(*both, temperature=2.0, reduction="none")
+        for both in ((student, teacher), (teacher, student))
+    )
+    assert torch.equal(there, back)
 
 
 # what is done to the logits, and the temperature; rows of all sizes have a usual one among them
@@ -562,3 +587,56 @@ def test_every_width_up_to_a_block(case, engine):
     for width in (2, 3, 16, 31, 33, 64, 127, 130, 257):
         inputs = case.inputs((2,), width)
         assert_same(results(case, inputs), results(case.truth, inputs), 1e-11)
+
+
+# -------------------------------------------------------------------------- options of divergences
+
+with_options = pytest.mark.parametrize("name, own", DIVERGENCES.items(), ids=str)
+
+
+def of_rows(name, inputs, reduction="none", **options):
+    return results(lambda *x: getattr(fastkd, name)(*x, reduction=reduction, **options), inputs)
+
+
+@with_options
+def test_each_network_may_have_a_temperature_of_its_own(name, own, engine):
+    student, teacher = logits((5,), 17)
+    expected = of_rows(name, [student / 3, teacher / 2], **own)
+    expected = [6 * expected[0], 2 * expected[1]]
+    of_teacher = dict(temperature=3.0, teacher_temperature=2.0)
+    of_both = dict(student_temperature=3.0, teacher_temperature=torch.tensor(2.0, device=DEVICE))
+    for options in (of_teacher, of_both):
+        assert_same(of_rows(name, [student, teacher], **own, **options), expected)
+
+
+@with_options
+def test_teachers_may_be_probabilities_or_their_logarithms(name, own, engine):
+    student, teacher = logits((5,), 17)
+    teacher[:, 3] = -math.inf
+    log_p = teacher.log_softmax(-1)
+    expected = of_rows(name, [student, teacher], temperature=2.0, **own)
+    for form, given in {"log_probabilities": log_p, "probabilities": log_p.exp()}.items():
+        found = of_rows(name, [student, given], temperature=2.0, teacher_form=form, **own)
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", [*DIVERGENCES, "logit_mse"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_labels_say_which_rows_count(name, dtype, engine):
+    student, teacher = logits((3, 4), 17)
+    teacher[0, 1], weights = math.nan, normal(3, 4).abs()
+    labels = torch.full((3, 4), 5, dtype=dtype, device=DEVICE)
+    labels[0, 1] = labels[2, 3] = 200
+    for given, counts in ((None, labels != 200), (weights, weights * (labels != 200))):
+        expected = of_rows(name, [student, teacher], "mean", weights=counts)
+        options = dict(labels=labels, ignore_index=200, weights=given)
+        assert_same(of_rows(name, [student, teacher], "mean", **options), expected)
+
+
+def test_the_weights_of_both_terms_are_free(inputs, engine):
+    loss, ce, distance = fastkd.kd(*inputs, alpha=2.0, distill_weight=3.0, return_parts=True)
+    assert_same([loss], [2 * ce + 3 * distance])
+    student, teacher, labels = inputs
+    nothing = fastkd.kd(student, math.inf * teacher, labels, alpha=0.0, distill_weight=0.0)
+    nothing.backward()
+    assert nothing == 0 and not student.grad.any()

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._op import compute_dtype, is_differentiated, is_inference
+from fastkd._op import is_differentiated, is_inference
+from fastkd._precision import compute_dtype
 from fastkd.problems._contrast_checks import check_columns
 from fastkd.problems.pairs import (
     LINEAR,
@@ -89,7 +90,7 @@ def info_nce(
         keys, bank = torch.cat([keys, bank]), None
     share = _solve(
         call, query, keys, scale, factors * 0.5 if symmetric else factors, form=form, first=first,
-        normalize=normalize, half=half, bank=bank, left_out=false_negatives,
+        normalize=normalize, half=half, bank=bank, masked_pairs=false_negatives,
         positive_logits=logits,
         key_positive_logits=of_keys[0] if of_keys and n > 1 else None,
         n_columns=n if symmetric and n > 1 else 0,
@@ -165,14 +166,14 @@ def siglip(
     image, text = in_compute_dtype(image, text)
     texts, first = call.ranks.share(text)
     scale = _number_like(logit_scale, image)
-    bias = _number_like(0.0 if logit_bias is None else logit_bias, image)
     n = texts.shape[0]
     if not n:
-        return zero_loss(image, text, scale, bias)
+        return zero_loss(image, text, scale, logit_bias)
+    bias = 0.0 if logit_bias is None else logit_bias
     share = _solve(
         call, image, texts, scale, _factors(call, weights, n, reduction, image), form="pairs",
         first=-1 if negative_only else first, normalize=False, half=half,
-        positive_logits=-bias.expand(image.shape[0]),
+        positive_logits=-_number_like(bias, image, image.shape[0]),
     )  # fmt: skip
     return call.ranks.total(share)
 
@@ -234,31 +235,29 @@ def sup_con(
         weights = None if weights is None else weights.flatten()
     features, _, keys = in_compute_dtype(features, features, keys)
     labels = labels.long().contiguous()
-    is_apart = keys is not None
-    if key_labels is None:
-        key_labels = labels
-    whole, first, of_keys = call.ranks.share(
-        features if keys is None else keys, key_labels.long().contiguous()
-    )
-    if not len(whole) or (len(whole) < 2 and not is_apart):
+    of_keys, is_apart = labels, keys is not None
+    if key_labels is not None:
+        of_keys = key_labels.long().contiguous()
+    whole, first, of_keys = call.ranks.share(features if keys is None else keys, of_keys)
+    if not whole.shape[0] or (whole.shape[0] < 2 and not is_apart):
         return zero_loss(features, whole, temperature)
-    classes, query_classes, n_alike = _classes(of_keys, labels)
-    n_positives = n_alike.to(features.dtype) if is_apart else n_alike.to(features.dtype).sub_(1)
+    classes, query_classes, n_positives = _classes(of_keys, labels, features.dtype)
+    if not is_apart:
+        n_positives.sub_(1)
     n_positives.mul_(labels != IGNORED)
     factors = is_anchor = n_positives.clamp(max=1)
     if weights is not None:
-        factors = is_anchor * weights.detach()
+        weights = weights.detach().to(features.dtype)
+        factors = is_anchor * weights
     if reduction == "mean":
         counted = factors
         if anchors == "all":
-            counted = torch.ones_like(is_anchor) if weights is None else weights.to(is_anchor)
-        total = call.ranks.sum(counted.sum())
-        factors = factors / torch.where(total == 0, 1, total)
+            counted = torch.ones_like(is_anchor) if weights is None else weights
+        factors = _over_sum(call, factors, counted)
     share = _solve(
         call, features, whole if is_apart or call.ranks else None,
         _inverse(temperature, features), factors, form="linear", first=-1 if is_apart else first,
-        normalize=normalize, half=half, classes=classes.to(features.dtype),
-        query_classes=query_classes.to(features.dtype),
+        normalize=normalize, half=half, classes=classes, query_classes=query_classes,
         attractions=factors / n_positives.clamp(min=1), attractions_differ=weights is not None,
     )  # fmt: skip
     total = call.ranks.total(share)
@@ -267,17 +266,21 @@ def sup_con(
     return total * _number_like(temperature / base_temperature, features)
 
 
-def _classes(key_labels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _classes(
+    key_labels: Tensor, labels: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return numbers of the classes of keys and of queries, and how many keys each query's has.
 
     The number of a class, found without a host sync, is the place of its first label among those of
     all keys in order. A query without a key of its class gets the number of another one.
     """
     ordered = key_labels.sort()[0]
-    of_keys = torch.searchsorted(ordered, key_labels)
-    place = of_keys if labels is key_labels else torch.searchsorted(ordered, labels)
-    n_alike = torch.searchsorted(ordered, labels, right=True) - place
-    return of_keys, place.clamp(max=len(ordered) - 1), n_alike
+    of_keys = place = torch.searchsorted(ordered, key_labels)
+    if labels is not key_labels:
+        place = torch.searchsorted(ordered, labels).clamp(max=len(ordered) - 1)
+    n_alike = torch.searchsorted(ordered, labels, right=True).sub_(place).to(dtype)
+    classes = of_keys.to(dtype)
+    return classes, classes if place is of_keys else place.to(dtype), n_alike
 
 
 # ---------------------------------------------------------------------- two networks' similarities
@@ -352,10 +355,13 @@ def _factors(
     if weights is None:
         return 1 / n if reduction == "mean" else 1.0
     weights = weights.detach().to(like.dtype)
-    if reduction == "sum":
-        return weights
-    total = call.ranks.sum(weights.sum())
-    return weights / torch.where(total == 0, 1, total)
+    return weights if reduction == "sum" else _over_sum(call, weights, weights)
+
+
+def _over_sum(call: Call, weights: Tensor, counted: Tensor) -> Tensor:
+    """Return weights / Σ counted over the ranks; 0 where that is 0."""
+    total = call.ranks.sum(counted.sum())
+    return weights / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def _solve(
@@ -370,7 +376,7 @@ def _solve(
     half: str,
     positive_logits: Tensor | None = None,
     bank: Tensor | None = None,
-    left_out: Tensor | None = None,
+    masked_pairs: Tensor | None = None,
     n_columns: int = 0,
     key_positive_logits: Tensor | None = None,
     classes: Tensor | None = None,
@@ -394,7 +400,7 @@ def _solve(
         (key_weights,), _ = call.ranks.gather(weights)
     problem = Pairs(
         query=query, key=_apart(key, query), scale=scale, positive_logits=positive_logits,
-        weights=weights, bank=_apart(bank, query, key), left_out=left_out,
+        weights=weights, bank=_apart(bank, query, key), masked_pairs=masked_pairs,
         key_positive_logits=key_positive_logits, key_weights=_apart(key_weights, weights),
         classes=classes, query_classes=_apart(query_classes, classes), attractions=attractions,
         attractions_differ=attractions_differ, form=form, first=first, two_views=two_views,
@@ -416,11 +422,8 @@ def in_compute_dtype(*embeddings: Any) -> list[Any]:
     them for a backward.
     """
     dtype = compute_dtype(*embeddings[:2])
-    return [x if x is None else _cloned_inference(x.to(dtype)) for x in embeddings]
-
-
-def _cloned_inference(x: Tensor) -> Tensor:
-    return x.clone() if is_inference(x) else x
+    wide = [x if x is None or x.dtype == dtype else x.to(dtype) for x in embeddings]
+    return [x.clone() if is_inference(x) else x for x in wide]
 
 
 def half_of(*embeddings: Tensor | None) -> str:
@@ -430,12 +433,12 @@ def half_of(*embeddings: Tensor | None) -> str:
     return str(dtypes.pop()).removeprefix("torch.") if is_half else ""
 
 
-def _number_like(number: Number, like: Tensor) -> Tensor:
-    """Return a 0-dim tensor on the device of `like`."""
+def _number_like(number: Number, like: Tensor, *shape: int) -> Tensor:
+    """Return a tensor of this number on the device of `like`, 0-dim without a shape."""
     if isinstance(number, Tensor) or torch.compiler.is_compiling():
         # a copy from the host is a host sync, and the compiler would specialise on a number
-        return like.new_ones(()) * number
-    return like.new_full((), number)
+        return like.new_ones(shape) * number
+    return like.new_full(shape, number)
 
 
 def _inverse(temperature: Number, like: Tensor) -> Tensor:
