@@ -11,9 +11,10 @@ has no loss, and one of zeros, which has no direction, gets the gradient 0. Half
 computed in float32 inside, and its gradient comes back in half.
 
 All losses take `weights` and `reduction`. A weight multiplies the loss of its example: one of
-weight 0 has none, but its embeddings still are keys of the others, so that a NaN in them shows.
-`reduction="none"` returns the losses of the examples as the formula computes them, with the matrix
-of similarities in memory; so do few options, which say so.
+weight 0 has none, but its embeddings are still compared with the others, so that a NaN in them
+shows.
+`reduction="none"` is computed by the formula, with the matrix of similarities in memory, and so are
+few options, which say so.
 
 All losses take `group`, a process group of torch.distributed whose ranks hold parts of the batch,
 of any sizes. The keys of all ranks are then negatives (all-gather). Each rank gets the loss of the
@@ -60,16 +61,19 @@ def info_nce(
     The loss is (1/N) Σ_i −log e^{s₊} / (e^{s₊} + λ Σ e^{s₋}) with the positive logit
     s₊ = (cos(q_i, k_i) − margin) / T and the negative ones s₋ = cos(q_i, k_j) / T, j ≠ i.
 
+    The formula computes `false_negatives` that come with `decoupled`, and negatives of each query
+    that come with `symmetric` or without those of the batch.
+
     Args:
         query: Embeddings [N, D], for example the student's. They get a gradient.
         key: Embeddings [N, D]; key i is the positive one of query i. They get a gradient.
         negatives: A bank of further negative keys [M, D], the same on all ranks, for example a
             queue of earlier keys or hard negatives, or [N, M, D]: M negatives of each query alone.
             They get a gradient if they require one.
-        false_negatives: A mask of torch.bool, True for pairs that are left out, for example of one
-            class. It has a row for each query, and a column for each key of the batch, with a
+        false_negatives: A mask of torch.bool, True for pairs that are masked, for example those of
+            one class. It has a row for each query, and a column for each key of the batch, with a
             `group` of all ranks, if these are negatives, and then for each of `negatives`. The
-            positive pair is never left out.
+            positive pair is never masked.
         temperature: T > 0, a number or a 0-dim tensor.
         negative_weight: λ > 0, a number or a 0-dim tensor.
         normalize: Whether embeddings are divided by their lengths; otherwise cos is their product.
@@ -81,9 +85,8 @@ def info_nce(
             `negatives` are all.
         weights: A weight of at least 0 for each example, [N], float or bool; None: all 1. They get
             no gradient.
-        reduction: "mean" is Σ w·l / Σ w, "sum" is Σ w·l, "none" is w·l. The formula computes
-            "none", `false_negatives` with `decoupled`, and negatives of each query that come with
-            `symmetric` or without those of the batch.
+        reduction: "mean" is Σ w·l / Σ w, "sum" is Σ w·l, and "none" is w·l, which the formula
+            computes.
         group: A process group whose ranks hold parts of the batch; see the module's text.
 
     Returns:
@@ -151,15 +154,15 @@ def clip_contrastive(
 ) -> Tensor:
     """Compute CLIP's loss, ½ (CE of rows + CE of columns): images and texts find each other.
 
-    The logits are logit_scale · image · textᵀ + logit_bias, and the class of row i is i.
+    The logits are logit_scale · image · textᵀ + logit_bias, and the class of row i is i. The loss
+    of an example is the mean of those of its row and its column.
 
     Args:
         image: Embeddings [N, D], already normalised. They get a gradient.
         text: Embeddings [N, D], already normalised; text i belongs to image i. They get a gradient.
         logit_scale: Multiplies the products; not its logarithm. A number or a 0-dim tensor.
         logit_bias: A number or a 0-dim tensor. It cancels, so that its gradient is 0.
-        weights, reduction: As in `info_nce`. The loss of an example is that of its row and its
-            column.
+        weights, reduction: As in `info_nce`.
         group: A process group whose ranks hold parts of the batch; see the module's text.
 
     Returns:
@@ -198,7 +201,7 @@ def siglip(
     """Compute SigLIP's loss, which decides for each pair by itself whether the two belong together.
 
     The loss is (1/N) Σ_ij softplus(−y_ij (logit_scale · ⟨image_i, text_j⟩ + logit_bias)), where
-    y_ij is 1 for i = j and −1 otherwise.
+    y_ij is 1 for i = j and −1 otherwise. The loss of example i is that of its image with all texts.
 
     Args:
         image: Embeddings [N, D], already normalised. They get a gradient.
@@ -206,8 +209,7 @@ def siglip(
         logit_scale: Multiplies the products; not its logarithm. A number or a 0-dim tensor.
         logit_bias: Added to the products. A number or a 0-dim tensor; None: 0.
         negative_only: Whether no pair belongs together, as with the texts of another process.
-        weights, reduction: As in `info_nce`. The loss of an example is that of its image with all
-            texts.
+        weights, reduction: As in `info_nce`.
         group: A process group whose ranks hold parts of the batch; see the module's text.
 
     Returns:
@@ -312,14 +314,15 @@ def sup_con(
         key_labels: Classes [M] of the keys; none is positive with the label −100.
         positives: Instead of labels: a mask of torch.bool, [N, M] with keys and [N, N] without,
             True where the key has the class of the example. A view is no positive of itself. With a
-            `group` the columns are the keys of all ranks. The formula computes it.
+            `group` the columns are those of all ranks. The formula computes it.
         temperature: T > 0, a number or a 0-dim tensor.
         base_temperature: If given, the loss is multiplied by T / base_temperature, as in the
             authors' code, where it is 0.07.
         normalize: Whether embeddings are divided by their lengths; otherwise cos is their product.
         anchors: What the mean is over: the anchors "with_positive", or "all" examples, of which
             those without a positive add 0.
-        weights: A weight of at least 0 for each anchor, [N] or [N, views]; as in `info_nce`.
+        weights: A weight of at least 0 for each anchor, [N] or [N, views]; None: all 1. They get
+            no gradient.
         reduction: As in `info_nce`.
         group: A process group whose ranks hold parts of the batch and of the keys; see the module's
             text.
@@ -386,7 +389,8 @@ def similarity_kl(
     """Compute (1/N) Σ_i KL(softmax_j t_ij ‖ softmax_j s_ij): the teacher's similarities as targets.
 
     s and t are the cosines over a temperature in the student and in the teacher, between queries
-    and keys or, without keys, of the queries among each other.
+    and keys or, without keys, of the queries among each other. With `symmetric` and keys the loss
+    takes no weights, because that of the columns is one of the keys.
 
     Args:
         student: Embeddings [N, D] of the queries by the student. They get a gradient.
@@ -402,8 +406,7 @@ def similarity_kl(
         symmetric: Whether the loss is the mean with the divergence of the columns, which with keys
             are distributions over the queries.
         mask_self: Whether key i is masked for query i.
-        weights, reduction: As in `info_nce`; not with `symmetric` and keys, because the loss of the
-            columns is one of the keys.
+        weights, reduction: As in `info_nce`.
         group: A process group whose ranks hold parts of the queries and of the keys; see the
             module's text.
 
@@ -454,7 +457,7 @@ def _without_own_pairs(similarities: Tensor) -> Tensor:
 
 def _reduced(losses: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     weights = None if weights is None else weights.detach()  # because engines give them no gradient
-    return reduce(losses, weights, None, reduction)
+    return reduce(losses, weights, None, None, reduction)
 
 
 def _decoupled(negatives: Tensor, positive: Tensor) -> Tensor:

@@ -247,11 +247,11 @@ class InfoNCELoss(_Loss, function=contrastive.info_nce):
         self.register_buffer("queue", torch.empty(0, 0), persistent=queue_size > 0)
 
     def forward(  # type: ignore[override]
-        self, query: Tensor, key: Tensor, negatives: Tensor | None = None
+        self, query: Tensor, key: Tensor, negatives: Tensor | None = None, **of_a_batch: Any
     ) -> Tensor:
         """Return the loss with the queue among the negatives."""
         if not self.queue_size:
-            return self.function(query, key, negatives, **self.options)
+            return self.function(query, key, negatives, **of_a_batch, **self.options)
         queue = (self.queue if len(self.queue) else key.detach()[:0]).to(key)
         if key.ndim == 2 and queue.shape[1] != key.shape[1]:
             raise ValueError(
@@ -259,7 +259,7 @@ class InfoNCELoss(_Loss, function=contrastive.info_nce):
                 "width needs a new InfoNCELoss"
             )
         bank = queue if negatives is None else torch.cat([negatives, queue])
-        loss = self.function(query, key, bank, **self.options)
+        loss = self.function(query, key, bank, **of_a_batch, **self.options)
         if self.training:
             self._add(queue, key.detach())
         return loss

@@ -145,7 +145,7 @@ def pairs(form, first, n=34, n_keys=85, columns=False, two_views=False):
         positive_logits=positive,
         weights=positive.square(),
         bank=bank,
-        left_out=None,
+        masked_pairs=None,
         key_positive_logits=normal(n_keys, seed=4) if columns else None,
         key_weights=normal(n_keys, seed=5).square() if columns else None,
         classes=classes,

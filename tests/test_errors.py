@@ -124,7 +124,7 @@ def test_tensors_by_name_and_options_that_do_not_exist(inputs):
         fastkd.kd(student, teacher, labels, tau=2.0)
     with says(ValueError, "divergence must be one of forward_kl, reverse_kl", "got 'kl'"):
         fastkd.kd(student, teacher, labels, divergence="kl")
-    for loss, n in ((fastkd.forward_kl, 2), (fastkd.info_nce, 3)):
+    for loss, n in ((fastkd.forward_kl, 2), (fastkd.info_nce, 4)):
         with pytest.raises(TypeError, match="too many positional arguments"):
             loss(*torch.ones(n, 4, 3, device=DEVICE), 2.0)
 
@@ -175,7 +175,7 @@ def test_features(case):
 
 
 F, Q, K = torch.ones(3, 4), torch.ones(4, 3), torch.ones(4, 3)
-S, T = torch.ones(4, 3, 5), torch.ones(2, 3, 5)
+S, T, Y = torch.ones(4, 3, 5), torch.ones(2, 3, 5), torch.ones(4, dtype=torch.int64)
 CALLS = [
     # relations and gram
     (lambda: fastkd.rkd(A, A, smooth_l1_beta=-1.0), "smooth_l1_beta must be a finite number of at"),
@@ -217,13 +217,34 @@ CALLS = [
         "symmetric=True",
     ),
     (lambda: fastkd.info_nce(Q, K, group=3), "init_process_group"),
+    (lambda: fastkd.info_nce(Q, K, torch.ones(3, 2, 3)), "query and negatives .*one N"),
+    (lambda: fastkd.info_nce(Q, K, torch.ones(4, 2, 5)), "query and negatives need one D"),
+    (lambda: fastkd.info_nce(Q, K, None, Q), "must be a tensor of torch.bool, got torch.float32"),
+    (lambda: fastkd.info_nce(Q, K, None, Q[:2] > 0), r"one row for each of 4 .*\[2, 3\]"),
+    (lambda: fastkd.info_nce(Q, K, None, Q > 0), r"one column for each of 4 keys.*\[4, 3\]"),
+    (lambda: fastkd.info_nce(Q, K, weights=Q[0]), r"for each example: the shape \[4\], got \[3\]"),
+    (lambda: fastkd.nt_xent(Q, K, reduction="batchmean"), "\"none\", got 'batchmean'"),
     (lambda: fastkd.clip_contrastive(Q, K, "5"), "logit_scale .* '5'"),
     (lambda: fastkd.siglip(Q, K, 5.0, torch.ones(1)), r"logit_bias .* \[1\]"),
     (lambda: fastkd.nt_xent(Q, K[:2]), "view1 and view2"),
     (lambda: fastkd.sup_con(Q, torch.ones(4)), "labels .*float32"),
     (lambda: fastkd.sup_con(Q, torch.ones(3).long()), r"4 features.* \[3\]"),
     (lambda: fastkd.sup_con(Q, torch.ones(4).long(), anchors="x"), "anchors .*'x'"),
+    (lambda: fastkd.sup_con(Q), "needs labels, or positives.* got neither"),
+    (lambda: fastkd.sup_con(Q, Y, positives=Q > 0), "got both"),
+    (lambda: fastkd.sup_con(Q, Y, K), "got keys without key_labels"),
+    (lambda: fastkd.sup_con(Q, Y, key_labels=Y), "got key_labels without keys"),
+    (lambda: fastkd.sup_con(Q, None, K, Y, Q > 0), "got key_labels without labels"),
+    (lambda: fastkd.sup_con(Q, Y, K, Y[:2]), r"key_labels need .*4 keys.* \[2\]"),
+    (lambda: fastkd.sup_con(Q, positives=Q > 0), r"one column for each of 4 keys.* \[4, 3\]"),
+    (lambda: fastkd.sup_con(S, Y, weights=Y), r"the shape \[4, 3\], got \[4\]"),
+    (lambda: fastkd.sup_con(Q, Y, base_temperature=0), "base_temperature .* got 0"),
     (lambda: fastkd.similarity_kl(Q, K[:2]), "student and teacher"),
+    (lambda: fastkd.similarity_kl(Q, K, form="ce"), "\"cross_entropy\", got 'ce'"),
+    (
+        lambda: fastkd.similarity_kl(Q, K, Q, K, symmetric=True, reduction="sum"),
+        "not a loss of each query; got reduction='sum'",
+    ),
     (lambda: fastkd.similarity_kl(Q, K, student_keys=K), "give both"),
     (
         lambda: fastkd.similarity_kl(Q, K, student_keys=K[:3], teacher_keys=K),

@@ -97,8 +97,8 @@ def test_a_module_is_its_function(module, of_the_batch):
     assert got[1].any()
     for name in options:  # each of them arrives: leaving it out gives something else
         fewer = {key: value for key, value in options.items() if key != name}
-        left_out = make(module, **fewer)(*tensors, **of_the_batch)
-        assert left_out.shape != got[0].shape or not torch.equal(left_out, got[0]), name
+        masked_pairs = make(module, **fewer)(*tensors, **of_the_batch)
+        assert masked_pairs.shape != got[0].shape or not torch.equal(masked_pairs, got[0]), name
 
 
 @every_module

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.portable import _kept_pairs, _soft_pairs
-from fastkd.portable._pair_chunks import PairChunks, are_large, lowest
+from fastkd.portable._pair_chunks import PairChunks, are_large, lowest, powers
 from fastkd.problems.pairs import (
     LINEAR,
     Gradients,
@@ -62,7 +62,7 @@ class _Solver:
         self.chunks = PairChunks(
             problem.query, problem.key, problem.scale, needs_grad,
             bank=problem.bank, first=problem.first, two_views=problem.two_views,
-            left_out=problem.left_out, normalize=problem.normalize, half=problem.half,
+            masked_pairs=problem.masked_pairs, normalize=problem.normalize, half=problem.half,
             weights=problem.weights,
         )  # fmt: skip
         self.buffer = self.chunks.buffer()
@@ -176,8 +176,8 @@ class _Solver:
         def add_slopes(rows: slice, part: Tensor, spare: Tensor) -> None:
             if shift is None:
                 chunks.mask(rows, part, -torch.inf)
-                by_columns = (part[:, :n_columns] - column_largest).exp_().mul_(v[:n_columns])
-                part.sub_(largest[rows, None]).exp_().mul_(u[rows, None])
+                by_columns = powers(part[:, :n_columns] - column_largest).mul_(v[:n_columns])
+                powers(part.sub_(largest[rows, None])).mul_(u[rows, None])
                 part[:, :n_columns] += by_columns
             else:
                 if len(buffer) < n:
@@ -234,7 +234,7 @@ def _over_sums(slopes: Tensor, sums: Tensor) -> Tensor:
 def _add_to_columns(part: Tensor, largest: Tensor, sums: Tensor) -> None:
     """Combine the rows of S in a chunk with Σ_i exp(S_ij − largest_j) of the chunks before."""
     risen = torch.maximum(largest, part.amax(0)).clamp_(min=lowest(part))
-    sums.mul_((largest - risen).exp_()).add_((part - risen).exp_().sum(0))
+    sums.mul_((largest - risen).exp_()).add_(powers(part - risen).sum(0))
     largest.copy_(risen)
 
 

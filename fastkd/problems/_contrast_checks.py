@@ -22,8 +22,8 @@ def check_info_nce(
     symmetric: bool,
     margin: Number,
     in_batch_negatives: bool,
-    weights: Tensor | None,
-    reduction: str,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
     **_: bool,
 ) -> None:
     bank = {} if negatives is None else {"negatives": _first_of_each(negatives)}
@@ -60,8 +60,8 @@ def check_clip_contrastive(
     logit_scale: Number,
     logit_bias: Number | None,
     *,
-    weights: Tensor | None,
-    reduction: str,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
     **_: bool,
 ) -> None:
     _checks.matrices(image=image, text=text)
@@ -77,8 +77,8 @@ def check_nt_xent(
     view2: Tensor,
     *,
     temperature: Number,
-    weights: Tensor | None,
-    reduction: str,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
     **_: bool,
 ) -> None:
     _checks.matrices(view1=view1, view2=view2)
@@ -97,8 +97,8 @@ def check_sup_con(
     temperature: Number,
     base_temperature: Number | None,
     anchors: str,
-    weights: Tensor | None,
-    reduction: str,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
     **_: bool,
 ) -> None:
     others = {} if keys is None else {"keys": keys}
@@ -144,8 +144,8 @@ def check_similarity_kl(
     form: str,
     symmetric: bool,
     mask_self: bool,
-    weights: Tensor | None,
-    reduction: str,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
     **_: bool,
 ) -> None:
     for query, key, name in (
@@ -215,6 +215,7 @@ def _mask(rows: Tensor, **mask: Any) -> None:
 
 
 def _weights_and_reduction(weights: Tensor | None, reduction: str, rows: Tensor) -> None:
-    _checks.reduction(reduction, None)
+    if reduction != "mean":
+        _checks.reduction(reduction, None)
     if weights is not None:
         _checks.weights(weights, rows.shape[:-1], rows.device)

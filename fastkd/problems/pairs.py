@@ -50,8 +50,8 @@ class Pairs(NamedTuple):
     positive_logits: Tensor | None  # a, [n]; None: s, or by classes
     weights: Tensor  # w, [n]
     bank: Tensor | None  # [B, D], further keys, which get no gradient
-    left_out: Tensor | None  # [n, M + B], bool: pairs that are masked; kernels do not read it
-    key_positive_logits: Tensor | None  # [N], of the first N keys; None: s
+    masked_pairs: Tensor | None  # [n, M + B], bool: further masked pairs; kernels do not read it
+    key_positive_logits: Tensor | None  # [N], a of the examples of the first N keys; None: s
     key_weights: Tensor | None  # [N]; None: columns have no loss
     classes: Tensor | None  # [M], float numbers of the classes of all keys
     query_classes: Tensor | None  # [n]

@@ -303,20 +303,16 @@ def _log_sum_exps(problem: Pairs, chunks: Chunks) -> tuple[Tensor, Tensor]:
     """Return Σ_i w_i φ(n_i − a_i), and its gradient in a, in one pass."""
     n = len(problem.query)
     loss, of_logits = problem.query.new_zeros(()), problem.query.new_empty(n)
-    classes = column_classes = None
-    if problem.classes is not None:
-        classes, attractions = problem.query_classes, problem.attractions
-        assert classes is not None and attractions is not None
-        column_classes = chunks.padded(problem.classes)
+    column_classes = None if problem.classes is None else chunks.padded(problem.classes)
     for rows, part in chunks.chunks(chunks.buffer()):
         log_sums = chunks.log_sums(rows, part)
         share, slopes = penalty(problem, log_sums, rows)
         loss += share
         torch.neg(slopes, out=of_logits[rows])
         if chunks.trains:
-            of_class = None
-            if classes is not None:
-                of_class = Classes(classes[rows], column_classes, attractions[rows], None)
+            of_class, classes = None, problem.query_classes
+            if classes is not None and problem.attractions is not None:
+                of_class = Classes(classes[rows], column_classes, problem.attractions[rows], None)
             chunks.add_exponentials(rows, part, LogSums(log_sums, slopes), classes=of_class)
     return loss, of_logits
 
