@@ -106,7 +106,7 @@ def _let_workers(take: Callable[[], None], todo: deque) -> None:
         wait(futures)
     except RuntimeError:  # no thread starts any more, because the interpreter is about to exit
         take()
-    finally:  # what the caller gives up nobody goes on with: tensors are not written behind its back
+    finally:  # nobody goes on with what the caller gives up, because it may use the tensors again
         todo.clear()
         wait(futures)
     for future in futures:

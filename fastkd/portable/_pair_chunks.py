@@ -113,8 +113,8 @@ class PairChunks:
 
         The buffer holds a sheet of S, whose rows workers share out. Once all of them are done, they
         share out its columns: by_columns(rows, the sheet, columns of trained keys, spare). A worker
-        has spare memory for a chunk. `is_solved` says that the buffer holds what an earlier loop has
-        made of S.
+        has spare memory for a chunk. `is_solved` says that the buffer has what an earlier loop made
+        of S.
         """
         n, n_rows, n_columns = len(self.q), self._share(self.n_rows), self._share(self.n_trained)
         spare = functools.partial(self.q.new_empty, n_rows * self.stride)

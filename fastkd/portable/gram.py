@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,9 +75,7 @@ class _Chunks(NamedTuple):
 
     def memory(self, n_buffers: int) -> Callable[[], Tensor]:
         """Return what makes the memory of a worker, once because fresh memory is slow."""
-        return functools.partial(
-            self.like.new_empty, (n_buffers, self.elements), dtype=self.dtype
-        )
+        return functools.partial(self.like.new_empty, (n_buffers, self.elements), dtype=self.dtype)
 
     def for_each(self, work: Callable, n_buffers: int, n_columns: int, n_rows: int) -> list:
         """Call work(rows, *buffers) with buffers [n_rows of the chunk, n_columns]."""
@@ -140,27 +138,25 @@ def _relations(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> Te
                 gradient[rows].addmm_(slopes, x, alpha=share)
         return loss
 
-    def transpose(at: slice, rows: slice, both: Tensor) -> None:
+    def transpose(into: Tensor, at: slice, rows: slice, both: Tensor) -> None:
         if len(sheet) == n:
             torch.add(sheet[rows], sheet[:, rows].T, out=both)
-            gradient[rows].addmm_(both, x, alpha=share)
+            into[rows].addmm_(both, x, alpha=share)
         else:
-            gradient[rows].addmm_(sheet[: at.stop - at.start, rows].T, x[at], alpha=share)
+            into[rows].addmm_(sheet[: at.stop - at.start, rows].T, x[at], alpha=share)
 
     for at in _chunks.cut(range(n), len(sheet)):
         of_sheet, rows = functools.partial(solve, at), chunks.cut(n, at.start, at.stop)
         losses += _chunks.for_each(of_sheet, rows, chunks.memory(3), x)
         if gradient is not None and name != "kernel":
-            chunks.for_each(functools.partial(transpose, at), 1, n, n)
+            chunks.for_each(functools.partial(transpose, gradient, at), 1, n, n)
     if gradient is not None and of_cosines:
         project = functools.partial(_project, gradient, x, lengths.mul_(divisors))
         chunks.for_each(project, 1, width, n)
     return _total(losses) * share
 
 
-def _project(
-    gradient: Tensor, x: Tensor, squares: Tensor, rows: slice, product: Tensor
-) -> None:
+def _project(gradient: Tensor, x: Tensor, squares: Tensor, rows: slice, product: Tensor) -> None:
     """Take from the gradient of these rows its part along x, since a length is no direction."""
     along = torch.mul(x[rows], gradient[rows], out=product).sum(1).div_(squares[rows])
     gradient[rows].addcmul_(x[rows], along[:, None], value=-1)

@@ -149,15 +149,14 @@ class _Solver:
             if shift is not None:
                 _check_size(sums[rows])
 
-        def of_columns(_: slice, sheet: Tensor, keys: slice, spare: Tensor) -> None:
-            columns = slice(keys.start, min(keys.stop, n_columns))
+        def add_columns(_: slice, sheet: Tensor, keys: slice, spare: Tensor) -> None:
+            some = slice(keys.start, min(keys.stop, n_columns))
             if shift is None:
-                totals = column_largest[columns], column_sums[columns]
-                _add_to_columns(sheet[:, columns], *totals)
+                _add_to_columns(sheet[:, some], column_largest[some], column_sums[some])
             else:
-                column_sums[columns].add_(sheet[:, columns].sum(0))
+                column_sums[some].add_(sheet[:, some].sum(0))
 
-        chunks.for_each(buffer, of_chunk, of_columns)
+        chunks.for_each(buffer, of_chunk, add_columns)
         if shift is not None:
             _check_size(column_sums)
         if problem.group:
@@ -232,7 +231,7 @@ def _over_sums(slopes: Tensor, sums: Tensor) -> Tensor:
 
 
 def _add_to_columns(part: Tensor, largest: Tensor, sums: Tensor) -> None:
-    """Combine the rows of S in a chunk with Σ_i exp(S_ij − largest_j) of the chunks before."""
+    """Combine the rows of S in a sheet with Σ_i exp(S_ij − largest_j) of the sheets before."""
     risen = torch.maximum(largest, part.amax(0)).clamp_(min=lowest(part))
     sums.mul_((largest - risen).exp_()).add_(powers(part - risen).sum(0))
     largest.copy_(risen)

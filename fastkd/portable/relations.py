@@ -32,7 +32,7 @@ from fastkd.problems.relations import LEAST_LENGTH, LEAST_SQUARE, Number, Relati
 
 _ON_CPU = 1 << 19  # three buffers of that size stay in a CPU's cache, and calls on fewer are short
 _ELSEWHERE = 1 << 24
-_N_GROUPS = 16  # of vertices, because so many U of a block take less memory than the chunks
+_N_GROUPS = 8  # of vertices, because more would make U of a block larger than all the rest
 
 
 def value_and_gradients(
