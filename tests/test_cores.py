@@ -32,7 +32,11 @@ def two_threads(monkeypatch):
 
 def in_chunks(work):
     """Return the results of work(chunk)."""
-    return _chunks.for_each(lambda chunk, _: work(chunk.start), CHUNKS, lambda: None, ON_CPU)
+
+    def solve():
+        return _chunks.for_each(lambda chunk, _: work(chunk.start), CHUNKS, lambda: None)
+
+    return _chunks.by_workers(solve, True, ON_CPU)
 
 
 @pytest.fixture
@@ -48,15 +52,13 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("case", [x for x in LOSSES if x.name != "rkd_distance"], ids=str)
 def test_results_are_the_same_for_any_number_of_threads(case, monkeypatch):
-    handed_over, let_workers = [], _chunks._let_workers
-    monkeypatch.setattr(
-        _chunks, "_let_workers", lambda *x: handed_over.append(x) or let_workers(*x)
-    )
+    shared, share = [], _chunks._share
+    monkeypatch.setattr(_chunks, "_share", lambda *x: shared.append(x) or share(*x))
     inputs, found = case.inputs((150,), 300, torch.float32, device="cpu"), []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
         found.append(results(case, inputs))
-        assert bool(handed_over) == (n > 1)
+        assert bool(shared) == (n > 1)
     assert_equal(found[1], found[0])
     assert_equal(found[2], found[0])
 

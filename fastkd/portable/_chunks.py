@@ -7,13 +7,14 @@ thread waits there for one that the system does not let run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,70 +48,121 @@ def total(x: Tensor) -> Tensor:
     return x.sum(-1).sum()
 
 
+class _Team(NamedTuple):
+    """The workers of a problem, and the modes of its caller, which hold for a thread each."""
+
+    workers: ThreadPoolExecutor
+    size: int
+    is_inference: bool
+    flushes: bool
+    is_given_up: threading.Event
+
+    def submit(self, work: Callable[[], Result]) -> Future[Result]:
+        return self.workers.submit(self._run, work)
+
+    def _run(self, work: Callable[[], Result]) -> Result:
+        torch.set_flush_denormal(self.flushes)
+        with torch.inference_mode(self.is_inference), torch.no_grad():
+            return work()
+
+
+class _Here(threading.local):
+    """The team of which this thread is the first worker."""
+
+    team: _Team | None = None
+
+
+_here = _Here()
+
+
+def by_workers(solve: Callable[[], Result], is_large: bool, like: Tensor) -> Result:
+    """Return solve(), which a worker calls if the problem is large, and others help.
+
+    Workers are as many as PyTorch has threads; the threads stay for the next problem. Calls of
+    PyTorch run on one thread in all that `solve` does, so that results are the same bit for bit for
+    any number of threads. A problem inside of another one, and a small one, are solved at once.
+
+    Raises:
+        Exception: What `solve` raises, once nobody works on the problem any more.
+    """
+    n_threads = torch.get_num_threads() if is_large and like.is_cpu else 1
+    if n_threads == 1:
+        return solve()
+
+    def first() -> Result:
+        _here.team = team
+        try:
+            return solve()
+        finally:
+            _here.team = None
+
+    try:
+        workers, flushes = _workers(n_threads, os.getpid()), _TINY == 0.0
+        modes = torch.is_inference_mode_enabled(), flushes
+        team = _Team(workers, n_threads, *modes, threading.Event())
+        future = team.submit(first)
+    except RuntimeError:  # no thread starts any more, because the interpreter is about to exit
+        return solve()
+    try:
+        return future.result()
+    finally:  # nobody goes on with what the caller gives up, because it may use the tensors again
+        team.is_given_up.set()
+        if not future.cancel():
+            wait([future])
+
+
 def for_each(
     work: Callable[[slice, Scratch], Result],
     chunks: list[slice],
     scratch: Callable[[], Scratch],
-    like: Tensor,
 ) -> list[Result]:
     """Call work(chunk, scratch) for each of the chunks, and return the results in their order.
 
     A worker has a scratch of its own, and writes only what belongs to its chunk. What chunks have
     in common is returned and combined by the caller, or added up afterwards by chunks of another
-    dimension, so that results are the same bit for bit for any number of threads.
-
-    Workers have no autograd and no autocast, as all engines. The threads are those of PyTorch: as
-    many, as long as they last. One chunk stays on the caller's thread, as does all that is called
-    from a worker, whose number of threads is 1.
-
-    Raises:
-        Exception: What `work` raises, once no worker is at work any more.
+    dimension, in an order that the number of threads does not change.
     """
-    todo, results = deque(enumerate(chunks)), dict[int, Result]()
+    team, todo, results = _here.team, deque(enumerate(chunks)), dict[int, Result]()
 
     def take() -> None:
         own = scratch()
         while todo:
+            if team is not None and team.is_given_up.is_set():
+                raise CancelledError
             try:
                 i, chunk = todo.popleft()
             except IndexError:  # because another worker was faster
                 return
             results[i] = work(chunk, own)
 
-    if len(chunks) > 1 and like.is_cpu and torch.get_num_threads() > 1:
-        _let_workers(take, todo)
-    else:
+    if team is None or len(chunks) < 2:
         take()
+    else:
+        _share(team, take, todo)
     return [results[i] for i in range(len(chunks))]
 
 
-def _let_workers(take: Callable[[], None], todo: deque) -> None:
-    """Let workers take what is to do, and return when all of it is done."""
-    n_threads, is_inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
-    flushes = _TINY == 0.0
+def _share(team: _Team, take: Callable[[], None], todo: deque) -> None:
+    """Take what is to do, with the help of those of the team that are free."""
 
-    def work() -> None:
-        torch.set_flush_denormal(flushes)  # modes hold for a thread
+    def take_or_stop() -> None:
         try:
-            with torch.inference_mode(is_inference), torch.no_grad():
-                take()
+            take()
         except BaseException:
             todo.clear()
             raise
 
-    futures = list[Future]()
+    helpers: list[Future] = []
+    with contextlib.suppress(RuntimeError):  # no thread starts any more at the interpreter's end
+        for _ in range(min(team.size, len(todo)) - 1):
+            helpers.append(team.submit(take_or_stop))
     try:
-        workers = _workers(n_threads, os.getpid())
-        for _ in range(min(n_threads, len(todo))):
-            futures.append(workers.submit(work))
-        wait(futures)
-    except RuntimeError:  # no thread starts any more, because the interpreter is about to exit
-        take()
-    finally:  # nobody goes on with what the caller gives up, because it may use the tensors again
-        todo.clear()
-        wait(futures)
-    for future in futures:
-        future.result()
+        take_or_stop()
+    finally:
+        helpers = [x for x in helpers if not x.cancel()]  # those that have begun
+        wait(helpers)
+    for helper in helpers:
+        helper.result()
 
 
 @functools.lru_cache(maxsize=4)

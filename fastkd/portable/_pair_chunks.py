@@ -126,11 +126,11 @@ class PairChunks:
 
         for sheet in _chunks.cut(range(n), self.n_rows):
             rows = _chunks.cut(range(sheet.start, sheet.stop), n_rows)
-            results += _chunks.for_each(of_rows, rows, spare, self.q)
+            results += _chunks.for_each(of_rows, rows, spare)
             if by_columns is not None:
                 of_columns = functools.partial(by_columns, sheet, buffer[self._place(sheet)])
                 columns = _chunks.cut(range(self.n_trained), n_columns)
-                _chunks.for_each(of_columns, columns, spare, self.q)
+                _chunks.for_each(of_columns, columns, spare)
         return results
 
     def _place(self, rows: slice) -> slice:
@@ -140,7 +140,7 @@ class PairChunks:
 
     def _share(self, n: int) -> int:
         """Return how many of n rows or columns a chunk has: few are slow to multiply."""
-        return max(-(-n // _N_CHUNKS), _LEAST_ROWS) if self.q.is_cpu else n
+        return max(-(-n // _N_CHUNKS), _LEAST_ROWS) if are_many(self.q, len(self.k)) else n
 
     def rows(self, rows: slice, buffer: Tensor) -> Tensor:
         """Return these rows of S, in the buffer."""
@@ -291,6 +291,12 @@ class PairChunks:
         if needs_query and of_queries is not None:
             in_query = of_queries.gradient(self.scale, self.q_lengths)
         return in_query, in_key, in_scale
+
+
+def are_many(queries: Tensor, n_keys: int) -> bool:
+    """Return whether workers share the pairs, which only a CPU has."""
+    least = _chunks.most_elements(queries, on_cpu=1 << 18, elsewhere=0)
+    return queries.is_cpu and len(queries) * n_keys > least
 
 
 class _Sums:

@@ -52,7 +52,13 @@ def value_and_gradients(
     if needs_grad[0]:
         gradient = problem.student.new_empty(problem.student.shape, dtype=dtype)
     solve = {"sequential": _sequential, "dist_kd": _dist}.get(problem.name, _relations)
-    return solve(problem, dtype, gradient).to(dtype), (gradient,)
+    n, width = problem.student.shape
+    n_columns = n if solve is _relations else width
+    is_large = n * n_columns > _Chunks.make(problem, dtype, n_columns).elements
+    loss = _chunks.by_workers(
+        lambda: solve(problem, dtype, gradient).to(dtype), is_large, problem.student
+    )
+    return loss, (gradient,)
 
 
 class _Chunks(NamedTuple):
@@ -83,7 +89,6 @@ class _Chunks(NamedTuple):
             lambda rows, memory: work(rows, *_buffers(memory, rows, n_columns)),
             self.cut(n_columns, 0, n_rows),
             self.memory(n_buffers),
-            self.like,
         )
 
 
@@ -147,7 +152,7 @@ def _relations(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> Te
 
     for at in _chunks.cut(range(n), len(sheet)):
         of_sheet, rows = functools.partial(solve, at), chunks.cut(n, at.start, at.stop)
-        losses += _chunks.for_each(of_sheet, rows, chunks.memory(3), x)
+        losses += _chunks.for_each(of_sheet, rows, chunks.memory(3))
         if gradient is not None and name != "kernel":
             chunks.for_each(functools.partial(transpose, gradient, at), 1, n, n)
     if gradient is not None and of_cosines:
@@ -262,7 +267,7 @@ def _sequential(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> T
         return loss
 
     scratch = functools.partial(student.new_empty, shape, dtype=dtype)
-    return _total(_chunks.for_each(add, chunks, scratch, student)) / max(n - 1, 1)
+    return _total(_chunks.for_each(add, chunks, scratch)) / max(n - 1, 1)
 
 
 # ----------------------------------------------------------------------------------------- dist_kd
@@ -314,7 +319,7 @@ def _dist(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> Tensor:
         return torch.cat(of_rows, 1), columns, p if len(p) == n else None
 
     n_buffers = 4 if gradient is not None else 5
-    parts = _chunks.for_each(add, groups, chunks.memory(n_buffers), student)
+    parts = _chunks.for_each(add, groups, chunks.memory(n_buffers))
     of_rows, (columns, *others), (kept, *_) = zip(*parts, strict=True)
     for other in others:
         columns.merge(other.n_rows, other.means, other.moments)

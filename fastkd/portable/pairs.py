@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.portable import _kept_pairs, _soft_pairs
-from fastkd.portable._pair_chunks import PairChunks, are_large, lowest, powers
+from fastkd.portable._chunks import by_workers
+from fastkd.portable._pair_chunks import PairChunks, are_large, are_many, lowest, powers
 from fastkd.problems.pairs import (
     LINEAR,
     Gradients,
@@ -39,10 +40,20 @@ def value_and_gradients(
     problem: Pairs | SoftPairs, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Gradients]:
     """Return the share of the queries in the loss, and its gradients in the trained fields."""
+    query, n_keys = problem.query, len(problem.query if problem.key is None else problem.key)
+    if isinstance(problem, Pairs):
+        solved = _kept_pairs.value_and_gradients(problem, needs_grad)
+        if solved is not None:
+            return solved
+        n_keys += 0 if problem.bank is None else len(problem.bank)
+    return by_workers(lambda: _solve(problem, needs_grad), are_many(query, n_keys), query)
+
+
+def _solve(problem: Pairs | SoftPairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gradients]:
+    """Solve a problem chunk by chunk."""
     if isinstance(problem, SoftPairs):
         return _soft_pairs.value_and_gradients(problem, needs_grad)
-    solved = _kept_pairs.value_and_gradients(problem, needs_grad)
-    return _Solver(problem, needs_grad).solve() if solved is None else solved
+    return _Solver(problem, needs_grad).solve()
 
 
 class _Solver:

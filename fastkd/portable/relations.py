@@ -39,6 +39,12 @@ def value_and_gradients(
     problem: Relations, needs_grad: tuple[bool, ...]
 ) -> tuple[Tensor, tuple[Tensor | None]]:
     """Return the local rows' share of the loss, and the gradient of the whole loss in them."""
+    whole = problem.whole
+    is_large = len(whole) ** 3 > _chunks.most_elements(whole, _ON_CPU, _ELSEWHERE)
+    return _chunks.by_workers(lambda: _solve(problem, needs_grad), is_large, whole)
+
+
+def _solve(problem: Relations, needs_grad: tuple[bool, ...]) -> tuple[Tensor, tuple[Tensor | None]]:
     dtype, local, (with_slopes,) = _dtype(problem), problem.local, needs_grad
     students = problem.whole.to(dtype)
     squares = _squared_distances(students, problem.teacher.to(dtype))
@@ -201,7 +207,6 @@ def _summed(
                 functools.partial(_add, sums, cosines, block),
                 _chunks.cut(rows, max(size, -(-len(rows) // _N_GROUPS))),
                 functools.partial(q.new_empty, 2, size * q_ik.numel()),
-                q,
             )
             for of_group, u in parts:
                 losses += of_group * (2 if mirrored else 1)

@@ -10,6 +10,7 @@ again, which costs less in the cache than a tensor of the logits' size costs in 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastkd._precision import compute_dtype
-from fastkd.portable._chunks import cut, for_each, most_elements
+from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
 from fastkd.portable._row_terms import (
     N_SCRATCH,
     Scratch,
@@ -313,4 +314,5 @@ def _for_chunks(
         work(places, [x[i, rows] for x in blocks], scratch[:, :n].unbind())
 
     chunks = [x for i in range(n_blocks) for x in cut(range(i * inner, (i + 1) * inner), size)]
-    for_each(of_chunk, chunks, lambda: student.new_empty(shape, dtype=dtype), student)
+    scratch = functools.partial(student.new_empty, shape, dtype=dtype)
+    by_workers(lambda: for_each(of_chunk, chunks, scratch), len(chunks) > 1, student)
