@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIMIT: int | None = None  # the most elements of a chunk, where set: small inputs in many chunks
 
@@ -62,7 +63,11 @@ class _Team(NamedTuple):
 
     def _run(self, work: Callable[[], Result]) -> Result:
         torch.set_flush_denormal(self.flushes)
-        with torch.inference_mode(self.is_inference), torch.no_grad():
+        with (
+            torch.inference_mode(self.is_inference),
+            torch.no_grad(),
+            forward_ad._set_fwd_grad_enabled(False),
+        ):
             return work()
 
 
