@@ -4,9 +4,10 @@
 
 Edits are made from the syntax tree of fastkd/ and kernels/: a sign flipped, a factor, term or mask
 dropped, two arguments swapped, a comparison or a constant changed. A seeded sample, in which every
-file has its share, is judged in copies of the repository by the tests that `make test` selects,
-those first whose names fit the file. A mutant that survives is a hole in the tests, unless
-EQUIVALENT says why it changes nothing. `--against test-all` puts survivors to all the tests.
+file has its share, is judged in copies of the repository by the tests of `make test` that cover the
+file (TOPICS), up to the first that fails. A mutant is killed, or survives, which is a hole in the
+tests, or is equivalent for the reason that EQUIVALENT gives, or stays undecided where the time ends
+first. `--all` puts those that are left to all the tests.
 """
 
 import argparse
@@ -32,10 +33,39 @@ from typing import Any, NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CPU_SECONDS, SECONDS, BYTES = 120, 900, 8 << 30  # limits of one test, so that endless loops end
+TEST_SECONDS, BYTES = 60, 8 << 30  # of CPU, and of memory: so that endless loops end
 # the interpreter decides at import, so the kernels are run and compiled in two processes
 INTERPRETED = ["tests", "--ignore=tests/compiled", "--ignore=tests/integrations"]
 COMPILED = ["tests/compiled"]
+PROBLEMS = {"rows", "pairs", "relations", "gram"}
+# a part of a file's path, and the tests that cover it: those of its problem, what else is about it
+TOPICS = [
+    ("kernels/rows|_row_terms", "rows reduction kernels"),
+    ("portable/rows", "rows reduction memory"),
+    ("kernels/pairs", "pairs kernels"),
+    ("kernels/relations", "relations mirrored_angles kernels"),
+    ("kernels/", "kernels rows pairs relations traffic"),
+    ("portable/relations|relational", "relations memory mirrored_angles"),
+    ("relations", "relations mirrored_angles errors"),
+    ("portable/gram", "gram memory"),
+    ("gram|correlation", "gram errors"),
+    ("portable/.*pairs", "pairs"),
+    ("pairs|contrast", "pairs distributed errors"),
+    ("self_dist|_crops", "self_distillation errors rows"),
+    ("divergence|problems/rows", "rows reduction errors"),
+    ("_chunks", "rows pairs relations gram memory"),
+    ("modules", "modules"),
+    ("_backend|__main__", "backend doctor"),
+    ("_ranks", "distributed pairs"),
+    ("_op", "compile decorator reduction errors backend"),
+    ("", "decorator errors reduction backend compile"),
+]
+EVERYWHERE = ["contracts", "engines", "any_input"]
+COMPILED_LOSSES = {"rows": "forward_kl or jensen_shannon or kd", "relations": "rkd"}
+COMPILED_LOSSES["pairs"] = "info_nce or clip_contrastive or siglip or sup_con or similarity_kl"
+# a copy is found by PYTHONPATH, where the folder kernels/ is a package too
+DESELECTED = "tests/test_backend.py::test_importing_fastkd_is_light_and_shadows_nothing"
+LEFT = ("survived", "undecided")
 
 # (file, function, edit as it is printed or * for all, why no test can see it)
 EQUIVALENT = [
@@ -85,6 +115,11 @@ class Mutant(NamedTuple):
     start: int
     end: int
     replacement: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Return what stays the same when lines move."""
+        return self.file, self.function, self.what
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}  {self.function}  {self.kind}: {self.what}"
@@ -238,78 +273,81 @@ def sample(mutants: list[Mutant], seed: int, number: int) -> list[Mutant]:
     return chosen
 
 
-class Order:
-    """The tests that fit the mutant's file come first, and one that does not end is ended."""
+class Covering:
+    """A plugin of pytest that selects and orders the tests of a file, and ends what never ends."""
 
-    def __init__(self, mutant: Mutant) -> None:
-        self.mutant, self.judge = mutant, os.getpid()
-        source = (ROOT / mutant.file).read_text()
-        parts = Path(mutant.file).with_suffix("").parts[1:]
-        topics = {part.strip("_") for part in parts} - {"problems", "portable"}
-        topics |= {*re.findall(r"^from fastkd\.problems(?:\.| import )(\w+)", source, re.MULTILINE)}
-        self.topics = topics | {*re.findall(r"^def ([a-z]\w+)", source, re.MULTILINE)}
-        self.engine = "triton" if mutant.file.startswith("kernels/") else "portable"
-        is_engine = mutant.file.startswith(("kernels/", "fastkd/portable/"))
-        self.others = {"formula", "portable", "triton"} - {self.engine} if is_engine else set()
-        self.problems = topics & {"rows", "pairs", "relations", "gram"} if is_engine else set()
-        near = {*topics, "contracts", *(["kernels"] if self.engine == "triton" else [])}
-        self.near = [x for x in (f"tests/test_{y}.py" for y in sorted(near)) if (ROOT / x).exists()]
+    def __init__(self, file: str) -> None:
+        topics = next(topics for part, topics in TOPICS if re.search(part, file)).split()
+        is_kernel = file.startswith("kernels/")
+        is_engine = is_kernel or file.startswith("fastkd/portable/")
+        engine = "triton" if is_kernel else "portable"
+        self.others = {"formula", "portable", "triton"} - {engine} if is_engine else set()
+        self.problems = PROBLEMS.intersection(topics) if is_engine else PROBLEMS
+        self.selections = [[f"tests/test_{x}.py" for x in (*topics, *EVERYWHERE)]]
+        if is_kernel:
+            losses = " or ".join(COMPILED_LOSSES[x] for x in sorted(self.problems - {"gram"}))
+            self.selections.append([*COMPILED, "-k", losses])
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Let the tests take turns, so that one case of each comes first."""
         random.Random(0).shuffle(items)
-        turns, ranks = defaultdict(itertools.count), {}
-        for item in items:  # the cases of a test take turns with those of others
-            name, case = item.nodeid.partition("[")[::2]
-            parameters = item.callspec.params if hasattr(item, "callspec") else {}
-            problem = getattr(parameters.get("case"), "problem", "")
-            if self.engine not in case and any(x in case for x in self.others):
-                continue  # because another engine computes it
-            if problem and self.problems and problem not in self.problems:
-                continue
-            fits = (self.engine in case) + any(x in item.nodeid + problem for x in self.topics)
-            ranks[item] = (-fits, next(turns[name, fits]))
-        items[:] = sorted(ranks, key=ranks.__getitem__)
+        turns: dict[str, Any] = defaultdict(itertools.count)
+        ranks = {item: next(turns[item.nodeid.partition("[")[0]]) for item in items}
+        items[:] = sorted(filter(self.fits, items), key=ranks.__getitem__)
+
+    def fits(self, item: Any) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        problem = getattr(parameters.get("case"), "problem", "")
+        engine = str(parameters.get("engine", "")).partition(" ")[0]
+        return engine not in self.others and (not problem or problem in self.problems)
 
     def pytest_runtest_setup(self) -> None:
-        if os.getppid() != self.judge:  # it was ended, and nobody waits for the tests
-            os._exit(3)
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, TEST_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, 10 * TEST_SECONDS)
 
 
-def judge(mutant: Mutant | None, marker: str) -> str:
-    """Return which test fails for a mutant, or how the run breaks; empty if all tests pass."""
+def judge(mutant: Mutant, seconds: float, whole: bool) -> tuple[str, str]:
+    """Return what becomes of a mutant, and the test that fails or how the run breaks."""
+    covering = None if whole else Covering(mutant.file)
+    selections = covering.selections if covering else [INTERPRETED, COMPILED]
+    return tested(selections, seconds, mutant, covering)
+
+
+def tested(
+    selections: list[list[str]],
+    seconds: float,
+    mutant: Mutant | None = None,
+    covering: Covering | None = None,
+) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        ignored = shutil.ignore_patterns(".*", "__pycache__", "results")
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "site")
         shutil.copytree(ROOT, root, symlinks=True, ignore=ignored, dirs_exist_ok=True)
         if not (root / "fastkd" / "kernels").exists():
             (root / "fastkd" / "kernels").symlink_to("../kernels")
-        order = Order(mutant) if mutant else None
-        selections = [INTERPRETED, COMPILED]
-        if order:  # to collect a few files takes a third of the time that all of them take
-            rest = [*INTERPRETED, *(f"--ignore={file}" for file in order.near)]
-            selections = [order.near, rest, COMPILED]
-            order.mutant.apply(root)
-        for selection in selections:
+        if mutant:
+            mutant.apply(root)
+        for selection in filter(None, selections):
             process = os.fork()
             if not process:
-                _run_tests(root, order, [*selection, "-m", marker])
+                run_tests(root, covering, selection, seconds)
             try:
                 _, status = os.waitpid(process, 0)
             finally:
                 with contextlib.suppress(ProcessLookupError):  # what the tests have started
                     os.killpg(process, signal.SIGKILL)
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGVTALRM:
+                return "undecided", f"no test failed in {seconds:.0f} s"
             if os.WIFSIGNALED(status):
-                return f"signal {os.WTERMSIG(status)}"
+                return "killed", signal.Signals(os.WTERMSIG(status)).name
             if os.WEXITSTATUS(status) not in (0, 5):  # 5: no test is selected
                 output = (root / "output").read_text(errors="replace")
-                failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-                return failed[1] if failed else output[-2000:]
-    return ""
+                failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", output, re.MULTILINE)
+                return "killed", failed[1] if failed else output[-1000:]
+    return "survived", ""
 
 
-def _run_tests(root: Path, order: Order | None, arguments: list[str]) -> None:
+def run_tests(root: Path, covering: Covering | None, selection: list[str], seconds: float) -> None:
     """Become the process that runs the tests of a copy; torch is imported already."""
     try:
         os.setsid()
@@ -319,11 +357,13 @@ def _run_tests(root: Path, order: Order | None, arguments: list[str]) -> None:
         os.environ["PYTHONPATH"] = str(root)
         sys.path[:] = [str(root), *(x for x in sys.path if x != str(ROOT / "tests"))]
         resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
-        arguments = ["-x", "-q", "-W", "ignore", "-p", "no:cacheprovider", *arguments]
-        if COMPILED[0] in arguments:
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        options = ["-x", "-q", "-m", "not full", "-W", "ignore", "-p", "no:cacheprovider"]
+        options += ["--deselect", DESELECTED]
+        if COMPILED[0] in selection:
             os.environ["TRITON_INTERPRET"] = "0"
-            os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])
-        status = pytest.main(arguments, plugins=[order] if order else [])
+            os.execv(sys.executable, [sys.executable, "-m", "pytest", *options, *selection])
+        status = pytest.main([*options, *selection], plugins=[covering] if covering else [])
         sys.stdout.flush()
         os._exit(status)
     finally:
@@ -335,44 +375,44 @@ def main() -> int:
     parser.add_argument("paths", nargs="*", default=["fastkd/", "kernels/"], help="what to break")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, default=60)
-    parser.add_argument("--marker", default="not full", help="selects the tests that must notice")
-    parser.add_argument("--against", choices=["test", "test-all"], default="test")
-    parser.add_argument("--trust", action="store_true", help="that the tests pass without a mutant")
+    parser.add_argument("--seconds", type=float, default=120, help="of CPU for a mutant's tests")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
+    parser.add_argument("--all", action="store_true", help="put what is left to all the tests")
     parser.add_argument("--list", action="store_true", help="print the sample and judge nothing")
     options = parser.parse_args()
     files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("*/**/*.py"))]
     files = [x for x in files if re.match("(fastkd/(?!demo/|kernels/)|kernels/)", x)]
     mutants = [mutant for file in files for mutant in Generator(file).mutants()]
-    listed = {entry[:3] for entry in EQUIVALENT}
-    names = {x: ((x.file, x.function, x.what), (x.file, x.function, "*")) for x in mutants}
-    if stale := listed.difference(*names.values()):
+    reasons = {entry[:3]: entry[3] for entry in EQUIVALENT}
+    if stale := reasons.keys() - {mutant.key for mutant in mutants}:
         raise SystemExit(f"EQUIVALENT has what the code does not have: {sorted(stale)}")
     drawn = [x for x in mutants if x.file.startswith(tuple(options.paths))]
     chosen = sample(drawn, options.seed, options.number)
     if options.list:
         return print(*chosen, f"{len(chosen)} of {len(drawn)}", sep="\n") or 0
-    run = [x for x in chosen if listed.isdisjoint(names[x])]
     os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     for module in ("torch", "triton.language", "numpy", "hypothesis"):
         importlib.import_module(module)  # once: each mutant is judged in a fork of this process
-    alive = []
-    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
-        unbroken = None if options.trust else pool.submit(judge, None, options.marker)
-        judged = {pool.submit(judge, mutant, options.marker): mutant for mutant in run}
-        for done in as_completed(judged):
-            mutant, noticed = judged[done], done.result()
-            print(f"killed  {mutant}  [{noticed}]" if noticed else f"ALIVE   {mutant}", flush=True)
-            alive += [] if noticed else [mutant]
-        if unbroken and unbroken.result():
-            raise SystemExit(f"the tests fail without a mutant, mend that: {unbroken.result()}")
-        left = Counter(mutant.file for mutant in alive)
-        for file, count in Counter(mutant.file for mutant in run).items():
-            print(f"{count - left[file]:3} of {count:3} killed  {file}")
-        print(f"{len(run) - len(alive)} of {len(run)} killed, {len(chosen) - len(run)} equivalent")
-        again = alive if options.against == "test-all" else []
-        for mutant, noticed in zip(again, pool.map(judge, again, [""] * len(again)), strict=True):
-            print(f"{'test-all kills' if noticed else 'ALIVE in all'}  {mutant}  [{noticed}]")
-    return 1 if alive else 0
+    found = {mutant: "equivalent" for mutant in chosen if mutant.key in reasons}
+    noticed: set[str] = set()  # by which tests
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
+        for whole in (False, True) if options.all else (False,):
+            left = [mutant for mutant in chosen if found.get(mutant) in (None, *LEFT)]
+            seconds = 600 if whole else options.seconds
+            judged = {pool.submit(judge, mutant, seconds, whole): mutant for mutant in left}
+            for done in as_completed(judged):
+                found[judged[done]], why = done.result()
+                noticed |= {why} if "::" in why else set()
+                print(f"{found[judged[done]]:9} {judged[done]}  [{why}]", flush=True)
+        compiled = {test for test in noticed if test.startswith(COMPILED[0])}
+        fate, why = pool.submit(tested, [[*noticed - compiled], [*compiled]], 3600).result()
+    fates = ["killed", *LEFT, "equivalent"]
+    for file in [*dict.fromkeys(mutant.file for mutant in chosen), ""]:
+        counts = Counter(fate for mutant, fate in found.items() if file in ("", mutant.file))
+        print(*(f"{counts[fate]:3} {fate}" for fate in fates), file or "in all", sep="  ")
+    if fate == "killed":
+        raise SystemExit(f"mend this first, because it fails without a mutant too: {why}")
+    return 1 if "survived" in found.values() else 0
 
 
 if __name__ == "__main__":
