@@ -70,6 +70,11 @@ LEFT = ("survived", "undecided")
 # (file, function, edit as it is printed or * for all, why no test can see it)
 EQUIVALENT = [
     (
+        *("fastkd/_loss.py", "_prepared"),
+        "mask is not None and x.shape[: mask.ndim] == mask.shape → True",
+        "every tensor beside a mask has a row for each example, and without one nothing is masked",
+    ),
+    (
         *("fastkd/portable/_pair_chunks.py", "PairChunks.shift", "4 * LARGEST → LARGEST"),
         "rows are shifted by their maxima instead, which takes longer and gives the same",
     ),

@@ -101,7 +101,8 @@ def distances(x):
     """Return relative distances as lenscloth/RKD has them: from a Gram matrix, means without 0."""
     lengths = x.square().sum(1)
     squares = lengths[:, None] + lengths - 2 * x @ x.T
-    d = squares.clamp(min=1e-12).sqrt() * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    d = squares.clamp(min=1e-12).sqrt().masked_fill(itself, 0)
     return d / d[d > 0].mean()
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import LOSSES, Case
 from exactness import assert_same
 
 ROOT = Path(__file__).parent.parent
@@ -17,11 +16,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench  # noqa: E402
 import devices  # noqa: E402
 import peers  # noqa: E402
-import plots  # noqa: E402
 import records  # noqa: E402
 import report  # noqa: E402
 import runner  # noqa: E402
-import workloads  # noqa: E402
 from workloads import BY_NAME, WORKLOADS  # noqa: E402
 
 
@@ -48,15 +45,6 @@ def test_what_is_compared_is_the_same_loss(workload):
         value.backward()
         results.append([value.detach(), *(x.grad for x in inputs if x.requires_grad)])
     assert_same(*results)
-
-
-def test_a_loss_that_is_only_in_the_table_of_the_tests_is_measured_as_it_is_published():
-    class New(Case):
-        name = "new"
-
-    workload = workloads.workload(New(**vars(LOSSES[0])))
-    inputs = workload.inputs((4, 8), torch.float64, "cpu")
-    assert_same([workload.fastkd(*inputs)], [workload.eager(*inputs)])
 
 
 def losses_of_peers():
@@ -117,8 +105,7 @@ def test_only_what_agrees_is_timed(direction):
         assert "note" not in found["without a side"]
     else:
         assert found["without a side"]["note"].endswith("by 50.00%")
-    for name in ("fastkd", "eager"):
-        entry = found[name]
+    for entry in (found["fastkd"], found["eager"]):
         low, high = entry["quartiles"]
         assert 0 < low <= entry["milliseconds"] <= high
         assert entry["peak_extra_bytes"] > 0
@@ -144,6 +131,7 @@ def test_what_does_not_fit_is_not_compared(monkeypatch):
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
 def test_every_loss_has_its_least_bytes(workload):
     name, inputs = workload.name, workload.inputs((8, 16), torch.bfloat16, "meta")
+    assert {x.device.type for x in inputs} == {"meta"} and inputs[0].requires_grad
     forward, both = (
         runner.Problem(workload, (8, 16), torch.bfloat16, way) for way in ("forward", "both")
     )
@@ -174,10 +162,6 @@ def test_a_run_writes_its_record(tmp_path, main, capsys):
     }
     assert {"utc", "commit", "torch", "python", "peers"} <= record["runs"][0].keys()
     assert not [row for row in record["rows"] if report.is_stale(row)]
-    assert main(report, f"--results={tmp_path}", f"--plots={tmp_path / 'plots'}") == 0
-    drawn = capsys.readouterr().out.split()
-    assert len(drawn) == 4
-    assert all(Path(png).stat().st_size > 10_000 for png in drawn)
 
 
 def test_a_run_refuses_what_it_does_not_know(main, capsys):
@@ -238,12 +222,8 @@ def test_the_report_says_what_is_stale_and_who_wins(is_stale, tmp_path, main, ca
     assert "no figure of a GPU" not in page
     assert main(report, f"--results={tmp_path}", "--check") == is_stale
     assert capsys.readouterr().out == ("stale: 1 rows of kd on GPU 1\n" if is_stale else "")
-
-
-def test_a_dry_run_is_no_measurement(tmp_path):
-    record = a_record(tmp_path, a_row(), label="dry")
-    assert not records.read(tmp_path)
-    assert "no figure here means anything" in report.page(record.content)
+    (record,) = records.read(tmp_path / "dry", "dry")
+    assert "no figure here means anything" in report.page(record)
 
 
 def test_a_figure_depends_on_the_code_that_computes_it():
@@ -274,29 +254,24 @@ def f(x, *, scale=2.0):
         raise ValueError("got it")
     return f"{x!r:>{scale}} of it"
 '''
+THE_SAME = {
+    "  # why": "  # because",
+    '"""Do the thing."""': "",
+    '"""Name the thing."""': '"""Name another."""',
+    "def f(x, *, scale=2.0):": "def f(\n    x,\n    *,\n    scale=2.0,\n):",
+    "    if x:": "\n\n    if (x):",
+    "got it": "got that",
+}
+ANOTHER = {"2.0": "3.0", "x += 1": "x -= 1", "        x *= scale": "    x *= scale"}
+ANOTHER |= {"of it": "of all", "!r": "!s", "*, scale": "scale"}
 
 
-@pytest.mark.parametrize(
-    "old, new, is_same",
-    [
-        ("  # why", "  # because", True),
-        ('"""Do the thing."""', "", True),
-        ('"""Name the thing."""', '"""Name another."""', True),
-        ("def f(x, *, scale=2.0):", "def f(\n    x,\n    *,\n    scale=2.0,\n):", True),
-        ("    if x:", "\n\n    if (x):", True),
-        ("got it", "got that", True),
-        ("2.0", "3.0", False),
-        ("x += 1", "x -= 1", False),
-        ("        x *= scale", "    x *= scale", False),
-        ("of it", "of all", False),
-        ("!r", "!s", False),
-        ("*, scale", "scale", False),
-    ],
-)
-def test_only_changed_code_makes_a_figure_stale(old, new, is_same):
-    assert old in CODE
-    changed = records.structure(ast.parse(CODE.replace(old, new)))
-    assert (changed == records.structure(ast.parse(CODE))) == is_same
+def test_only_changed_code_makes_a_figure_stale():
+    for old, new in (THE_SAME | ANOTHER).items():
+        assert old in CODE
+        changed = records.structure(ast.parse(CODE.replace(old, new)))
+        is_same = changed == records.structure(ast.parse(CODE))
+        assert is_same == (old in THE_SAME), old
 
 
 def test_the_records_in_git_can_be_read():
@@ -308,10 +283,3 @@ def test_the_records_in_git_can_be_read():
         assert report.page(record).count("\n| ") > len(keys)
     text = (records.RESULTS / "inductor.json").read_text()
     assert json.loads(text)["label"] == "counted"
-
-
-def test_a_plot_follows_the_line_of_most_shapes():
-    widths = [[4096, d] for d in (64, 256, 512)]
-    batches = [[n, 256] for n in (1024, 4096, 8192, 16384)]
-    shapes = [*widths, *batches, [65536, 64]]
-    assert [plots.densest(axis, shapes) for axis in (0, 1)] == [[16384, 256], [4096, 512]]

@@ -118,19 +118,13 @@ def apply(change, root):
     file.write_text(text.replace(before, after), encoding="utf-8")
 
 
+COPIED = "fastkd kernels tests docs README.md CONTRIBUTING.md pyproject.toml"
+
+
 @pytest.fixture
 def changed(tmp_path):
     """Return a copy of the repository in which the recipe of CONTRIBUTING.md was followed."""
-    copied = (
-        "fastkd",
-        "kernels",
-        "tests",
-        "docs",
-        "README.md",
-        "CONTRIBUTING.md",
-        "pyproject.toml",
-    )
-    for name in copied:
+    for name in COPIED.split():
         source = ROOT / name
         if source.is_dir():
             ignored = shutil.ignore_patterns("__pycache__", *["kernels"] * (name == "fastkd"))
