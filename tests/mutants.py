@@ -36,6 +36,9 @@ ROOT = Path(__file__).parent.parent
 TEST_SECONDS, BYTES = 60, 8 << 30  # of CPU, and of memory: so that endless loops end
 # the interpreter decides at import, so the kernels are run and compiled in two processes
 INTERPRETED = ["tests", "--ignore=tests/compiled", "--ignore=tests/integrations"]
+INTERPRETED += [
+    "--ignore=tests/test_docs.py"
+]  # which compares pages with the code as it is laid out
 COMPILED = ["tests/compiled"]
 PROBLEMS = {"rows", "pairs", "relations", "gram"}
 # a part of a file's path, and the tests that cover it: those of its problem, what else is about it
@@ -71,7 +74,7 @@ LEFT = ("survived", "undecided")
 EQUIVALENT = [
     (
         *("fastkd/_loss.py", "_prepared"),
-        "mask is not None and x.shape[: mask.ndim] == mask.shape → True",
+        "mask is not None and x.shape[:mask.ndim] == mask.shape → True",
         "every tensor beside a mask has a row for each example, and without one nothing is masked",
     ),
     (
@@ -94,9 +97,9 @@ EQUIVALENT = [
     ("fastkd/portable/rows.py", "", "1 << 23 → 1 << 24", "the size of a chunk on a GPU"),
 ]
 
-SYMBOLS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="}
-SYMBOLS |= {ast.Add: "+", ast.Sub: "-"}
-OPPOSITES = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+"}
+OPPOSITES = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Add: ast.Sub}
+OPPOSITES |= {last: first for first, last in OPPOSITES.items()}
+FACTORS = (ast.Mult, ast.Div, ast.FloorDiv, ast.Pow)
 ENDS = {"min": "max", "minimum": "maximum", "amin": "amax", "clamp_min": "clamp_max"}
 ENDS |= {largest: least for least, largest in ENDS.items()}
 DROPPED_CALLS = "[a-z].*_|masked_fill|clamp.*|nan_to_num|detach|abs"
@@ -108,18 +111,14 @@ IGNORED_CALLS = (
 IGNORED_NAMES = ("__repr__", "extra_repr", "num_warps", "num_stages", "stacklevel")
 IGNORED_NODES = (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom, ast.JoinedStr)
 
-Edit = tuple[str, int, int, str]  # kind, the bytes [start, end) of the file, what replaces them
-
 
 class Mutant(NamedTuple):
     file: str
+    number: int  # in the file
     line: int
     function: str  # qualified; empty outside of functions
     kind: str
-    what: str  # old → new, each on one line
-    start: int
-    end: int
-    replacement: str
+    what: str  # old → new
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -130,151 +129,125 @@ class Mutant(NamedTuple):
         return f"{self.file}:{self.line}  {self.function}  {self.kind}: {self.what}"
 
     def apply(self, root: Path) -> None:
-        source = (root / self.file).read_bytes()
-        changed = source[: self.start] + self.replacement.encode() + source[self.end :]
-        (root / self.file).write_bytes(changed)
+        """Write the file anew, without its comments."""
+        tree = ast.parse((root / self.file).read_text())
+        _, _, old, _, new = next(itertools.islice(places(tree), self.number, None))
+        (root / self.file).write_text(ast.unparse(Replacement(old, new).visit(tree)))
 
 
-class Generator:
-    """The mutants of one file."""
+class Replacement(ast.NodeTransformer):
+    def __init__(self, old: ast.AST, new: ast.AST) -> None:
+        self.old, self.new = old, new
 
-    def __init__(self, file: str) -> None:
-        self.file, self.source = file, (ROOT / file).read_bytes()
-        self.lines = [0, *itertools.accumulate(map(len, self.source.splitlines(keepends=True)))]
+    def visit(self, node: ast.AST) -> Any:
+        return self.new if node is self.old else self.generic_visit(node)
 
-    def mutants(self) -> Iterator[Mutant]:
-        tree = ast.parse(self.source)
-        for function, shown, (kind, start, end, replacement) in self.walk(tree, "", tree):
-            low, high = min(shown[0], start), max(shown[1], end)
-            low, high = max(low, start - 40), min(high, end + 40)  # a long call is cut
-            new = self.text(low, start) + replacement + self.text(end, high)
-            what = " → ".join(" ".join(x.split()) for x in (self.text(low, high), new))
-            line = self.source.count(b"\n", 0, start) + 1
-            yield Mutant(self.file, line, function, kind, what, start, end, replacement)
 
-    def is_another_program(self, mutant: Mutant) -> bool:
-        old, size = self.source, len(self.source)
-        new = self.text(0, mutant.start) + mutant.replacement + self.text(mutant.end, size)
-        with contextlib.suppress(SyntaxError):
-            return ast.dump(ast.parse(new)) != ast.dump(ast.parse(old))
-        return False
+def mutants(file: str) -> Iterator[Mutant]:
+    for number, place in enumerate(places(ast.parse((ROOT / file).read_text()))):
+        function, shown, old, kind, new = place
+        before, node = ast.unparse(shown), Replacement(old, new).visit(shown)
+        after = ast.unparse(node)
+        Replacement(new, old).visit(node)
+        if before != after:  # arguments that are swapped may be the same
+            what = " → ".join(" ".join(x.split())[:100] for x in (before, after))
+            yield Mutant(file, number, old.lineno, function, kind, what)
 
-    def text(self, start: int, end: int) -> str:
-        return self.source[start:end].decode(errors="ignore")
 
-    def span(self, node: Any) -> tuple[int, int]:
-        start = self.lines[node.lineno - 1] + node.col_offset
-        return start, self.lines[node.end_lineno - 1] + node.end_col_offset
+def places(node: Any, function: str = "", parent: Any = None) -> Iterator[tuple]:
+    """Yield the function, what to show, a node, and the kind and the node of each edit of it."""
+    name = getattr(node, "name", getattr(node, "arg", ""))
+    if isinstance(node, ast.Call) and re.fullmatch(IGNORED_CALLS, _name(node)):
+        return
+    if isinstance(node, IGNORED_NODES) or name in IGNORED_NAMES:
+        return
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        function = f"{function}.{name}".lstrip(".")
+    for old, kind, new in edits(node, function):
+        shown = parent if isinstance(old, ast.Constant) and isinstance(parent, ast.expr) else old
+        yield function, shown, old, kind, new
+    for field, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            is_text = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
+            if isinstance(child, ast.AST) and not is_text | (field in ("annotation", "returns")):
+                yield from places(child, function, node)
 
-    def of(self, node: ast.AST) -> str:
-        """Return the source of an expression, in parentheses where it needs them."""
-        text = self.text(*self.span(node))
-        atom = isinstance(node, ast.Name | ast.Constant | ast.Attribute | ast.Call | ast.Subscript)
-        return text if atom else f"({text})"
 
-    def walk(self, node: ast.AST, function: str, shown: Any) -> Iterator[tuple]:
-        """Yield the function, the bytes to show and the edit of each mutant below a node."""
-        name = getattr(node, "name", getattr(node, "arg", ""))
-        if isinstance(node, ast.Call) and re.fullmatch(IGNORED_CALLS, _name(node)):
-            return
-        if isinstance(node, IGNORED_NODES) or name in IGNORED_NAMES:
-            return
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            function = f"{function}.{name}".lstrip(".")
-        if isinstance(node, ast.stmt | ast.expr | ast.keyword) and not hasattr(node, "body"):
-            shown = shown if isinstance(node, ast.Constant) else self.span(node)
-        for edit in self.edits(node, function):
-            yield function, shown if isinstance(shown, tuple) else edit[1:3], edit
-        for field, value in ast.iter_fields(node):
-            for child in value if isinstance(value, list) else [value]:
-                is_text = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
-                if isinstance(child, ast.AST) and not is_text | (
-                    field in ("annotation", "returns")
-                ):
-                    yield from self.walk(child, function, node if hasattr(node, "body") else shown)
+def edits(node: Any, function: str) -> Iterator[tuple[Any, str, Any]]:
+    match node:
+        case ast.BinOp(_, ast.BitAnd() | ast.BitOr()) if not function:
+            return  # a union of types
+        case ast.BinOp(left, op, right):
+            kind = "factor dropped" if isinstance(op, FACTORS) else "term dropped"
+            if type(op) in OPPOSITES:
+                yield node, "sign flipped", ast.BinOp(left, OPPOSITES[type(op)](), right)
+            if not isinstance(op, ast.MatMult):
+                yield node, kind, left
+            if isinstance(op, ast.Add | ast.Mult | ast.BitAnd | ast.BitOr):
+                yield node, kind, right
+        case ast.UnaryOp(op, operand):
+            is_not = isinstance(op, ast.Not)
+            yield node, "condition negated" if is_not else "sign flipped", operand
+        case ast.Compare(left, [op], right) if type(op) in OPPOSITES:
+            yield node, "comparison changed", ast.Compare(left, [OPPOSITES[type(op)]()], right)
+        case ast.BoolOp(op, values):
+            for dropped in values:
+                rest = [x for x in values if x is not dropped]
+                new = ast.BoolOp(op, rest) if len(rest) > 1 else rest[0]
+                yield node, "condition dropped", new
+        case ast.Call():
+            yield from edits_of_call(node)
+        case ast.If(test) | ast.IfExp(test) | ast.While(test):
+            yield test, "condition ignored", ast.Constant(False)
+            is_check = isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise)
+            if not (is_check or isinstance(node, ast.While)):
+                yield test, "condition ignored", ast.Constant(True)
+        case ast.Constant(bool() as value):
+            yield node, "constant changed", ast.Constant(not value)
+        case ast.Constant(int() | float() as value):
+            other = 1 - value if value in (0, 1) else value * 2 if value % 1 else value + 1
+            yield node, "constant changed", ast.Constant(other)
+        case ast.AugAssign(target, op, value):
+            yield node, "operation dropped", ast.Pass()
+            if type(op) in OPPOSITES:
+                new = ast.AugAssign(target, OPPOSITES[type(op)](), value)
+                yield node, "sign flipped", new
+        case ast.Expr(ast.Call(ast.Attribute(attr="store" | "append" | "update"))):
+            yield node, "store dropped", ast.Pass()
 
-    def edits(self, node: Any, function: str) -> Iterator[Edit]:
-        match node:
-            case ast.BinOp(_, ast.BitAnd() | ast.BitOr()) if not function:
-                return  # a union of types
-            case ast.BinOp(left, op, right):
-                factor = isinstance(op, ast.Mult | ast.Div | ast.FloorDiv | ast.Pow)
-                if type(op) in SYMBOLS:
-                    yield "sign flipped", *self.between(left, op, right)
-                if not isinstance(op, ast.MatMult):
-                    kind = "factor dropped" if factor else "term dropped"
-                    yield kind, *self.span(node), self.of(left)
-                    if isinstance(op, ast.Add | ast.Mult | ast.BitAnd | ast.BitOr):
-                        yield kind, *self.span(node), self.of(right)
-            case ast.UnaryOp(op, operand):
-                kind = "condition negated" if isinstance(op, ast.Not) else "sign flipped"
-                yield kind, *self.span(node), self.of(operand)
-            case ast.Compare(left, [op], [right]) if type(op) in SYMBOLS:
-                yield "comparison changed", *self.between(left, op, right)
-            case ast.BoolOp(op, values):
-                word = " and " if isinstance(op, ast.And) else " or "
-                for dropped in values:
-                    rest = word.join(self.of(x) for x in values if x is not dropped)
-                    rest = f"({rest})" if len(values) > 2 else rest
-                    yield "condition dropped", *self.span(node), rest
-            case ast.Call():
-                yield from self.edits_of_call(node)
-            case ast.If(test) | ast.IfExp(test) | ast.While(test):
-                yield "condition ignored", *self.span(test), "False"
-                is_check = isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise)
-                if not (is_check or isinstance(node, ast.While)):
-                    yield "condition ignored", *self.span(test), "True"
-            case ast.Constant(int() | float() as value):
-                other = 1 - value if value in (0, 1) else value * 2 if value % 1 else value + 1
-                other = not value if isinstance(value, bool) else other
-                yield "constant changed", *self.span(node), repr(other)
-            case ast.AugAssign(target, op, value):
-                yield "operation dropped", *self.span(node), "pass"
-                if type(op) in SYMBOLS:
-                    yield "sign flipped", *self.between(target, op, value)
-            case ast.Expr(ast.Call(ast.Attribute(attr="store" | "append" | "update"))):
-                yield "store dropped", *self.span(node), "pass"
 
-    def edits_of_call(self, node: ast.Call) -> Iterator[Edit]:
-        name, (start, end), (_, name_end) = _name(node), self.span(node), self.span(node.func)
-        if name in ENDS:
-            yield "minimum and maximum swapped", name_end - len(name), name_end, ENDS[name]
-        for pair in itertools.pairwise(node.args):
-            if name not in (*ENDS, "full", "map", "zip") and not any(
-                isinstance(x, ast.Starred) for x in pair
-            ):
-                (first, low), (high, last) = map(self.span, pair)
-                swapped = self.text(high, last) + self.text(low, high) + self.text(first, low)
-                yield "arguments swapped", first, last, swapped
-        if any(x.arg == "mask" for x in node.keywords):
-            rest = [*node.args, *(x for x in node.keywords if x.arg not in ("mask", "other"))]
-            call = ", ".join(self.text(*self.span(x)) for x in rest)
-            yield "mask dropped", start, end, f"{self.of(node.func)}({call})"
-        if name == "where" and len(node.args) == 3:
-            yield "mask dropped", start, end, self.of(node.args[1])
-        elif isinstance(node.func, ast.Attribute) and re.fullmatch(DROPPED_CALLS, name):
-            yield "operation dropped", start, end, self.of(node.func.value)
-
-    def between(self, left: Any, operator: Any, right: Any) -> tuple[int, int, str]:
-        """Return the edit that turns an operator between two operands into its opposite."""
-        (_, start), (end, _), symbol = self.span(left), self.span(right), SYMBOLS[type(operator)]
-        return start, end, self.text(start, end).replace(symbol, OPPOSITES[symbol], 1)
+def edits_of_call(node: ast.Call) -> Iterator[tuple[Any, str, Any]]:
+    name, func, args = _name(node), node.func, node.args
+    if name in ENDS and isinstance(func, ast.Attribute):
+        other = ast.Attribute(func.value, ENDS[name])
+        yield node, "minimum and maximum swapped", ast.Call(other, args, node.keywords)
+    for i in range(1, len(args) if name not in (*ENDS, "full", "map", "zip") else 0):
+        if not any(isinstance(x, ast.Starred) for x in args[i - 1 : i + 1]):
+            swapped = [*args[: i - 1], args[i], args[i - 1], *args[i + 1 :]]
+            yield node, "arguments swapped", ast.Call(func, swapped, node.keywords)
+    if any(x.arg == "mask" for x in node.keywords):
+        rest = [x for x in node.keywords if x.arg not in ("mask", "other")]
+        yield node, "mask dropped", ast.Call(func, args, rest)
+    if name == "where" and len(args) == 3:
+        yield node, "mask dropped", args[1]
+    elif isinstance(func, ast.Attribute) and re.fullmatch(DROPPED_CALLS, name):
+        yield node, "operation dropped", func.value
 
 
 def _name(node: ast.Call) -> str:
     return getattr(node.func, "attr", getattr(node.func, "id", ""))
 
 
-def sample(mutants: list[Mutant], seed: int, number: int) -> list[Mutant]:
+def sample(drawn: list[Mutant], seed: int, number: int) -> list[Mutant]:
     """Return about `number` mutants: every file has its share, and in it the kinds take turns."""
     chosen = []
-    for file, group in itertools.groupby(mutants, lambda mutant: mutant.file):
+    for file, group in itertools.groupby(drawn, lambda mutant: mutant.file):
         of_file, turns = list(group), defaultdict(itertools.count)
-        share = max(1, round(number * len(of_file) / len(mutants)))
+        share = max(1, round(number * len(of_file) / len(drawn)))
         # a seed for each file, so that a change of one leaves the others' mutants alone
         random.Random(f"{seed} {file}").shuffle(of_file)
         of_file.sort(key=lambda mutant, turns=turns: next(turns[mutant.kind]))
-        chosen += itertools.islice(filter(Generator(file).is_another_program, of_file), share)
+        chosen += of_file[:share]
     return chosen
 
 
@@ -387,11 +360,11 @@ def main() -> int:
     options = parser.parse_args()
     files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("*/**/*.py"))]
     files = [x for x in files if re.match("(fastkd/(?!demo/|kernels/)|kernels/)", x)]
-    mutants = [mutant for file in files for mutant in Generator(file).mutants()]
+    every = [mutant for file in files for mutant in mutants(file)]
     reasons = {entry[:3]: entry[3] for entry in EQUIVALENT}
-    if stale := reasons.keys() - {mutant.key for mutant in mutants}:
+    if stale := reasons.keys() - {mutant.key for mutant in every}:
         raise SystemExit(f"EQUIVALENT has what the code does not have: {sorted(stale)}")
-    drawn = [x for x in mutants if x.file.startswith(tuple(options.paths))]
+    drawn = [x for x in every if x.file.startswith(tuple(options.paths))]
     chosen = sample(drawn, options.seed, options.number)
     if options.list:
         return print(*chosen, f"{len(chosen)} of {len(drawn)}", sep="\n") or 0

@@ -8,6 +8,7 @@ import torch
 from cases import DEVICE, LOSSES, named, normal
 from choice import quick_if
 from exactness import assert_same, results
+
 TWO = named(
     "jensen_shannon-temperature=2.0-beta=0.1", "kd-temperature=4.0-alpha=0.3-divergence=forward_kl"
 )
