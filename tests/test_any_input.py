@@ -86,7 +86,7 @@ def rows(draw):
 def batches(draw, problem):
     """Draw a loss of a whole batch, inputs of any size in any layout, and its numbers."""
     case = draw(some.sampled_from([case for case in of(problem) if not case.per_example]))
-    n, width = draw(some.integers(0, 40)), draw(some.integers(1, 24))
+    n, width = draw(some.integers(0, 24)), draw(some.integers(1, 12))
     inputs = case.inputs((n,), width, seed=draw(some.integers(0, 99)))
     size = draw(some.sampled_from([0.01, 1.0, 10.0])) if "unit" not in case.note else 1.0
     alike = draw(some.booleans()) and n > 3

@@ -299,6 +299,7 @@ class Loaded(HTMLParser):
             self.addresses.append(attributes.get("href") or "")
 
 
+@pytest.mark.full
 def test_the_site(tmp_path):
     """`make docs` needs no network, documents every name, and its pages load nothing from afar."""
     pytest.importorskip("mkdocs", reason="needs the extra `docs`")

@@ -55,6 +55,7 @@ def logits(n_rows, n_cols, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+@quick_if(lambda divergence, division: (divergence in DIVERGENCES[::2]) == (division[0] == "w"))
 def test_every_division_of_a_row_gives_its_sums(divergence, division):
     generator = torch.Generator().manual_seed(0)
     student, teacher = 3 * torch.randn(2, 3, LOOPED, dtype=torch.float64, generator=generator)
@@ -202,7 +203,9 @@ def test_however_programs_share_the_work(case, multiprocessors, monkeypatch):
 
 
 @each_pair
-@quick_if(lambda case: case in EACH)
+@quick_if(
+    lambda case: case in EACH and case.name in ("clip_contrastive", "siglip", "similarity_kl")
+)
 def test_float32_where_it_may_be_rounded(case, monkeypatch):
     inputs = case.inputs((67,), 33, torch.float32)
     truth, by_chunks = results(case.truth, exact(inputs)), results(case, inputs)
