@@ -55,15 +55,6 @@ def _extremes(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
     tl.store(out_ptr + 2 * N + 1, tl.min(x, 0))
 
 
-@triton.jit
-def _blockwise_sum(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    total = 0.0
-    for start in range(0, n, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        total += tl.sum(tl.load(x_ptr + i, mask=i < n, other=0.0), 0)
-    tl.store(out_ptr, total)
-
-
 WIDE = torch.cat([EDGES, LARGEST_NANS, torch.randn(1000)])
 FLOATS = [torch.float32, torch.float16, torch.float64]
 CASTS = [(WIDE.to(source), torch.bfloat16) for source in FLOATS]
@@ -122,9 +113,3 @@ def test_maximum_and_minimum_return_the_number_beside_a_nan():
     _extremes[(1,)](x, y, result, N=4)
     expected = [2.0, 1.0, math.nan, -3.0, 2.0, 1.0, math.nan, -4.0, 1.0, -3.0]
     torch.testing.assert_close(result, torch.tensor(expected), equal_nan=True)
-
-
-def test_loop_bounds_may_be_arguments():
-    result = torch.empty(1)
-    _blockwise_sum[(1,)](torch.ones(100), result, 100, BLOCK=32)
-    assert result.item() == 100
