@@ -222,18 +222,10 @@ def count() -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    columns = {
-        "eager bytes": ("eager", "bytes_per_entry"),
-        "compile": ("torch.compile", "bytes_per_entry"),
-        "(once)": ("torch.compile", "unique_bytes_per_entry"),
-        "fastkd": ("fastkd", "bytes_per_entry"),
-        "eager launches": ("eager", "launches"),
-        "compile ": ("torch.compile", "launches"),
-        "fastkd ": ("fastkd", "launches"),
-        "eager memory": ("eager", "peak_extra_memory"),
-        "compile  ": ("torch.compile", "peak_extra_memory"),
-        "fastkd  ": ("fastkd", "peak_extra_memory"),
-    }
+    names = ("eager", "torch.compile", "fastkd")
+    figures = {"bytes": "bytes_per_entry", "launches": "launches", "memory": "peak_extra_memory"}
+    columns = {f"{name}: {what}": (name, key) for what, key in figures.items() for name in names}
+    columns["torch.compile: bytes once"] = ("torch.compile", "unique_bytes_per_entry")
     rows = []
     for row in record["losses"]:
         peer = row["torch.compile"]
@@ -245,13 +237,13 @@ def table(record: dict[str, Any]) -> str:
     n_rows, n_cols = record["shape"]
     return section(
         f"{n_rows}×{n_cols} bfloat16 logits, forward / forward + backward: counted",
-        ["loss", *columns, "compile: warps per SM; spills"],
+        ["loss", *columns, "torch.compile: warps per SM; spills"],
         rows,
         "bytes: asked of memory for each (row, class) of both networks, by tensors as large as the "
-        "logits; (once): once for each launch. eager: what operations take and give.",
+        "logits; once: each for a launch. eager: what operations take and give.",
         "launches: of eager its ATen operations that are no views. memory: peak beyond the inputs, "
         "in times one logits tensor; a backward makes one.",
-        "compile: the code that Inductor generates for an H100, in the first of the configurations "
+        "torch.compile: what Inductor generates for an H100, in the first of the configurations "
         "that it would time.",
         f"torch {record['torch']}, triton {record['triton']}, T = {record['temperature']:g}.",
     )

@@ -118,14 +118,6 @@ def pytorch_metric_learning() -> dict[str, Loss]:
     }
 
 
-def pytorch_metric_learning_pairs() -> dict[str, Loss]:
-    losses = importlib.import_module("pytorch_metric_learning.losses")
-    return {
-        "info_nce": losses.SelfSupervisedLoss(losses.NTXentLoss(0.07), symmetric=False),
-        "nt_xent": losses.SelfSupervisedLoss(losses.NTXentLoss(0.5)),
-    }
-
-
 def lightly() -> dict[str, Loss]:
     # of a memory bank, which is off
     others = ["lightly.models", "lightly.models.modules", "lightly.models.utils"]
@@ -189,7 +181,6 @@ PEERS: dict[str, Callable[[], dict[str, Loss]]] = {
     "torchdistill": torchdistill,
     "open_clip_torch": open_clip,
     "pytorch-metric-learning": pytorch_metric_learning,
-    "pytorch-metric-learning NTXentLoss": pytorch_metric_learning_pairs,
     "lightly": lightly,
     "info-nce-pytorch": info_nce_pytorch,
     "torch linear_cross_entropy": torch_linear_cross_entropy,
@@ -199,7 +190,6 @@ NEED_A_GPU = ("liger-kernel", "flash-linear-attention", "quack-kernels", "cut-cr
 # numbers in the largest temporary of those that take more or less than eager PyTorch
 TEMPORARIES: dict[str, Callable[[tuple[int, ...]], int]] = {
     "pytorch-metric-learning": lambda shape: 2 * shape[0] ** 2,  # indices of pairs, as int64
-    "pytorch-metric-learning NTXentLoss": lambda shape: shape[0] ** 3,
     **dict.fromkeys(("torch linear_cross_entropy", "liger-kernel", "cut-cross-entropy"), math.prod),
 }
 

@@ -74,6 +74,14 @@ LEFT = ("survived", "undecided")
 # (file, function, edit as it is printed or * for all, why no test can see it)
 EQUIVALENT = [
     (
+        *("fastkd/__main__.py", "_crops", "teacher.expand(2, -1, -1) → teacher.expand(3, -1, -1)"),
+        "the doctor tries its losses with any number of crops",
+    ),
+    (
+        *("fastkd/_loss.py", "loss.decorate.compute", "weights.detach() → weights"),
+        "a comparison has no gradient",
+    ),
+    (
         *("fastkd/_loss.py", "_prepared"),
         "mask is not None and x.shape[:mask.ndim] == mask.shape → True",
         "every tensor beside a mask has a row for each example, and without one nothing is masked",

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import INTERPRETED, LOSSES, named, of
-from choice import full, pairwise, quick_if
+from choice import pairwise, quick_if
 from exactness import assert_exact, assert_same, exact, results
 from force import multiplying_halves, on_device_of, through_chunks
 
@@ -173,14 +173,21 @@ def test_every_access_is_inside_and_every_output_written(
 # ------------------------------------------------------------------------------------------ pairs
 
 
-@each_pair
-@pytest.mark.parametrize("multiprocessors", [1, 1000])
-@quick_if(lambda case, multiprocessors: case in EACH or (multiprocessors == 1 and case.note))
-def test_pairs_in_chunks(case, multiprocessors, monkeypatch):
-    through_chunks(monkeypatch)
+# few have several tiles of rows and add to their own sums, many share the columns of one
+@pytest.mark.parametrize("case", [*PAIRS, *named("rkd")], ids=str)
+@pytest.mark.parametrize("way", ["tiles", "chunks"])
+@pytest.mark.parametrize("multiprocessors", [1, 3, 1000])
+@quick_if(
+    lambda case, way, multiprocessors: (
+        case in EACH and multiprocessors == (3 if way == "tiles" else 1000)
+    )
+)
+def test_however_programs_share_the_work(case, way, multiprocessors, monkeypatch):
+    if way == "chunks":
+        through_chunks(monkeypatch)
     on_device_of(multiprocessors, monkeypatch)
-    inputs = case.inputs((19,), 5)
-    assert_same(results(case, inputs), results(case.truth, inputs), 1e-13)
+    inputs = case.inputs((100 if way == "tiles" else 19,), 5)
+    assert_same(results(case, inputs), results(case.truth, inputs), 1e-12)
 
 
 @each_loss
@@ -190,16 +197,6 @@ def test_chunks_of_half_precision(case, dtype, monkeypatch):
     through_chunks(monkeypatch)
     multiplying_halves(monkeypatch)
     assert_exact(case, case.inputs((19,), 5, dtype), rounds_halves=True)
-
-
-@each_pair
-@pytest.mark.parametrize("multiprocessors", [1, 3, 1000])
-@quick_if(lambda case, multiprocessors: case in EACH and multiprocessors == 3)
-def test_however_programs_share_the_work(case, multiprocessors, monkeypatch):
-    """Few have several tiles of rows and add to their own sums, many share the columns of one."""
-    on_device_of(multiprocessors, monkeypatch)
-    inputs = case.inputs((100,), 5)
-    assert_same(results(case, inputs), results(case.truth, inputs), 1e-13)
 
 
 @each_pair
@@ -226,15 +223,3 @@ def test_who_allows_the_rounding():
             assert tiling._may_be_rounded(True) == may == matmul.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-# -------------------------------------------------------------------------------------- relations
-
-
-@full
-@pytest.mark.parametrize("case", named("rkd"), ids=str)
-@pytest.mark.parametrize("multiprocessors", [1, 1000])
-def test_however_programs_share_the_points(case, multiprocessors, monkeypatch):
-    on_device_of(multiprocessors, monkeypatch)
-    inputs = case.inputs((70,), 5)
-    assert_same(results(case, inputs), results(case.truth, inputs), 1e-12)

@@ -1,5 +1,7 @@
 """Particulars of compiled kernels, where they are launched; the rest is in the budgets."""
 
+import itertools
+
 import pytest
 import torch
 from budgets import TARGETS, VERSION
@@ -148,11 +150,10 @@ def test_float32_where_it_may_be_rounded(case, target, monkeypatch):
 
 
 @full
-@pytest.mark.parametrize("teacher_dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_two_networks_of_any_precision(dtype, teacher_dtype, monkeypatch):
+@pytest.mark.parametrize("dtypes", itertools.product([torch.bfloat16, torch.float32], repeat=2))
+def test_two_networks_of_any_precision(dtypes, monkeypatch):
     monkeypatch.setattr(tiling, "_may_be_rounded", lambda nvidia: nvidia)
-    found = launches("similarity_kl", (8192, 128), dtype, teacher_dtype=teacher_dtype)
+    found = launches("similarity_kl", (8192, 128), dtypes[0], teacher_dtype=dtypes[1])
     assert len(found) == 2
     for launch in found:
         assert not analyse(launch).spills and analyse(launch).total["HGMMA"]
