@@ -8,8 +8,9 @@ import os
 
 import pytest
 import torch
-from cases import CASES, DEVICE, of
+from cases import CASES, DEVICE, named, of
 from choice import quick_if
+from exactness import exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
@@ -127,3 +128,18 @@ def test_batches(engine, problem, data):
     if engine == "triton" and not case.has_kernels:
         engine = "portable"
     assert_engine_equals_formula(engine, case, inputs, options)
+
+
+def test_few_pairs_are_as_exact_as_the_formula():
+    """Their errors do not average out, and those of a student near its teacher show most."""
+    (case,) = named("similarity_kl")
+    for seed in range(20):
+        difference, teacher = case.inputs((3,), 5, torch.float32, seed=seed)
+        teacher = teacher[:, :5]
+        inputs = [teacher + 0.1 * difference.detach(), teacher]
+        truth = case.truth(*exact(inputs)).detach()
+        errors = []
+        for engine in ("portable", "formula"):
+            with fastkd.backend(engine):
+                errors.append((case(*inputs).detach().double() - truth).abs())
+        assert errors[0] <= 2 * errors[1] + 1e-6 * truth
