@@ -172,14 +172,12 @@ def test_a_run_refuses_what_it_does_not_know(main, capsys):
 
 def a_row(loss="kd", **changed):
     entry = dict(milliseconds=2.0, quartiles=[1.9, 2.1], peak_extra_bytes=512)
-    entries = {
-        "fastkd": entry | dict(ratio=1.0, ratio_quartiles=[1.0, 1.0]),
-        "faster": entry | dict(ratio=0.75, ratio_quartiles=[0.7, 0.8]),
-        "larger": dict(note="out of memory"),
-    }
+    entries = {"fastkd": entry | dict(ratio=1.0, ratio_quartiles=[1.0, 1.0])}
+    entries["faster"] = entry | dict(ratio=0.75, ratio_quartiles=[0.7, 0.8])
+    entries["larger"] = dict(note="out of memory")
     row = dict(loss=loss, shape=[8, 16], dtype="bfloat16", direction="forward", threads=None)
     row |= dict(sources=records.sources(BY_NAME[loss].case, "triton"), implementations=entries)
-    return row | dict(bytes=512, flops=0, least_milliseconds=1.0) | changed
+    return row | changed
 
 
 def a_record(folder, *rows, label="measured"):
@@ -204,19 +202,13 @@ def test_a_later_run_replaces_a_row_as_a_whole(tmp_path):
 
 
 @pytest.mark.parametrize("is_stale", [False, True])
-def test_the_report_says_what_is_stale_and_who_wins(is_stale, tmp_path, main, capsys):
+def test_the_report_says_what_is_stale(is_stale, tmp_path, main, capsys):
     a_record(tmp_path, a_row(**(dict(sources="0" * 16) if is_stale else {})))
     a_record(tmp_path / "dry", a_row("forward_kl"), label="dry")
     assert main(report, f"--results={tmp_path}", "measured") == 0
     page = capsys.readouterr().out
-    (line,) = (line for line in page.splitlines() if line.startswith("| kd "))
-    cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert cells == [
-        "kd", "8×16", "bfloat16", "forward", "2 [1.9, 2.1]", "50%",
-        "0.75 [0.70, 0.80]", "out of memory", "2.00", "–", "stale" if is_stale else "",
-    ]  # fmt: skip
+    assert "| 2 [1.9, 2.1] |" in page and "| 0.75 [0.70, 0.80] | out of memory |" in page
     assert ("1 of 1 rows are stale" in page) == is_stale
-    assert "no figure of a GPU" not in page
     assert main(report, f"--results={tmp_path}", "--check") == is_stale
     assert capsys.readouterr().out == ("stale: 1 rows of kd on GPU 1\n" if is_stale else "")
     (record,) = records.read(tmp_path / "dry", "dry")

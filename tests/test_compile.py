@@ -58,25 +58,23 @@ def test_a_new_batch_size_compiles_nothing(case, engine):
     assert counts == counts[:1] * 3
 
 
-@pytest.mark.parametrize(
-    "case, options",
-    [
-        (FORWARD_KL, ["temperature"]),
-        (KD, ["temperature"]),
-        (KD, ["alpha"]),
-        (JSD, ["beta"]),
-        (SKEW, ["skew"]),
-        (RKD, ["distance_weight", "smooth_l1_beta"]),
-        (DIST, ["beta"]),
-        (NCE, ["temperature", "negative_weight", "margin"]),
-        (CLIP, ["logit_scale"]),
-        (SIGLIP, ["logit_scale", "logit_bias"]),
-        (NT_XENT, ["temperature"]),
-        (SUP_CON, ["temperature"]),
-        (SOFT, ["student_temperature"]),
-    ],
-    ids=str,
-)
+NUMBERS = [
+    (FORWARD_KL, ["temperature"]),
+    (KD, ["temperature", "alpha"]),
+    (JSD, ["beta"]),
+    (SKEW, ["skew"]),
+    (RKD, ["distance_weight", "smooth_l1_beta"]),
+    (DIST, ["beta"]),
+    (NCE, ["temperature", "negative_weight", "margin"]),
+    (CLIP, ["logit_scale"]),
+    (SIGLIP, ["logit_scale", "logit_bias"]),
+    (NT_XENT, ["temperature"]),
+    (SUP_CON, ["temperature"]),
+    (SOFT, ["student_temperature"]),
+]
+
+
+@pytest.mark.parametrize("case, options", NUMBERS, ids=str)
 @quick
 def test_a_new_number_compiles_nothing(case, options, engine):
     """Schedules change it at every step. The first is a constant, the second makes it vary."""
