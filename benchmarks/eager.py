@@ -1,7 +1,8 @@
 """Each loss as people write it in PyTorch today, for comparison: functions of its inputs alone.
 
-A loss that is missing is measured as tests/published.py has it: that of relations makes distances
-from a Gram matrix, and angles from all N² directions at once, N² D and N³ numbers for each network.
+A loss that is missing is measured as its authors write it, in tests/published.py. There relations
+make distances from a Gram matrix, and angles from all N² directions at once: N² D and N³ numbers
+for each network.
 """
 
 from __future__ import annotations
@@ -70,22 +71,6 @@ def kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return 0.5 * F.cross_entropy(student, labels) + 0.5 * forward_kl(student, teacher)
 
 
-def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
-    s, t = (F.normalize(x @ x.T) for x in (student, teacher))
-    return (s - t).square().sum() / len(student) ** 2
-
-
-def _probabilities(x: Tensor) -> Tensor:
-    x = x / (x.norm(dim=1, keepdim=True) + 1e-7)
-    similarity = (x @ x.T + 1) / 2
-    return similarity / similarity.sum(1, keepdim=True)
-
-
-def pkt(student: Tensor, teacher: Tensor) -> Tensor:
-    q, p = _probabilities(student), _probabilities(teacher)
-    return (p * ((p + 1e-7) / (q + 1e-7)).log()).mean()
-
-
 def _taylor(x: Tensor) -> Tensor:
     """Return a Gaussian kernel with gamma = 0.4, to the second order."""
     cosines = F.normalize(x) @ F.normalize(x).T
@@ -94,16 +79,6 @@ def _taylor(x: Tensor) -> Tensor:
 
 def correlation_congruence(student: Tensor, teacher: Tensor) -> Tensor:
     return (_taylor(student) - _taylor(teacher)).square().sum() / len(student) ** 2
-
-
-def _pearson(x: Tensor, y: Tensor) -> Tensor:
-    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
-    return torch.einsum("iv,iv->i", x, y) / (x.norm(dim=1) * y.norm(dim=1) + 1e-8)
-
-
-def dist_kd(student: Tensor, teacher: Tensor) -> Tensor:
-    q, p = F.softmax(student / 2, dim=1), F.softmax(teacher / 2, dim=1)
-    return 2**2 * (2 - _pearson(q, p).mean() - _pearson(q.T, p.T).mean())
 
 
 def info_nce(query: Tensor, key: Tensor) -> Tensor:
@@ -132,14 +107,3 @@ def sup_con(features: Tensor, labels: Tensor) -> Tensor:
 def similarity_kl(student: Tensor, teacher: Tensor) -> Tensor:
     s, t = (F.normalize(x) @ F.normalize(x).T / 0.07 for x in (student, teacher))
     return F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean")
-
-
-def dino(student: Tensor, teacher: Tensor, center: Tensor) -> Tensor:
-    targets = F.softmax((teacher - center) / 0.04, dim=-1)
-    losses = [
-        torch.sum(-p * F.log_softmax(z, dim=-1), dim=-1).mean()
-        for i, p in enumerate(targets)
-        for j, z in enumerate(student / 0.1)
-        if i != j
-    ]
-    return sum(losses, torch.zeros((), device=student.device)) / len(losses)

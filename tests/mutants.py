@@ -87,6 +87,10 @@ EQUIVALENT = [
         "every tensor beside a mask has a row for each example, and without one nothing is masked",
     ),
     (
+        *("fastkd/problems/_crops.py", "tensors_of", "isinstance(crops, Tensor) → False"),
+        "a tensor of crops is one of them after the other, which takes longer",
+    ),
+    (
         *("fastkd/portable/_pair_chunks.py", "PairChunks.shift", "4 * LARGEST → LARGEST"),
         "rows are shifted by their maxima instead, which takes longer and gives the same",
     ),
