@@ -84,6 +84,14 @@ def test_a_new_number_compiles_nothing(case, options, engine):
     assert counts[1:] == counts[1:2] * 2
 
 
+@pytest.mark.parametrize("case, options", NUMBERS, ids=str)
+def test_a_number_in_a_tensor_is_not_looked_at(case, options):
+    """That would wait for a GPU, and tensors on the meta device have nothing to look at."""
+    numbers = {name: torch.empty((), device="meta") for name in options}
+    with fastkd.backend("portable"):
+        assert case(*case.inputs((9,), 7, device="meta"), **numbers).is_meta
+
+
 @each_of_three
 @quick
 def test_numbers_in_tensors_and_weights(case, engine):
