@@ -23,7 +23,6 @@ import torch
 from counts import resources
 from gate import capture
 from meter import Meter, PeakMemory
-from runner import sentence
 from tables import pair, section
 from workloads import BY_NAME, FUSED, WORKLOADS, Workload
 
@@ -85,13 +84,7 @@ def run_small(generated: dict[str, list[str]]) -> dict[str, Any]:
     from interpreter import correct
 
     correct()
-    found: dict[str, Any] = {}
-    for name, codes in generated.items():
-        try:
-            found[name] = run_generated(BY_NAME[name], *codes)
-        except Exception as error:  # a table with one row less is worth more than none
-            found[name] = {"reason": sentence(error)}
-    return found
+    return {name: run_generated(BY_NAME[name], *codes) for name, codes in generated.items()}
 
 
 def run_generated(workload: Workload, forward: str, backward: str) -> dict[str, Any]:
@@ -188,27 +181,18 @@ def count() -> dict[str, Any]:
     from inductor_code import register_guard
 
     register_guard()
-    small: dict[str, list[str]] = {}
-    real: dict[str, list[str]] = {}
-    reasons: dict[str, str] = {}
-    for workload in LOGITS:
-        try:
-            small[workload.name], real[workload.name] = generate(workload)
-        except Exception as error:  # what cannot be lowered gets a row that says why
-            reasons[workload.name] = sentence(error)
+    generated = {workload.name: generate(workload) for workload in LOGITS}
+    small = {name: codes for name, (codes, _) in generated.items()}
     moved = child.interpreted(__file__, "--small", small)
     rows = []
     for workload in LOGITS:
         name = workload.name
-        peer = {"reason": reasons[name]} if name in reasons else moved[name]
-        if "reason" not in peer:
-            peer = {**torch_compiled(workload, *real[name]), **peer}
         row = {
             "eager": eager(workload.eager, workload),
-            "torch.compile": peer,
+            "torch.compile": {**torch_compiled(workload, *generated[name][1]), **moved[name]},
             "fastkd": fastkd(workload),
         }
-        rows.append({"loss": workload.name, **row})
+        rows.append({"loss": name, **row})
     return {
         "schema": 2,
         "label": "counted",
@@ -228,12 +212,11 @@ def table(record: dict[str, Any]) -> str:
     columns["torch.compile: bytes once"] = ("torch.compile", "unique_bytes_per_entry")
     rows = []
     for row in record["losses"]:
-        peer = row["torch.compile"]
-        kernels = peer.get("kernels", [])
+        kernels = row["torch.compile"]["kernels"]
         warps = " ".join(str(kernel["warps_per_sm"]) for kernel in kernels)
         spills = sum(kernel["spills"] for kernel in kernels)
         cells = [pair(row[name].get(what)) for name, what in columns.values()]
-        rows.append([row["loss"], *cells, peer.get("reason") or f"{warps}; {spills}"])
+        rows.append([row["loss"], *cells, f"{warps}; {spills}"])
     n_rows, n_cols = record["shape"]
     return section(
         f"{n_rows}×{n_cols} bfloat16 logits, forward / forward + backward: counted",

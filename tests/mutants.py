@@ -112,6 +112,12 @@ EQUIVALENT = [
         "slopes that nobody reads take time",
     ),
     ("fastkd/portable/rows.py", "", "1 << 23 → 1 << 24", "the size of a chunk on a GPU"),
+    (
+        "kernels/device.py",
+        "rows_of",
+        "size > 1 → size >= 1",
+        "vectors of a single row are narrower",
+    ),
 ]
 
 OPPOSITES = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Add: ast.Sub}
