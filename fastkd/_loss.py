@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastkd import _backend, _checks
-from fastkd._op import Number, compute_dtype, without_autocast
+from fastkd._op import Number
+from fastkd._precision import compute_dtype, without_autocast
 from fastkd._ranks import Ranks
 
 P = ParamSpec("P")
@@ -121,7 +122,8 @@ def loss(
         def compute(*arguments: Any, **options: Any) -> Any:
             if len(arguments) != len(batch):
                 arguments = _bound(signature, batch, arguments, options)
-            _checks.options(options, defaults, name)
+            if options:
+                _checks.options(options, defaults, name)
             options = defaults | options
             if not per_example:
                 group = options.pop("group", None)
@@ -132,7 +134,8 @@ def loss(
                 return ranks.mean(found, len(arguments[0][0])) if is_mean else found
             weights, normalizer, reduction = map(options.pop, _REDUCTION)
             return_parts = options.pop(_PARTS, False)
-            _checks.reduction(reduction, normalizer)
+            if reduction != "mean" or normalizer is not None:
+                _checks.reduction(reduction, normalizer)
             check(*arguments, **options)
             mask = None
             if weights is not None:
@@ -141,8 +144,8 @@ def loss(
                 mask = weights if weights.dtype == torch.bool else weights.detach() != 0
             found = losses_of(arguments, options, mask, _THIS_PROCESS)
             if isinstance(found, Tensor):
-                return reduce(found, weights, normalizer, reduction)
-            return _sum_of_terms(found, weights, normalizer, reduction, return_parts)
+                return reduce(found, weights, mask, normalizer, reduction)
+            return _sum_of_terms(found, weights, mask, normalizer, reduction, return_parts)
 
         public: Any = compute
         public.formula, public.has_kernels, public.engine_for = formula, has_kernels, engine_for
@@ -201,14 +204,21 @@ def selected(rows: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(mask[(..., *[None] * (rows.ndim - mask.ndim))], rows, 0)
 
 
-def reduce(losses: Tensor, weights: Tensor | None, normalizer: Any, reduction: str) -> Tensor:
+def reduce(
+    losses: Tensor,
+    weights: Tensor | None,
+    row_mask: Tensor | None,
+    normalizer: Any,
+    reduction: str,
+) -> Tensor:
     """Return Σ w·l / Σ w, or / normalizer, of "mean", Σ w·l of "sum", w·l of "none".
 
-    Where no example is left, the loss is 0 and still on the graph.
+    Where the row mask is False there is 0, and no gradient of any size comes through. Where no
+    example is left, the loss is 0 and still on the graph.
     """
     if weights is not None:
         weights = weights.to(losses.dtype)
-        losses = losses * weights
+        losses = selected(losses * weights, row_mask)
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -228,6 +238,7 @@ def reduce(losses: Tensor, weights: Tensor | None, normalizer: Any, reduction: s
 def _sum_of_terms(
     terms: Sequence[Term],
     weights: Tensor | None,
+    row_mask: Tensor | None,
     normalizer: Any,
     reduction: str,
     return_parts: bool,
@@ -236,16 +247,16 @@ def _sum_of_terms(
     if not return_parts and all(term.row_mask is None for term in terms):
         # one reduction of the sum, since all terms have the same divisor
         losses = _weighted_sum([(term.factor, term.losses) for term in terms])
-        return reduce(losses, weights, normalizer, reduction)
+        return reduce(losses, weights, row_mask, normalizer, reduction)
     parts = []
     for _, losses, mask in terms:
         if mask is None:
-            part = reduce(losses, weights, normalizer, reduction)
+            part = reduce(losses, weights, row_mask, normalizer, reduction)
         elif weights is not None:
-            part = reduce(losses, torch.where(mask, weights, 0), normalizer, reduction)
+            part = reduce(losses, torch.where(mask, weights, 0), mask, normalizer, reduction)
         else:  # masked rows are 0 already, so that only their number is missing
             divisor = mask.sum() if normalizer is None else normalizer
-            part = reduce(losses, None, divisor, reduction)
+            part = reduce(losses, None, None, divisor, reduction)
         parts.append(part)
     total = _weighted_sum([(term.factor, part) for term, part in zip(terms, parts, strict=True)])
     return (total, *parts) if return_parts else total
@@ -253,12 +264,15 @@ def _sum_of_terms(
 
 def _weighted_sum(summands: Sequence[tuple[Number, Tensor]]) -> Tensor:
     """Return Σ factor · x without the x of factor 0, which count for nothing even if infinite."""
-    total = None
+    (_, first), total = summands[0], None
     for factor, x in summands:
         is_known = not isinstance(factor, Tensor)
         if is_known and factor == 0:
             continue
-        term = x if is_known and factor == 1 else (factor * x).to(x.dtype)
-        total = term if total is None else total + term
-    assert total is not None, "the factors of a loss add up to 1"
-    return total
+        if total is None:
+            total = x if is_known and factor == 1 else (factor * x).to(x.dtype)
+        elif is_known and not torch.compiler.is_compiling():  # alpha would be specialised on
+            total = torch.add(total, x, alpha=factor)  # type: ignore[arg-type]
+        else:
+            total = total + (factor * x).to(x.dtype)
+    return selected(first, torch.zeros_like(first, dtype=torch.bool)) if total is None else total

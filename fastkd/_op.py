@@ -12,14 +12,15 @@ any device and `fastkd.kernels.<name>.launch` for a GPU. Both have
 whose gradients the forward keeps and the backward multiplies by the upstream gradient. A problem
 whose gradient is as large as its input and cheap to compute again has besides
 
-    forward(problem, needs_grad) -> losses, saved       what its engine likes to keep
-    backward(problem, saved, upstream) -> gradients
-    n_statistics(problem) -> how many numbers for each example `saved` has without needs_grad
+    forward(problem, needs_grad) -> losses, (statistics, *gradients)
+        either statistics for `backward`, or None and the gradient of each loss in the trained field
+    backward(problem, statistics, upstream) -> gradient of the trained field
+    n_statistics(problem) -> how many numbers for each example the statistics have; without
+        needs_grad there are statistics
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import types
@@ -31,20 +32,12 @@ import torch
 from torch import Tensor
 
 from fastkd._backend import transforms_active
-from fastkd._version import __version__
+from fastkd._opaque import OpaqueOps
+from fastkd._precision import without_autocast
 
 Number = float | Tensor
 
-_library = torch.library.Library("fastkd", "DEF")
 _ops: dict[str, Op] = {}
-_SCHEMA = {
-    Tensor: "Tensor",
-    Tensor | None: "Tensor?",
-    Number: "Tensor",  # the compiler would specialise on the value of a float
-    str: "str",
-    int: "int",
-    bool: "bool",
-}
 # what an engine computes with at once; fake tensors, DTensors and symbolic numbers are traced
 _PLAIN = {Tensor, torch.nn.Parameter, float, int, bool, str, type(None)}
 _SECOND_ORDER = (
@@ -58,23 +51,11 @@ _BATCHED_BY_AUTOGRAD = (
 )
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return float64 if a tensor is float64, else float32."""
-    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
-
-
 def is_differentiated(tensor: Tensor) -> bool:
     """Return whether a gradient may be asked for; under torch.func one cannot know."""
     if not torch.is_grad_enabled():
         return False
     return tensor.requires_grad or (not torch.compiler.is_compiling() and transforms_active())
-
-
-def without_autocast(device: torch.device) -> Any:
-    """Return a context without autocast, which is on in eager bodies and off in compiled ones."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def is_inference(x: Any) -> bool:
@@ -94,7 +75,7 @@ class Op:
         per_example: Whether a loss has one value for each example. All tensors of the problem then
             start with the example dimensions, which are those of the first trained field but its
             last one.
-        recomputes: Whether the engines have `forward` and `backward`.
+        recomputes: Whether the engines have `forward` and `backward`, with one trained field.
     """
 
     def __init__(
@@ -108,18 +89,16 @@ class Op:
     ) -> None:
         kinds = typing.get_type_hints(problem)
         fields: tuple[str, ...] = problem._fields  # type: ignore[attr-defined]
-        self.problem, self.recomputes = problem, recomputes
+        self.problem, self.recomputes, self.per_example = problem, recomputes, per_example
         self.losses = [None if name is None else fields.index(name) for name in losses]
-        self.per_example, self.n_losses = per_example, len(losses)
+        self.n_losses, self.n_fields = len(losses), len(fields)
         self.module, self.name = problem.__module__.rpartition(".")[2], problem.__name__.lower()
         self.n_arguments = len(fields) + len(trained) + 1
         self.trained = [fields.index(name) for name in trained]
         self.numbers = [i for i, name in enumerate(fields) if kinds[name] == Number]
-        tensors = [i for i, x in enumerate(fields) if kinds[x] in (Tensor, Tensor | None)]
-        # a recomputed gradient needs all tensors; autograd notices if a saved one is overwritten
-        self.saved_fields = tensors if recomputes else self.trained
-        self.rowwise = [per_example and i in tensors for i in range(self.n_arguments)]
-        self._register([f"{_SCHEMA[kinds[x]]} {x}" for x in fields], trained)
+        self.tensors = [i for i, x in enumerate(fields) if kinds[x] in (Tensor, Tensor | None)]
+        self.rowwise = [per_example and i in self.tensors for i in range(self.n_arguments)]
+        self.opaque = OpaqueOps(self, {name: kinds[name] for name in fields}, trained)
         _ops[self.name] = self
         self._eager, self._mapped, self._traced = _differentiable(self.name)
 
@@ -130,8 +109,8 @@ class Op:
         arguments = (*problem, *needs_grad, engine)
         if torch.compiler.is_compiling():
             # the compiler would call `forward` with a context where nothing is trained
-            traced = self._traced.apply if any(needs_grad) else self.opaque_forward
-            outputs = traced(*self._numbers_as_tensors(arguments))
+            traced = self._traced.apply if any(needs_grad) else self.opaque.forward
+            outputs = traced(*self.opaque.numbers_as_tensors(arguments))
         elif transforms_active():
             outputs = self._mapped.apply(*arguments)
         else:
@@ -140,13 +119,11 @@ class Op:
             outputs = function.apply(*arguments)
         return outputs[0] if self.n_losses == 1 else outputs[: self.n_losses]
 
-    # --------------------------------------------------------------- what autograd functions call
-
     def forward(self, *arguments: Any) -> tuple[Any, ...]:
         """Return the losses and what the backward wants, None in place of what is not there."""
         if _is_traced(arguments):
-            return self.opaque_forward(*self._numbers_as_tensors(arguments))
-        problem, needs_grad, engine = self._read(arguments)
+            return self.opaque.forward(*self.opaque.numbers_as_tensors(arguments))
+        problem, needs_grad, engine = self.read(arguments)
         if self.recomputes:
             losses, saved = engine.forward(problem, needs_grad)
             return *losses, *saved
@@ -159,97 +136,22 @@ class Op:
         upstream, saved = arguments[: self.n_losses], arguments[self.n_losses : start]
         fields = arguments[start:]
         if not self.recomputes:
-            gradients = zip(saved, self.trained, strict=True)
-            return tuple(_scaled(gradient, upstream[0], fields[i]) for gradient, i in gradients)
+            pairs = zip(saved, self.trained, strict=True)
+            return tuple(_scaled([gradient], upstream, fields[i]) for gradient, i in pairs)
+        statistics, *gradients = saved
+        if statistics is None:
+            return (_scaled(gradients, upstream, fields[self.trained[0]]),)
         if _is_traced((*upstream, *fields)):
-            found = self.opaque_backward(*upstream, *saved, *self._numbers_as_tensors(fields))
-            return (found,) if isinstance(found, Tensor) else found
-        problem, _, engine = self._read(fields)
+            traced = self.opaque.numbers_as_tensors(fields)
+            return (self.opaque.backward(*upstream, statistics, *traced),)
+        problem, _, engine = self.read(fields)
         with without_autocast(fields[self.trained[0]].device):
-            return engine.backward(problem, saved, upstream)
+            return (engine.backward(problem, statistics, upstream),)
 
-    def _read(self, arguments: Sequence[Any]) -> tuple[Any, Sequence[bool], types.ModuleType]:
+    def read(self, arguments: Sequence[Any]) -> tuple[Any, Sequence[bool], types.ModuleType]:
         """Return the problem, which trained fields need a gradient, and the engine."""
-        n = self.n_arguments - len(self.trained) - 1
+        n = self.n_fields
         return self.problem(*arguments[:n]), arguments[n:-1], _engine(self.module, arguments[-1])
-
-    # ------------------------------------------------------------------ what torch.compile sees
-
-    def _register(self, fields: list[str], trained: Sequence[str]) -> None:
-        """Define the opaque ops, which are not traced into, and the outputs that they announce."""
-        # the compiler's cache on disk knows an op by its name, so another release has another name
-        name = f"{self.name}_{{}}_{__version__.replace('.', '_')}"
-        arguments = ", ".join([*fields, *(f"bool needs_{x}" for x in trained), "str engine"])
-        n_saved = 1 if self.recomputes else len(trained)
-        outputs = ", ".join(["Tensor"] * (self.n_losses + n_saved))
-        self.opaque_forward = _opaque(
-            name.format("forward"), f"({arguments}) -> ({outputs})", self._run, self._fake
-        )
-        if self.recomputes:
-            upstream = ", ".join(f"Tensor? upstream_{i}" for i in range(self.n_losses))
-            gradients = ", ".join(["Tensor"] * len(trained))
-            self.opaque_backward = _opaque(
-                name.format("backward"),
-                f"({upstream}, Tensor saved, {arguments}) -> ({gradients})",
-                self._run_backward,
-                self._fake_backward,
-            )
-
-    def _run(self, *traced: Any) -> tuple[Tensor, ...]:
-        arguments, n_trained = _detached(traced), len(self.trained)
-        if self.recomputes:  # the compiler must know what is saved: statistics
-            arguments[-1 - n_trained : -1] = [False] * n_trained
-        # autocast is off where an eager loss is solved, but may be on in a compiled graph
-        with torch.no_grad(), without_autocast(arguments[self.trained[0]].device):
-            return self._without_none(arguments, self.forward(*arguments))
-
-    def _run_backward(self, *traced: Any) -> Any:
-        with torch.no_grad():
-            found = self.backward(*_detached(traced))
-        return found if len(found) > 1 else found[0]
-
-    def _without_none(self, arguments: Sequence[Any], outputs: Sequence[Any]) -> tuple[Tensor, ...]:
-        """Return the outputs of a solution with an empty tensor for each that is not there."""
-        examples = arguments[self.trained[0]].shape[:-1] if self.per_example else ()
-        return tuple(
-            outputs[0].new_empty((*examples, 0) if i < self.n_losses else 0) if x is None else x
-            for i, x in enumerate(outputs)
-        )
-
-    def _fake(self, *arguments: Any) -> tuple[Tensor, ...]:
-        problem, needs_grad, engine = self._read(arguments)
-        like = problem[self.trained[0]]
-        wide = [x for x in problem if isinstance(x, Tensor) and x.ndim]
-        new = functools.partial(like.new_empty, dtype=compute_dtype(*wide))
-        examples = like.shape[:-1] if self.per_example else like.shape[:0]
-        absent = [field is not None and problem[field] is None for field in self.losses]
-        losses = [new((*examples, 0) if gone else examples) for gone in absent]
-        if self.recomputes:
-            return *losses, new((*examples, engine.n_statistics(problem)))
-        gradients = zip(self.trained, needs_grad, strict=True)
-        return *losses, *(new(problem[i].shape if needed else 0) for i, needed in gradients)
-
-    def _fake_backward(self, *arguments: Any) -> Any:
-        fields = arguments[len(arguments) - self.n_arguments :]
-        found = [_contiguous_like(fields[i]) for i in self.trained]
-        return tuple(found) if len(found) > 1 else found[0]
-
-    def _numbers_as_tensors(self, arguments: Sequence[Any]) -> list[Any]:
-        """Return the arguments with a new tensor in place of each number.
-
-        The compiler would specialise on numbers, and it refuses a tensor that is passed twice. A
-        product makes the tensor, because torch.full would be specialised as well.
-        """
-        device = next(x.device for x in arguments if isinstance(x, Tensor))
-        one = torch.ones((), dtype=torch.float64, device=device)
-        return [one * x if i in self.numbers else x for i, x in enumerate(arguments)]
-
-
-def _opaque(name: str, schema: str, body: Callable, fake: Callable) -> Any:
-    _library.define(name + schema)
-    _library.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastkd::{name}", fake, lib=_library)
-    return getattr(torch.ops.fastkd, name).default
 
 
 @functools.cache
@@ -259,26 +161,23 @@ def _engine(problem: str, name: str) -> types.ModuleType:
     return importlib.import_module(f"fastkd.{path}")
 
 
-def _detached(arguments: Sequence[Any]) -> list[Any]:
-    return [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-
-
-def _contiguous_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _scaled(gradient: Tensor | None, upstream: Tensor, field: Tensor | None) -> Tensor | None:
-    """Return upstream · gradient in the dtype of the field; `gradient` if it is not there."""
-    if field is None or gradient is None or not gradient.numel():
-        return gradient
-    if upstream.ndim:
-        upstream = upstream[(..., *[None] * (gradient.ndim - upstream.ndim))]
-    if gradient.dtype == field.dtype:
-        return gradient * upstream
-    if torch.compiler.is_compiling() or type(gradient) is not Tensor:
-        return (gradient * upstream).to(field.dtype)
-    # one pass over memory multiplies and rounds
-    return torch.mul(gradient, upstream, out=_contiguous_like(field))
+def _scaled(
+    gradients: Sequence[Tensor | None], upstream: Sequence[Tensor | None], field: Tensor | None
+) -> Tensor | None:
+    """Return Σ upstream · gradient in the dtype of the field, or None without a gradient."""
+    total = None
+    for gradient, factor in zip(gradients, upstream, strict=True):
+        if gradient is None or factor is None:
+            continue
+        if field is None or not gradient.numel():
+            return gradient
+        for _ in range(gradient.ndim - factor.ndim if factor.ndim else 0):
+            factor = factor.unsqueeze(-1)
+        product = gradient * factor
+        total = product if total is None else total + product
+    if total is None or field is None or total.dtype == field.dtype:
+        return total
+    return total.to(field.dtype)
 
 
 def _is_traced(arguments: Sequence[Any]) -> bool:
@@ -302,50 +201,43 @@ class _FirstOrder(torch.autograd.Function):
         raise RuntimeError(_SECOND_ORDER.format("Forward-mode AD"))
 
 
-def _keep(ctx: Any, op: Op, arguments: Sequence[Any], saved: Sequence[Tensor]) -> None:
+def _keep(ctx: Any, op: Op, arguments: Sequence[Any], saved: Sequence[Any]) -> None:
     """Save for the backward what the forward made, the tensors that it needs, and the rest."""
-    # tensors that the backward does not need are not kept alive
-    rest = [None if isinstance(x, Tensor) else x for x in arguments]
-    for i in op.numbers:
-        rest[i] = arguments[i]
-    fields = []
-    needs_grad = dict(zip(op.trained, arguments[-1 - len(op.trained) : -1], strict=True))
-    for i in op.saved_fields:
+    kept = op.tensors  # autograd notices if one of them is overwritten before the backward
+    if not op.recomputes or saved[0] is None:
         # a gradient that is there already needs its field alone, the dtype of which it gets
-        field = arguments[i] if op.recomputes or needs_grad[i] else None
+        kept = [
+            i for i, needed in zip(op.trained, arguments[op.n_fields : -1], strict=True) if needed
+        ]
+    rest, fields = [*arguments], [arguments[i] for i in kept]
+    for i in op.tensors:  # those that the backward does not need are not kept alive
+        rest[i] = None
+    for place, i in enumerate(kept):
         # an inference tensor, often a teacher's logits, cannot be saved: the context keeps it
-        if is_inference(field):
-            field, rest[i] = None, field
-        fields.append(field)
+        if is_inference(fields[place]):
+            rest[i], fields[place] = fields[place], None
     ctx.save_for_backward(*saved, *fields)
     ctx.set_materialize_grads(False)
-    ctx.rest = rest
+    ctx.rest, ctx.kept = rest, kept
 
 
 def _gradients(ctx: Any, op: Op, gradient_node: Any, upstream: Sequence[Any]) -> Any:
     """Return the gradients of all arguments, None for those that have none."""
-    tensors = ctx.saved_tensors
-    n_saved = len(tensors) - len(op.saved_fields)
-    saved, fields = tensors[:n_saved], tensors[n_saved:]
-    arguments, gradients = [*ctx.rest], [None] * op.n_arguments
-    for i, x in zip(op.saved_fields, fields, strict=True):
-        if x is not None:
-            arguments[i] = x
-    # the compiler fills in zeros even for a loss of no elements
-    upstream = [
-        None if field is not None and arguments[field] is None else x
-        for field, x in zip(op.losses, upstream[: op.n_losses], strict=True)
-    ]
-    if all(x is None for x in upstream):
-        return tuple(gradients)
+    tensors, arguments, gradients = ctx.saved_tensors, ctx.rest, [None] * op.n_arguments
+    n_saved = len(tensors) - len(ctx.kept)
+    if n_saved < len(tensors):
+        arguments = [*arguments]
+        for i, x in zip(ctx.kept, tensors[n_saved:], strict=True):
+            arguments[i] = arguments[i] if x is None else x
     backward: Callable[..., Any] = op.backward
-    # grad mode is on in a backward only under create_graph=True, and vmap may map over it
     if not torch.compiler.is_compiling():
-        if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in upstream):
-            raise RuntimeError(_BATCHED_BY_AUTOGRAD)
+        for x in upstream:
+            if x is not None and torch._C._functorch.is_legacy_batchedtensor(x):
+                raise RuntimeError(_BATCHED_BY_AUTOGRAD)
+        # grad mode is on in a backward only under create_graph=True, and vmap may map over it
         if torch.is_grad_enabled() or transforms_active():
             backward = gradient_node.apply
-    found = backward(*upstream, *saved, *arguments)
+    found = backward(*upstream, *tensors[:n_saved], *arguments)
     for i, x in zip(op.trained, found, strict=True):
         gradients[i] = x if ctx.needs_input_grad[i] else None
     return tuple(gradients)
@@ -392,8 +284,7 @@ def _differentiable(name: str) -> tuple[type[torch.autograd.Function], ...]:
     class Traced(torch.autograd.Function):
         @staticmethod
         def forward(*arguments: Any) -> tuple[Tensor, ...]:
-            op = _ops[name]
-            return op._without_none(arguments, op.forward(*arguments))
+            return _ops[name].opaque.solve(*arguments)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -401,9 +292,15 @@ def _differentiable(name: str) -> tuple[type[torch.autograd.Function], ...]:
             saved = output[op.n_losses :]
             ctx.mark_non_differentiable(*saved)
             _keep(ctx, op, inputs, saved)
+            ctx.absent = [field is not None and inputs[field] is None for field in op.losses]
 
         @staticmethod
         def backward(ctx: Any, *upstream: Any) -> Any:
+            # the compiler fills in zeros even for a loss of no elements
+            losses = zip(upstream, ctx.absent, strict=False)  # what is saved has no upstream
+            upstream = tuple(None if is_absent else x for x, is_absent in losses)
+            if all(x is None for x in upstream):
+                return (None,) * len(ctx.needs_input_grad)
             return _gradients(ctx, _ops[name], Gradient, upstream)
 
     class Mapped(Traced):

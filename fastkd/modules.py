@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastkd import _checks, contrastive, correlation, divergence, relational, self_distillation
 from fastkd._backend import backend
-from fastkd._op import compute_dtype
+from fastkd._precision import compute_dtype
 from fastkd._ranks import Ranks
 from fastkd.problems import _crops as crops
 

@@ -487,13 +487,13 @@ def test_ops_keep_the_promises_of_their_schemas(case, engine, monkeypatch):
     assert calls
     for op, arguments in [*calls]:
         constants = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-        traced = op._numbers_as_tensors(constants)
-        torch.library.opcheck(op.opaque_forward, tuple(traced))
+        traced = op.opaque.numbers_as_tensors(constants)
+        torch.library.opcheck(op.opaque.forward, tuple(traced))
         if op.recomputes:
-            outputs = op.opaque_forward(*traced)
+            outputs = op.opaque.forward(*traced)
             losses, saved = outputs[: op.n_losses], outputs[op.n_losses :]
             upstream = [torch.ones_like(x) if x.numel() else None for x in losses]
-            torch.library.opcheck(op.opaque_backward, (*upstream, *saved, *traced))
+            torch.library.opcheck(op.opaque.backward, (*upstream, *saved, *traced))
 
 
 # ------------------------------------------------------------------------------------ torch.compile

@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd._op import Number, compute_dtype
-from fastkd.problems.rows import Rows
+from fastkd._op import Number
 
 N_SCRATCH = 6  # buffers of a chunk: d and e of both networks, and two for a divergence
 _LN2 = math.log(2)
@@ -24,11 +23,11 @@ Scratch = Sequence[Tensor | None]
 
 
 class Softmax(NamedTuple):
-    """The softmax e / total, where e = exp2(d) is 1 at a row's maximum."""
+    """The softmax e / total, where e = exp2(d) is exactly 1 at a row's maximum."""
 
     d: Tensor  # [R, V]
     e: Tensor  # [R, V]
-    shift: Tensor  # [R, 1], −pivot
+    top: Tensor  # [R, 1], the largest logit
     total: Tensor  # [R, 1], Z
 
 
@@ -49,35 +48,30 @@ def softmax(
 ) -> Softmax:
     """Return the softmax of logits / temperature in two buffers, from its statistics if known."""
     d, e, *_ = scratch
-    unit = 1 / (_LN2 * temperature)
     if statistics:
-        shift, total = statistics
+        top, total = statistics
     else:
-        shift, total = logits.amax(-1, keepdim=True), None
-        shift = (shift if shift.dtype == dtype else shift.to(dtype)).mul_(-unit)
-    if isinstance(unit, Tensor):
-        d = torch.addcmul(shift, logits.to(dtype), unit.to(dtype), out=d)
-    else:
-        d = torch.add(shift, logits, alpha=unit, out=d)
+        top, total = logits.amax(-1, keepdim=True), None
+        if top.dtype != dtype:
+            top = top.to(dtype)
+    # the maximum is subtracted first, because one multiplication for both would round it away
+    d = torch.sub(logits, top, out=d).mul_(1 / (_LN2 * temperature))
     e = torch.exp2(d, out=e)
-    return Softmax(d, e, shift, e.sum(-1, keepdim=True) if total is None else total)
+    return Softmax(d, e, top, e.sum(-1, keepdim=True) if total is None else total)
 
 
-def terms_of(
-    problem: Rows,
-    z: Tensor,
-    z_teacher: Tensor,
-    scratch: Scratch,
-    statistics: Sequence[Tensor] = (),
-) -> tuple[list[Tensor], Terms]:
-    """Return the statistics of a chunk's softmaxes, and the value and slope of its divergence."""
-    dtype = compute_dtype(z, z_teacher)
-    if problem.divergence == "logit_mse":
-        return [], _logit_mse(z, z_teacher, dtype, scratch)
-    q = softmax(z, problem.student_temperature, dtype, scratch[:2], statistics[:2])
-    p = softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4], statistics[2:])
-    terms = _DIVERGENCES[problem.divergence](q, p, problem.weight, scratch[4:])
-    return [q.shift, q.total, p.shift, p.total], terms
+def without_temperature(q: Softmax, temperature: Number, scratch: Scratch) -> Softmax:
+    """Return the softmax of the same logits at a temperature of 1, in two other buffers."""
+    if not isinstance(temperature, Tensor) and temperature == 1:
+        return q
+    d = torch.mul(q.d, temperature, out=scratch[0])
+    e = torch.exp2(d, out=scratch[1])
+    return Softmax(d, e, q.top, e.sum(-1, keepdim=True))
+
+
+def terms_of(divergence: str, q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
+    """Return the value and the slope of a divergence, which overwrite both softmaxes."""
+    return _DIVERGENCES[divergence](q, p, weight, scratch)
 
 
 def cross_entropy(q: Softmax, classes: Tensor) -> Tensor:
@@ -95,19 +89,29 @@ def _log_ratio(p: Softmax, q: Softmax) -> Tensor:
     return (p.total / q.total).log2_()
 
 
+def _not_below_0(losses: Tensor, scale: Number) -> Tensor:
+    """Return scale · losses from bits; rounding alone makes one negative, and NaN stays."""
+    return losses.relu_().mul_(scale * _LN2)
+
+
 def _forward_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
+    ratio = p.total / q.total
+
     def value(scale: Number) -> Tensor:
         above = p.d.sub_(q.d)
-        return _mean(above, p, out=above).sub_(_log_ratio(p, q)).mul_(scale * _LN2)
+        return _not_below_0(_mean(above, p, out=above).sub_(ratio.log2()), scale)
 
-    return Terms(value, lambda out, factor: _difference(q, p, out, factor), p.d)
+    return Terms(value, lambda out, factor: _difference(q, p, out, ratio, factor), p.d)
 
 
 def _soft_cross_entropy(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
     def value(scale: Number) -> Tensor:
         return q.total.log2().sub_(_mean(q.d, p, out=q.d)).mul_(scale * _LN2)
 
-    return Terms(value, lambda out, factor: _difference(q, p, out, factor), p.d)
+    def slope(out: Tensor, factor: Number) -> None:
+        _difference(q, p, out, p.total / q.total, factor)
+
+    return Terms(value, slope, p.d)
 
 
 def _reverse_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
@@ -117,7 +121,7 @@ def _reverse_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Ter
     def slope(out: Tensor, factor: Number) -> None:
         _weighted(above.sub_(of_q).nan_to_num_(0), q, out, ratio, factor * _LN2)
 
-    return Terms(lambda scale: (of_q + ratio).mul_(scale * _LN2), slope, p.d)
+    return Terms(lambda scale: _not_below_0(of_q + ratio, scale), slope, p.d)
 
 
 def _symmetric_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
@@ -126,7 +130,7 @@ def _symmetric_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> T
 
     def value(scale: Number) -> Tensor:
         forward = _mean(above, p, out=p.d).add_(ratio).neg_()
-        return (forward * weight).add_((of_q + ratio).mul_(1 - weight)).mul_(scale * _LN2)
+        return _not_below_0((forward * weight).add_((of_q + ratio).mul_(1 - weight)), scale)
 
     def slope(out: Tensor, factor: Number) -> None:
         centred = above.sub_(of_q).nan_to_num_(0)
@@ -159,7 +163,7 @@ def _skew_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
 
     def value(scale: Number) -> Tensor:
         above = p.d.sub_(torch.log2(m, out=q.d))
-        return _mean(above, p, out=above).add_(ratio * 0).mul_(scale * _LN2)
+        return _not_below_0(_mean(above, p, out=above).add_(ratio - ratio), scale)
 
     def slope(out: Tensor, factor: Number) -> None:
         share = p.e.div_(m)
@@ -175,27 +179,32 @@ def _skew_reverse_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -
     m = _mixture(p, q, weight, scratch[0])
     above = q.d.add_(ratio).sub_(torch.log2(m, out=p.d))
 
+    def value(scale: Number) -> Tensor:
+        return _not_below_0(_mean(above, q, out=p.d).add_(ratio - ratio), scale)
+
     def slope(out: Tensor, factor: Number) -> None:
         of_m = torch.div(q.e, m, out=p.e).mul_(-weight / _LN2)
         v = above.nan_to_num_(0).add_(of_m)
         _weighted(v.sub_(_mean(v, q, out=out)), q, out, ratio, factor * _LN2)
 
-    return Terms(
-        lambda scale: _mean(above, q, out=p.d).add_(ratio * 0).mul_(scale * _LN2), slope, p.d
-    )
+    return Terms(value, slope, p.d)
 
 
 def _jensen_shannon(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
-    ratio = _log_ratio(p, q)
-    q = _in_units_of(p, q)
-    log_m = _mixture(q, p, weight, scratch[0]).log2_()
-    above = q.d.add_(ratio).sub_(log_m)
-    of_q = _mean(above, q, out=scratch[1])
+    ratio, q, p = _log_ratio(p, q), _normalised(q), _normalised(p)
+    if not isinstance(weight, Tensor) and weight == 0.5:  # the same bits for (p, q) and (q, p)
+        m = torch.add(q.e, p.e, out=scratch[0]).mul_(0.5)
+    else:
+        m = _mixture(q, p, weight, scratch[0])
+    log_m = m.clamp_(min=torch.finfo(m.dtype).tiny).log2_()
+    above = q.d.sub_(log_m)
+    of_q = torch.mul(above, q.e, out=scratch[1]).nansum(-1, keepdim=True)
 
     def value(scale: Number) -> Tensor:
         above_p = p.d.sub_(log_m)
-        of_p = _mean(above_p, p, out=above_p)
-        return of_p.mul_(weight).add_(of_q * (1 - weight)).add_(ratio * 0).mul_(scale * _LN2)
+        of_p = torch.mul(above_p, p.e, out=above_p).nansum(-1, keepdim=True)
+        both = of_p.mul_(weight).add_(of_q * (1 - weight))
+        return _not_below_0(both.add_(ratio - ratio), scale)
 
     def slope(out: Tensor, factor: Number) -> None:
         centred = above.sub_(of_q).nan_to_num_(0)
@@ -204,7 +213,8 @@ def _jensen_shannon(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) ->
     return Terms(value, slope, p.d)
 
 
-def _logit_mse(z: Tensor, z_teacher: Tensor, dtype: torch.dtype, scratch: Scratch) -> Terms:
+def logit_mse(z: Tensor, z_teacher: Tensor, dtype: torch.dtype, scratch: Scratch) -> Terms:
+    """Return the mean squared difference of the logits and its slope."""
     z, z_teacher = z.to(dtype), z_teacher.to(dtype)
     difference = torch.sub(z, z_teacher, out=scratch[0])
     # elsewhere than on a CPU a look at the numbers would be a host sync
@@ -239,12 +249,13 @@ _DIVERGENCES: dict[str, Callable[[Softmax, Softmax, Number, Scratch], Terms]] = 
 
 def _each(softmax: Softmax, factor: Number) -> Tensor:
     """Return factor / Z, what a row's e are multiplied by."""
-    return torch.mul(softmax.total.reciprocal(), factor)
+    each = softmax.total.reciprocal()
+    return each if not isinstance(factor, Tensor) and factor == 1 else each * factor
 
 
-def _difference(q: Softmax, p: Softmax, out: Tensor, factor: Number) -> None:
-    """Write factor · (softmax of q − softmax of p), the slope of h = −p."""
-    torch.mul(q.e, p.total / q.total, out=out)
+def _difference(q: Softmax, p: Softmax, out: Tensor, ratio: Tensor, factor: Number) -> None:
+    """Write factor · (softmax of q − softmax of p), the slope of h = −p; `ratio` is Z_p / Z_q."""
+    torch.mul(q.e, ratio, out=out)
     out.sub_(p.e).mul_(_each(p, factor))
 
 
@@ -254,7 +265,7 @@ def _weighted(centred: Tensor, q: Softmax, out: Tensor, ratio: Tensor, factor: N
     The NaN of an input, which the sums drop, comes back from the ratio.
     """
     torch.mul(centred, q.e, out=out)
-    out.mul_(_each(q, factor).add_(ratio * 0))
+    out.mul_(_each(q, factor).add_(ratio - ratio))
 
 
 def _in_units_of(p: Softmax, q: Softmax) -> Softmax:
@@ -263,8 +274,15 @@ def _in_units_of(p: Softmax, q: Softmax) -> Softmax:
     return q._replace(total=p.total)
 
 
+def _normalised(q: Softmax) -> Softmax:
+    """Return q with its probabilities as e, their logarithms as d, and a total of 1."""
+    q.d.sub_(q.total.log2())
+    q.e.mul_(q.total.reciprocal())
+    return q._replace(total=torch.ones_like(q.total))
+
+
 def _mixture(q: Softmax, p: Softmax, weight: Number, out: Tensor | None) -> Tensor:
-    """Return weight · p + (1 − weight) · q in units of the teacher's Z, not 0 where both vanish."""
+    """Return weight · p + (1 − weight) · q of two with one Z, not 0 where both vanish."""
     of_q, of_p = q.e, p.e
     if not isinstance(weight, Tensor) and weight > 0.5:  # 1 − (1 − w) would round a small w away
         of_q, of_p, weight = of_p, of_q, 1 - weight

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd._op import compute_dtype
+from fastkd._precision import compute_dtype
 from fastkd.portable import _chunks
 from fastkd.problems.gram import PEARSON_EPSILON, PKT_EPSILON, Gram, Number, falloff
 from fastkd.problems.relations import LEAST_LENGTH

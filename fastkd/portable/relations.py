@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._op import compute_dtype
+from fastkd._precision import compute_dtype
 from fastkd.portable import _chunks
 from fastkd.problems.relations import LEAST_LENGTH, LEAST_SQUARE, Number, Relations
 

@@ -17,75 +17,80 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._op import compute_dtype
+from fastkd._precision import compute_dtype
 from fastkd.portable._chunks import for_each, most_elements
-from fastkd.portable._row_terms import N_SCRATCH, Scratch, cross_entropy, softmax, terms_of
+from fastkd.portable._row_terms import (
+    N_SCRATCH,
+    Scratch,
+    Softmax,
+    cross_entropy,
+    logit_mse,
+    softmax,
+    terms_of,
+    without_temperature,
+)
 from fastkd.problems.rows import Rows
 
 _ON_CPU, _ELSEWHERE = 1 << 18, 1 << 23  # elements of a chunk
+_FEW = 1 << 14  # elements whose buffers cost less than their views do
 _NO_SCRATCH = (None,) * N_SCRATCH
-_N_STATISTICS = 4  # −pivot and Z of the student, and of the teacher
-
-_NUMBERS = ("student_temperature", "teacher_temperature", "weight", "scale")
 
 Losses = tuple[Tensor, Tensor | None]  # the second one where there are labels
 
 
 def n_statistics(problem: Rows) -> int:
-    """Return how many numbers of each row `forward` saves where it does not save the gradient."""
-    return 0 if problem.divergence == "logit_mse" else _N_STATISTICS
+    """Return how many numbers of each row `forward` saves where it does not save the gradient.
+
+    They are the largest logit and Z of both networks and, with labels, the student's Z at T = 1.
+    """
+    if problem.divergence == "logit_mse":
+        return 0
+    return 4 if problem.labels is None else 5
 
 
 def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Any, ...]]:
-    """Return rows of scale · divergence and of cross-entropy, and what `backward` needs.
+    """Return rows of scale · divergence and of cross-entropy, and what the backward needs.
 
-    That is the gradient of each of them where one chunk holds all rows, or else the statistics of
-    the softmaxes.
+    That is None and the gradient of each of them where one chunk holds all rows, or else the
+    statistics of the softmaxes.
     """
     problem = _in_compute_dtype(problem)
     student = problem.student
     if needs_grad[0] and student.is_cpu and student.numel() <= _most(student):
-        solved = _losses_and_slopes(problem)
+        solved = _losses_and_gradients(problem)
         if solved is not None:
             return solved
     losses, cross_entropies = _empty_losses(problem)
-    examples, width = problem.student.shape[:-1], n_statistics(problem)
+    examples, width = student.shape[:-1], n_statistics(problem)
     statistics = losses.new_empty((*examples, width))
     labels, table = _column(problem.labels), statistics.view(examples.numel(), width)
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teacher = chunks
-        if labels is not None and cross_entropies is not None:
-            q = softmax(z, 1.0, losses.dtype, scratch)
-            cross_entropies.view(-1, 1)[rows] = cross_entropy(q, labels[rows])
-        known, terms = terms_of(problem, z, z_teacher, scratch)
-        if known:
-            torch.cat(known, 1, out=table[rows])
+        if problem.divergence == "logit_mse":
+            terms = logit_mse(z, z_teacher, losses.dtype, scratch)
+        else:
+            q = softmax(z, problem.student_temperature, losses.dtype, scratch[:2])
+            totals = []
+            if labels is not None and cross_entropies is not None:
+                plain = without_temperature(q, problem.student_temperature, scratch[2:4])
+                cross_entropies.view(-1, 1)[rows] = cross_entropy(plain, labels[rows])
+                totals = [plain.total]
+            p = softmax(z_teacher, problem.teacher_temperature, losses.dtype, scratch[2:4])
+            torch.cat([q.top, q.total, p.top, p.total, *totals], 1, out=table[rows])
+            terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
         losses.view(-1, 1)[rows] = terms.value(problem.scale)
 
-    _for_chunks(work, _n_scratch(problem), problem.student, problem.teacher)
+    _for_chunks(work, _n_scratch(problem), student, problem.teacher)
     return _masked(problem, losses, cross_entropies), (statistics,)
 
 
-def backward(
-    problem: Rows, saved: Sequence[Any], upstream: Sequence[Tensor | None]
-) -> tuple[Tensor]:
+def backward(problem: Rows, statistics: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
     """Return Σ upstream · ∂losses + Σ upstream · ∂cross-entropies with respect to the student."""
     problem = _in_compute_dtype(problem)
-    factors, ce_factors = _factors(problem, *upstream)
     gradient = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
-    if len(saved) == 1:  # the statistics
-        (statistics,) = saved
-        _fill(gradient, problem, factors, ce_factors, statistics)
-        return (gradient,)
-    slopes, ce_slopes = saved
-    flat = _matrix(gradient)
-    if factors is not None:
-        torch.mul(_matrix(slopes), factors, out=flat)
-    if ce_factors is not None:
-        of_labels = _matrix(ce_slopes) * ce_factors
-        flat.copy_(of_labels if factors is None else of_labels.add_(_matrix(slopes) * factors))
-    return (gradient,)
+    _fill(gradient, problem, statistics, *_factors(problem, *upstream))
+    return gradient
 
 
 def value_and_gradients(
@@ -109,44 +114,61 @@ def value_and_gradients(
     if not in_place:
         gradient = torch.empty_like(gradient, memory_format=torch.contiguous_format)
     weights = losses[0].new_ones(losses[0].shape) if row_weights is None else row_weights
-    factors, ce_factors = _factors(problem, weights, ce_weights)
-    _fill(gradient, problem, factors, ce_factors, statistics)
+    _fill(gradient, problem, statistics, *_factors(problem, weights, ce_weights))
     return losses, (gradient,)
 
 
-def _losses_and_slopes(problem: Rows) -> tuple[Losses, tuple[Tensor, Tensor | None]] | None:
-    """Return both losses of a small problem and their gradients, in one pass without scratch.
+def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | None:
+    """Return what `forward` does for a small problem, with the gradients, in one pass.
 
     None stands for losses that are not finite: a row with a NaN may have no gradient upstream, and
     `backward` has to leave it out then.
     """
-    student, labels = problem.student, _column(problem.labels)
-    z, z_teacher = _matrix(student), _matrix(problem.teacher)
-    dtype, rows = compute_dtype(z, z_teacher), student.shape[:-1]
-    cross_entropies = ce_slopes = None
-    if labels is not None:
-        q = softmax(z, 1.0, dtype, _NO_SCRATCH)
-        masked = labels < 0
-        is_complete = not masked.any()
-        classes = labels if is_complete else labels.clamp(min=0)
-        of_rows = cross_entropy(q, classes)
-        ce_slopes = q.e.div_(q.total)
-        ce_slopes.scatter_add_(1, classes, torch.full_like(q.total, -1))
-        if not is_complete:
-            of_rows.masked_fill_(masked, 0)
-            ce_slopes.masked_fill_(masked, 0)
-        cross_entropies, ce_slopes = of_rows.view(rows), ce_slopes.view(student.shape)
-    _, terms = terms_of(problem, z, z_teacher, _NO_SCRATCH)
-    losses, slopes = terms.value(problem.scale), terms.spare
+    student, labels, cross_entropies, ce_slopes = problem.student, problem.labels, None, None
+    z, z_teacher, examples = _matrix(student), _matrix(problem.teacher), student.shape[:-1]
+    dtype, slopes = compute_dtype(z, z_teacher), None
+    scratch: Scratch = _NO_SCRATCH
+    if z.numel() > _FEW:
+        # one allocation, because the system would take back and clear the pages of many each time
+        scratch = z.new_empty((_n_scratch(problem), *z.shape), dtype=dtype).unbind()
+        slopes = torch.empty_like(z, dtype=dtype)
+    if problem.divergence == "logit_mse":
+        terms = logit_mse(z, z_teacher, dtype, scratch)
+    else:
+        q = softmax(z, problem.student_temperature, dtype, scratch[:2])
+        if labels is not None:
+            plain = without_temperature(q, problem.student_temperature, scratch[2:4])
+            cross_entropies, ce_slopes = _of_labels(plain, labels.reshape(-1, 1))
+        p = softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4])
+        terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
+    losses = terms.value(problem.scale)
+    slopes = terms.spare if slopes is None else slopes
     terms.slope(slopes, problem.scale / problem.student_temperature)
     if problem.row_mask is not None:
         masked = ~problem.row_mask.reshape(-1, 1)
         losses.masked_fill_(masked, 0)
         slopes.masked_fill_(masked, 0)
-    total = losses.sum() if cross_entropies is None else losses.sum() + cross_entropies.sum()
+    total = losses.sum()
+    if cross_entropies is not None and ce_slopes is not None:
+        total += cross_entropies.sum()
+        cross_entropies, ce_slopes = cross_entropies.view(examples), ce_slopes.view(student.shape)
     if not math.isfinite(total.item()):
         return None
-    return (losses.view(rows), cross_entropies), (slopes.view(student.shape), ce_slopes)
+    if student.ndim != 2:
+        slopes = slopes.view(student.shape)
+    return (losses.view(examples), cross_entropies), (None, slopes, ce_slopes)
+
+
+def _of_labels(q: Softmax, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropies with the labels and their gradient in the logits."""
+    slopes, minus = q.e / q.total, torch.full_like(q.total, -1)
+    if labels.numel() and labels.min().item() >= 0:
+        slopes.scatter_add_(1, labels, minus)
+        return cross_entropy(q, labels), slopes
+    masked, classes = labels < 0, labels.clamp(min=0)
+    slopes.scatter_add_(1, classes, minus)
+    losses = cross_entropy(q, classes).masked_fill_(masked, 0)
+    return losses, slopes.masked_fill_(masked, 0)
 
 
 def _matrix(logits: Tensor) -> Tensor:
@@ -159,9 +181,9 @@ def _matrix(logits: Tensor) -> Tensor:
 def _fill(
     gradient: Tensor,
     problem: Rows,
+    statistics: Tensor,
     factors: Tensor | None,
     ce_factors: Tensor | None,
-    statistics: Tensor,
 ) -> None:
     """Write the gradient, which may be the student itself."""
     dtype, labels = statistics.dtype, _column(problem.labels)
@@ -175,15 +197,21 @@ def _fill(
         slope = scratch[-1] if in_scratch else out
         if slope is None:
             slope = torch.empty_like(z, dtype=dtype)
+        known = table[rows].unbind(1)
         if factors is None:
             slope.zero_()
         else:
-            _, terms = terms_of(problem, z, z_teacher, scratch, table[rows].unbind(1))
+            if problem.divergence == "logit_mse":
+                terms = logit_mse(z, z_teacher, dtype, scratch)
+            else:
+                q = softmax(z, problem.student_temperature, dtype, scratch[:2], known[:2])
+                p = softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4], known[2:4])
+                terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
             terms.slope(slope, factors[rows] * unit)
             _select(slope, factors[rows])
         if ce_factors is not None and labels is not None:
             factor = ce_factors[rows]
-            q = softmax(z, 1.0, dtype, scratch)
+            q = softmax(z, 1.0, dtype, scratch, (known[0], known[4]))
             slope.add_(_select(q.e.mul_(factor / q.total), factor))
             slope.scatter_add_(1, labels[rows].clamp(min=0), -factor)
         if in_scratch:
@@ -197,14 +225,19 @@ def _fill(
 
 def _in_compute_dtype(problem: Rows) -> Rows:
     """Return the problem with the numbers that are tensors in the precision of the logits."""
-    numbers = {name: getattr(problem, name) for name in _NUMBERS}
-    if Tensor not in map(type, numbers.values()):
+    numbers = (
+        problem.student_temperature,
+        problem.teacher_temperature,
+        problem.weight,
+        problem.scale,
+    )
+    if Tensor not in map(type, numbers):
         return problem
     dtype = compute_dtype(problem.student, problem.teacher)
-    converted: dict[str, Any] = {
-        name: x.to(dtype) if isinstance(x, Tensor) else x for name, x in numbers.items()
-    }
-    return problem._replace(**converted)
+    student, teacher, weight, scale = (x.to(dtype) if isinstance(x, Tensor) else x for x in numbers)
+    return problem._replace(
+        student_temperature=student, teacher_temperature=teacher, weight=weight, scale=scale
+    )
 
 
 def _most(like: Tensor) -> int:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastkd import _checks
-from fastkd._op import compute_dtype, is_differentiated, is_inference
+from fastkd._op import is_differentiated, is_inference
+from fastkd._precision import compute_dtype
 from fastkd.problems.pairs import SHORTEST, Number, Pairs, SoftPairs, solve, solve_soft
 
 if TYPE_CHECKING:

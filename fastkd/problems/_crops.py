@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastkd import _checks
 from fastkd._loss import Call
-from fastkd._op import Number, compute_dtype
+from fastkd._op import Number
+from fastkd._precision import compute_dtype
 from fastkd.problems.rows import Rows, solve
 
 Crops = Tensor | Sequence[Tensor]

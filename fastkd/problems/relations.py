@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastkd import _checks
-from fastkd._op import Number, Op, compute_dtype
+from fastkd._op import Number, Op
+from fastkd._precision import compute_dtype
 
 if TYPE_CHECKING:
     from fastkd._loss import Call

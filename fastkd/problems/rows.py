@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastkd import _checks
 from fastkd._loss import Call, Term
-from fastkd._op import Number, Op, compute_dtype
+from fastkd._op import Number, Op
+from fastkd._precision import compute_dtype
 
 
 class Rows(NamedTuple):

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd._op import compute_dtype
+from fastkd._precision import compute_dtype
 from fastkd.kernels.device import device_of, on_device
 from fastkd.kernels.relations.tiles import (
     TILE,

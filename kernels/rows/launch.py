@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd._op import Number, compute_dtype
+from fastkd._op import Number
+from fastkd._precision import compute_dtype
 from fastkd.kernels.device import (
     Strided,
     alignment,
@@ -67,20 +68,17 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Te
     return losses, (statistics,)
 
 
-def backward(
-    problem: Rows, saved: Sequence[Tensor], upstream: Sequence[Tensor | None]
-) -> tuple[Tensor]:
+def backward(problem: Rows, statistics: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
     """Compute Σ upstream · ∂losses/∂student over both kinds of losses.
 
     Args:
         problem: The problem that `forward` solved.
-        saved: The tensors that `forward` saved.
+        statistics: The tensor that `forward` saved.
         upstream: Upstream gradients (...) of the losses and of the cross-entropies; None for 0.
 
     Returns:
-        (gradient,) with respect to the student, in its shape and dtype, contiguous.
+        The gradient with respect to the student, in its shape and dtype, contiguous.
     """
-    (statistics,) = saved
     gradient = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
     if not gradient.numel():
         pass
@@ -88,7 +86,7 @@ def backward(
         _launch_gradient(problem, statistics, gradient, upstream)
     else:
         _launch_whole_rows(problem, None, gradient, upstream)
-    return (gradient,)
+    return gradient
 
 
 def value_and_gradients(

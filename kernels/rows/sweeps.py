@@ -27,6 +27,7 @@ from fastkd.kernels.rows.terms import (
     kl_value,
     merge,
     mixture,
+    mixture_value,
     slope,
 )
 from fastkd.kernels.tiles import (
@@ -39,7 +40,7 @@ from fastkd.kernels.tiles import (
     row_offset,
 )
 
-N_STATISTICS = tl.constexpr(8)  # numbers of a row or split in memory, in the order of Sums
+N_STATISTICS = tl.constexpr(7)  # numbers of a row or split in memory, in the order of Sums
 
 
 class Numbers(NamedTuple):
@@ -140,7 +141,7 @@ def _online_sums(
     Every thread keeps its own pivots and sums, so that there is no barrier before the end.
     """
     pivots, zeros = tl.full([THREADS], LOWEST, DTYPE), tl.zeros([THREADS], DTYPE)
-    sums = Sums(pivots, zeros, pivots, zeros, zeros, zeros, pivots, zeros)
+    sums = Sums(pivots, zeros, pivots, zeros, zeros, zeros, zeros)
     rest = span.start + (span.end - span.start) // THREADS * THREADS
     for i in range(span.start, rest, THREADS):
         x, y = _logits(rows, _vectors(i, THREADS, WIDTH), None, DTYPE)
@@ -153,16 +154,16 @@ def _online_sums(
         columns, inside = _edges(span.head, span.n_cols, THREADS, WIDTH)
         x, y = _logits(rows, columns, inside, DTYPE)
         sums = fold(x, y, units, sums, DIVERGENCE, LABELS)
-    return merge(sums, DIVERGENCE)
+    return merge(sums, units, DIVERGENCE)
 
 
 @triton.jit
 def _mixture_of(
-    x, y, units, ms, mt, ratio, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr
+    x, y, units, ms, zs, mt, zt, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
     """Return Σ d and Σ q·v of a tile, for each thread."""
-    ds, dt = tl.fma(x, units.cs, -ms), tl.fma(y, units.ct, -mt)
-    summand, q, v = mixture(ds, dt, ratio, weight, DIVERGENCE, FAST)
+    ds, dt = (x - ms) * units.cs, (y - mt) * units.ct
+    summand, q, v = mixture(ds, dt, zs, zt, weight, DIVERGENCE, FAST)
     return tl.sum(summand, 1), tl.sum(q * v, 1)
 
 
@@ -172,26 +173,24 @@ def _mixture_sums(
     FAST: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Return Σ d and Σ q·v over what `_online_sums` reads, given the pivots and Z of the row."""
-    ratio = tl.log2(zt / zs)
     value = tl.zeros([THREADS], DTYPE)
     slope_sum = value
     rest = span.start + (span.end - span.start) // THREADS * THREADS
     for i in range(span.start, rest, THREADS):
         x, y = _logits(rows, _vectors(i, THREADS, WIDTH), None, DTYPE)
-        summands, slopes = _mixture_of(x, y, units, ms, mt, ratio, weight, DIVERGENCE, FAST)
+        summands, slopes = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
         value, slope_sum = value + summands, slope_sum + slopes
     if rest < span.end:
         inside = (rest + tl.arange(0, THREADS) < span.end)[:, None]
         x, y = _logits(rows, _vectors(rest, THREADS, WIDTH), inside, DTYPE)
-        summands, slopes = _mixture_of(x, y, units, ms, mt, ratio, weight, DIVERGENCE, FAST)
+        summands, slopes = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
         value, slope_sum = value + summands, slope_sum + slopes
     if _has_edges(span, WIDTH):
         columns, inside = _edges(span.head, span.n_cols, THREADS, WIDTH)
         x, y = _logits(rows, columns, inside, DTYPE)
-        summands, slopes = _mixture_of(x, y, units, ms, mt, ratio, weight, DIVERGENCE, FAST)
+        summands, slopes = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
         value, slope_sum = value + summands, slope_sum + slopes
-    each = (1 + 0 * ratio) / zt  # because the floors hide a network's NaN, which shows in Z
-    return tl.sum(value, 0) * each, tl.sum(slope_sum, 0) * each
+    return tl.sum(value, 0), tl.sum(slope_sum, 0)
 
 
 @triton.jit
@@ -205,7 +204,7 @@ def _store_statistics(pointer, sums, slope_sum):
     """Store the Statistics of a row, where a's place is the slope sum's and b's stays empty."""
     _store_sums(
         pointer,
-        Sums(sums.ms, sums.zs, sums.mt, sums.zt, slope_sum, 0.0, sums.m1, sums.z1),
+        Sums(sums.ms, sums.zs, sums.mt, sums.zt, slope_sum, 0.0, sums.z1),
     )
 
 
@@ -218,7 +217,6 @@ def _load_statistics(pointer):
         tl.load(pointer + 3),
         tl.load(pointer + 4),
         tl.load(pointer + 6),
-        tl.load(pointer + 7),
     )
 
 
@@ -254,7 +252,7 @@ def row_statistics(
             tl.store(losses_ptr + row, 0.0)
             if LABELS:
                 tl.store(cross_entropies_ptr + row, 0.0)
-            _store_sums(statistics_row, Sums(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+            _store_sums(statistics_row, Sums(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
         return
     weight = number(numbers.weight, ON_DEVICE, DTYPE)
     units = _units(numbers, ON_DEVICE, DTYPE)
@@ -278,6 +276,8 @@ def row_statistics(
         value, slope_sum = _mixture_sums(
             rows, span, units, ms, zs, mt, zt, weight, DIVERGENCE, DTYPE, FAST, THREADS, WIDTH
         )
+        if SWEEP == 0:
+            value, slope_sum = mixture_value(value, slope_sum, zs, zt, DIVERGENCE)
     elif SWEEP == 0:
         value, slope_sum = kl_value(zs, zt, sums.a, sums.b, weight, DIVERGENCE)
 
@@ -285,7 +285,7 @@ def row_statistics(
         scale = number(numbers.scale, ON_DEVICE, DTYPE)
         tl.store(losses_ptr + row, tl.where(unmasked, value * scale, 0.0))
         if LABELS:
-            ce = cross_entropy(whole_row, label, n_cols, units.c1, sums.m1, sums.z1, DTYPE)
+            ce = cross_entropy(whole_row, label, n_cols, units.c1, sums.ms, sums.z1, DTYPE)
             tl.store(cross_entropies_ptr + row, ce)
         _store_statistics(statistics_row, sums, slope_sum)
     else:
@@ -332,20 +332,21 @@ def combine(
             tl.load(place + 3, inside, 0.0),
             tl.load(place + 4, inside, 0.0),
             tl.load(place + 5, inside, 0.0),
-            tl.load(place + 6, inside, LOWEST),
-            tl.load(place + 7, inside, 0.0),
+            tl.load(place + 6, inside, 0.0),
         )
-        sums = merge(sums, DIVERGENCE)
+        sums = merge(sums, _units(numbers, ON_DEVICE, DTYPE), DIVERGENCE)
         value, slope_sum = kl_value(sums.zs, sums.zt, sums.a, sums.b, weight, DIVERGENCE)
         _store_statistics(statistics_row, sums, slope_sum)
         if LABELS:
             row_ptr = student.ptr + row_offset(row, inner, student)
             c1 = tl.full([], LOG2E, DTYPE)
-            ce = cross_entropy(row_ptr, label, n_cols, c1, sums.m1, sums.z1, DTYPE)
+            ce = cross_entropy(row_ptr, label, n_cols, c1, sums.ms, sums.z1, DTYPE)
             tl.store(cross_entropies_ptr + row, ce)
     else:
-        value = tl.sum(tl.load(place, inside, 0.0), 0)
-        tl.store(statistics_row + 4, tl.sum(tl.load(place + 1, inside, 0.0), 0))
+        summands, slopes = tl.load(place, inside, 0.0), tl.load(place + 1, inside, 0.0)
+        zs, zt = tl.load(statistics_row + 1), tl.load(statistics_row + 3)
+        value, slope_sum = mixture_value(tl.sum(summands, 0), tl.sum(slopes, 0), zs, zt, DIVERGENCE)
+        tl.store(statistics_row + 4, slope_sum)
     if SWEEP == 2 or not IS_MIXTURE:
         tl.store(losses_ptr + row, tl.where(unmasked, value * scale, 0.0))
 
@@ -378,11 +379,11 @@ def _row_gradient(
     DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Return the gradient of a tile; a factor of 0 selects, so that it wins over a NaN."""
-    ds, dt = tl.fma(x, units.cs, -row.ms), tl.fma(y, units.ct, -row.mt)
+    ds, dt = (x - row.ms) * units.cs, (y - row.mt) * units.ct
     by_log_q = slope(ds, dt, row, weight, DIVERGENCE, FAST)
     gradient = tl.where(factors.divergence == 0, 0.0, by_log_q * factors.divergence)
     if LABELS:
-        q1 = tl.exp2(tl.fma(x, units.c1, -row.m1)) * (1 / row.z1)
+        q1 = tl.exp2((x - row.ms) * units.c1) * (1 / row.z1)
         distance = q1 - tl.where(columns == factors.label, 1.0, 0.0)
         gradient += tl.where(factors.cross_entropy == 0, 0.0, distance * factors.cross_entropy)
     return gradient
@@ -503,24 +504,21 @@ def whole_rows(
     pointers = Pointers(student_ptr + student_rows[:, None], teacher_ptr + teacher_rows[:, None])
     x, y = _logits(pointers, columns, inside, DTYPE)
 
-    ms = tl.maximum(tl.max(x, 1) * units.cs, LOWEST)
-    mt = tl.maximum(tl.max(y, 1) * units.ct, LOWEST)
-    ds, dt = tl.fma(x, units.cs, -ms[:, None]), tl.fma(y, units.ct, -mt[:, None])
+    ms, mt = tl.maximum(tl.max(x, 1), LOWEST), tl.maximum(tl.max(y, 1), LOWEST)
+    above = x - ms[:, None]
+    ds, dt = above * units.cs, (y - mt[:, None]) * units.ct
     es, et = tl.exp2(ds), tl.exp2(dt)
     zs, zt = tl.sum(es, 1), tl.sum(et, 1)
     if IS_MIXTURE:
-        ratio = tl.log2(zt / zs)
-        summand, q, v = mixture(ds, dt, ratio[:, None], weight, DIVERGENCE, FAST)
-        each = (1 + 0 * ratio) / zt  # because the floors hide a network's NaN, which shows in Z
-        value, slope_sum = tl.sum(summand, 1) * each, tl.sum(q * v, 1) * each
+        summand, q, v = mixture(ds, dt, zs[:, None], zt[:, None], weight, DIVERGENCE, FAST)
+        value, slope_sum = mixture_value(tl.sum(summand, 1), tl.sum(q * v, 1), zs, zt, DIVERGENCE)
     else:
         zeros = tl.zeros([ROWS], DTYPE)
         a, b = add_products(zeros, zeros, ds, dt, es, et, DIVERGENCE)
         value, slope_sum = kl_value(zs, zt, a, b, weight, DIVERGENCE)
-    m1, z1 = ms, zs
+    z1 = zs
     if LABELS:
-        m1 = tl.maximum(tl.max(x, 1) * units.c1, LOWEST)
-        z1 = tl.sum(tl.exp2(tl.fma(x, units.c1, -m1[:, None])), 1)
+        z1 = tl.sum(tl.exp2(above * units.c1), 1)
 
     if losses_ptr is not None:
         unmasked = (
@@ -530,7 +528,7 @@ def whole_rows(
         if LABELS:
             label = tl.load(labels_ptr + rows, exists, -1).to(tl.int64)
             row_ptr = student_ptr + student_rows
-            ce = cross_entropy(row_ptr, label, n_cols, units.c1, m1, z1, DTYPE)
+            ce = cross_entropy(row_ptr, label, n_cols, units.c1, ms, z1, DTYPE)
             tl.store(cross_entropies_ptr + rows, ce, exists)
     if gradient_ptr is not None:
         factors = _row_factors(
@@ -541,7 +539,7 @@ def whole_rows(
             x, y, columns, units,
             Statistics(
                 ms[:, None], zs[:, None], mt[:, None], zt[:, None], slope_sum[:, None],
-                m1[:, None], z1[:, None],
+                z1[:, None],
             ),
             weight,
             Factors(

@@ -1,10 +1,11 @@
 """Divergences of one tile of logits: their sums, their value and their slope.
 
 Every D = Σ d(log p, log q) is taken from sums over the row, relative to pivots: with
-c = log2(e) / T for each network, ds = c·z_student − pivot, dt = c·z_teacher − pivot, es = exp2(ds),
-et = exp2(dt) and Z = Σ e, the softmaxes are q = es / Zs and p = et / Zt. A pivot is the maximum of
-c·z over what was read so far. Pivot and Z are kept apart, because one number for both would lose
-what a large pivot rounds away. No memory is touched here, but for the logits of the labels.
+c = log2(e) / T for each network, ds = c·(z_student − pivot), dt = c·(z_teacher − pivot),
+es = exp2(ds), et = exp2(dt) and Z = Σ e, the softmaxes are q = es / Zs and p = et / Zt. A pivot is
+the largest logit of what was read so far. It is subtracted first, so that e is exactly 1 there, and
+Z is kept apart from it, because one number for both would lose what a large pivot rounds away. No
+memory is touched here, but for the logits of the labels.
 """
 
 from typing import NamedTuple
@@ -36,8 +37,7 @@ class Sums(NamedTuple):
     zt: tl.tensor  # Σ et
     a: tl.tensor  # Σ et · log ratio
     b: tl.tensor  # Σ es · log ratio
-    m1: tl.tensor  # pivot of the student at T = 1
-    z1: tl.tensor  # Σ exp2(c1·z_student − m1)
+    z1: tl.tensor  # Σ exp2(c1·(z_student − ms))
 
 
 class Statistics(NamedTuple):
@@ -48,7 +48,6 @@ class Statistics(NamedTuple):
     mt: tl.tensor
     zt: tl.tensor
     slope_sum: tl.tensor  # Σ q·v, which the slope q·(v − Σ q·v) subtracts
-    m1: tl.tensor
     z1: tl.tensor
 
 
@@ -81,28 +80,30 @@ def add_products(a, b, ds, dt, es, et, DIVERGENCE: tl.constexpr):
 @triton.jit
 def fold(x, y, units, sums, DIVERGENCE: tl.constexpr, LABELS: tl.constexpr):
     """Add the logits x, y [R, K] to the sums [R] of R threads."""
-    ms = tl.maximum(sums.ms, tl.max(x, 1) * units.cs)
-    mt = tl.maximum(sums.mt, tl.max(y, 1) * units.ct)
-    shrink_s, shrink_t = tl.exp2(sums.ms - ms), tl.exp2(sums.mt - mt)
-    ds, dt = tl.fma(x, units.cs, -ms[:, None]), tl.fma(y, units.ct, -mt[:, None])
+    ms, mt = tl.maximum(sums.ms, tl.max(x, 1)), tl.maximum(sums.mt, tl.max(y, 1))
+    rise_s, rise_t = (ms - sums.ms) * units.cs, (mt - sums.mt) * units.ct
+    shrink_s, shrink_t = tl.exp2(-rise_s), tl.exp2(-rise_t)
+    above = x - ms[:, None]
+    ds, dt = above * units.cs, (y - mt[:, None]) * units.ct
     es, et = tl.exp2(ds), tl.exp2(dt)
-    a, b = rescaled(sums, ms - sums.ms, mt - sums.mt, shrink_s, shrink_t, DIVERGENCE)
+    a, b = rescaled(sums, rise_s, rise_t, shrink_s, shrink_t, DIVERGENCE)
     a, b = add_products(a, b, ds, dt, es, et, DIVERGENCE)
     zs = sums.zs * shrink_s + tl.sum(es, 1)
     zt = sums.zt * shrink_t + tl.sum(et, 1)
-    m1, z1 = sums.m1, sums.z1
+    z1 = sums.z1
     if LABELS:
-        m1 = tl.maximum(m1, tl.max(x, 1) * units.c1)
-        z1 = z1 * tl.exp2(sums.m1 - m1) + tl.sum(tl.exp2(tl.fma(x, units.c1, -m1[:, None])), 1)
-    return Sums(ms, zs, mt, zt, a, b, m1, z1)
+        shrink_1 = tl.exp2((sums.ms - ms) * units.c1)
+        z1 = z1 * shrink_1 + tl.sum(tl.exp2(above * units.c1), 1)
+    return Sums(ms, zs, mt, zt, a, b, z1)
 
 
 @triton.jit
-def merge(sums, DIVERGENCE: tl.constexpr):
+def merge(sums, units, DIVERGENCE: tl.constexpr):
     """Return the sums of a row from those of its threads, or of its splits."""
-    ms, mt, m1 = tl.max(sums.ms, 0), tl.max(sums.mt, 0), tl.max(sums.m1, 0)
-    shrink_s, shrink_t = tl.exp2(sums.ms - ms), tl.exp2(sums.mt - mt)
-    a, b = rescaled(sums, ms - sums.ms, mt - sums.mt, shrink_s, shrink_t, DIVERGENCE)
+    ms, mt = tl.max(sums.ms, 0), tl.max(sums.mt, 0)
+    rise_s, rise_t = (ms - sums.ms) * units.cs, (mt - sums.mt) * units.ct
+    shrink_s, shrink_t = tl.exp2(-rise_s), tl.exp2(-rise_t)
+    a, b = rescaled(sums, rise_s, rise_t, shrink_s, shrink_t, DIVERGENCE)
     return Sums(
         ms,
         tl.sum(sums.zs * shrink_s, 0),
@@ -110,9 +111,14 @@ def merge(sums, DIVERGENCE: tl.constexpr):
         tl.sum(sums.zt * shrink_t, 0),
         tl.sum(a, 0),
         tl.sum(b, 0),
-        m1,
-        tl.sum(sums.z1 * tl.exp2(sums.m1 - m1), 0),
+        tl.sum(sums.z1 * tl.exp2((sums.ms - ms) * units.c1), 0),
     )
+
+
+@triton.jit
+def not_below_0(value):
+    """Return the value of a divergence, which rounding alone makes negative; NaN stays."""
+    return tl.where(value < 0, 0.0, value)
 
 
 @triton.jit
@@ -127,20 +133,25 @@ def kl_value(zs, zt, a, b, weight, DIVERGENCE: tl.constexpr):
         value = weight * (a / zt - ratio) + (1 - weight) * (b / zs + ratio)
     else:
         value = a / zt + tl.log2(zs)
-    return value * LN2, b / zs
+    return not_below_0(value * LN2), b / zs
 
 
 @triton.jit
-def mixture(ds, dt, ratio, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
-    """Return d, q and v of a divergence that needs both Z: D = Σ d has the slope q·(v − Σ q·v).
+def mixture(ds, dt, zs, zt, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
+    """Return d, q and v of a divergence that needs both Z and has the slope q·(v − Σ q·v).
 
-    All three are in units of the teacher's Z: `ratio`, log2(Zt / Zs), brings the student there.
+    The divergence is Σ d, and Σ d + Σ q·v of Jensen-Shannon, whose two sums are made alike, so that
+    with a weight of ½ student and teacher may change places.
     """
+    if DIVERGENCE == "jensen_shannon":
+        log_q, log_p = ds - tl.log2(zs), dt - tl.log2(zt)
+    else:  # in units of the teacher's Z, because that takes fewer registers
+        log_q, log_p = ds + tl.log2(zt / zs), dt
     if DIVERGENCE == "total_variation":
-        p, q = tl.exp2(dt), tl.exp2(ds + ratio)
+        p, q = tl.exp2(log_p), tl.exp2(log_q)
         return 0.5 * tl.abs(p - q), q, tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
     # floors instead of selections, because with them 0·∞ cannot come up
-    log_q, log_p = tl.maximum(ds + ratio, SMALLEST), tl.maximum(dt, SMALLEST)
+    log_q, log_p = tl.maximum(log_q, SMALLEST), tl.maximum(log_p, SMALLEST)
     p, q = tl.exp2(log_p), tl.exp2(log_q)
     of_teacher, of_student = weight, 1 - weight
     if DIVERGENCE == "skew_reverse_kl":
@@ -153,8 +164,28 @@ def mixture(ds, dt, ratio, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr)
         share = tl.exp2(log_q - log_m)
         above = (log_q - log_m) * LN2
         return q * above, q, above - weight * share
-    above = (log_q - log_m) * ((1 - weight) * LN2)
-    return p * (log_p - log_m) * (weight * LN2) + q * above, q, above
+    below = (log_p - log_m) * (weight * LN2)
+    return p * below, q, (log_q - log_m) * ((1 - weight) * LN2)
+
+
+@triton.jit
+def mixture_unit(zs, zt, DIVERGENCE: tl.constexpr):
+    """Return what the sums and the slopes of a mixture are multiplied by.
+
+    It is NaN for a row without a softmax (all −∞, or +∞ in it), which shows in Z alone.
+    """
+    if DIVERGENCE == "jensen_shannon":
+        return 1 + 0 * (tl.log2(zs) + tl.log2(zt))
+    return (1 + 0 * tl.log2(zt / zs)) / zt
+
+
+@triton.jit
+def mixture_value(summands, slopes, zs, zt, DIVERGENCE: tl.constexpr):
+    """Return the value of a row, and Σ q·v, from the sums of d and of q·v."""
+    each, value = mixture_unit(zs, zt, DIVERGENCE), summands
+    if DIVERGENCE == "jensen_shannon":
+        value += slopes
+    return not_below_0(value * each), slopes * each
 
 
 @triton.jit
@@ -169,15 +200,14 @@ def slope(ds, dt, row, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
         if DIVERGENCE == "reverse_kl":
             return reverse
         return (1 - weight) * reverse + weight * (q - tl.exp2(dt) * (1 / row.zt))
-    ratio = tl.log2(row.zt / row.zs)
-    _, q, v = mixture(ds, dt, ratio, weight, DIVERGENCE, FAST)
-    # Z is multiplied in, because a row without a softmax (all −∞, or +∞ in it) shows in Z alone
-    return tl.where(ds <= SMALLEST, 0.0, q * (v - row.slope_sum)) * ((1 + 0 * ratio) / row.zt)
+    _, q, v = mixture(ds, dt, row.zs, row.zt, weight, DIVERGENCE, FAST)
+    each = mixture_unit(row.zs, row.zt, DIVERGENCE)
+    return tl.where(ds <= SMALLEST, 0.0, q * (v - row.slope_sum)) * each
 
 
 @triton.jit
-def cross_entropy(student_row, label, n_cols, c1, m1, z1, DTYPE: tl.constexpr):
+def cross_entropy(student_row, label, n_cols, c1, ms, z1, DTYPE: tl.constexpr):
     """Return −log softmax(student)[label] at T = 1: 0 without a label, NaN if out of range."""
     inside = (label >= 0) & (label < n_cols)
     x = tl.load(student_row + label, mask=inside, other=float("nan")).to(DTYPE)
-    return tl.where(label < 0, 0.0, (tl.log2(z1) - tl.fma(x, c1, -m1)) * LN2)
+    return tl.where(label < 0, 0.0, (tl.log2(z1) - (x - ms) * c1) * LN2)

@@ -1,0 +1,123 @@
+"""What torch.compile sees of an op: custom ops that it does not trace into, and their outputs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastkd._precision import compute_dtype, without_autocast
+from fastkd._version import __version__
+
+if TYPE_CHECKING:
+    from fastkd._op import Op
+
+_library = torch.library.Library("fastkd", "DEF")
+_SCHEMA = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float | Tensor: "Tensor",  # the compiler would specialise on the value of a float
+    str: "str",
+    int: "int",
+    bool: "bool",
+}
+
+
+class OpaqueOps:
+    """The custom ops of an `Op`: its forward and, if it recomputes, its backward.
+
+    Args:
+        op: The op whose outputs and gradients they return.
+        fields: The annotations of the problem's fields.
+        trained: The fields that get a gradient.
+    """
+
+    def __init__(self, op: Op, fields: Mapping[str, Any], trained: Sequence[str]) -> None:
+        self.op = op
+        # the compiler's cache on disk knows an op by its name, so another release has another name
+        name = f"{op.name}_{{}}_{__version__.replace('.', '_')}"
+        schema = [f"{_SCHEMA[kind]} {field}" for field, kind in fields.items()]
+        arguments = ", ".join([*schema, *(f"bool needs_{x}" for x in trained), "str engine"])
+        n_saved = 1 if op.recomputes else len(trained)
+        outputs = ", ".join(["Tensor"] * (op.n_losses + n_saved))
+        self.forward = _define(
+            name.format("forward"), f"({arguments}) -> ({outputs})", self._forward, self._outputs
+        )
+        if op.recomputes:
+            upstream = ", ".join(f"Tensor? upstream_{i}" for i in range(op.n_losses))
+            self.backward = _define(
+                name.format("backward"),
+                f"({upstream}, Tensor statistics, {arguments}) -> Tensor",
+                self._backward,
+                self._gradient,
+            )
+
+    def numbers_as_tensors(self, arguments: Sequence[Any]) -> list[Any]:
+        """Return the arguments with a new tensor in place of each number.
+
+        The compiler would specialise on numbers, and it refuses a tensor that is passed twice. A
+        product makes the tensor, because torch.full would be specialised as well.
+        """
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        wide = any(x.dtype == torch.float64 and x.ndim for x in tensors)
+        # some devices have no float64
+        dtype = torch.float64 if wide else torch.float32
+        one = torch.ones((), dtype=dtype, device=tensors[0].device)
+        return [one * x if i in self.op.numbers else x for i, x in enumerate(arguments)]
+
+    def solve(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """Return what `Op.forward` returns, with an empty tensor for each that is not there."""
+        op = self.op
+        if op.recomputes:  # the compiler must know what is saved: statistics
+            n = op.n_fields
+            arguments = (*arguments[:n], *[False] * len(op.trained), arguments[-1])
+        outputs = op.forward(*arguments)
+        examples = arguments[op.trained[0]].shape[:-1] if op.per_example else ()
+        return tuple(
+            outputs[0].new_empty((*examples, 0) if i < op.n_losses else 0) if x is None else x
+            for i, x in enumerate(outputs)
+        )
+
+    def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        device = arguments[self.op.trained[0]].device
+        # autocast is off where an eager loss is solved, but may be on in a compiled graph
+        with torch.no_grad(), without_autocast(device):
+            return self.solve(*_detached(arguments))
+
+    def _backward(self, *arguments: Any) -> Any:
+        with torch.no_grad():
+            (gradient,) = self.op.backward(*_detached(arguments))
+        return gradient
+
+    def _outputs(self, *arguments: Any) -> tuple[Tensor, ...]:
+        op = self.op
+        problem, needs_grad, engine = op.read(arguments)
+        like = problem[op.trained[0]]
+        wide = [x for x in problem if isinstance(x, Tensor) and x.ndim]
+        new = functools.partial(like.new_empty, dtype=compute_dtype(*wide))
+        examples = like.shape[:-1] if op.per_example else like.shape[:0]
+        absent = [field is not None and problem[field] is None for field in op.losses]
+        losses = [new((*examples, 0) if gone else examples) for gone in absent]
+        if op.recomputes:
+            return *losses, new((*examples, engine.n_statistics(problem)))
+        gradients = zip(op.trained, needs_grad, strict=True)
+        return *losses, *(new(problem[i].shape if needed else 0) for i, needed in gradients)
+
+    def _gradient(self, *arguments: Any) -> Tensor:
+        field = arguments[len(arguments) - self.op.n_arguments + self.op.trained[0]]
+        return torch.empty_like(field, memory_format=torch.contiguous_format)
+
+
+def _define(name: str, schema: str, body: Callable, fake: Callable) -> Any:
+    """Define a custom op with its body and the outputs that it announces, and return it."""
+    _library.define(name + schema)
+    _library.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastkd::{name}", fake, lib=_library)
+    return getattr(torch.ops.fastkd, name).default
+
+
+def _detached(arguments: Sequence[Any]) -> list[Any]:
+    return [x.detach() if isinstance(x, Tensor) else x for x in arguments]
