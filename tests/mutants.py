@@ -99,10 +99,6 @@ EQUIVALENT = [
         "sums that come out too small send the rows to their maxima, as a larger bound does",
     ),
     (
-        *("fastkd/portable/_row_terms.py", "terms_of", "2:4 → 2:5"),
-        "a softmax takes the first two of the tensors",
-    ),
-    (
         *("fastkd/portable/relations.py", "_angles"),
         "slopes[:, local].fill_diagonal_(0) → slopes[:, local]",
         "the Laplacian of the slopes cancels its diagonal",
