@@ -14,7 +14,6 @@ from fastkd.correlation import correlation_congruence, dist_kd, pkt, similarity_
 from fastkd.divergence import (
     forward_kl,
     jensen_shannon,
-    kd,
     logit_mse,
     reverse_kl,
     skew_kl,
@@ -51,6 +50,7 @@ from fastkd.modules import (
 )
 from fastkd.relational import rkd, rkd_angle, rkd_distance
 from fastkd.self_distillation import dino
+from fastkd.vanilla import kd
 
 __all__ = [
     "ClipLoss",

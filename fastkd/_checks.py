@@ -169,6 +169,23 @@ def labels(labels: Tensor, student: Tensor, ignore_index: int) -> None:
             )
 
 
+def probabilities(teacher: Tensor, form: str) -> None:
+    """Raise an error if a teacher of this form holds what is no probability or logarithm of one."""
+    if not _has_values_at_hand(teacher) or not teacher.numel():
+        return
+    lowest, highest = (x.item() for x in teacher.aminmax())
+    if form == "probabilities" and lowest < 0:
+        raise ValueError(
+            f"teacher_form={form!r} needs numbers of at least 0, got {lowest:g}: logarithms of "
+            'probabilities are "log_probabilities", unnormalised ones are "logits"'
+        )
+    if form == "log_probabilities" and highest > 1e-2:
+        raise ValueError(
+            f"teacher_form={form!r} needs numbers of at most 0, got {highest:g}: probabilities are "
+            '"probabilities", unnormalised logarithms are "logits"'
+        )
+
+
 def all_labelled(labels: Tensor, ignore_index: int) -> bool:
     """Return whether it is known, without a host sync, that no label is to be ignored."""
     if ignore_index >= 0 or not _has_values_at_hand(labels) or not labels.numel():

@@ -19,6 +19,7 @@ P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
 
 _REDUCTION = ("weights", "normalizer", "reduction")  # parameters that a formula does not read
+_ROW_LABELS = ("labels", "ignore_index")  # these too, where labels are an option
 _PARTS = "return_parts"
 _THIS_PROCESS = Ranks()
 
@@ -65,7 +66,8 @@ def loss(
     """Decorate a formula, which keeps its signature and becomes a public loss.
 
     The parameters before `*` are the batch, tensors and learnt numbers; those after it are options.
-    The decorator reads `weights`, `normalizer`, `reduction`, `return_parts` and `group` itself.
+    The decorator reads `weights`, `normalizer`, `reduction`, `return_parts` and `group` itself, and
+    `labels` and `ignore_index` where both are options: rows with that label have weight 0.
 
     Args:
         check: ``check(*batch, **options)`` raises an error if they do not fit together.
@@ -88,7 +90,7 @@ def loss(
         defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         constant = [name.startswith("teacher") for name in batch]
         spread = [name not in same_on_ranks for name in batch]
-        name = formula.__name__
+        name, takes_labels = formula.__name__, "labels" in defaults
 
         def engine_for(tensors: Sequence[Tensor]) -> str:
             if statement is None or (on_cpu_alone and not tensors[0].is_cpu):
@@ -133,14 +135,20 @@ def loss(
                 found = losses_of(arguments, options, None, ranks)
                 return ranks.mean(found, len(arguments[0][0])) if is_mean else found
             weights, normalizer, reduction = map(options.pop, _REDUCTION)
+            labels, ignore_index = map(options.pop, _ROW_LABELS) if takes_labels else (None, 0)
             return_parts = options.pop(_PARTS, False)
             if reduction != "mean" or normalizer is not None:
                 _checks.reduction(reduction, normalizer)
             check(*arguments, **options)
-            mask = None
             if weights is not None:
                 n_dims = arguments[0].ndim - 1 if per_example is True else per_example
                 _checks.weights(weights, arguments[0].shape[:n_dims], arguments[0].device)
+            if labels is not None:
+                _checks.labels(labels, arguments[0], ignore_index)
+                labelled = labels.long() != ignore_index  # −100 is 156 in uint8
+                weights = labelled if weights is None else torch.where(labelled, weights, 0)
+            mask = None
+            if weights is not None:
                 mask = weights if weights.dtype == torch.bool else weights.detach() != 0
             found = losses_of(arguments, options, mask, _THIS_PROCESS)
             if isinstance(found, Tensor):

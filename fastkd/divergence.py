@@ -16,15 +16,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._loss import Term, loss, selected
+from fastkd._loss import loss
 from fastkd._op import Number
 from fastkd.problems import rows
 from fastkd.problems.rows import is_exactly
 
 
-def _log_softmaxes(student: Tensor, teacher: Tensor, temperature: Number) -> tuple[Tensor, Tensor]:
-    """Return log q and log p."""
-    return (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+def _softened(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: Number,
+    student_temperature: Number | None,
+    teacher_temperature: Number | None,
+    teacher_form: str,
+    scale_t2: bool,
+) -> tuple[Tensor, Tensor, Number]:
+    """Return log q, log p and the factor T² of a loss, or 1."""
+    of_student, of_teacher = rows.temperatures(
+        temperature, student_temperature, teacher_temperature
+    )
+    log_q = (student / of_student).log_softmax(-1)
+    log_p = (rows.as_logits(teacher, teacher_form) / of_teacher).log_softmax(-1)
+    return log_q, log_p, of_student * of_teacher if scale_t2 else 1.0
 
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:
@@ -32,13 +45,14 @@ def _expectation(p: Tensor, x: Tensor) -> Tensor:
     return (p * torch.where(p == 0, 0, x)).sum(-1)
 
 
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p ‖ q)."""
+    return _expectation(log_p.exp(), log_p - log_q)
+
+
 def _log_mixture(p: Tensor, q: Tensor, weight: Number) -> Tensor:
     """Return log(weight · p + (1 − weight) · q), finite where both vanish."""
     return (weight * p + (1 - weight) * q).clamp(min=torch.finfo(p.dtype).tiny).log()
-
-
-def _scaled(losses: Tensor, temperature: Number, scale_t2: bool) -> Tensor:
-    return temperature**2 * losses if scale_t2 else losses
 
 
 @loss(rows.check, rows.divergence, per_example=True)
@@ -47,7 +61,12 @@ def forward_kl(
     teacher_logits: Tensor,
     *,
     temperature: Number = 1.0,
+    student_temperature: Number | None = None,
+    teacher_temperature: Number | None = None,
+    teacher_form: str = "logits",
     scale_t2: bool = True,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
     weights: Tensor | None = None,
     normalizer: Any = None,
     reduction: str = "mean",
@@ -61,7 +80,14 @@ def forward_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         temperature: T > 0, which divides both networks' logits. A number or a 0-dim tensor.
+        student_temperature: Replaces T for the student. T² becomes the product of both.
+        teacher_temperature: Replaces T for the teacher, for example 1 for one whose probabilities
+            were softened when they were recorded.
+        teacher_form: What teacher_logits hold: "logits", "probabilities" or "log_probabilities".
+            Logarithms of probabilities are logits, which T softens (further).
         scale_t2: Whether the loss is multiplied by T².
+        labels: Class indices of the rows, (...), integers. They only say which rows count.
+        ignore_index: Rows with this label count as rows of weight 0.
         weights: One number or bool for each row, (...). A row of weight 0 contributes exactly 0 to
             loss and gradient, whatever it holds.
         normalizer: Replaces the divisor Σ weights of the mean, for example by the number of target
@@ -80,8 +106,11 @@ def forward_kl(
     Reference:
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
     """
-    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
-    return _scaled(_expectation(log_p.exp(), log_p - log_q), temperature, scale_t2)
+    log_q, log_p, t2 = _softened(
+        student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
+        teacher_form, scale_t2,
+    )  # fmt: skip
+    return t2 * _kl(log_p, log_q)
 
 
 @loss(rows.check, rows.divergence, per_example=True)
@@ -90,7 +119,12 @@ def reverse_kl(
     teacher_logits: Tensor,
     *,
     temperature: Number = 1.0,
+    student_temperature: Number | None = None,
+    teacher_temperature: Number | None = None,
+    teacher_form: str = "logits",
     scale_t2: bool = True,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
     weights: Tensor | None = None,
     normalizer: Any = None,
     reduction: str = "mean",
@@ -103,7 +137,8 @@ def reverse_kl(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, scale_t2, weights, normalizer, reduction: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, labels,
+            ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).
@@ -115,8 +150,11 @@ def reverse_kl(
         Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2024.
         arXiv:2306.08543
     """
-    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
-    return _scaled(_expectation(log_q.exp(), log_q - log_p), temperature, scale_t2)
+    log_q, log_p, t2 = _softened(
+        student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
+        teacher_form, scale_t2,
+    )  # fmt: skip
+    return t2 * _kl(log_q, log_p)
 
 
 @loss(rows.check, rows.divergence, per_example=True)
@@ -126,7 +164,12 @@ def jensen_shannon(
     *,
     beta: Number = 0.5,
     temperature: Number = 1.0,
+    student_temperature: Number | None = None,
+    teacher_temperature: Number | None = None,
+    teacher_form: str = "logits",
     scale_t2: bool = True,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
     weights: Tensor | None = None,
     normalizer: Any = None,
     reduction: str = "mean",
@@ -140,7 +183,8 @@ def jensen_shannon(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         beta: β in [0, 1], the teacher's share of the mixture. A number or a 0-dim tensor.
-        temperature, scale_t2, weights, normalizer, reduction: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, labels,
+            ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).
@@ -151,16 +195,16 @@ def jensen_shannon(
     Reference:
         Agarwal et al., On-Policy Distillation of Language Models, 2024. arXiv:2306.13649
     """
+    log_q, log_p, t2 = _softened(
+        student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
+        teacher_form, scale_t2,
+    )  # fmt: skip
     if is_exactly(beta, 0) or is_exactly(beta, 1):
-        kl = reverse_kl if beta else forward_kl
-        return kl.formula(
-            student_logits, teacher_logits, temperature=temperature, scale_t2=scale_t2
-        )
-    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
+        return t2 * (_kl(log_q, log_p) if beta else _kl(log_p, log_q))
     q, p = log_q.exp(), log_p.exp()
     log_m = _log_mixture(p, q, beta)
     divergence = beta * _expectation(p, log_p - log_m) + (1 - beta) * _expectation(q, log_q - log_m)
-    return _scaled(divergence, temperature, scale_t2)
+    return t2 * divergence
 
 
 @loss(rows.check, rows.divergence, per_example=True)
@@ -170,7 +214,12 @@ def skew_kl(
     *,
     skew: Number = 0.1,
     temperature: Number = 1.0,
+    student_temperature: Number | None = None,
+    teacher_temperature: Number | None = None,
+    teacher_form: str = "logits",
     scale_t2: bool = True,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
     weights: Tensor | None = None,
     normalizer: Any = None,
     reduction: str = "mean",
@@ -181,7 +230,8 @@ def skew_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         skew: α in [0, 1], the teacher's share of the mixture; 0 is the forward KL.
-        temperature, scale_t2, weights, normalizer, reduction: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, labels,
+            ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).
@@ -192,14 +242,15 @@ def skew_kl(
     Reference:
         Ko et al., DistiLLM: Towards Streamlined Distillation, 2024. arXiv:2402.03898
     """
+    log_q, log_p, t2 = _softened(
+        student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
+        teacher_form, scale_t2,
+    )  # fmt: skip
     if is_exactly(skew, 0):
-        return forward_kl.formula(
-            student_logits, teacher_logits, temperature=temperature, scale_t2=scale_t2
-        )
-    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
+        return t2 * _kl(log_p, log_q)
     p = log_p.exp()
     log_m = _log_mixture(p, log_q.exp(), skew)
-    return _scaled(_expectation(p, log_p - log_m), temperature, scale_t2)
+    return t2 * _expectation(p, log_p - log_m)
 
 
 @loss(rows.check, rows.divergence, per_example=True)
@@ -209,7 +260,12 @@ def skew_reverse_kl(
     *,
     skew: Number = 0.1,
     temperature: Number = 1.0,
+    student_temperature: Number | None = None,
+    teacher_temperature: Number | None = None,
+    teacher_form: str = "logits",
     scale_t2: bool = True,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
     weights: Tensor | None = None,
     normalizer: Any = None,
     reduction: str = "mean",
@@ -220,7 +276,8 @@ def skew_reverse_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         skew: α in [0, 1], the student's share of the mixture; 0 is the reverse KL, which may be +∞.
-        temperature, scale_t2, weights, normalizer, reduction: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, labels,
+            ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).
@@ -231,14 +288,15 @@ def skew_reverse_kl(
     Reference:
         Ko et al., DistiLLM: Towards Streamlined Distillation, 2024. arXiv:2402.03898
     """
+    log_q, log_p, t2 = _softened(
+        student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
+        teacher_form, scale_t2,
+    )  # fmt: skip
     if is_exactly(skew, 0):
-        return reverse_kl.formula(
-            student_logits, teacher_logits, temperature=temperature, scale_t2=scale_t2
-        )
-    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
+        return t2 * _kl(log_q, log_p)
     q = log_q.exp()
     log_m = _log_mixture(log_p.exp(), q, 1 - skew)
-    return _scaled(_expectation(q, log_q - log_m), temperature, scale_t2)
+    return t2 * _expectation(q, log_q - log_m)
 
 
 @loss(rows.check, rows.divergence, per_example=True)
@@ -248,7 +306,12 @@ def symmetric_kl(
     *,
     weight: Number = 0.5,
     temperature: Number = 1.0,
+    student_temperature: Number | None = None,
+    teacher_temperature: Number | None = None,
+    teacher_form: str = "logits",
     scale_t2: bool = True,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
     weights: Tensor | None = None,
     normalizer: Any = None,
     reduction: str = "mean",
@@ -259,7 +322,8 @@ def symmetric_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         weight: w in [0, 1], the share of the forward KL; ½ gives half of Jeffreys' divergence.
-        temperature, scale_t2, weights, normalizer, reduction: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, labels,
+            ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).
@@ -270,12 +334,15 @@ def symmetric_kl(
     Reference:
         Jeffreys, An Invariant Form for the Prior Probability in Estimation Problems, 1946
     """
-    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
+    log_q, log_p, t2 = _softened(
+        student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
+        teacher_form, scale_t2,
+    )  # fmt: skip
     q, p = log_q.exp(), log_p.exp()
     # weighted inside the sums, so that a weight of exactly 0 masks even what is infinite
     forward = _expectation(weight * p, log_p - log_q)
     reverse = _expectation((1 - weight) * q, log_q - log_p)
-    return _scaled(forward + reverse, temperature, scale_t2)
+    return t2 * forward + reverse
 
 
 @loss(rows.check, rows.divergence, per_example=True)
@@ -284,7 +351,12 @@ def total_variation(
     teacher_logits: Tensor,
     *,
     temperature: Number = 1.0,
+    student_temperature: Number | None = None,
+    teacher_temperature: Number | None = None,
+    teacher_form: str = "logits",
     scale_t2: bool = True,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
     weights: Tensor | None = None,
     normalizer: Any = None,
     reduction: str = "mean",
@@ -296,7 +368,8 @@ def total_variation(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, scale_t2, weights, normalizer, reduction: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, labels,
+            ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).
@@ -307,8 +380,11 @@ def total_variation(
     Reference:
         Wen et al., f-Divergence Minimization for Knowledge Distillation, 2023. arXiv:2307.15190
     """
-    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
-    return _scaled(0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1), temperature, scale_t2)
+    log_q, log_p, t2 = _softened(
+        student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
+        teacher_form, scale_t2,
+    )  # fmt: skip
+    return t2 * 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
 @loss(rows.check, rows.divergence, per_example=True)
@@ -317,7 +393,12 @@ def soft_cross_entropy(
     teacher_logits: Tensor,
     *,
     temperature: Number = 1.0,
+    student_temperature: Number | None = None,
+    teacher_temperature: Number | None = None,
+    teacher_form: str = "logits",
     scale_t2: bool = True,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
     weights: Tensor | None = None,
     normalizer: Any = None,
     reduction: str = "mean",
@@ -329,7 +410,8 @@ def soft_cross_entropy(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, scale_t2, weights, normalizer, reduction: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, labels,
+            ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).
@@ -340,8 +422,11 @@ def soft_cross_entropy(
     Reference:
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
     """
-    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature)
-    return _scaled(_expectation(log_p.exp(), -log_q), temperature, scale_t2)
+    log_q, log_p, t2 = _softened(
+        student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
+        teacher_form, scale_t2,
+    )  # fmt: skip
+    return t2 * _expectation(log_p.exp(), -log_q)
 
 
 @loss(rows.check, rows.logit_mse, per_example=True, has_kernels=False, on_cpu_alone=True)
@@ -351,6 +436,8 @@ def logit_mse(
     *,
     temperature: Number = 1.0,
     scale_t2: bool = True,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
     weights: Tensor | None = None,
     normalizer: Any = None,
     reduction: str = "mean",
@@ -363,7 +450,8 @@ def logit_mse(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, scale_t2, weights, normalizer, reduction: As in `forward_kl`.
+        temperature, scale_t2, labels, ignore_index, weights, normalizer, reduction: As in
+            `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).
@@ -378,97 +466,3 @@ def logit_mse(
     student, teacher = student_logits.clamp(min=lowest), teacher_logits.clamp(min=lowest)
     losses = F.mse_loss(student, teacher, reduction="none").mean(-1)
     return losses if scale_t2 else losses / temperature**2
-
-
-_FORMULAS = {
-    f.__name__: f.formula
-    for f in (
-        forward_kl,
-        reverse_kl,
-        jensen_shannon,
-        skew_kl,
-        skew_reverse_kl,
-        symmetric_kl,
-        total_variation,
-        soft_cross_entropy,
-    )
-}
-
-
-@loss(rows.check_kd, rows.kd, per_example=True)
-def kd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    *,
-    alpha: Number = 0.5,
-    temperature: Number = 4.0,
-    divergence: str = "forward_kl",
-    beta: Number = 0.5,
-    skew: Number = 0.1,
-    weight: Number = 0.5,
-    scale_t2: bool = True,
-    ignore_index: int = -100,
-    distill_ignored: bool = False,
-    return_parts: bool = False,
-    weights: Tensor | None = None,
-    normalizer: Any = None,
-    reduction: str = "mean",
-) -> Any:
-    """Compute α CE(softmax(student_logits), labels) + (1 − α) T² D(p, q), vanilla distillation.
-
-    The cross-entropy is that of the logits at T = 1. Each term is a mean over its own rows.
-
-    Args:
-        student_logits: Logits of the student, (..., V), unnormalised.
-        teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        labels: Class indices, (...), integers in [0, V) or `ignore_index`.
-        alpha: α in [0, 1], the share of the cross-entropy. A term of share 0 counts for nothing,
-            even where it is infinite.
-        temperature: T > 0, which divides both networks' logits in D.
-        divergence: The name of D, any of the losses above but `logit_mse`.
-        beta: The option of D = "jensen_shannon".
-        skew: The option of D = "skew_kl" and "skew_reverse_kl".
-        weight: The option of D = "symmetric_kl".
-        scale_t2: Whether D is multiplied by T².
-        ignore_index: Rows with this label count in neither term.
-        distill_ignored: Whether those rows count in D after all, as unlabelled examples: CE is then
-            the mean over the labelled rows, D over all of them.
-        return_parts: Whether to return (loss, CE, D), the parts without their shares.
-        weights: One number or bool for each row, (...). A row of weight 0 contributes exactly 0 to
-            loss and gradient, whatever it holds.
-        normalizer: Replaces the divisor Σ weights of the means. A number or a 0-dim tensor.
-        reduction: "mean" (Σ w·l / Σ w), "sum" (Σ w·l) or "none" (w·l).
-
-    Returns:
-        A scalar or, with reduction "none", one loss for each row (...). A tuple of three of them
-        with `return_parts`.
-
-    Raises:
-        TypeError: The logits are no floating-point tensors or the labels no integers, or an option
-            has an unknown name.
-        ValueError: The inputs do not fit together, a label does not exist, or an option is out of
-            range. On a GPU, where a look at the labels would be a host sync, a label that does not
-            exist gives a NaN instead.
-
-    Reference:
-        Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
-    """
-    labels = labels.long()  # −100 is 156 in uint8
-    labelled = labels != ignore_index
-    of_labels = selected(student_logits, labelled)
-    classes = torch.where(labelled, labels, 0).unsqueeze(-1)
-    cross_entropies = -of_labels.log_softmax(-1).gather(-1, classes).squeeze(-1)
-    distilled = None if distill_ignored else labelled
-    own = dict(beta=beta, skew=skew, weight=weight)
-    divergences = _FORMULAS[divergence](
-        of_labels if distilled is not None else student_logits,
-        selected(teacher_logits, distilled),
-        temperature=temperature,
-        scale_t2=scale_t2,
-        **{name: own[name] for name in [rows.OPTIONS.get(divergence)] if name},
-    )
-    return [
-        Term(alpha, selected(cross_entropies, labelled), labelled),
-        Term(1 - alpha, selected(divergences, distilled), distilled),
-    ]

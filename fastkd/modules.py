@@ -17,13 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import _checks, contrastive, correlation, divergence, relational, self_distillation
+from fastkd import (
+    _checks,
+    contrastive,
+    correlation,
+    divergence,
+    relational,
+    self_distillation,
+    vanilla,
+)
 from fastkd._backend import backend
 from fastkd._precision import compute_dtype
 from fastkd._ranks import Ranks
 from fastkd.problems import _crops as crops
 
-_OF_A_BATCH = ("weights", "normalizer")  # keyword parameters that belong to a batch
+_OF_A_BATCH = ("labels", "weights", "normalizer")  # keyword parameters that belong to a batch
 _OF_A_MODULE = ("center",)  # parameters that a module keeps as its state
 
 
@@ -154,7 +162,7 @@ class LogitMSELoss(_Loss, function=divergence.logit_mse):
     """
 
 
-class KDLoss(_Loss, function=divergence.kd):
+class KDLoss(_Loss, function=vanilla.kd):
     """α CE(q at T = 1, labels) + (1 − α) T² D(p, q), the module of `fastkd.kd`.
 
     Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531

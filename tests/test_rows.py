@@ -587,3 +587,64 @@ def test_every_width_up_to_a_block(case, engine):
     for width in (2, 3, 16, 31, 33, 64, 127, 130, 257):
         inputs = case.inputs((2,), width)
         assert_same(results(case, inputs), results(case.truth, inputs), 1e-11)
+
+
+# -------------------------------------------------------------------------- options of divergences
+
+with_options = pytest.mark.parametrize(
+    "name, own", [(name, own) for name, own in DIVERGENCES.items() if name != "logit_mse"], ids=str
+)
+
+
+@with_options
+def test_each_network_may_have_a_temperature_of_its_own(name, own, engine):
+    student, teacher = logits((5,), 17)
+    loss = getattr(fastkd, name)
+    plain = results(lambda x: 6 * loss(x / 3, teacher / 2, reduction="none", **own), [student])
+    both = (
+        dict(temperature=3.0, teacher_temperature=2.0),
+        dict(student_temperature=3.0, teacher_temperature=torch.tensor(2.0)),
+    )
+    for options in both:
+        found = results(lambda x: loss(x, teacher, reduction="none", **own, **options), [student])
+        assert_same(found, plain)
+
+
+@with_options
+def test_teachers_may_be_probabilities_or_their_logarithms(name, own, engine):
+    student, teacher = logits((5,), 17)
+    teacher[:, 3] = -math.inf
+    loss, log_p = getattr(fastkd, name), teacher.log_softmax(-1)
+    forms = {"log_probabilities": log_p, "probabilities": log_p.exp()}
+    options = dict(temperature=2.0, reduction="none", **own)
+    expected = results(lambda x: loss(x, teacher, **options), [student])
+    for form, given in forms.items():
+        found = results(lambda x: loss(x, given, teacher_form=form, **options), [student])
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", [*DIVERGENCES, "logit_mse"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_labels_say_which_rows_count(name, dtype, engine):
+    student, teacher = logits((3, 4), 17)
+    teacher[0, 1], weights = math.nan, normal(3, 4).abs()
+    labels = torch.full((3, 4), 5, dtype=dtype, device=DEVICE)
+    labels[0, 1] = labels[2, 3] = 200
+    loss, counts = getattr(fastkd, name), labels != 200
+    for given in (None, weights):
+        expected = results(
+            lambda x: loss(x, teacher, weights=counts * (1 if given is None else given)), [student]
+        )
+        found = results(
+            lambda x: loss(x, teacher, labels=labels, ignore_index=200, weights=given), [student]
+        )
+        assert_same(found, expected)
+
+
+def test_the_weights_of_both_terms_are_free(inputs, engine):
+    loss, ce, distance = fastkd.kd(*inputs, alpha=2.0, distill_weight=3.0, return_parts=True)
+    assert_same([loss], [2 * ce + 3 * distance])
+    student, teacher, labels = inputs
+    nothing = fastkd.kd(student, math.inf * teacher, labels, alpha=0.0, distill_weight=0.0)
+    nothing.backward()
+    assert nothing == 0 and not student.grad.any()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -60,12 +60,30 @@ _LIMITS = {
 }
 
 
+FORMS = ("logits", "probabilities", "log_probabilities")
+
+
 def check(
-    student: Tensor, teacher: Tensor, *, temperature: Number, scale_t2: bool, **fraction: Number
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: Number,
+    scale_t2: bool,
+    student_temperature: Number | None = None,
+    teacher_temperature: Number | None = None,
+    teacher_form: str = "logits",
+    **fraction: Number,
 ) -> None:
     """Raise an error for logits that do not fit together and options out of range."""
     _checks.logits(student, teacher)
     _checks.temperature(temperature)
+    if student_temperature is not None:
+        _checks.temperature(student_temperature, "student_temperature")
+    if teacher_temperature is not None:
+        _checks.temperature(teacher_temperature, "teacher_temperature")
+    if teacher_form != "logits":
+        _checks.one_of(FORMS, teacher_form=teacher_form)
+        _checks.probabilities(teacher, teacher_form)
     if fraction:
         _checks.fraction(**fraction)
 
@@ -76,20 +94,43 @@ def check_kd(
     labels: Tensor,
     *,
     alpha: Number,
-    temperature: Number,
+    distill_weight: Number | None,
     divergence: str,
-    scale_t2: bool,
     ignore_index: int,
     distill_ignored: bool,
-    **options: Number,
+    beta: Number,
+    skew: Number,
+    weight: Number,
+    **softening: Any,
 ) -> None:
     """Raise an error for logits and labels that do not fit together and options out of range."""
     if not isinstance(divergence, str) or divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    _checks.fraction(alpha=alpha)
-    own = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
-    check(student, teacher, temperature=temperature, scale_t2=scale_t2, **own)
+    if distill_weight is None:
+        _checks.fraction(alpha=alpha)
+    else:
+        _checks.at_least_0(alpha=alpha, distill_weight=distill_weight)
+    options = dict(beta=beta, skew=skew, weight=weight)
+    own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
+    check(student, teacher, **softening, **own)
     _checks.labels(labels, student, ignore_index)
+
+
+def temperatures(
+    temperature: Number, student_temperature: Number | None, teacher_temperature: Number | None
+) -> tuple[Number, Number]:
+    """Return the temperatures of student and teacher, T where they have none of their own."""
+    return (
+        temperature if student_temperature is None else student_temperature,
+        temperature if teacher_temperature is None else teacher_temperature,
+    )
+
+
+def as_logits(teacher: Tensor, form: str) -> Tensor:
+    """Return logits with these probabilities, whose logarithms are logits already."""
+    if form != "probabilities":
+        return teacher
+    return teacher.detach().to(compute_dtype(teacher)).log()
 
 
 def is_exactly(number: Number, value: float) -> bool:
@@ -97,17 +138,9 @@ def is_exactly(number: Number, value: float) -> bool:
     return not isinstance(number, Tensor) and number == value
 
 
-def divergence(
-    call: Call,
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    temperature: Number,
-    scale_t2: bool,
-    **weight: Number,
-) -> Tensor:
+def divergence(call: Call, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
     """Solve for the divergence that the loss is named after."""
-    losses, _ = _solve(call, call.name, student, teacher, None, temperature, scale_t2, weight)
+    losses, _ = _solve(call, call.name, student, teacher, None, **options)
     return losses
 
 
@@ -130,12 +163,14 @@ def kd(
     labels: Tensor,
     *,
     alpha: Number,
-    temperature: Number,
+    distill_weight: Number | None,
     divergence: str,
-    scale_t2: bool,
     ignore_index: int,
     distill_ignored: bool,
-    **options: Number,
+    beta: Number,
+    skew: Number,
+    weight: Number,
+    **softening: Any,
 ) -> list[Term]:
     """Solve for the cross-entropy with the labels and for a divergence, in one pass."""
     mask, labels = call.row_mask, labels.long()  # −100 is 156 in uint8
@@ -146,12 +181,12 @@ def kd(
         labels = labels.masked_fill(~mask, -1)
     if not distill_ignored:
         call = call._replace(row_mask=mask)
-    weight = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
-    losses, cross_entropies = _solve(
-        call, divergence, student, teacher, labels, temperature, scale_t2, weight
-    )
+    options = dict(beta=beta, skew=skew, weight=weight)
+    own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
+    losses, cross_entropies = _solve(call, divergence, student, teacher, labels, **softening, **own)
     distilled = None if distill_ignored else labelled
-    return [Term(alpha, cross_entropies, labelled), Term(1 - alpha, losses, distilled)]
+    share = 1 - alpha if distill_weight is None else distill_weight
+    return [Term(alpha, cross_entropies, labelled), Term(share, losses, distilled)]
 
 
 def _solve(
@@ -160,16 +195,22 @@ def _solve(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
+    *,
     temperature: Number,
+    student_temperature: Number | None,
+    teacher_temperature: Number | None,
+    teacher_form: str,
     scale_t2: bool,
-    weight: dict[str, Number],
+    **own: Number,
 ) -> tuple[Tensor, Tensor]:
-    mixture = next(iter(weight.values()), 0.0)
+    mixture = next(iter(own.values()), 0.0)
     # only numbers that are a limit are looked up, otherwise torch.compile would specialise on them
     if is_exactly(mixture, 0) or is_exactly(mixture, 1):
         name = _LIMITS.get((name, mixture), name)  # type: ignore[arg-type]
-    scale = temperature**2 if scale_t2 else 1.0
+    of_student, of_teacher = temperatures(temperature, student_temperature, teacher_temperature)
+    scale = of_student * of_teacher if scale_t2 else 1.0
+    teacher = as_logits(teacher, teacher_form)
     problem = Rows(
-        student, teacher, labels, call.row_mask, temperature, temperature, mixture, scale, name
+        student, teacher, labels, call.row_mask, of_student, of_teacher, mixture, scale, name
     )
     return solve(call.engine, problem)
