@@ -55,7 +55,7 @@ TOPICS = [
     ("portable/.*pairs", "pairs"),
     ("pairs|contrast", "pairs distributed errors"),
     ("self_dist|_crops", "self_distillation errors rows"),
-    ("divergence|problems/rows", "rows reduction errors"),
+    ("divergence|vanilla|problems/rows", "rows reduction errors"),
     ("_chunks", "rows pairs relations gram memory"),
     ("modules", "modules"),
     ("__main__", "backend doctor"),
