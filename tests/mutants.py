@@ -35,10 +35,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TEST_SECONDS, BYTES = 60, 8 << 30  # of CPU, and of memory: so that endless loops end
 # the interpreter decides at import, so the kernels are run and compiled in two processes
-INTERPRETED = ["tests", "--ignore=tests/compiled", "--ignore=tests/integrations"]
-INTERPRETED += [
-    "--ignore=tests/test_docs.py"
-]  # which compares pages with the code as it is laid out
+IGNORED = ("compiled", "integrations", "test_docs.py")  # which quotes the code as it is laid out
+INTERPRETED = ["tests", *(f"--ignore=tests/{name}" for name in IGNORED)]
 COMPILED = ["tests/compiled"]
 PROBLEMS = {"rows", "pairs", "relations", "gram"}
 # a part of a file's path, and the tests that cover it: those of its problem, what else is about it
@@ -52,7 +50,7 @@ TOPICS = [
     ("relations", "relations mirrored_angles errors"),
     ("portable/gram", "gram memory"),
     ("gram|correlation", "gram errors"),
-    ("portable/.*pairs", "pairs"),
+    ("portable/.*pair", "pairs memory"),
     ("pairs|contrast", "pairs distributed errors"),
     ("self_dist|_crops", "self_distillation errors rows"),
     ("divergence|vanilla|problems/rows", "rows reduction errors"),
@@ -71,7 +69,7 @@ COMPILED_LOSSES["pairs"] = "info_nce or clip_contrastive or siglip or sup_con or
 DESELECTED = "tests/test_backend.py::test_importing_fastkd_is_light_and_shadows_nothing"
 LEFT = ("survived", "undecided")
 
-# (file, function, edit as it is printed or * for all, why no test can see it)
+# (file, function, edit as it is printed, why no test can see it)
 EQUIVALENT = [
     (
         *("fastkd/__main__.py", "_crops", "teacher.expand(2, -1, -1) → teacher.expand(3, -1, -1)"),
