@@ -13,7 +13,7 @@ from typing import Any
 import griffe
 
 _ENTRY = r"^ {4}%s:((?:.*\n)(?: {8}.*\n)*)"  # a name and its description, in a dedented docstring
-_SHARED = re.compile(r"^ {4}(\w+(?:, \w+)*): As in `(\w+)`\.\n", re.M)
+_SHARED = re.compile(r"^ {4}(\w+(?:, \w+)*): As in\s+`(\w+)`\.\n", re.M)
 
 
 class SharedEntries(griffe.Extension):

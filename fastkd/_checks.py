@@ -236,6 +236,8 @@ def _is_tensor(name: str, value: Any) -> bool:
 
 
 def temperature(value: Any, name: str = "temperature") -> None:
+    if type(value) is float and 0 < value < math.inf:  # what it nearly always is
+        return
     if _is_tensor(name, value):
         return
     if not _ordered(0, value, math.inf) or value == 0 or value == math.inf:

@@ -104,14 +104,19 @@ class Op:
 
     def __call__(self, engine: str, problem: Any) -> Any:
         """Solve the problem with the engine "portable" or "triton"."""
+        is_compiled = torch.compiler.is_compiling()
+        is_mapped = not is_compiled and transforms_active()
+        is_trained = torch.is_grad_enabled()
         fields = [problem[i] for i in self.trained]
-        needs_grad = [x is not None and is_differentiated(x) for x in fields]
+        needs_grad = [  # under torch.func one cannot know
+            is_trained and x is not None and (x.requires_grad or is_mapped) for x in fields
+        ]
         arguments = (*problem, *needs_grad, engine)
-        if torch.compiler.is_compiling():
+        if is_compiled:
             # the compiler would call `forward` with a context where nothing is trained
             traced = self._traced.apply if any(needs_grad) else self.opaque.forward
             outputs = traced(*self.opaque.numbers_as_tensors(arguments))
-        elif transforms_active():
+        elif is_mapped:
             outputs = self._mapped.apply(*arguments)
         else:
             # this is what `apply` does without torch.func: to bind a signature costs a launch
@@ -212,10 +217,12 @@ def _keep(ctx: Any, op: Op, arguments: Sequence[Any], saved: Sequence[Any]) -> N
     rest, fields = [*arguments], [arguments[i] for i in kept]
     for i in op.tensors:  # those that the backward does not need are not kept alive
         rest[i] = None
-    for place, i in enumerate(kept):
-        # an inference tensor, often a teacher's logits, cannot be saved: the context keeps it
-        if is_inference(fields[place]):
-            rest[i], fields[place] = fields[place], None
+    if not torch.compiler.is_compiling():
+        for place, i in enumerate(kept):
+            field = fields[place]
+            # an inference tensor, often a teacher's logits, cannot be saved: the context keeps it
+            if field is not None and field.is_inference():
+                rest[i], fields[place] = field, None
     ctx.save_for_backward(*saved, *fields)
     ctx.set_materialize_grads(False)
     ctx.rest, ctx.kept = rest, kept

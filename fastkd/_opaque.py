@@ -1,4 +1,4 @@
-"""What torch.compile sees of an op: custom ops that it does not trace into, and their outputs."""
+"""Custom ops, which torch.compile does not trace into, for the forward and backward of an `Op`."""
 
 from __future__ import annotations
 

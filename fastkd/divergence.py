@@ -137,8 +137,9 @@ def reverse_kl(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, labels,
-            ignore_index, weights, normalizer, reduction: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2: As in
+            `forward_kl`.
+        labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).
@@ -183,8 +184,9 @@ def jensen_shannon(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         beta: β in [0, 1], the teacher's share of the mixture. A number or a 0-dim tensor.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, labels,
-            ignore_index, weights, normalizer, reduction: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2: As in
+            `forward_kl`.
+        labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).
@@ -230,8 +232,9 @@ def skew_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         skew: α in [0, 1], the teacher's share of the mixture; 0 is the forward KL.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, labels,
-            ignore_index, weights, normalizer, reduction: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2: As in
+            `forward_kl`.
+        labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).
@@ -276,8 +279,9 @@ def skew_reverse_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         skew: α in [0, 1], the student's share of the mixture; 0 is the reverse KL, which may be +∞.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, labels,
-            ignore_index, weights, normalizer, reduction: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2: As in
+            `forward_kl`.
+        labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).
@@ -322,8 +326,9 @@ def symmetric_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         weight: w in [0, 1], the share of the forward KL; ½ gives half of Jeffreys' divergence.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, labels,
-            ignore_index, weights, normalizer, reduction: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2: As in
+            `forward_kl`.
+        labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).
@@ -368,8 +373,9 @@ def total_variation(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, labels,
-            ignore_index, weights, normalizer, reduction: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2: As in
+            `forward_kl`.
+        labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).
@@ -410,8 +416,9 @@ def soft_cross_entropy(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, labels,
-            ignore_index, weights, normalizer, reduction: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2: As in
+            `forward_kl`.
+        labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).
@@ -450,8 +457,8 @@ def logit_mse(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, scale_t2, labels, ignore_index, weights, normalizer, reduction: As in
-            `forward_kl`.
+        temperature, scale_t2, labels, ignore_index: As in `forward_kl`.
+        weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...).

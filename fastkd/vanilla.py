@@ -51,11 +51,12 @@ def kd(
             even where it is infinite.
         distill_weight: Replaces 1 − α, the weight of D; α may then be any number of at least 0.
         temperature: T > 0, which divides both networks' logits in D.
-        student_temperature, teacher_temperature, teacher_form: As in `forward_kl`.
+        student_temperature, teacher_temperature: As in `forward_kl`.
         divergence: The name of D, any of the losses above but `logit_mse`.
         beta: The option of D = "jensen_shannon".
         skew: The option of D = "skew_kl" and "skew_reverse_kl".
         weight: The option of D = "symmetric_kl".
+        teacher_form: As in `forward_kl`.
         scale_t2: Whether D is multiplied by T².
         ignore_index: Rows with this label count in neither term.
         distill_ignored: Whether those rows count in D after all, as unlabelled examples: CE is then

@@ -105,7 +105,7 @@ def test_what_the_decorator_does_for_every_formula():
 def test_public_losses_show_their_signatures_and_formulas():
     signature = inspect.signature(fastkd.forward_kl)
     assert [*signature.parameters][:4] == [
-        *("student_logits", "teacher_logits", "temperature", "scale_t2")
+        *("student_logits", "teacher_logits", "temperature", "student_temperature")
     ]
     assert {"weights", "normalizer", "reduction"} < {*signature.parameters}
     assert "group" in inspect.signature(fastkd.rkd).parameters

@@ -94,15 +94,19 @@ def test_a_wrong_value_fails(monkeypatch, capsys):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_wrong_gradient_fails(dtype, monkeypatch, capsys):
     """One dtype has a small problem and the other a large one, and both are examined."""
-    right = portable.backward
+    forward, backward = portable.forward, portable.backward
 
-    def wrong(problem, *arguments):
-        (gradient,) = right(problem, *arguments)
-        if str(problem.student.dtype) == f"torch.{dtype}":
+    def spoilt(problem, gradient):
+        if gradient is not None and str(problem.student.dtype) == f"torch.{dtype}":
             gradient[0, 0] += 1
-        return (gradient,)
+        return gradient
 
-    monkeypatch.setattr(portable, "backward", wrong)
+    def wrong_forward(problem, needs_grad):
+        losses, (statistics, *gradients) = forward(problem, needs_grad)
+        return losses, (statistics, *(spoilt(problem, x) for x in gradients))
+
+    monkeypatch.setattr(portable, "forward", wrong_forward)
+    monkeypatch.setattr(portable, "backward", lambda x, *rest: spoilt(x, backward(x, *rest)))
     with fastkd.backend("portable"):
         status, page = doctor(monkeypatch, capsys)
     assert status == 1

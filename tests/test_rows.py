@@ -591,35 +591,32 @@ def test_every_width_up_to_a_block(case, engine):
 
 # -------------------------------------------------------------------------- options of divergences
 
-with_options = pytest.mark.parametrize(
-    "name, own", [(name, own) for name, own in DIVERGENCES.items() if name != "logit_mse"], ids=str
-)
+with_options = pytest.mark.parametrize("name, own", DIVERGENCES.items(), ids=str)
+
+
+def of_rows(name, inputs, reduction="none", **options):
+    return results(lambda *x: getattr(fastkd, name)(*x, reduction=reduction, **options), inputs)
 
 
 @with_options
 def test_each_network_may_have_a_temperature_of_its_own(name, own, engine):
     student, teacher = logits((5,), 17)
-    loss = getattr(fastkd, name)
-    plain = results(lambda x: 6 * loss(x / 3, teacher / 2, reduction="none", **own), [student])
-    both = (
-        dict(temperature=3.0, teacher_temperature=2.0),
-        dict(student_temperature=3.0, teacher_temperature=torch.tensor(2.0)),
-    )
-    for options in both:
-        found = results(lambda x: loss(x, teacher, reduction="none", **own, **options), [student])
-        assert_same(found, plain)
+    expected = of_rows(name, [student / 3, teacher / 2], **own)
+    expected = [6 * expected[0], 2 * expected[1]]
+    of_teacher = dict(temperature=3.0, teacher_temperature=2.0)
+    of_both = dict(student_temperature=3.0, teacher_temperature=torch.tensor(2.0, device=DEVICE))
+    for options in (of_teacher, of_both):
+        assert_same(of_rows(name, [student, teacher], **own, **options), expected)
 
 
 @with_options
 def test_teachers_may_be_probabilities_or_their_logarithms(name, own, engine):
     student, teacher = logits((5,), 17)
     teacher[:, 3] = -math.inf
-    loss, log_p = getattr(fastkd, name), teacher.log_softmax(-1)
-    forms = {"log_probabilities": log_p, "probabilities": log_p.exp()}
-    options = dict(temperature=2.0, reduction="none", **own)
-    expected = results(lambda x: loss(x, teacher, **options), [student])
-    for form, given in forms.items():
-        found = results(lambda x: loss(x, given, teacher_form=form, **options), [student])
+    log_p = teacher.log_softmax(-1)
+    expected = of_rows(name, [student, teacher], temperature=2.0, **own)
+    for form, given in {"log_probabilities": log_p, "probabilities": log_p.exp()}.items():
+        found = of_rows(name, [student, given], temperature=2.0, teacher_form=form, **own)
         assert_same(found, expected)
 
 
@@ -630,15 +627,10 @@ def test_labels_say_which_rows_count(name, dtype, engine):
     teacher[0, 1], weights = math.nan, normal(3, 4).abs()
     labels = torch.full((3, 4), 5, dtype=dtype, device=DEVICE)
     labels[0, 1] = labels[2, 3] = 200
-    loss, counts = getattr(fastkd, name), labels != 200
-    for given in (None, weights):
-        expected = results(
-            lambda x: loss(x, teacher, weights=counts * (1 if given is None else given)), [student]
-        )
-        found = results(
-            lambda x: loss(x, teacher, labels=labels, ignore_index=200, weights=given), [student]
-        )
-        assert_same(found, expected)
+    for given, counts in ((None, labels != 200), (weights, weights * (labels != 200))):
+        expected = of_rows(name, [student, teacher], "mean", weights=counts)
+        options = dict(labels=labels, ignore_index=200, weights=given)
+        assert_same(of_rows(name, [student, teacher], "mean", **options), expected)
 
 
 def test_the_weights_of_both_terms_are_free(inputs, engine):

@@ -56,7 +56,7 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
     """
     problem = _in_compute_dtype(problem)
     student = problem.student
-    if needs_grad[0] and student.is_cpu and student.numel() <= _most(student):
+    if needs_grad[0] and student.is_cpu and student.numel() <= most_elements(student, _ON_CPU, 0):
         solved = _losses_and_gradients(problem)
         if solved is not None:
             return solved
@@ -240,10 +240,6 @@ def _in_compute_dtype(problem: Rows) -> Rows:
     )
 
 
-def _most(like: Tensor) -> int:
-    return most_elements(like, _ON_CPU, _ELSEWHERE)
-
-
 def _n_scratch(problem: Rows) -> int:
     return 3 if problem.divergence == "logit_mse" and problem.labels is None else N_SCRATCH
 
@@ -299,7 +295,7 @@ def _for_chunks(
     student, teacher = tensors[:2]
     if not student.numel():
         return
-    n_cols, most = student.shape[-1], _most(student)
+    n_cols, most = student.shape[-1], most_elements(student, _ON_CPU, _ELSEWHERE)
     if student.numel() <= most and all(x.is_contiguous() for x in tensors):
         work(slice(None), [x.view(-1, n_cols) for x in tensors], _NO_SCRATCH)
         return

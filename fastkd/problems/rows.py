@@ -209,7 +209,8 @@ def _solve(
         name = _LIMITS.get((name, mixture), name)  # type: ignore[arg-type]
     of_student, of_teacher = temperatures(temperature, student_temperature, teacher_temperature)
     scale = of_student * of_teacher if scale_t2 else 1.0
-    teacher = as_logits(teacher, teacher_form)
+    if teacher_form != "logits":
+        teacher = as_logits(teacher, teacher_form)
     problem = Rows(
         student, teacher, labels, call.row_mask, of_student, of_teacher, mixture, scale, name
     )
