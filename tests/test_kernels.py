@@ -7,7 +7,7 @@ import torch
 from cases import INTERPRETED, LOSSES, named, of
 from choice import pairwise, quick_if
 from exactness import assert_exact, assert_same, exact, results
-from force import multiplying_halves, on_device_of, through_chunks
+from force import in_chunks_of, multiplying_halves, on_device_of, through_chunks
 
 import fastkd
 
@@ -192,11 +192,14 @@ def test_however_programs_share_the_work(case, way, multiprocessors, monkeypatch
 
 @each_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_chunks_of_half_precision(case, dtype, monkeypatch):
+@pytest.mark.parametrize("engine", ["triton", "portable"])
+def test_chunks_of_half_precision(case, dtype, engine, monkeypatch):
     """The loss is as exact as the formula, gradients to one more rounding, as tiles have them."""
     through_chunks(monkeypatch)
+    in_chunks_of(100, monkeypatch)
     multiplying_halves(monkeypatch)
-    assert_exact(case, case.inputs((19,), 5, dtype), rounds_halves=True)
+    with fastkd.backend(engine):
+        assert_exact(case, case.inputs((19,), 5, dtype), rounds_halves=True)
 
 
 @each_pair
