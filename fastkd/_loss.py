@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -48,6 +48,7 @@ class Loss(Protocol[P, R]):
     formula: Callable[..., Any]
     has_kernels: bool
     engine_for: Callable[[Sequence[Tensor]], str]  # "triton", "portable" or "formula"
+    check: Callable[..., None]  # (batch by name, options): raises the errors of a call
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Return the loss."""
@@ -72,13 +73,15 @@ def loss(
     Args:
         check: ``check(*batch, **options)`` raises an error if they do not fit together.
         statement: ``statement(call, *batch, **options)`` states the loss as a problem, solves it
-            and returns what the formula returns. Without it the loss is its formula everywhere.
+            and returns what the formula returns, or NotImplemented for options that no engine
+            takes. Without it the loss is its formula everywhere.
         per_example: True if the formula returns one loss for each row of the first tensor
             (..., V), a number if for each entry of so many leading dimensions. It may return a list
             of `Term` instead, of which the loss is the sum.
         has_kernels: Whether the kernels solve the problem; otherwise the portable engine does.
         on_cpu_alone: Whether other devices compute the formula, which has fewer launches.
-        same_on_ranks: Parameters of the batch that are no part of it: all ranks hold the same.
+        same_on_ranks: Parameters of the batch that are no part of it, matrices: all ranks hold the
+            same. With a dimension more they belong to the examples.
         is_mean: Whether a loss of the batch is a mean over examples that do not interact, so that
             ranks exchange nothing but their means.
     """
@@ -105,33 +108,44 @@ def loss(
                 _prepared(x, dtype, mask, is_constant)
                 for x, is_constant in zip(arguments, constant, strict=True)
             ]
-            if ranks and not is_mean:
-                tensors = [
-                    ranks.share(x)[0] if is_spread and isinstance(x, Tensor) and x.ndim else x
-                    for x, is_spread in zip(tensors, spread, strict=True)
-                ]
-            return formula(*tensors, **options)  # type: ignore[arg-type]
+            if not ranks or is_mean:
+                return formula(*tensors, **options)  # type: ignore[arg-type]
+            tensors = [
+                ranks.share(x)[0]
+                if isinstance(x, Tensor) and x.ndim > (0 if is_spread else 2)
+                else x
+                for x, is_spread in zip(tensors, spread, strict=True)
+            ]
+            options = {
+                option: ranks.gather(x)[0][0] if isinstance(x, Tensor) and x.ndim else x
+                for option, x in options.items()
+            }
+            found: Any = formula(*tensors, **options)  # type: ignore[arg-type]
+            # the losses of all examples; this rank gets those of its own
+            return found[ranks.own(arguments[0])] if found.ndim else found
 
         def losses_of(arguments: Sequence[Any], options: Any, mask: Any, ranks: Ranks) -> Any:
             tensors = _tensors(arguments)
             engine = engine_for(tensors)
             with without_autocast(tensors[0].device):
-                if engine == "formula" or statement is None:
+                found = NotImplemented
+                if engine != "formula" and statement is not None:
+                    found = statement(Call(name, engine, mask, ranks), *arguments, **options)
+                if found is NotImplemented:
                     return from_formula(arguments, options, mask, ranks)
-                return statement(Call(name, engine, mask, ranks), *arguments, **options)
+                return found
 
         @functools.wraps(formula)
         def compute(*arguments: Any, **options: Any) -> Any:
             if len(arguments) != len(batch):
-                arguments = _bound(signature, batch, arguments, options)
+                arguments = _bound(signature, batch, arguments, options, name)
             if options:
                 _checks.options(options, defaults, name)
             options = defaults | options
             if not per_example:
                 group = options.pop("group", None)
                 check(*arguments, **options)
-                _checks.process_group(group)
-                ranks = Ranks(group)
+                ranks = Ranks.of(group)
                 found = losses_of(arguments, options, None, ranks)
                 return ranks.mean(found, len(arguments[0][0])) if is_mean else found
             weights, normalizer, reduction = map(options.pop, _REDUCTION)
@@ -139,10 +153,13 @@ def loss(
             return_parts = options.pop(_PARTS, False)
             if reduction != "mean" or normalizer is not None:
                 _checks.reduction(reduction, normalizer)
+                if isinstance(normalizer, Tensor):
+                    normalizer = normalizer.reshape(())
             check(*arguments, **options)
             if weights is not None:
                 n_dims = arguments[0].ndim - 1 if per_example is True else per_example
-                _checks.weights(weights, arguments[0].shape[:n_dims], arguments[0].device)
+                logits = arguments[0]
+                _checks.weights(weights, logits.shape[:n_dims], logits.device, logits)
             if labels is not None:
                 _checks.labels(labels, arguments[0], ignore_index)
                 labelled = labels.long() != ignore_index  # −100 is 156 in uint8
@@ -155,15 +172,34 @@ def loss(
                 return reduce(found, weights, mask, normalizer, reduction)
             return _sum_of_terms(found, weights, mask, normalizer, reduction, return_parts)
 
+        def check_only(of_batch: Mapping[str, Any], options: dict[str, Any]) -> None:
+            arguments = _bound(signature, batch, (), dict(of_batch), name)
+            options = defaults | options
+            if per_example:
+                *_, reduction = map(options.pop, _REDUCTION)
+                _checks.reduction(reduction, None)
+                for name_of_rows in (_PARTS, *_ROW_LABELS[: 2 * takes_labels]):
+                    options.pop(name_of_rows, None)
+            else:
+                group = options.pop("group", None)
+                if not isinstance(group, str):  # a name is looked up at the call
+                    _checks.process_group(group)
+            check(*arguments, **options)
+
         public: Any = compute
         public.formula, public.has_kernels, public.engine_for = formula, has_kernels, engine_for
+        public.check = check_only
         return public
 
     return decorate
 
 
 def _bound(
-    signature: inspect.Signature, batch: Sequence[str], arguments: Any, options: dict[str, Any]
+    signature: inspect.Signature,
+    batch: Sequence[str],
+    arguments: Any,
+    options: dict[str, Any],
+    loss: str,
 ) -> tuple[Any, ...]:
     """Return the whole batch, of which some were given by name or left at their default.
 
@@ -173,7 +209,13 @@ def _bound(
     rest = [signature.parameters[name].default for name in batch[len(arguments) :]]
     if not given and rest and inspect.Parameter.empty not in rest:  # faster than to bind
         return *arguments, *rest
-    bound = signature.bind(*arguments, **given)
+    try:
+        bound = signature.bind(*arguments, **given)
+    except TypeError as error:
+        raise TypeError(
+            f"{loss} takes {', '.join(batch)} and then its options by name, as option=value, got "
+            f"{len(arguments) + len(given)} of them: {error}"
+        ) from None
     bound.apply_defaults()
     return bound.args
 

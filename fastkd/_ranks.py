@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastkd import _checks
+
 
 class Ranks:
     """The ranks that hold parts of a batch, of any sizes; without a group this process alone.
@@ -19,6 +21,11 @@ class Ranks:
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
+
+    @classmethod
+    def of(cls, group: Any) -> Ranks:
+        """Return the ranks of a group, of that with this name, or without one this process."""
+        return cls(_checks.process_group(group))
 
     def __bool__(self) -> bool:
         return self.group is not None
@@ -49,6 +56,11 @@ class Ranks:
         (whole, *rest), n_rows = self._gather([rows, *constants])
         first = sum(n_rows[: dist.get_rank(self.group)])
         return _Shared.apply(rows, whole, n_rows, self.group), first, *rest
+
+    def own(self, rows: Tensor) -> slice:
+        """Return where this rank's rows are among those of all ranks; a host sync, as `gather`."""
+        _, first = self.gather(rows[:, :0])
+        return slice(first, first + len(rows))
 
     def sum(self, share: Tensor) -> Tensor:
         """Return the sum of what all ranks have, without gradient."""

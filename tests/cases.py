@@ -4,6 +4,7 @@ A loss joins with its line, and all contracts of test_contracts.py hold for it f
 table knows each loss independently of fastkd, as its paper or its users write it.
 """
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -78,6 +79,56 @@ def with_classes(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
         normal(*examples, width, dtype=dtype, seed=seed, device=device).requires_grad_(),
         labels,
     ]
+
+
+def weighted(inputs: Inputs) -> Inputs:
+    """Return further the weights of the examples, the first of which is 0."""
+
+    def more(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+        weights = normal(*examples, seed=seed + 4, device=device).square()
+        weights[..., :1] = 0
+        return [*inputs(examples, width, dtype, seed, device), weights.float()]
+
+    return more
+
+
+def with_negatives_of_each(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    others = normal(*examples, 3, width, seed=seed + 7, dtype=dtype, device=device)
+    return [*embeddings(trained=2)(examples, width, dtype, seed, device), others.requires_grad_()]
+
+
+def with_false_negatives(inputs: Inputs, n_further: int = 0) -> Inputs:
+    """Return further a mask of pairs; the last query has no negative left."""
+
+    def more(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+        n_keys = examples[-1] + n_further
+        mask = normal(*examples, n_keys, seed=seed + 5, device=device) > 0.5
+        mask[..., -1:, :] = True
+        return [*inputs(examples, width, dtype, seed, device), mask]
+
+    return more
+
+
+def with_views(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    labels = with_classes(examples, width, dtype, seed, device)[1]
+    return [
+        normal(*examples, 2, width, dtype=dtype, seed=seed, device=device).requires_grad_(),
+        labels,
+    ]
+
+
+def with_labelled_keys(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return keys some of which have no class, nor have some features; one class has no key."""
+    features, labels = with_classes(examples, width, dtype, seed, device)
+    keys, key_labels = with_classes((*examples[:-1], 11), width, dtype, seed + 5, device)
+    labels[..., :1], key_labels[..., :2], key_labels[..., 2:3] = 7, -100, 8
+    labels[..., 1:2] = -100
+    return [features, labels, keys, key_labels]
+
+
+def with_a_mask(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    features, labels = with_views(examples, width, dtype, seed, device)
+    return [features, labels[..., None] == labels[..., None, :]]
 
 
 def with_keys(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
@@ -175,6 +226,25 @@ def _with_keys(student, teacher, student_keys, teacher_keys, **options):
 
 
 _with_keys.__name__ = "similarity_kl"
+
+
+def _last(loss: Callable, *names: str) -> Callable:
+    """Return the loss whose last tensors are given by these names."""
+
+    @functools.wraps(loss)
+    def named_last(*inputs, **options):
+        n = len(inputs) - len(names)
+        return loss(*inputs[:n], **dict(zip(names, inputs[n:], strict=True)), **options)
+
+    return named_last
+
+
+def _option(loss: Callable, inputs: Inputs, *names: str, **options: Any) -> Case:
+    """Return a case whose last tensors are options with these names."""
+    as_published = _last(getattr(published, loss.__name__), *names)
+    return Case(_last(loss, *names), "pairs", inputs, as_published, options, note="-".join(names))
+
+
 ONE_WIDTH, TWO_WIDTHS, UNIT = embeddings(), embeddings(wider=2), embeddings(trained=2, unit=True)
 VIEWS = embeddings(trained=2)
 
@@ -219,7 +289,7 @@ CASES = [
     _batch("gram", fastkd.correlation_congruence, TWO_WIDTHS, form="kernel", gamma=0.8, order=4),
     _batch("gram", fastkd.correlation_congruence, ONE_WIDTH),
     _batch("gram", fastkd.dist_kd, logits),
-    _batch("gram", fastkd.dist_kd, logits, beta=2.0, gamma=0.5, temperature=4.0),
+    _batch("gram", fastkd.dist_kd, logits, beta=2.0, gamma=0.5, temperature=4.0, epsilon=0.1),
     _batch("pairs", fastkd.info_nce, VIEWS),
     _batch("pairs", fastkd.info_nce, VIEWS, symmetric=True),
     _batch("pairs", fastkd.info_nce, with_bank, "bank", negative_weight=0.3, margin=0.1),
@@ -246,6 +316,50 @@ CASES = [
     _batch("pairs", fastkd.similarity_kl, TWO_WIDTHS, mask_self=True, symmetric=True),
     _batch("pairs", _with_keys, with_keys, "keys", teacher_temperature=0.03),
     _batch("pairs", _with_keys, with_keys, "keys", symmetric=True),
+]
+# further options of contrasts, whose numbers test_pairs.py compares
+_NCE, _MASK, _EACH = fastkd.info_nce, "false_negatives", with_negatives_of_each
+OPTIONS = [
+    _option(_NCE, weighted(VIEWS), "weights", symmetric=True),
+    _option(_NCE, weighted(with_bank), "negatives", "weights", reduction="sum"),
+    _option(_NCE, weighted(VIEWS), "weights", reduction="none", decoupled=True),
+    _option(_NCE, _EACH, margin=0.1, negative_weight=0.3),
+    _option(_NCE, weighted(_EACH), "negatives", "weights", decoupled=True),
+    _option(_NCE, _EACH, in_batch_negatives=False),
+    _option(_NCE, _EACH, symmetric=True, normalize=False, temperature=1.0),
+    _option(_NCE, with_false_negatives(VIEWS), _MASK, symmetric=True),
+    _option(_NCE, with_false_negatives(VIEWS), _MASK, decoupled=True),
+    _option(_NCE, with_false_negatives(with_bank, 13), "negatives", _MASK, margin=0.1),
+    _option(_NCE, with_false_negatives(_EACH, 3), "negatives", _MASK),
+    _option(fastkd.clip_contrastive, weighted(UNIT), "weights", logit_scale=5.0),
+    _option(fastkd.clip_contrastive, UNIT, logit_scale=5.0, reduction="none"),
+    _option(fastkd.siglip, weighted(UNIT), "weights", logit_scale=5.0, logit_bias=-2.0),
+    _option(fastkd.siglip, UNIT, logit_scale=5.0, negative_only=True),
+    _option(fastkd.siglip, UNIT, logit_scale=5.0, reduction="none"),
+    _option(fastkd.nt_xent, weighted(VIEWS), "weights", decoupled=True),
+    _option(fastkd.nt_xent, weighted(VIEWS), "weights", normalize=False, reduction="sum"),
+    _option(fastkd.nt_xent, VIEWS, reduction="none", decoupled=True),
+    _option(fastkd.sup_con, weighted(with_classes), "weights"),
+    _option(fastkd.sup_con, with_views, normalize=False, base_temperature=0.07, temperature=0.5),
+    _option(fastkd.sup_con, with_labelled_keys),
+    _option(
+        fastkd.sup_con, weighted(with_labelled_keys), "keys", "key_labels", "weights", anchors="all"
+    ),
+    _option(fastkd.sup_con, with_labelled_keys, reduction="none"),
+    _option(fastkd.sup_con, with_a_mask, "positives", reduction="none"),
+    _option(fastkd.similarity_kl, TWO_WIDTHS, form="cross_entropy", mask_self=True),
+    _option(fastkd.similarity_kl, weighted(with_keys), "student_keys", "teacher_keys", "weights"),
+    _option(fastkd.similarity_kl, weighted(TWO_WIDTHS), "weights", reduction="sum", symmetric=True),
+    _option(
+        fastkd.similarity_kl,
+        weighted(TWO_WIDTHS),
+        "weights",
+        form="cross_entropy",
+        normalize=False,
+        student_temperature=2.0,
+        teacher_temperature=3.0,
+    ),
+    _option(fastkd.similarity_kl, TWO_WIDTHS, reduction="none"),
 ]
 # the first line of each function: what does not depend on the options is tested with it
 LOSSES = [case for i, case in enumerate(CASES) if case.name not in [c.name for c in CASES[:i]]]

@@ -80,24 +80,51 @@ def crops(model, features, teacher, first, **options):
     return loss(student, outputs.flip(0))
 
 
+def queued(a, b, t, y, **options):
+    """Make two steps, of which the second has the first one's keys of all ranks in its queue."""
+    loss = fastkd.InfoNCELoss(queue_size=7, **options)
+    loss(a.detach(), b.detach())
+    return loss(a, b)
+
+
 def _keys(a, b, t, y, **options):
     keys = dict(student_keys=b, teacher_keys=t.square(), symmetric=True)
     return fastkd.similarity_kl(a, t, **keys, **options)
 
 
+def _of_each(a, b, t, y, **options):
+    negatives = torch.stack([t, t.square()], 1)
+    return fastkd.info_nce(a, b, negatives, weights=0.1 + y, **options)
+
+
+def _unreduced(a, b, t, y, **options):
+    losses = fastkd.info_nce(a, b, reduction="none", **options)
+    return losses.sum() / divisor(torch.tensor(1.0 * len(a)))
+
+
+def _labelled_keys(a, b, t, y, **options):
+    return fastkd.sup_con(a, y, t, y, weights=1.0 + y, anchors="all", **options)
+
+
 LOSSES = [
     rows(lambda s, t, y, w: fastkd.reverse_kl(s, t, weights=w, normalizer=divisor(w.sum()))),
     rows(lambda s, t, y, w: fastkd.kd(s, t, y, normalizer=divisor(torch.tensor(1.0 * len(y))))),
+    towers(_unreduced),
     relations(fastkd.rkd_distance),
     relations(fastkd.rkd_angle),
     relations(partial(fastkd.rkd, smooth_l1_beta=0.2, normalize=True)),
     towers(lambda a, b, t, y, **o: fastkd.info_nce(a, b, BANK, margin=0.1, **o)),
+    towers(queued),
     towers(lambda a, b, t, y, **o: fastkd.info_nce(a, b, symmetric=True, decoupled=True, **o)),
     towers(lambda a, b, t, y, **o: fastkd.info_nce(a, b, BANK, in_batch_negatives=False, **o)),
+    towers(lambda a, b, t, y, **o: fastkd.info_nce(a, b, symmetric=True, weights=y, **o)),
+    towers(_of_each),
     towers(lambda a, b, t, y, **o: fastkd.clip_contrastive(unit(a), unit(b), SCALE, **o)),
     towers(lambda a, b, t, y, **o: fastkd.siglip(unit(a), unit(b), SCALE, -SCALE, **o)),
     towers(lambda a, b, t, y, **o: fastkd.nt_xent(a, b, **o)),
     towers(lambda a, b, t, y, **o: fastkd.sup_con(a, y, **o)),
+    towers(lambda a, b, t, y, **o: fastkd.sup_con(torch.stack([a, b], 1), y, **o)),
+    towers(_labelled_keys),
     towers(lambda a, b, t, y, **o: fastkd.similarity_kl(a, t, mask_self=True, **o)),
     towers(_keys),
     crops,
@@ -121,7 +148,7 @@ def train_part(rank, sizes, folder, engines):
         for loss_of_part, engine in itertools.product(LOSSES, engines):
             model = DistributedDataParallel(network())
             with fastkd.backend(engine):
-                loss = loss_of_part(model, features, teacher, start, group=dist.group.WORLD)
+                loss = loss_of_part(model, features, teacher, start, group="world")
             loss.backward()
             found.append((loss.detach(), model.module.weight.grad))
         torch.save(found, f"{folder}/{rank}.pt")

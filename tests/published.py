@@ -14,84 +14,146 @@ def unit(x):
 # ------------------------------------------------------------------------------------------ pairs
 
 
+def reduced(losses, weights, reduction):
+    losses = torch.stack(losses) if isinstance(losses, list) else losses
+    weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
+    if reduction == "none":
+        return weights * losses
+    total = (weights * losses).sum()
+    return total / weights.sum().clamp(min=1e-300) if reduction == "mean" else total
+
+
 def info_nce(
-    query, key, negatives=None, temperature=0.07, negative_weight=1.0, normalize=True,
-    symmetric=False, margin=0.0, decoupled=False, in_batch_negatives=True,
+    query, key, negatives=None, false_negatives=None, temperature=0.07, negative_weight=1.0,
+    normalize=True, symmetric=False, margin=0.0, decoupled=False, in_batch_negatives=True,
+    weights=None, reduction="mean",
 ):  # fmt: skip
     """Return the mean over queries, one row after the other."""
+    n = len(query)
     if normalize:
         query, key = unit(query), unit(key)
-        negatives = None if negatives is None else unit(negatives)
+        negatives = None if negatives is None else F.normalize(negatives, dim=-1)
 
-    def one_way(query, key, negatives):
+    def one_way(query, key, negatives, out):
         losses = []
         for i, q in enumerate(query):
             positive = (q @ key[i] - margin) / temperature
-            others = [j for j in range(len(key)) if j != i and in_batch_negatives]
-            logits = [key[others] @ q, *([] if negatives is None else [negatives @ q])]
+            others = key if in_batch_negatives else key[:0]
+            kept = [j != i and not (out is not None and out[i, j]) for j in range(len(others))]
+            logits, further = [others[kept] @ q], key[:0]
+            if negatives is not None:
+                further = negatives[i] if negatives.ndim == 3 else negatives
+                places = range(len(others), len(others) + len(further))
+                further = further[[not (out is not None and out[i, j]) for j in places]]
+                logits.append(further @ q)
             logits = torch.cat(logits) / temperature
             if not len(logits):
-                losses.append(0 * positive)
+                losses.append(0 * (positive + further.sum()))
                 continue
             below = torch.cat([logits + math.log(negative_weight), positive[None]])
             losses.append((below[:-1] if decoupled else below).logsumexp(0) - positive)
-        return torch.stack(losses).mean()
+        return losses
 
-    loss = one_way(query, key, negatives)
-    return (loss + one_way(key, query, None)) / 2 if symmetric else loss
+    losses = one_way(query, key, negatives, false_negatives)
+    if symmetric:
+        out = None if false_negatives is None else false_negatives[:, :n].T
+        losses = [(a + b) / 2 for a, b in zip(losses, one_way(key, query, None, out), strict=True)]
+    return reduced(losses, weights, reduction) if losses else 0 * query.sum()
 
 
-def clip_contrastive(image, text, logit_scale=5.0, logit_bias=0.0):
+def clip_contrastive(image, text, logit_scale=5.0, logit_bias=0.0, weights=None, reduction="mean"):
     logits = logit_scale * image @ text.T + logit_bias
-    positives = torch.arange(len(image), device=image.device)
-    return (F.cross_entropy(logits, positives) + F.cross_entropy(logits.T, positives)) / 2
+    own = torch.arange(len(image), device=image.device)
+    losses = [F.cross_entropy(x, own, reduction="none") for x in (logits, logits.T)]
+    return reduced(sum(losses) / 2, weights, reduction)
 
 
-def siglip(image, text, logit_scale=5.0, logit_bias=-2.0):
-    logits = logit_scale * image @ text.T + logit_bias
-    signs = 2 * torch.eye(len(image), device=image.device, dtype=image.dtype) - 1
-    return -F.logsigmoid(signs * logits).sum() / len(image)
+def siglip(
+    image, text, logit_scale=5.0, logit_bias=None, negative_only=False, weights=None,
+    reduction="mean",
+):  # fmt: skip
+    logits = logit_scale * image @ text.T + (logit_bias or 0.0)
+    signs = -torch.ones_like(logits)
+    if not negative_only:
+        signs = signs + 2 * torch.eye(len(image), device=image.device, dtype=image.dtype)
+    return reduced(-F.logsigmoid(signs * logits).sum(1), weights, reduction)
 
 
-def nt_xent(view1, view2, temperature=0.5):
-    z = unit(torch.cat([view1, view2]))
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    logits = (z @ z.T / temperature).masked_fill(itself, -torch.inf)
-    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(view1)))
+def nt_xent(
+    view1, view2, temperature=0.5, normalize=True, decoupled=False, weights=None, reduction="mean"
+):
+    n, z = len(view1), torch.cat([view1, view2])
+    z = unit(z) if normalize else z
+    losses = []
+    for i, q in enumerate(z):
+        j = (i + n) % (2 * n)
+        others = [k for k in range(2 * n) if k != i and not (decoupled and k == j)]
+        positive = z[j] @ q / temperature
+        losses.append(
+            (z[others] @ q / temperature).logsumexp(0) - positive if others else 0 * positive
+        )
+    losses = torch.stack(losses).view(2, n).mean(0)
+    return reduced(losses, weights, reduction)
 
 
-def sup_con(features, labels, temperature=0.1, anchors="with_positive"):
+def sup_con(
+    features, labels=None, keys=None, key_labels=None, positives=None, temperature=0.1,
+    base_temperature=None, normalize=True, anchors="with_positive", weights=None, reduction="mean",
+):  # fmt: skip
     """Return the mean over anchors, one after the other."""
-    z, losses = unit(features), []
-    for i, label in enumerate(labels.tolist()):
-        others = [j for j in range(len(z)) if j != i]
-        positives = [j for j in others if int(labels[j]) == label]
-        if positives:
-            log_sum = (z[others] @ z[i] / temperature).logsumexp(0)
-            losses.append(log_sum - (z[positives] @ z[i]).mean() / temperature)
-        elif anchors == "all":
-            losses.append(0 * z[i].sum())
-    return torch.stack(losses).mean() if losses else 0 * z.sum()
+    n_views = features.shape[1] if features.ndim == 3 else 1
+    z, examples = features.flatten(0, -2), [i // n_views for i in range(features[..., 0].numel())]
+    k = z if keys is None else keys
+    z, k = (unit(z), unit(k)) if normalize else (z, k)
+    of_keys = examples if keys is None else range(len(k))
+
+    def belong(i, j):
+        if positives is not None:
+            return bool(positives[examples[i], of_keys[j]])
+        other = labels if key_labels is None else key_labels
+        label = int(labels[examples[i]])
+        return label != -100 and label == int(other[of_keys[j]])
+
+    losses, is_anchor = [], []
+    for i, q in enumerate(z):
+        others = [j for j in range(len(k)) if keys is not None or j != i]
+        alike = [j for j in others if belong(i, j)]
+        is_anchor.append(float(bool(alike) or anchors == "all"))
+        loss = 0 * (q.sum() + k.sum())
+        if alike:
+            loss = (k[others] @ q / temperature).logsumexp(0) - (k[alike] @ q).mean() / temperature
+        losses.append(loss if base_temperature is None else loss * temperature / base_temperature)
+    if not losses:
+        return 0 * z.sum()
+    losses, is_anchor = torch.stack(losses), torch.tensor(is_anchor, device=z.device)
+    weights = is_anchor if weights is None else is_anchor * weights.flatten()
+    found = reduced(losses, weights, reduction)
+    return found.view(features.shape[:-1]) if reduction == "none" else found
 
 
 def similarity_kl(
     student, teacher, student_keys=None, teacher_keys=None, student_temperature=0.07,
-    teacher_temperature=0.07, symmetric=False, mask_self=False,
+    teacher_temperature=0.07, form="kl", normalize=True, symmetric=False, mask_self=False,
+    weights=None, reduction="mean",
 ):  # fmt: skip
     networks = ((student, student_keys), (teacher, teacher_keys))
-    s, t = (unit(q) @ unit(q if k is None else k).T for q, k in networks)
+    direction = unit if normalize else lambda x: x
+    s, t = (direction(q) @ direction(q if k is None else k).T for q, k in networks)
     s, t = s / student_temperature, t / teacher_temperature
     kept = torch.ones_like(s, dtype=torch.bool)
     if mask_self:
         kept.fill_diagonal_(False)
 
-    def mean_kl(student_rows, teacher_rows, kept_rows):
+    def losses(student_rows, teacher_rows, kept_rows):
         rows = zip(student_rows, teacher_rows, kept_rows, strict=True)
-        kls = [F.kl_div(a[k].log_softmax(0), b[k].softmax(0), reduction="sum") for a, b, k in rows]
-        return torch.stack(kls).mean()
+        if form == "cross_entropy":
+            return [-(b[k].softmax(0) * a[k].log_softmax(0)).sum() for a, b, k in rows]
+        return [F.kl_div(a[k].log_softmax(0), b[k].softmax(0), reduction="sum") for a, b, k in rows]
 
-    loss = mean_kl(s, t, kept)
-    return (loss + mean_kl(s.T, t.T, kept.T)) / 2 if symmetric else loss
+    loss = reduced(losses(s, t, kept), weights, reduction)
+    if symmetric:
+        loss = (loss + reduced(losses(s.T, t.T, kept.T), weights, reduction)) / 2
+    return loss
 
 
 # -------------------------------------------------------------------------------------- relations
@@ -160,11 +222,11 @@ def correlation_congruence(student, teacher, form="sequential", gamma=0.4, order
     return torch.linalg.matrix_norm(kernel(student) - kernel(teacher)) ** 2 / len(student) ** 2
 
 
-def dist_kd(student, teacher, beta=1.0, gamma=1.0, temperature=1.0):
+def dist_kd(student, teacher, beta=1.0, gamma=1.0, temperature=1.0, epsilon=1e-8):
     def agreement(x, y, dim):
         x, y = (z - z.mean(dim, keepdim=True) for z in (x, y))
         lengths = (torch.linalg.vector_norm(z, dim=dim) for z in (x, y))
-        return (torch.mul(x, y).sum(dim) / (math.prod(lengths) + 1e-8)).mean()
+        return (torch.mul(x, y).sum(dim) / (math.prod(lengths) + epsilon)).mean()
 
     q, p = (torch.softmax(z / temperature, -1) for z in (student, teacher))
     total = beta * (1 - agreement(q, p, 1)) + gamma * (1 - agreement(q, p, 0))

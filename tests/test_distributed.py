@@ -11,7 +11,7 @@ from exactness import assert_same
 
 import fastkd
 
-N_OF_ROWS = 2  # losses of rows, whose value is the share of a rank
+N_OF_ROWS = 3  # losses of examples, whose value is the share of a rank
 # one world for `make test`: a part of each size, and the engines that need no interpreter
 WORLDS = [(3, ENGINES[:2]), *(pytest.param(n, ENGINES, marks=full) for n in PARTS)]
 

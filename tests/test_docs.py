@@ -55,6 +55,7 @@ def loop_of_the_reader():
         student_logits=leaf(batch, n_classes), teacher_logits=torch.randn(batch, n_classes),
         labels=torch.randint(n_classes, (batch,)),
         student_features=leaf(batch, width), teacher_features=torch.randn(batch, width),
+        hard_negatives=torch.randn(batch, 3, width),
         image=normalized(width), text=normalized(width),
         teacher_image=normalized(24).detach(), teacher_text=normalized(24).detach(),
         logit_scale=torch.tensor(10.0, requires_grad=True),

@@ -133,10 +133,11 @@ def pairs(form, first, n=34, n_keys=85, columns=False, two_views=False):
     """Return queries of one rank, whose positive keys are somewhere among those of all ranks."""
     scale = torch.tensor(3.0, dtype=torch.float64, device=DEVICE)
     positive = normal(n, seed=3)
-    bank, classes, attractions = normal(9, 5, seed=2), None, None
+    bank, classes, query_classes, attractions = normal(9, 5, seed=2), None, None, None
     if form == "classes":
-        numbers = torch.arange(n_keys, device=DEVICE) % 7
-        bank, classes, attractions = None, numbers.double(), normal(7, seed=6).square()[numbers]
+        classes = (torch.arange(n_keys, device=DEVICE) % 7).double()
+        query_classes, attractions = classes[first : first + n], normal(n, seed=6).square()
+        bank = None
     return Pairs(
         query=normal(n, 5),
         key=normal(n_keys, 5, seed=1),
@@ -144,10 +145,13 @@ def pairs(form, first, n=34, n_keys=85, columns=False, two_views=False):
         positive_logits=positive,
         weights=positive.square(),
         bank=bank,
+        masked_pairs=None,
         key_positive_logits=normal(n_keys, seed=4) if columns else None,
         key_weights=normal(n_keys, seed=5).square() if columns else None,
         classes=classes,
+        query_classes=query_classes,
         attractions=attractions,
+        attractions_differ=True,
         form=dict(classes="linear").get(form, form.split()[0]),
         first=first,
         two_views=two_views,
@@ -164,7 +168,7 @@ def soft_pairs(first, n=34, n_keys=85):
         for width, seed in ((5, 0), (7, 2))
         for x in (normal(n, width, seed=seed), normal(n_keys, width, seed=seed + 1), scale)
     ]
-    return SoftPairs(*networks, first, "", "")
+    return SoftPairs(*networks, normal(n, seed=5).square(), "kl", first, True, "", "")
 
 
 def assert_twins_agree(module, problem, needs_grad):
@@ -223,7 +227,7 @@ def test_slopes_that_are_small_survive_float16(solver, engine):
 
     def gradients(module, dtype, kind):
         numbers = [x.to(dtype) for x in (*half, torch.ones((), device=DEVICE), positive, weights)]
-        problem = Pairs(*numbers, *[None] * 5, "pairs", -1, False, True, kind, "")
+        problem = Pairs(*numbers, *[None] * 7, False, "pairs", -1, False, True, kind, "")
         return module.value_and_gradients(problem, (True, True, False, False))[1][:2]
 
     found = gradients(solver("pairs"), torch.float32, "float16")

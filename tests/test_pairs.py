@@ -1,11 +1,13 @@
 """Particulars of pairs: scales, maxima, classes, banks and queues, memory."""
 
+import itertools
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE, LOSSES, VIEWS, named, normal, of, with_bank, with_classes
+from cases import DEVICE, LOSSES, OPTIONS, VIEWS, named, normal, of, with_bank, with_classes
 from choice import ENGINES, full, pairwise, quick_if
 from exactness import (
     assert_as_exact,
@@ -29,6 +31,9 @@ NCE, BOTH, CLIP, SIGLIP, NT_XENT, SUP_CON, SOFT = named(
 )  # fmt: skip
 each_case = pytest.mark.parametrize("case", PAIRS, ids=str)
 each_loss = pytest.mark.parametrize("case", EACH, ids=str)
+
+
+DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 1e-3)]
 
 
 def number(x):
@@ -134,13 +139,35 @@ def test_labels_of_any_kind(alike, anchors, engine):
     assert_same(results(partial(fastkd.sup_con, **options), [features]), expected)
 
 
-@pytest.mark.parametrize("length", [0, 1e-13])
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+def test_options(case, engine):
+    for n in (0, 1, 7) if engine != "triton" else (7,):
+        inputs = case.inputs((n,), 5)
+        found = results(case, inputs)
+        expected = results(case.truth, inputs) if n else [0 * x for x in found]
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12 * max(1.0, float(y.norm())))
+
+
+@pytest.mark.parametrize("length", [0, 1e-13, 1e-12])
+@quick_if(lambda length, engine: engine != "triton" or length == 0)
 def test_a_vector_without_a_direction(length, engine):
-    """It is divided by 1e-12 and not projected, as torch.nn.functional.normalize has it."""
-    for case in (NCE, BOTH, NT_XENT, SUP_CON):
-        inputs = case.inputs((5,), 3)
-        inputs[0].detach()[2] *= length
-        assert_same(results(case, inputs), results(case.truth, inputs))
+    """Its value is that of F.normalize, and its gradient 0 where that has 1e12 times the others."""
+    margin = replace(BOTH, options=dict(symmetric=True, margin=0.1))
+    for case, (dtype, tolerance) in itertools.product(
+        (BOTH, margin, NT_XENT, SUP_CON, SOFT), DTYPES
+    ):
+        inputs, options = case.inputs((5,), 3, dtype), of_scale(case, 2.0)
+        for x in inputs:
+            if x.requires_grad:
+                x.detach()[2] = length * F.one_hot(torch.tensor(1), 3)
+        loss, *gradients = results(partial(case.truth, **options), exact(inputs))
+        for x in gradients:
+            x[2] = 0
+        ours = partial(case, **options)
+        for found in (results(ours, inputs), by_formula(ours, inputs)):
+            assert not any(x[2].any() for x in found[1:])
+            assert_same(found, [loss, *gradients], tolerance)
 
 
 def test_a_student_whose_embeddings_are_alike(engine):
@@ -256,16 +283,19 @@ def test_a_queue_of_the_keys_before():
         expected = fastkd.info_nce(query, key, bank, temperature=0.3)
         assert_same([loss(query, key)], [expected])
         keys.append(key.detach())
-        assert torch.equal(loss.queue, torch.cat(keys)[-7:]) and not loss.queue.requires_grad
-        # it holds no more than its keys
-        assert loss.queue.untyped_storage().nbytes() == loss.queue.nbytes <= 7 * 4 * 8
+        kept = F.pad(torch.cat(keys)[-7:], (0, 0, max(7 - 3 * len(keys), 0), 0))
+        for held, x in zip(loss.queue.T, kept.T, strict=True):  # the others are 0; in any order
+            assert torch.equal(held.sort()[0], x.sort()[0])
+        assert loss.queue.shape == (7, 4) and not loss.queue.requires_grad
     twin = fastkd.InfoNCELoss(queue_size=7, temperature=0.3)
     twin.load_state_dict(loss.state_dict())
     twin.eval()
     assert_same([twin(query, key), twin(query, key)], [loss.eval()(query, key)] * 2)
-    shorter = fastkd.InfoNCELoss(queue_size=2)
-    shorter.load_state_dict(loss.state_dict())
-    assert torch.equal(shorter.queue, loss.queue[-2:])
+    for size in (2, 9):  # another size keeps the latest
+        other = fastkd.InfoNCELoss(queue_size=size)
+        other.load_state_dict(loss.state_dict())
+        latest = torch.cat(keys)[-7:][-size:]
+        assert torch.equal(other.queue[: len(latest)], latest) and len(other.queue) == size
     assert not fastkd.InfoNCELoss().state_dict()
     for size in (-1, 2.5, True):
         with pytest.raises(ValueError, match=rf"queue_size .* got {size}"):

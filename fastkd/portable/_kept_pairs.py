@@ -23,10 +23,9 @@ from torch import Tensor
 
 from fastkd.portable import _chunks
 from fastkd.portable._pair_chunks import LARGEST, LEAST
-from fastkd.problems.pairs import Gradients, Pairs, of_lengths, own_columns, units
+from fastkd.problems.pairs import Gradients, Pairs, of_lengths, units
 
 _LN2 = math.log(2)
-_MOST = 1e30  # weights over a larger number may be flushed to 0
 
 
 class _Slopes(NamedTuple):
@@ -42,9 +41,8 @@ def value_and_gradients(
 ) -> tuple[Tensor, Gradients] | None:
     """Return the loss and its gradients; None if the chunks must solve the problem."""
     query, key, bank = problem.query, problem.key, problem.bank
-    n_pairs = query.shape[0] * sum(
-        x.shape[0] for x in (query if key is None else key, bank) if x is not None
-    )
+    n_keys = (query if key is None else key).shape[0] + (0 if bank is None else bank.shape[0])
+    n_pairs = query.shape[0] * n_keys
     if not query.is_cpu or not 0 < n_pairs <= _chunks.most_elements(query, 1 << 20, 0):
         return None
     scale = problem.scale.item()
@@ -72,7 +70,8 @@ def value_and_gradients(
             in_scale.mul_((0.5 if key is None else 1) / scale)
         in_query = of_lengths(in_query, q, q_lengths) if needs_query else None
     if needs_key:
-        in_key = torch.addmm(k, g[:, : k.shape[0]].T, q, beta=0, alpha=scale)
+        of_keys = g if bank is None else g[:, : k.shape[0]]
+        in_key = torch.addmm(k, of_keys.T, q, beta=0, alpha=scale)
         in_key = of_lengths(in_key, k, k_lengths)
     return loss, (in_query, in_key, in_scale, of_logits if needs_logits else None)
 
@@ -96,7 +95,10 @@ def _log_sum_exps(
 ) -> _Slopes | None:
     """Return the loss of rows and, with weights of keys, of columns, and its slopes."""
     given, key_weights, of_kind = problem.positive_logits, problem.key_weights, problem.key is None
-    if key_weights is not None and (of_kind or problem.group):
+    # columns of other queries have other positive pairs
+    if key_weights is not None and (of_kind or key_weights.shape != problem.weights.shape):
+        return None
+    if problem.group:
         return None
     if given is None and (of_kind != problem.two_views or problem.first < 0):
         return None
@@ -104,48 +106,43 @@ def _log_sum_exps(
     s = _similarities(q, keys, scale)
     own = s.diagonal(problem.first) if problem.first >= 0 else None
     pairs = _pairs_of_views(problem, s) if problem.two_views else own
-    # the largest positive logit is subtracted where powers could overflow
-    bound = abs(scale) if problem.normalize else math.inf
-    shift = None
-    if LARGEST < bound < math.inf:
-        largest = pairs if given is None else given / _LN2
-        assert largest is not None
-        shift = largest.amax()
-        s.sub_(shift)
+    positive = pairs if given is None else given / _LN2
+    assert positive is not None
+    has_bounds = problem.normalize and abs(scale) <= LARGEST
+    if not has_bounds:  # the largest number is subtracted, because powers could overflow
+        largest = s.amax() if given is None else torch.maximum(s.amax(), positive.amax())
+        if not positive.amin().item() - largest.item() > math.log2(LEAST):
+            return None
+        s.sub_(largest)
+        positive = positive if given is None else positive - largest
     s.exp2_()
     if given is not None:
-        positive = _powers(given, shift)
-    else:
-        assert pairs is not None
-        positive = pairs.clone() if pairs is own else pairs.flatten()
+        positive = positive.exp2()
+    else:  # a copy, because these pairs are no negatives
+        positive = positive.clone() if pairs is own else positive.flatten()
     if own is not None:
         own.zero_()
     if pairs is not own and pairs is not None:
         pairs.zero_()
+    if problem.masked_pairs is not None:
+        s.masked_fill_(problem.masked_pairs, 0)
 
     sums = s.sum(1)
     loss, u = _penalty(problem.form, sums, positive, problem.weights.to(s.dtype))
-    is_in_range = bound <= LARGEST or _are_in_range(problem.form, sums, positive)
+    is_linear = problem.form == "linear"  # whose sums have logarithms
+    if is_linear and not has_bounds and not sums.amin().item() > LEAST:
+        return None
     if key_weights is not None:
         column_sums = s[:, : key_weights.shape[0]].sum(0)
-        of_keys = problem.key_positive_logits
-        if of_keys is not None:
-            positive = _powers(of_keys.to(s.dtype), shift)
         share, v = _penalty(problem.form, column_sums, positive, key_weights.to(s.dtype))
         loss = loss + share
-        # otherwise the check of the rows was that of all sums and positive pairs
-        if bound > LARGEST and (of_keys is not None or problem.form == "linear"):
-            is_in_range &= _are_in_range(problem.form, column_sums, positive)
-    if not is_in_range:
-        return None
+        if is_linear and not has_bounds and not column_sums.amin().item() > LEAST:
+            return None
     if not any(needs_grad):
         return _Slopes(loss, s, None)
 
     if key_weights is not None:
-        of_columns = v * column_sums
-        if given is not None:
-            of_columns = of_columns[own_columns(problem)]
-        slopes = torch.addcmul(of_columns, u, sums)
+        slopes = torch.addcmul(v * column_sums, u, sums)
         if v.shape[0] < keys.shape[0]:
             v = torch.cat((v, v.new_zeros(keys.shape[0] - v.shape[0])))
         s.mul_(u.unsqueeze(1) + v)
@@ -162,12 +159,6 @@ def _log_sum_exps(
     return _Slopes(loss, s, None)
 
 
-def _powers(logits: Tensor, shift: Tensor | None) -> Tensor:
-    """Return exp(logits), divided by 2^shift."""
-    in_bits = logits / _LN2
-    return in_bits.exp2_() if shift is None else in_bits.sub_(shift).exp2_()
-
-
 def _penalty(form: str, sums: Tensor, positive: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss from the sums of exponentials, and its slopes in the sums."""
     ratios = sums / positive
@@ -176,38 +167,34 @@ def _penalty(form: str, sums: Tensor, positive: Tensor, weights: Tensor) -> tupl
     return ratios.log_() @ weights, weights / sums
 
 
-def _are_in_range(form: str, sums: Tensor, positive: Tensor) -> bool:
-    """Return whether no exponential that matters was flushed to 0, nor will a slope be."""
-    if form == "linear" and not sums.amin().item() > LEAST:
-        return False
-    return positive.amin().item() > LEAST and (sums + positive).sum().item() < _MOST
-
-
 def _with_classes(
     problem: Pairs, q: Tensor, keys: Tensor, scale: float, needs_grad: Sequence[bool]
 ) -> _Slopes | None:
     """Return the loss of examples that are attracted by all of their class, and its slopes."""
-    given, classes, r = problem.positive_logits, problem.classes, problem.attractions
-    if given is not None or classes is None or r is None:
+    classes, query_classes, r = problem.classes, problem.query_classes, problem.attractions
+    assert classes is not None and query_classes is not None and r is not None
+    if problem.positive_logits is not None:
         return None
     if not problem.normalize or abs(scale) > LARGEST or problem.two_views:
         return None
     s = _similarities(q, keys, scale)
-    own, columns = s.diagonal(problem.first), own_columns(problem)
     # eq gives numbers here, because booleans and their sums take far longer
-    alike = torch.eq(classes[columns].unsqueeze(1), classes, out=torch.empty_like(s))
-    alike.diagonal(problem.first).zero_()
-    attracted = torch.linalg.vecdot(alike, s).mul_(r[columns])
+    alike = torch.eq(query_classes.unsqueeze(1), classes, out=torch.empty_like(s))
+    if problem.first >= 0:
+        alike.diagonal(problem.first).zero_()
+    attracted = torch.linalg.vecdot(alike, s).mul_(r)
     s.exp2_()
-    own.zero_()
+    if problem.first >= 0:
+        s.diagonal(problem.first).zero_()
     sums, weights = s.sum(1), problem.weights.to(s.dtype)
     loss = sums.log().mul_(weights).sub_(attracted, alpha=_LN2).sum()
     if any(needs_grad):
-        u = weights / sums
-        if problem.key is None:
-            s.mul_(u.unsqueeze(1) + u).addcmul_(alike, r.unsqueeze(1), value=-2)
-        else:
-            s.mul_(u.unsqueeze(1)).addcmul_(alike, r, value=-1)
+        u, of_rows, of_kind = weights / sums, r.unsqueeze(1), problem.key is None
+        s.mul_(u.unsqueeze(1) + u if of_kind else u.unsqueeze(1))
+        if of_kind and problem.attractions_differ:  # (i, j) and (j, i) are one pair
+            of_rows = of_rows + r
+        is_double = of_kind and not problem.attractions_differ
+        s.addcmul_(alike, of_rows, value=-2 if is_double else -1)
     return _Slopes(loss, s, None)
 
 

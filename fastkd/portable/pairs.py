@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.portable import _kept_pairs, _soft_pairs
-from fastkd.portable._pair_chunks import PairChunks, are_large, lowest
+from fastkd.portable._pair_chunks import PairChunks, are_large, lowest, powers
 from fastkd.problems.pairs import (
     LINEAR,
     Gradients,
@@ -62,7 +62,8 @@ class _Solver:
         self.chunks = PairChunks(
             problem.query, problem.key, problem.scale, needs_grad,
             bank=problem.bank, first=problem.first, two_views=problem.two_views,
-            normalize=problem.normalize, half=problem.half, weights=problem.weights,
+            masked_pairs=problem.masked_pairs, normalize=problem.normalize, half=problem.half,
+            weights=problem.weights,
         )  # fmt: skip
         self.buffer = self.chunks.buffer()
 
@@ -110,21 +111,23 @@ class _Solver:
             torch.neg(slopes, out=of_logits[rows])
             if any(self.needs_grad):
                 self._write_positives(rows, part, -sums)
-                self._add_softmax(rows, part, slopes.div_(sums))
+                self._add_softmax(rows, part, _over_sums(slopes, sums))
             return share
 
         return _total(of_logits, chunks.for_each(self.buffer, of_chunk)), of_logits
 
     def _add_softmax(self, rows: slice, part: Tensor, slopes: Tensor) -> None:
         """Add slopes_i `part`_ij as slopes in S, less what attracts the others of a class."""
-        chunks, classes, attractions = self.chunks, self.problem.classes, self.problem.attractions
-        if classes is None or attractions is None:
+        chunks, problem = self.chunks, self.problem
+        if problem.classes is None:
             chunks.add(rows, part, slopes)
             return
+        assert problem.query_classes is not None and problem.attractions is not None
         alike = chunks.of_spare(part)
-        torch.eq(chunks.own(classes, rows)[:, None], classes, out=alike)
+        torch.eq(problem.query_classes[rows, None], problem.classes, out=alike)
         chunks.mask(rows, alike, 0.0)
         # the difference of each pair, because the difference of two sums would round it away
+        attractions = problem.attractions[rows, None]
         part.mul_(slopes[:, None]).addcmul_(alike, attractions, value=-1)
         chunks.add(rows, part)
 
@@ -161,14 +164,14 @@ class _Solver:
         of_logits = -slopes - column_slopes[own_columns(problem)]
         if not any(self.needs_grad):
             return loss + share, of_logits
-        u, v = slopes.div_(sums), buffer.new_zeros(buffer.shape[1])
-        v[:n_columns] = column_slopes.div_(column_sums)
+        u, v = _over_sums(slopes, sums), buffer.new_zeros(buffer.shape[1])
+        v[:n_columns] = _over_sums(column_slopes, column_sums)
 
         def add_slopes(rows: slice, part: Tensor) -> None:
             if shift is None:
                 chunks.mask(rows, part, -torch.inf)
-                by_columns = (part[:, :n_columns] - column_largest).exp_().mul_(v[:n_columns])
-                part.sub_(largest[rows, None]).exp_().mul_(u[rows, None])
+                by_columns = powers(part[:, :n_columns] - column_largest).mul_(v[:n_columns])
+                powers(part.sub_(largest[rows, None])).mul_(u[rows, None])
                 part[:, :n_columns] += by_columns
             else:
                 if len(buffer) < n:
@@ -220,10 +223,15 @@ def _check_size(sums: Tensor) -> None:
         raise _Underflow
 
 
+def _over_sums(slopes: Tensor, sums: Tensor) -> Tensor:
+    """Return slopes / sums, in place; where there is no negative both are 0, and so is it."""
+    return slopes.div_(sums.clamp(min=torch.finfo(sums.dtype).tiny))
+
+
 def _add_to_columns(part: Tensor, largest: Tensor, sums: Tensor) -> None:
     """Combine the rows of S in a chunk with Σ_i exp(S_ij − largest_j) of the chunks before."""
     risen = torch.maximum(largest, part.amax(0)).clamp_(min=lowest(part))
-    sums.mul_((largest - risen).exp_()).add_((part - risen).exp_().sum(0))
+    sums.mul_((largest - risen).exp_()).add_(powers(part - risen).sum(0))
     largest.copy_(risen)
 
 

@@ -1,117 +1,32 @@
-"""How the contrastive losses, and the divergence of similarities, are stated as pairs."""
+"""How the contrastive losses, and the divergence of similarities, are stated as pairs.
+
+An engine returns the loss of a batch, and has made its gradients by then. A statement therefore
+returns NotImplemented, so that the formula is computed, where the losses of examples are asked for.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd._loss import Call
 from fastkd._op import is_differentiated, is_inference
 from fastkd._precision import compute_dtype
-from fastkd.problems.pairs import SHORTEST, Number, Pairs, SoftPairs, solve, solve_soft
+from fastkd.problems._contrast_checks import check_columns
+from fastkd.problems.pairs import (
+    LINEAR,
+    Number,
+    Pairs,
+    SoftPairs,
+    directions,
+    solve,
+    solve_soft,
+)
 
-if TYPE_CHECKING:
-    from fastkd._loss import Call
-
-# ----------------------------------------------------------------------------------------- checks
-
-
-def check_info_nce(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor | None,
-    *,
-    temperature: Number,
-    negative_weight: Number,
-    symmetric: bool,
-    margin: Number,
-    in_batch_negatives: bool,
-    **_: bool,
-) -> None:
-    bank = {} if negatives is None else {"negatives": negatives}
-    _checks.matrices(query=query, key=key, **bank)
-    _checks.same_examples(query=query, key=key)
-    _checks.number(temperature=temperature, above=0)
-    _checks.number(negative_weight=negative_weight, above=0)
-    _checks.number(margin=margin)
-    if not in_batch_negatives and (negatives is None or symmetric):
-        got = "negatives=None" if negatives is None else "symmetric=True"
-        raise ValueError(
-            "in_batch_negatives=False needs negatives [M, D], and no symmetric form, since a bank "
-            f"counts for the queries alone; got {got}"
-        )
-
-
-def check_clip_contrastive(
-    image: Tensor, text: Tensor, logit_scale: Number, logit_bias: Number | None
-) -> None:
-    check_siglip(image, text, logit_scale, 0.0 if logit_bias is None else logit_bias)
-
-
-def check_siglip(image: Tensor, text: Tensor, logit_scale: Number, logit_bias: Number) -> None:
-    _checks.matrices(image=image, text=text)
-    _checks.same_examples(image=image, text=text)
-    _checks.number(logit_scale=logit_scale, logit_bias=logit_bias)
-
-
-def check_nt_xent(view1: Tensor, view2: Tensor, *, temperature: Number) -> None:
-    _checks.matrices(view1=view1, view2=view2)
-    _checks.same_examples(view1=view1, view2=view2)
-    _checks.number(temperature=temperature, above=0)
-
-
-def check_sup_con(features: Tensor, labels: Tensor, *, temperature: Number, anchors: str) -> None:
-    _checks.matrices(features=features)
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be a tensor of classes (torch.int64), got {got}")
-    if labels.shape != features.shape[:1]:
-        raise ValueError(
-            f"labels need one class for each of the {len(features)} features, got the shape "
-            f"{[*labels.shape]}"
-        )
-    _checks.same_device(features=features, labels=labels)
-    _checks.number(temperature=temperature, above=0)
-    _checks.one_of(("with_positive", "all"), anchors=anchors)
-
-
-def check_similarity_kl(
-    student: Tensor,
-    teacher: Tensor,
-    student_keys: Tensor | None,
-    teacher_keys: Tensor | None,
-    *,
-    student_temperature: Number,
-    teacher_temperature: Number,
-    mask_self: bool,
-    **_: bool,
-) -> None:
-    for query, key, name in (
-        (student, student_keys, "student"),
-        (teacher, teacher_keys, "teacher"),
-    ):
-        _checks.matrices(**{name: query}, **({} if key is None else {f"{name}_keys": key}))
-    _checks.same_examples(student=student, teacher=teacher)
-    _checks.same_device(student=student, teacher=teacher)
-    if (student_keys is None) != (teacher_keys is None):
-        raise ValueError(
-            "student_keys and teacher_keys are embeddings of the same keys: give both, or none for "
-            "the similarities of the queries among each other"
-        )
-    if student_keys is not None and teacher_keys is not None:
-        _checks.same_examples(student_keys=student_keys, teacher_keys=teacher_keys)
-        _checks.constant_teacher(teacher_keys=teacher_keys)
-        if mask_self and len(student_keys) != len(student):
-            raise ValueError(
-                f"mask_self masks key i for query i: as many keys as queries are needed, got "
-                f"{len(student_keys)} and {len(student)}"
-            )
-    _checks.constant_teacher(teacher=teacher)
-    _checks.number(above=0, student_temperature=student_temperature)
-    _checks.number(above=0, teacher_temperature=teacher_temperature)
-
+IGNORED = -100  # the label of an example without a class
 
 # --------------------------------------------------------------- embeddings against their keys
 
@@ -121,6 +36,7 @@ def info_nce(
     query: Tensor,
     key: Tensor,
     negatives: Tensor | None,
+    false_negatives: Tensor | None,
     *,
     temperature: Number,
     negative_weight: Number,
@@ -129,33 +45,77 @@ def info_nce(
     margin: Number,
     decoupled: bool,
     in_batch_negatives: bool,
+    weights: Tensor | None,
+    reduction: str,
 ) -> Tensor:
-    half = half_of(query, key, negatives)
-    query, key, bank = in_compute_dtype(query, key, negatives)
+    if negatives is not None and not negatives.shape[-2]:
+        negatives = negatives.flatten(0, -2)  # none of each query are none of all queries
+    of_each = negatives is not None and negatives.ndim == 3
+    if reduction == "none" or (of_each and (symmetric or not in_batch_negatives)):
+        return NotImplemented
+    if false_negatives is not None:
+        if decoupled:
+            return NotImplemented
+        # the kernels read no mask of pairs, and old compilers do not trace _replace
+        call = Call(call.name, "portable", call.row_mask, call.ranks)
+    half = half_of(query, key, None if of_each else negatives)
+    query, key, negatives = in_compute_dtype(query, key, negatives)
     scale = _inverse(temperature, query)
     logits = None
     is_plain = in_batch_negatives and is_number(margin, 0) and is_number(negative_weight, 1)
-    if not is_plain or (symmetric and call.ranks):
+    if not is_plain or of_each or (symmetric and call.ranks):
         positive = cosines(query, key) if normalize else (query * key).sum(1)
         logits = (positive - margin) * scale - logarithm(negative_weight, query)
     gathered = [logits.detach()] if symmetric and logits is not None else []
     keys, first, *of_keys = call.ranks.share(key, *gathered)
-    n, n_bank = keys.shape[0], 0 if bank is None else bank.shape[0]
-    if not n or not n_bank + (n - 1 if in_batch_negatives else 0):
-        return zero_loss(query, key, bank, temperature, negative_weight, margin)
-    if bank is not None:
-        if not in_batch_negatives:
-            keys, bank, first = bank, None, -1
-        elif is_differentiated(bank):
-            keys, bank = torch.cat([keys, bank]), None
+    n, n_further = keys.shape[0], 0 if negatives is None else negatives.shape[-2]
+    check_columns(false_negatives, (n if in_batch_negatives else 0) + n_further)
+    if not n or not n_further + (n - 1 if in_batch_negatives else 0):
+        return zero_loss(query, key, negatives, temperature, negative_weight, margin)
+    factors = _factors(call, weights, n, reduction, query)
+    form, of_negatives, bank = "linear" if decoupled else "softplus", None, negatives
+    if of_each:
+        assert negatives is not None and logits is not None
+        bank, further = None, _similarities_of_each(query, negatives, normalize) * scale
+        if false_negatives is not None:
+            # finite, because log-sum-exps of −inf alone have the gradient NaN
+            least = torch.finfo(further.dtype).min / 4
+            further = further.masked_fill(false_negatives[:, n:], least)
+            false_negatives = false_negatives[:, :n]
+        form, logits, of_negatives = _with_further(form, logits, further.logsumexp(1))
+    elif not in_batch_negatives:
+        keys, bank, first = negatives, None, -1
+    elif bank is not None and is_differentiated(bank):
+        keys, bank = torch.cat([keys, bank]), None
     share = _solve(
-        call, query, keys, scale, (0.5 if symmetric else 1) / n,
-        form="linear" if decoupled else "softplus", first=first, normalize=normalize, half=half,
-        bank=bank, positive_logits=logits,
+        call, query, keys, scale, factors * 0.5 if symmetric else factors, form=form, first=first,
+        normalize=normalize, half=half, bank=bank, masked_pairs=false_negatives,
+        positive_logits=logits,
         key_positive_logits=of_keys[0] if of_keys and n > 1 else None,
         n_columns=n if symmetric and n > 1 else 0,
     )  # fmt: skip
+    if of_negatives is not None:
+        share = share + (of_negatives * factors).sum()
     return call.ranks.total(share)
+
+
+def _similarities_of_each(query: Tensor, negatives: Tensor, normalize: bool) -> Tensor:
+    """Return the similarities [N, M] of queries to negatives [N, M, D] of their own."""
+    if normalize:
+        query, negatives = directions(query), directions(negatives)
+    return (negatives @ query[:, :, None])[:, :, 0]
+
+
+def _with_further(form: str, logits: Tensor, further: Tensor) -> tuple[str, Tensor, Tensor]:
+    """Return a form, positive logits and losses that add negatives to those of an engine.
+
+    further: b, the log-sum-exps of these. With n those of the others log(e^a + e^b + e^n) − a is
+    softplus(n − c) + (c − a) with c = log(e^a + e^b), and c = b if the loss is decoupled.
+    """
+    if form == "linear":
+        return "softplus", further, further - logits
+    losses = F.softplus(further - logits, threshold=LINEAR)  # type: ignore[call-arg]
+    return form, torch.logaddexp(logits, further), losses
 
 
 def clip_contrastive(
@@ -164,7 +124,12 @@ def clip_contrastive(
     text: Tensor,
     logit_scale: Number,
     logit_bias: Number | None,
+    *,
+    weights: Tensor | None,
+    reduction: str,
 ) -> Tensor:
+    if reduction == "none":
+        return NotImplemented
     half = half_of(image, text)
     image, text = in_compute_dtype(image, text)
     scale = _number_like(logit_scale, image)
@@ -174,9 +139,9 @@ def clip_contrastive(
     if n < 2:
         return zero_loss(image, text, scale, logit_bias)
     share = _solve(
-        call, image, texts, scale, 0.5 / n, form="softplus", first=first, normalize=False,
-        half=half, positive_logits=logits, key_positive_logits=of_keys[0] if of_keys else None,
-        n_columns=n,
+        call, image, texts, scale, _factors(call, weights, n, reduction, image) * 0.5,
+        form="softplus", first=first, normalize=False, half=half, positive_logits=logits,
+        key_positive_logits=of_keys[0] if of_keys else None, n_columns=n,
     )  # fmt: skip
     if isinstance(logit_bias, Tensor):
         share = share + (0 * logit_bias).to(share)  # the bias cancels, but is on the graph
@@ -184,18 +149,30 @@ def clip_contrastive(
 
 
 def siglip(
-    call: Call, image: Tensor, text: Tensor, logit_scale: Number, logit_bias: Number
+    call: Call,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Number,
+    logit_bias: Number | None,
+    *,
+    negative_only: bool,
+    weights: Tensor | None,
+    reduction: str,
 ) -> Tensor:
+    if reduction == "none":
+        return NotImplemented
     half = half_of(image, text)
     image, text = in_compute_dtype(image, text)
     texts, first = call.ranks.share(text)
-    scale, bias = _number_like(logit_scale, image), _number_like(logit_bias, image)
+    scale = _number_like(logit_scale, image)
     n = texts.shape[0]
     if not n:
-        return zero_loss(image, text, scale, bias)
+        return zero_loss(image, text, scale, logit_bias)
+    bias = 0.0 if logit_bias is None else logit_bias
     share = _solve(
-        call, image, texts, scale, 1 / n, form="pairs", first=first, normalize=False, half=half,
-        positive_logits=-bias.expand(image.shape[0]),
+        call, image, texts, scale, _factors(call, weights, n, reduction, image), form="pairs",
+        first=-1 if negative_only else first, normalize=False, half=half,
+        positive_logits=-_number_like(bias, image, image.shape[0]),
     )  # fmt: skip
     return call.ranks.total(share)
 
@@ -203,50 +180,106 @@ def siglip(
 # ------------------------------------------------------------------------ examples of one kind
 
 
-def nt_xent(call: Call, view1: Tensor, view2: Tensor, *, temperature: Number) -> Tensor:
+def nt_xent(
+    call: Call,
+    view1: Tensor,
+    view2: Tensor,
+    *,
+    temperature: Number,
+    normalize: bool,
+    decoupled: bool,
+    weights: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    if reduction == "none":
+        return NotImplemented
     half = half_of(view1, view2)
     both = torch.cat(in_compute_dtype(view1, view2))
     views, first = call.ranks.share(both)
     n = len(views)
     if n <= 2:
         return zero_loss(view1, view2, temperature)
+    # the loss of an example is the mean of those of its views, which share its weight
+    factors = _factors(call, weights, n // 2, reduction, both) * 0.5
     share = _solve(
-        call, both, views if call.ranks else None, _inverse(temperature, both), 1 / n,
-        form="softplus", first=first, two_views=True, half=half,
+        call, both, views if call.ranks else None, _inverse(temperature, both),
+        factors.repeat(2) if isinstance(factors, Tensor) else factors,
+        form="linear" if decoupled else "softplus", first=first, two_views=True,
+        normalize=normalize, half=half,
     )  # fmt: skip
     return call.ranks.total(share)
 
 
 def sup_con(
-    call: Call, features: Tensor, labels: Tensor, *, temperature: Number, anchors: str
+    call: Call,
+    features: Tensor,
+    labels: Tensor | None,
+    keys: Tensor | None,
+    key_labels: Tensor | None,
+    positives: Tensor | None,
+    *,
+    temperature: Number,
+    base_temperature: Number | None,
+    normalize: bool,
+    anchors: str,
+    weights: Tensor | None,
+    reduction: str,
 ) -> Tensor:
-    half = half_of(features)
-    (features,) = in_compute_dtype(features)
-    whole, first, labels = call.ranks.share(features, labels)
-    n = len(whole)
-    if n < 2:
-        return zero_loss(features, features, temperature)
-    classes, n_alike = _classes(labels.long().contiguous())
-    n_positives = n_alike.to(whole.dtype).sub_(1)
-    is_anchor = n_positives.clamp(max=1)
-    weights = is_anchor / (is_anchor.sum().clamp(min=1) if anchors == "with_positive" else n)
-    own = slice(first, first + features.shape[0])
+    if reduction == "none" or labels is None:
+        return NotImplemented
+    half = half_of(features, keys)
+    if features.ndim == 3:
+        labels = labels.repeat_interleave(features.shape[1])
+        features = features.flatten(0, 1)
+        weights = None if weights is None else weights.flatten()
+    features, _, keys = in_compute_dtype(features, features, keys)
+    labels = labels.long().contiguous()
+    of_keys, is_apart = labels, keys is not None
+    if key_labels is not None:
+        of_keys = key_labels.long().contiguous()
+    whole, first, of_keys = call.ranks.share(features if keys is None else keys, of_keys)
+    if not whole.shape[0] or (whole.shape[0] < 2 and not is_apart):
+        return zero_loss(features, whole, temperature)
+    classes, query_classes, n_positives = _classes(of_keys, labels, features.dtype)
+    if not is_apart:
+        n_positives.sub_(1)
+    n_positives.mul_(labels != IGNORED)
+    factors = is_anchor = n_positives.clamp(max=1)
+    if weights is not None:
+        weights = weights.detach().to(features.dtype)
+        factors = is_anchor * weights
+    if reduction == "mean":
+        counted = factors
+        if anchors == "all":
+            counted = torch.ones_like(is_anchor) if weights is None else weights
+        factors = _over_sum(call, factors, counted)
     share = _solve(
-        call, features, whole if call.ranks else None, _inverse(temperature, features),
-        weights[own], form="linear", first=first, half=half,
-        classes=classes.to(whole.dtype), attractions=weights / n_positives.clamp(min=1),
+        call, features, whole if is_apart or call.ranks else None,
+        _inverse(temperature, features), factors, form="linear", first=-1 if is_apart else first,
+        normalize=normalize, half=half, classes=classes, query_classes=query_classes,
+        attractions=factors / n_positives.clamp(min=1), attractions_differ=weights is not None,
     )  # fmt: skip
-    return call.ranks.total(share)
+    total = call.ranks.total(share)
+    if base_temperature is None:
+        return total
+    return total * _number_like(temperature / base_temperature, features)
 
 
-def _classes(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return numbers below N for the classes, and the size of each example's, without a host sync.
+def _classes(
+    key_labels: Tensor, labels: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return numbers of the classes of keys and of queries, and how many keys each query's has.
 
-    The number of a class is the place of its first label among all labels in order.
+    The number of a class, found without a host sync, is the place of its first label among those of
+    all keys in order. A query without a key of its class gets the number of another one.
     """
-    ordered = labels.sort()[0]
-    place = torch.searchsorted(ordered, labels)
-    return place, torch.searchsorted(ordered, labels, right=True) - place
+    ordered = key_labels.sort()[0]
+    of_keys = place = torch.searchsorted(ordered, key_labels)
+    if labels is not key_labels:
+        place = torch.searchsorted(ordered, labels).clamp(max=len(ordered) - 1)
+    n_alike = torch.searchsorted(ordered, labels, right=True).sub_(place).to(dtype)
+    classes = of_keys.to(dtype)
+    return classes, classes if place is of_keys else place.to(dtype), n_alike
 
 
 # ---------------------------------------------------------------------- two networks' similarities
@@ -261,9 +294,15 @@ def similarity_kl(
     *,
     student_temperature: Number,
     teacher_temperature: Number,
+    form: str,
+    normalize: bool,
     symmetric: bool,
     mask_self: bool,
+    weights: Tensor | None,
+    reduction: str,
 ) -> Tensor:
+    if reduction == "none":
+        return NotImplemented
     half, teacher_half = half_of(student, student_keys), half_of(teacher, teacher_keys)
     student, teacher, student_keys, teacher_keys = in_compute_dtype(
         student, teacher.detach(), student_keys,
@@ -275,7 +314,7 @@ def similarity_kl(
     def of_rows(
         query: Tensor, key: Tensor | None, teacher_query: Tensor, teacher_key: Tensor | None
     ) -> Tensor:
-        """Return the share of this rank's rows in the mean over all rows."""
+        """Return the share of this rank's rows in the loss of all rows."""
         if call.ranks and key is None:  # the queries of this rank are a part of the keys
             key, teacher_key = query, teacher_query
         first, n = 0, len(query)
@@ -285,12 +324,15 @@ def similarity_kl(
             n = int(call.ranks.sum(torch.tensor(n, device=query.device)))
         if not n or len(query if key is None else key) - mask_self < 1:
             return zero_loss(query, query if key is None else key, scale)
+        factors = _factors(call, weights, n, reduction, query)
         problem = SoftPairs(
             query, _apart(key, query), scale,
             teacher_query, _apart(teacher_key, teacher_query), teacher_scale,
-            first if mask_self else -1, half, teacher_half,
+            factors if isinstance(factors, Tensor) else None, form,
+            first if mask_self else -1, normalize, half, teacher_half,
         )  # fmt: skip
-        return solve_soft(call.engine, problem) / n
+        share = solve_soft(call.engine, problem)
+        return share if isinstance(factors, Tensor) else share * factors
 
     share = of_rows(student, student_keys, teacher, teacher_keys)
     # the columns of the queries among each other are their rows
@@ -300,6 +342,25 @@ def similarity_kl(
 
 
 # --------------------------------------------------------------------------- what statements share
+
+
+def _factors(
+    call: Call, weights: Tensor | None, n: int, reduction: str, like: Tensor
+) -> float | Tensor:
+    """Return what multiplies the losses of this rank's examples, one number without weights.
+
+    n: how many examples all ranks have.
+    """
+    if weights is None:
+        return 1 / n if reduction == "mean" else 1.0
+    weights = weights.detach().to(like.dtype)
+    return weights if reduction == "sum" else _over_sum(call, weights, weights)
+
+
+def _over_sum(call: Call, weights: Tensor, counted: Tensor) -> Tensor:
+    """Return weights / Σ counted over the ranks; 0 where that is 0."""
+    total = call.ranks.sum(counted.sum())
+    return weights / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def _solve(
@@ -314,25 +375,35 @@ def _solve(
     half: str,
     positive_logits: Tensor | None = None,
     bank: Tensor | None = None,
+    masked_pairs: Tensor | None = None,
     n_columns: int = 0,
     key_positive_logits: Tensor | None = None,
     classes: Tensor | None = None,
+    query_classes: Tensor | None = None,
     attractions: Tensor | None = None,
+    attractions_differ: bool = False,
     two_views: bool = False,
     normalize: bool = True,
 ) -> Tensor:
     """Return the share of these queries in the loss, by the engine of the call.
 
-    One weight goes for all examples. The first `n_columns` columns have a loss, half of the whole.
+    One weight goes for all examples. The first `n_columns` columns have the loss of their example
+    with the same weight.
     """
+    key_weights = None
     if not isinstance(weights, Tensor):
+        if n_columns:
+            key_weights = query.new_full((n_columns,), weights)
         weights = query.new_full(query.shape[:1], weights)
-    key_weights = query.new_full((n_columns,), 0.5 / n_columns) if n_columns else None
+    elif n_columns:
+        (key_weights,), _ = call.ranks.gather(weights)
     problem = Pairs(
         query=query, key=_apart(key, query), scale=scale, positive_logits=positive_logits,
-        weights=weights, bank=_apart(bank, query, key), key_positive_logits=key_positive_logits,
-        key_weights=key_weights, classes=classes, attractions=attractions, form=form, first=first,
-        two_views=two_views, normalize=normalize, half=half,
+        weights=weights, bank=_apart(bank, query, key), masked_pairs=masked_pairs,
+        key_positive_logits=key_positive_logits, key_weights=_apart(key_weights, weights),
+        classes=classes, query_classes=_apart(query_classes, classes), attractions=attractions,
+        attractions_differ=attractions_differ, form=form, first=first, two_views=two_views,
+        normalize=normalize, half=half,
         group=call.ranks.name if n_columns else "",
     )  # fmt: skip
     return solve(call.engine, problem)
@@ -350,11 +421,8 @@ def in_compute_dtype(*embeddings: Any) -> list[Any]:
     them for a backward.
     """
     dtype = compute_dtype(*embeddings[:2])
-    return [x if x is None else _cloned_inference(x.to(dtype)) for x in embeddings]
-
-
-def _cloned_inference(x: Tensor) -> Tensor:
-    return x.clone() if is_inference(x) else x
+    wide = [x if x is None or x.dtype == dtype else x.to(dtype) for x in embeddings]
+    return [x.clone() if is_inference(x) else x for x in wide]
 
 
 def half_of(*embeddings: Tensor | None) -> str:
@@ -364,12 +432,12 @@ def half_of(*embeddings: Tensor | None) -> str:
     return str(dtypes.pop()).removeprefix("torch.") if is_half else ""
 
 
-def _number_like(number: Number, like: Tensor) -> Tensor:
-    """Return a 0-dim tensor on the device of `like`."""
+def _number_like(number: Number, like: Tensor, *shape: int) -> Tensor:
+    """Return a tensor of this number on the device of `like`, 0-dim without a shape."""
     if isinstance(number, Tensor) or torch.compiler.is_compiling():
         # a copy from the host is a host sync, and the compiler would specialise on a number
-        return like.new_ones(()) * number
-    return like.new_full((), number)
+        return like.new_ones(shape) * number
+    return like.new_full(shape, number)
 
 
 def _inverse(temperature: Number, like: Tensor) -> Tensor:
@@ -390,12 +458,8 @@ def is_number(number: Number, value: float) -> bool:
 
 
 def cosines(x: Tensor, y: Tensor) -> Tensor:
-    """Return the cosine of each row and its partner, with lengths as in F.normalize.
-
-    F.cosine_similarity takes longer.
-    """
-    x_lengths, y_lengths = (torch.linalg.vector_norm(z, dim=1).clamp(min=SHORTEST) for z in (x, y))
-    return (x * y).sum(1) / (x_lengths * y_lengths)
+    """Return the cosine of each row and its partner, with lengths as in F.normalize."""
+    return (directions(x) * directions(y)).sum(1)
 
 
 def zero_loss(*trained: Any) -> Tensor:

@@ -6,6 +6,7 @@ teacher's; the mathematics that the engines share follows. `_contrasts.py` state
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from fastkd._op import Op
 Number = float | Tensor
 Gradients = tuple[Tensor | None, ...]
 
-SHORTEST = 1e-12  # F.normalize divides by at least this length
+SHORTEST = 1e-12  # F.normalize divides by at least this length; a row of it has no direction
 LINEAR = 50.0  # from here on a softplus equals its argument, in float64 too
 HEADROOM = 12  # slopes are lifted by 2^12, since small ones would vanish in float16
 
@@ -38,7 +39,7 @@ class Pairs(NamedTuple):
     where s are the similarities to the positive keys and a the positive logits, which equal s if
     they are None. "pairs" needs them. With weights of keys the first two forms have the same sums
     over the columns of those keys besides. Classes go with "linear": all keys of a query's class
-    are its positive ones, and r_i S_ij, which equals r_j S_ij, is subtracted for each such pair.
+    are its positive ones, and r_i S_ij is subtracted for each such pair.
 
     The gradient in the positive logits includes that in the positive logits of the queries' keys.
     """
@@ -49,10 +50,13 @@ class Pairs(NamedTuple):
     positive_logits: Tensor | None  # a, [n]; None: s, or by classes
     weights: Tensor  # w, [n]
     bank: Tensor | None  # [B, D], further keys, which get no gradient
-    key_positive_logits: Tensor | None  # [N], of the first N keys; None: s
+    masked_pairs: Tensor | None  # [n, M + B], bool: further masked pairs; kernels do not read it
+    key_positive_logits: Tensor | None  # [N], a of the examples of the first N keys; None: s
     key_weights: Tensor | None  # [N]; None: columns have no loss
-    classes: Tensor | None  # [M], float numbers of the classes of all keys, the queries' among them
-    attractions: Tensor | None  # r, [M], one value for all keys of a class
+    classes: Tensor | None  # [M], float numbers of the classes of all keys
+    query_classes: Tensor | None  # [n]
+    attractions: Tensor | None  # r, [n], 0 for a query without a class
+    attractions_differ: bool  # whether they do within a class
     form: str
     first: int  # the rank offset: query i and key first + i are of one example; -1: none are
     two_views: bool  # queries are two views of each example, the first views before the second
@@ -62,9 +66,9 @@ class Pairs(NamedTuple):
 
 
 class SoftPairs(NamedTuple):
-    """Σ_i KL(softmax_j T_ij ‖ softmax_j S_ij), S of the student and T of the teacher as in `Pairs`.
+    """Σ_i w_i KL(softmax_j T_ij ‖ softmax_j S_ij), S of the student and T of the teacher.
 
-    Rows are divided by their lengths.
+    S and T are as in `Pairs`. The form "cross_entropy" lacks the teacher's entropy.
     """
 
     query: Tensor  # [n, D], the student's, in the compute dtype
@@ -73,7 +77,10 @@ class SoftPairs(NamedTuple):
     teacher_query: Tensor  # [n, D']
     teacher_key: Tensor | None  # [M, D']
     teacher_scale: Tensor  # 0-dim
+    weights: Tensor | None  # w, [n]; None: all 1
+    form: str  # "kl" or "cross_entropy"
     first: int  # key first + i is query i itself and masked; -1: none is
+    normalize: bool
     half: str  # "bfloat16" or "float16" if that holds the student's rows without rounding, else ""
     teacher_half: str
 
@@ -114,17 +121,31 @@ def units(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     return rows / lengths, lengths
 
 
+def directions(rows: Tensor) -> Tensor:
+    """Return rows as F.normalize does; those that are too short for a direction get gradient 0."""
+    lengths = torch.linalg.vector_norm(rows.detach(), dim=-1, keepdim=True)
+    return F.normalize(torch.where(lengths > SHORTEST, rows, rows.detach()), dim=-1)
+
+
+def divisors(lengths: Tensor) -> Tensor:
+    """Return what divides the gradients of rows: their lengths, ∞ where there is no direction."""
+    return torch.threshold(lengths, SHORTEST, math.inf)
+
+
 def of_lengths(gradients: Tensor, rows: Tensor, lengths: Tensor | None) -> Tensor:
     """Return the gradients in x from those in `rows` = x / ‖x‖, in place."""
     if lengths is None:
         return gradients
     along = torch.linalg.vecdot(gradients, rows)[:, None]
-    # a shorter row was divided by a constant, so that its gradient keeps the part along the row
-    along.mul_(lengths > SHORTEST)
-    return gradients.addcmul_(rows, along, value=-1).div_(lengths)
+    return gradients.addcmul_(rows, along, value=-1).div_(divisors(lengths))
 
 
 # ----------------------------------------------------------------- the loss, from log-sum-exps
+
+
+def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Return Σ w_i l_i; without weights all are 1."""
+    return losses.sum() if weights is None else losses @ weights.to(losses.dtype)
 
 
 def own_columns(problem: Pairs) -> slice:
@@ -260,45 +281,45 @@ def _add_positive_pairs(
     if of_scale is not None:
         of_scale += slopes @ cosines
     slopes = slopes * problem.scale.to(slopes.dtype)
-    across = slopes / (q_lengths * k_lengths)
-    # a shorter row was divided by a constant, so that its gradient keeps the part along the row
-    along_q, along_k = (
-        -slopes * cosines / lengths.square() * (lengths > SHORTEST)
-        for lengths in (q_lengths, k_lengths)
-    )
+    of_q, of_k = divisors(q_lengths), divisors(k_lengths)
+    across_q, across_k = slopes / (of_q * k_lengths), slopes / (q_lengths * of_k)
+    along_q, along_k = (-slopes * cosines / x.square() for x in (of_q, of_k))
     keys, of_keys = problem.key, of_key
     if keys is None:
         keys, of_keys = problem.query, of_query
 
-    def add(gradient: Tensor, other: Tensor, own: Tensor, rows: slice, along: Tensor) -> None:
-        gradient.addcmul_(other, across[rows, None])
+    def add(gradient: Tensor, other: Tensor, across: Tensor, own: Tensor, along: Tensor) -> None:
+        gradient.addcmul_(other, across[:, None])
         if problem.normalize:
-            gradient.addcmul_(own, along[rows, None])
+            gradient.addcmul_(own, along[:, None])
 
     for rows, columns in blocks:
         q, k = problem.query[rows], keys[columns]
         if of_query is not None:
-            add(of_query[rows], k, q, rows, along_q)
+            add(of_query[rows], k, across_q[rows], q, along_q[rows])
         if of_keys is not None:
-            add(of_keys[columns], q, k, rows, along_k)
+            add(of_keys[columns], q, across_k[rows], k, along_k[rows])
 
 
 def means_over_classes(problem: Pairs) -> Tensor:
-    """Return for each query its mean similarity to the others of its class."""
-    assert problem.classes is not None
-    queries = slice(0, None) if problem.key is None else own_columns(problem)
-    z, _ = units(problem.query if problem.key is None else problem.key, problem.normalize)
-    place = problem.classes.long()
-    zeros = torch.zeros_like(place, dtype=z.dtype)
-    n_alike = zeros.index_add(0, place, zeros + 1)[place]
-    own = z[queries]
-    of_class = (own * _class_means(z, place, n_alike)[queries]).sum(1) * n_alike[queries]
-    n_positives = (n_alike[queries] - 1).clamp(min=1)
-    return (of_class - own.square().sum(1)) / n_positives * problem.scale.to(z.dtype)
+    """Return for each query its mean similarity to the other keys of its class."""
+    assert problem.classes is not None and problem.query_classes is not None
+    keys = problem.query if problem.key is None else problem.key
+    k, _ = units(keys, problem.normalize)
+    place, of_queries = problem.classes.long(), problem.query_classes.long()
+    zeros = torch.zeros_like(place, dtype=k.dtype)
+    n_alike = zeros.index_add(0, place, zeros + 1).clamp_(min=1)
+    means, n_positives = _class_means(k, place, n_alike)[of_queries], n_alike[of_queries]
+    is_among_keys = problem.first >= 0
+    q = k[own_columns(problem)] if is_among_keys else units(problem.query, problem.normalize)[0]
+    of_class = torch.linalg.vecdot(q, means) * n_positives
+    if is_among_keys:
+        of_class, n_positives = of_class - q.square().sum(1), (n_positives - 1).clamp(min=1)
+    return of_class / n_positives * problem.scale.to(k.dtype)
 
 
 def _class_means(rows: Tensor, place: Tensor, n_alike: Tensor) -> Tensor:
-    """Return for each row the mean of its class.
+    """Return the mean of each class, by its number.
 
     The mean of the differences from a first mean is added to it, because a sum of many rows that
     are alike is rounded often.
@@ -307,10 +328,10 @@ def _class_means(rows: Tensor, place: Tensor, n_alike: Tensor) -> Tensor:
     def means_of(rows: Tensor) -> Tensor:
         sums = torch.zeros_like(rows)
         if rows.is_cuda:  # index_add has no fixed order there
-            sums = sums.index_put((place,), rows, accumulate=True)
+            sums.index_put_((place,), rows, accumulate=True)
         else:
-            sums = sums.index_add(0, place, rows)
-        return sums[place].div_(n_alike[:, None])
+            sums.index_add_(0, place, rows)
+        return sums.div_(n_alike[:, None])
 
     means = means_of(rows)
-    return means.add_(means_of(rows - means))
+    return means.add_(means_of(means[place].neg_().add_(rows)))

@@ -234,7 +234,7 @@ def pairs_of_chunk(
 @triton.jit(do_not_specialize=["n_rows", "m", "first", "start", "n", "n_blocks"])
 def divergences_of_chunk(
     student, teacher, statistics_ptr, n_rows, m, first, start, n, n_blocks,
-    DIAGONAL: tl.constexpr, COLUMNS: tl.constexpr,
+    DIAGONAL: tl.constexpr, CROSS_ENTROPY: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute the statistics of rows of S and T; program (row, split of the columns).
 
@@ -251,7 +251,7 @@ def divergences_of_chunk(
         s = _load_similarities(student, rows, columns, n_rows, m, first, start, n, DIAGONAL, False)
         t = _load_similarities(teacher, rows, columns, n_rows, m, first, start, n, DIAGONAL, False)
         # selected, because where one is −inf the other is too
-        difference = tl.where(t == -INFINITY, 0.0, t - s)
+        difference = tl.where(t == -INFINITY, 0.0, -s if CROSS_ENTROPY else t - s)
         risen, risen_t = tl.maximum(largest, s), tl.maximum(largest_t, t)
         total = total * tl.exp(largest - risen) + tl.exp(s - risen)
         shrunk_t, e_t = tl.exp(largest_t - risen_t), tl.exp(t - risen_t)

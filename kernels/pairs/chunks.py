@@ -47,6 +47,7 @@ from fastkd.problems.pairs import (
     own_columns,
     penalty,
     units,
+    weighted_sum,
 )
 
 ELEMENTS = 1 << 24  # of a chunk, which must be large enough to pay for its launches
@@ -302,20 +303,16 @@ def _log_sum_exps(problem: Pairs, chunks: Chunks) -> tuple[Tensor, Tensor]:
     """Return Σ_i w_i φ(n_i − a_i), and its gradient in a, in one pass."""
     n = len(problem.query)
     loss, of_logits = problem.query.new_zeros(()), problem.query.new_empty(n)
-    classes = column_classes = None
-    if problem.classes is not None and problem.attractions is not None:
-        classes = problem.classes[own_columns(problem)]
-        attractions = problem.attractions[own_columns(problem)]
-        column_classes = chunks.padded(problem.classes)
+    column_classes = None if problem.classes is None else chunks.padded(problem.classes)
     for rows, part in chunks.chunks(chunks.buffer()):
         log_sums = chunks.log_sums(rows, part)
         share, slopes = penalty(problem, log_sums, rows)
         loss += share
         torch.neg(slopes, out=of_logits[rows])
         if chunks.trains:
-            of_class = None
-            if classes is not None:
-                of_class = Classes(classes[rows], column_classes, attractions[rows])
+            of_class, classes = None, problem.query_classes
+            if classes is not None and problem.attractions is not None:
+                of_class = Classes(classes[rows], column_classes, problem.attractions[rows])
             chunks.add_exponentials(rows, part, LogSums(log_sums, slopes), classes=of_class)
     return loss, of_logits
 
@@ -346,9 +343,14 @@ def _log_sum_exps_of_both(problem: Pairs, chunks: Chunks) -> tuple[Tensor, Tenso
 def soft_pairs_by_chunks(
     problem: SoftPairs, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Return Σ_i KL_i and its gradients in query, key and scale."""
-    student = Chunks(*problem[:3], first=problem.first, half=problem.half, needs_grad=needs_grad)
-    teacher = Chunks(*problem[3:6], first=problem.first, half=problem.teacher_half)
+    """Return Σ_i w_i KL_i and its gradients in query, key and scale."""
+    student = Chunks(
+        *problem[:3], first=problem.first, normalize=problem.normalize, half=problem.half,
+        weights=problem.weights, needs_grad=needs_grad,
+    )  # fmt: skip
+    teacher = Chunks(
+        *problem[3:6], first=problem.first, normalize=problem.normalize, half=problem.teacher_half
+    )
     buffers = student.buffer(), student.buffer()
     losses = student.q.new_empty(len(student.q))
     for rows, s in student.chunks(buffers[0]):
@@ -358,16 +360,23 @@ def soft_pairs_by_chunks(
         networks = student.in_memory(rows, s), teacher.in_memory(rows, t)
         sizes: dict[str, Any] = dict(**student.sizes(rows), m=s.shape[1], COLUMNS=COLUMNS)
         divergences_of_chunk[len(s), n_splits](
-            *networks, parts, **sizes, n_blocks=n_blocks, num_warps=8
+            *networks, parts, **sizes, n_blocks=n_blocks,
+            CROSS_ENTROPY=problem.form == "cross_entropy", num_warps=8,
+        )  # fmt: skip
+        losses[rows], largest, total, largest_t, total_t = merge_statistics(
+            parts, 1.0, problem.form
         )
-        losses[rows], largest, total, largest_t, total_t = merge_statistics(parts, 1.0)
         if student.trains:
+            log_sums, log_sums_t = largest + total.log(), largest_t + total_t.log()
+            if problem.weights is not None:  # w exp(S − n) is exp(S − (n − log w))
+                logarithms = problem.weights[rows].to(losses.dtype).log()
+                log_sums, log_sums_t = log_sums - logarithms, log_sums_t - logarithms
             differences_of_chunk[len(s), triton.cdiv(s.shape[1], COLUMNS)](
-                *networks, largest + total.log(), largest_t + total_t.log(), student.slopes_out(s),
+                *networks, log_sums, log_sums_t, student.slopes_out(s),
                 **sizes, n_trained=student.n_trained,
             )  # fmt: skip
             student.add_stored(rows, s)
-    return losses.sum(), student.gradients()
+    return weighted_sum(losses, problem.weights), student.gradients()
 
 
 def multiplies_halves(rows: Tensor, half: str) -> bool:

@@ -54,6 +54,7 @@ from fastkd.problems.pairs import (
     over_ranks,
     own_columns,
     penalty,
+    weighted_sum,
     with_positives,
 )
 
@@ -117,7 +118,8 @@ class _Sweeps:
             classes = problem.classes.to(dtype)
             self.classes = {id(self.y): self.y.pad(classes, -1)}
             if self.x is not self.y:
-                self.classes[id(self.x)] = self.x.pad(classes[own_columns(problem)], -1)
+                assert problem.query_classes is not None
+                self.classes[id(self.x)] = self.x.pad(problem.query_classes.to(dtype), -1)
         needs_query, needs_key, needs_scale, _ = needs_grad
         self.trains_rows = needs_query or needs_scale
         self.trains_columns = problem.key is not None and needs_key
@@ -168,22 +170,24 @@ class _Sweeps:
         elif self.classes and problem.key is not None:  # because there is no loss of columns
             column_shifts = y.pad(row_shifts[:0], torch.inf)
         most = most * 2**-HEADROOM
-        of_rows = of_columns = None
+        # if the queries are the keys, each pair is met as (i, j) and as (j, i)
+        r, is_double = None, y is x and not problem.attractions_differ
         if problem.attractions is not None:
-            r = problem.attractions.to(most.dtype)
-            r = torch.where(r == 0, 0, r / most)
-            # doubled if the queries are the keys, because each pair is met as (i, j) and as (j, i)
-            of_rows = x.pad(2 * r if y is x else r[own_columns(problem)])
-            of_columns = y.pad(r)
+            r = problem.attractions.to(most.dtype) * (2 if is_double else 1)
+            r = x.pad(torch.where(r == 0, 0, r / most))
         if self.trains_rows and values is None:
-            values = self._weighted_sums(x, y, row_shifts, column_shifts, attractions=of_rows)
+            values = self._weighted_sums(
+                x, y, row_shifts, column_shifts, attractions=r,
+                columns_attract=y is x and problem.attractions_differ,
+            )  # fmt: skip
             values = values * most
         sums = None
         if self.trains_columns:
             by_rows = column_shifts if n_columns else None
             sums = self._weighted_sums(
-                self.trained_y, x, by_rows, row_shifts, attractions=of_columns
-            )
+                self.trained_y, x, by_rows, row_shifts, attractions=r, rows_attract=False,
+                columns_attract=True,
+            )  # fmt: skip
             sums = sums * most
         return loss, of_logits, values, sums
 
@@ -205,7 +209,7 @@ class _Sweeps:
         penalties, slopes = sums.sum(1)[:, : len(weights)]
         column_sums = row_sums = None
         if self.trains_columns:
-            most = weights.amax() * 2**-HEADROOM
+            most = weights.amax().clamp(min=1e-30) * 2**-HEADROOM
             column_sums = self._weighted_sums(
                 self.trained_y, x, None, positive_logits, weights=x.pad(weights / most)
             )
@@ -259,6 +263,8 @@ class _Sweeps:
         column_shifts: Tensor,
         weights: Tensor | None = None,
         attractions: Tensor | None = None,
+        rows_attract: bool = True,
+        columns_attract: bool = False,
     ) -> Tensor:
         """Return Σ_j G_ij y_j, [n_padded, depth], with G as in the kernel `weighed_sums`."""
         # narrow, because classes take registers too
@@ -271,7 +277,9 @@ class _Sweeps:
         weighed_sums[len(x.matrix) // tiles.rows, n_splits](
             self._similarities(x, y), self.other_views.get(id(x)), classes,
             row_shifts, column_shifts, weights, values,
-            **self._sizes(x, y, per_split), TILE=tiles.tile(), **tiles.options,
+            **self._sizes(x, y, per_split), TILE=tiles.tile(),
+            ROWS_ATTRACT=rows_attract and bool(self.classes),
+            COLUMNS_ATTRACT=columns_attract and bool(self.classes), **tiles.options,
         )  # fmt: skip
         return sum_of_splits(values)
 
@@ -311,13 +319,17 @@ class _SoftSweeps:
         )
         dtype = problem.query.dtype
         self.scale, self.scale_t = problem.scale.to(dtype), problem.teacher_scale.to(dtype)
-        self.queries = embeddings(problem.query, True, problem.half, self.tiles)
-        self.queries_t = embeddings(problem.teacher_query, True, problem.teacher_half, tiles_t)
+        normalize, half, half_t = problem.normalize, problem.half, problem.teacher_half
+        self.queries = embeddings(problem.query, normalize, half, self.tiles)
+        self.queries_t = embeddings(problem.teacher_query, normalize, half_t, tiles_t)
         self.keys, self.keys_t = self.queries, self.queries_t
         if problem.key is not None:
-            self.keys = embeddings(problem.key, True, problem.half, self.tiles)
+            self.keys = embeddings(problem.key, normalize, half, self.tiles)
         if problem.teacher_key is not None:
-            self.keys_t = embeddings(problem.teacher_key, True, problem.teacher_half, tiles_t)
+            self.keys_t = embeddings(problem.teacher_key, normalize, half_t, tiles_t)
+        self.most = self.scale.new_ones(())  # that a slope may be, and is divided by in the sweeps
+        if problem.weights is not None:
+            self.most = problem.weights.to(dtype).amax().clamp(min=1e-30)
 
     def value_and_gradients(self) -> tuple[Tensor, Gradients]:
         needs_query, needs_key, needs_scale = self.needs_grad
@@ -335,7 +347,7 @@ class _SoftSweeps:
         if needs_key and not is_one_matrix:
             values = self._weighted_differences(None, shifts)
             of_key, _ = self.keys.gradient(values, self.scale)
-        return losses.sum(), (of_query, of_key, of_scale)
+        return weighted_sum(losses, self.problem.weights), (of_query, of_key, of_scale)
 
     def _divergences(self) -> tuple[Tensor, Shifts]:
         """Return the losses of rows, and what to subtract from S and T for lifted softmaxes."""
@@ -346,9 +358,15 @@ class _SoftSweeps:
             Similarities(x.side, y.side, self.scale),
             Similarities(self.queries_t.side, self.keys_t.side, self.scale_t),
             parts, **_sizes(x, y, per_split, self.problem.first), **self.constants,
+            CROSS_ENTROPY=self.problem.form == "cross_entropy",
         )  # fmt: skip
-        losses, largest, total, largest_t, total_t = merge_statistics(parts, LN2.value)
-        shifts = Shifts(largest + total.log2() - HEADROOM, largest_t + total_t.log2() - HEADROOM)
+        losses, largest, total, largest_t, total_t = merge_statistics(
+            parts, LN2.value, self.problem.form
+        )
+        lifts: Tensor | int = HEADROOM
+        if self.problem.weights is not None:  # w exp2(S − n) is exp2(S − (n − log2 w))
+            lifts = x.pad((self.problem.weights.to(losses.dtype) / self.most).log2()) + HEADROOM
+        shifts = Shifts(largest + total.log2() - lifts, largest_t + total_t.log2() - lifts)
         return losses[: len(x.rows)], shifts
 
     def _weighted_differences(
@@ -367,7 +385,7 @@ class _SoftSweeps:
             **_sizes(x, y, per_split, self.problem.first, is_swapped=row_shifts is None),
             **self.constants,
         )  # fmt: skip
-        return sum_of_splits(values) * 2**-HEADROOM
+        return sum_of_splits(values) * (self.most * 2**-HEADROOM)
 
 
 def _sizes(

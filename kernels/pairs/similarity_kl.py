@@ -4,8 +4,9 @@ With P and R the softmax of the rows of S and of T
 
     KL_i = Σ_j R_ij (T_ij − S_ij) + log Σ_j exp S_ij − log Σ_j exp T_ij
 
-has the slope P − R in S. Per element of S and T nothing is read or written; per tile a program
-reads COLUMNS · (DEPTH + DEPTH_T) elements, mostly from the L2 cache.
+has the slope P − R in S; a cross-entropy, Σ_j R_ij (log Σ_k exp S_ik − S_ij), has the same. Per
+element of S and T nothing is read or written; per tile a program reads COLUMNS · (DEPTH + DEPTH_T)
+elements, mostly from the L2 cache.
 """
 
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ class _Statistics(NamedTuple):
     total: Any  # [ROWS], Σ_j exp2(S_ij − largest_i)
     largest_t: Any
     total_t: Any
-    differences: Any  # [ROWS], Σ_j exp2(T_ij − largest_t_i)(T_ij − S_ij)
+    differences: Any  # [ROWS], Σ_j exp2(T_ij − largest_t_i)(T_ij − S_ij), or without that T_ij
 
 
 class _StatisticOperands(NamedTuple):
@@ -40,13 +41,15 @@ class _StatisticOperands(NamedTuple):
     block: Any
     block_t: Any
     TILE_T: Any
+    CROSS_ENTROPY: Any
 
 
 @triton.jit
 def _add_divergence(sums, operands, row, column, mask, MASKED: tl.constexpr, TILE):
     _, s = load_tile(operands.student, operands.block, column, TILE)
     _, t = load_tile(operands.teacher, operands.block_t, column, operands.TILE_T)
-    difference = t - s  # before it is masked, because −inf − (−inf) would be NaN
+    # before they are masked, because −inf − (−inf) would be NaN
+    difference = -s if operands.CROSS_ENTROPY else t - s
     if MASKED:
         s = masked(s, row, column, mask, TILE)
         t = masked(t, row, column, mask, TILE)
@@ -72,6 +75,7 @@ def divergences(
     diagonal,
     TILE,
     TILE_T,
+    CROSS_ENTROPY: tl.constexpr,
 ):
     """Compute the statistics of rows of S and T; program (tile of rows, split of the columns)."""
     row, split = tl.program_id(0) * TILE.ROWS, tl.program_id(1)
@@ -81,7 +85,7 @@ def divergences(
     zeros = tl.zeros([TILE.ROWS], TILE.DTYPE)
     sums = _Statistics(largest, zeros, largest, zeros, zeros)
     sums = fold_tiles(
-        sums, _StatisticOperands(student, teacher, block, block_t, TILE_T),
+        sums, _StatisticOperands(student, teacher, block, block_t, TILE_T, CROSS_ENTROPY),
         row, low, high, Mask(n, m, diagonal, False), _add_divergence, TILE,
     )  # fmt: skip
     statistics_ptr += split * 5 * n_padded + row + tl.arange(0, TILE.ROWS)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd.kernels.device import INTERPRETED, Device, device_of
 from fastkd.kernels.pairs.tiles import Side, Tile
-from fastkd.problems.pairs import SHORTEST, in_half
+from fastkd.problems.pairs import SHORTEST, divisors, in_half
 
 ALIGNMENT = 128  # matrices have a multiple of so many rows, which the sides of all tiles divide
 _WIDEST_HALF, _WIDEST_TF32 = 256, 128  # widths whose sums stay in registers
@@ -157,10 +157,8 @@ class Embeddings(NamedTuple):
             return values * scale, torch.linalg.vecdot(self.rows, values)
         units = self.rows / self.lengths
         along = torch.linalg.vecdot(units, values)
-        # a row that is not longer is divided by a constant, so that its gradient keeps this part
-        removed = along * (self.lengths[:, 0] > SHORTEST)
-        gradient = torch.addcmul(values, units, removed[:, None], value=-1)
-        return gradient.mul_(scale / self.lengths), along
+        gradient = torch.addcmul(values, units, along[:, None], value=-1)
+        return gradient.mul_(scale / divisors(self.lengths)), along
 
 
 def embeddings(rows: Tensor, normalize: bool, half: str, tiles: Tiling) -> Embeddings:
@@ -199,7 +197,7 @@ def sum_of_splits(values: Tensor) -> Tensor:
 
 
 class Statistics(NamedTuple):
-    """The losses KL_i of rows, and the maximum and Σ_j exp(S_ij − maximum_i) of each, and of T."""
+    """The losses of rows, and the maximum and Σ_j exp(S_ij − maximum_i) of each, and of T."""
 
     losses: Tensor
     largest: Tensor
@@ -208,7 +206,7 @@ class Statistics(NamedTuple):
     total_t: Tensor
 
 
-def merge_statistics(parts: Tensor, unit: float) -> Statistics:
+def merge_statistics(parts: Tensor, unit: float, form: str) -> Statistics:
     """Merge [n_splits, 5, n], what `divergences` leaves with S and T in numbers of `unit`."""
     largest, total, largest_t, total_t, differences = parts.unbind(1)
     if len(parts) > 1:
@@ -219,7 +217,10 @@ def merge_statistics(parts: Tensor, unit: float) -> Statistics:
         differences = (differences * shrunk_t).sum(0)
     else:
         largest, total, largest_t, total_t, differences = parts[0]
-    # the maxima are subtracted before the logarithms are added, because they are large and alike
-    losses = (differences / total_t + (largest - largest_t)) * unit
-    losses = losses + (total / total_t).log()
+    if form == "cross_entropy":
+        losses = (differences / total_t + largest) * unit + total.log()
+    else:
+        # maxima are subtracted before the logarithms are added, because they are large and alike
+        losses = (differences / total_t + (largest - largest_t)) * unit
+        losses = losses + (total / total_t).log()
     return Statistics(losses, largest, total, largest_t, total_t)
