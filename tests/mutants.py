@@ -106,6 +106,16 @@ EQUIVALENT = [
         "slopes that nobody reads take time",
     ),
     ("fastkd/portable/rows.py", "", "1 << 23 → 1 << 24", "the size of a chunk on a GPU"),
+    (
+        *("fastkd/portable/_kept_pairs.py", "value_and_gradients"),
+        "problem.classes is not None → True",
+        "pairs without classes are left to chunks, which takes longer",
+    ),
+    (
+        *("fastkd/portable/_soft_pairs.py", "value_and_gradients"),
+        "len(student.q) * len(student.k) → len(student.k)",
+        "more pairs than need it go the way that is exact, which takes longer",
+    ),
     ("kernels/device.py", "rows_of", "size > 1 → size >= 1", "one row has narrower vectors"),
     (
         *("kernels/pairs/chunks.py", "Chunks.__init__"),
@@ -119,6 +129,8 @@ OPPOSITES |= {last: first for first, last in OPPOSITES.items()}
 FACTORS = (ast.Mult, ast.Div, ast.FloorDiv, ast.Pow)
 ENDS = {"min": "max", "minimum": "maximum", "amin": "amax", "clamp_min": "clamp_max"}
 ENDS |= {largest: least for least, largest in ENDS.items()}
+# swapped arguments change nothing, or fail at once
+ANY_ORDER = ("add", "mul", "addcmul", "addcmul_", "logaddexp", "vecdot", "full", "map", "zip")
 DROPPED_CALLS = "[a-z].*_|masked_fill|clamp.*|nan_to_num|detach|abs"
 # calls that check types, speak to people, hint at something or fail at once with other arguments
 IGNORED_CALLS = (
@@ -238,7 +250,7 @@ def edits_of_call(node: ast.Call) -> Iterator[tuple[Any, str, Any]]:
     if name in ENDS and isinstance(func, ast.Attribute):
         other = ast.Attribute(func.value, ENDS[name])
         yield node, "minimum and maximum swapped", ast.Call(other, args, node.keywords)
-    for i in range(1, len(args) if name not in (*ENDS, "full", "map", "zip") else 0):
+    for i in range(1, 0 if name in (*ENDS, *ANY_ORDER) else len(args)):
         if not any(isinstance(x, ast.Starred) for x in args[i - 1 : i + 1]):
             swapped = [*args[: i - 1], args[i], args[i - 1], *args[i + 1 :]]
             yield node, "arguments swapped", ast.Call(func, swapped, node.keywords)
