@@ -141,8 +141,8 @@ def test_the_counts_are_those_of_the_algorithm():
     shape = (4096, 128256)
     run = compiled(case, shape, torch.bfloat16, "sm_90")
     assert (run.trained_bytes, run.element_bytes) == (2 * 4096 * 128256, 4)
-    assert budgets.of_call(run) == {"launches": [1, 2], "extra_memory": [0.0001403, 1.0]}
+    assert budgets.of_call(run) == {"launches": [1, 2], "extra_memory": [0.0001248, 1.0]}
     statistics, gradient = budgets.of_kernels(run).values()
     assert (len(statistics["instructions"]), len(gradient["instructions"])) == (1, 1)
     assert 2 <= statistics["mufu"][0] <= 2.5
-    assert 15 <= statistics["instructions"][0] <= 20
+    assert 15 <= statistics["instructions"][0] <= 21  # two of them, so that e is 1 at the maximum
