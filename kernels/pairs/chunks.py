@@ -312,7 +312,7 @@ def _log_sum_exps(problem: Pairs, chunks: Chunks) -> tuple[Tensor, Tensor]:
         if chunks.trains:
             of_class, classes = None, problem.query_classes
             if classes is not None and problem.attractions is not None:
-                of_class = Classes(classes[rows], column_classes, problem.attractions[rows], None)
+                of_class = Classes(classes[rows], column_classes, problem.attractions[rows])
             chunks.add_exponentials(rows, part, LogSums(log_sums, slopes), classes=of_class)
     return loss, of_logits
 

@@ -170,19 +170,24 @@ class _Sweeps:
         elif self.classes and problem.key is not None:  # because there is no loss of columns
             column_shifts = y.pad(row_shifts[:0], torch.inf)
         most = most * 2**-HEADROOM
-        of_rows = of_columns = r = None
+        # if the queries are the keys, each pair is met as (i, j) and as (j, i)
+        r, is_double = None, y is x and not problem.attractions_differ
         if problem.attractions is not None:
-            r = problem.attractions.to(most.dtype)
-            of_rows = r = x.pad(torch.where(r == 0, 0, r / most))
-            if y is x:  # because each pair is met as (i, j) and as (j, i)
-                of_rows, of_columns = (r, r) if problem.attractions_differ else (2 * r, None)
+            r = problem.attractions.to(most.dtype) * (2 if is_double else 1)
+            r = x.pad(torch.where(r == 0, 0, r / most))
         if self.trains_rows and values is None:
-            values = self._weighted_sums(x, y, row_shifts, column_shifts, None, of_rows, of_columns)
+            values = self._weighted_sums(
+                x, y, row_shifts, column_shifts, attractions=r,
+                columns_attract=y is x and problem.attractions_differ,
+            )  # fmt: skip
             values = values * most
         sums = None
         if self.trains_columns:
             by_rows = column_shifts if n_columns else None
-            sums = self._weighted_sums(self.trained_y, x, by_rows, row_shifts, column_attractions=r)
+            sums = self._weighted_sums(
+                self.trained_y, x, by_rows, row_shifts, attractions=r, rows_attract=False,
+                columns_attract=True,
+            )  # fmt: skip
             sums = sums * most
         return loss, of_logits, values, sums
 
@@ -258,7 +263,8 @@ class _Sweeps:
         column_shifts: Tensor,
         weights: Tensor | None = None,
         attractions: Tensor | None = None,
-        column_attractions: Tensor | None = None,
+        rows_attract: bool = True,
+        columns_attract: bool = False,
     ) -> Tensor:
         """Return Σ_j G_ij y_j, [n_padded, depth], with G as in the kernel `weighed_sums`."""
         # narrow, because classes take registers too
@@ -267,12 +273,13 @@ class _Sweeps:
         values = self._empty_values(x, n_splits)
         classes = None
         if self.classes:
-            of_x, of_y = self.classes[id(x)], self.classes[id(y)]
-            classes = Classes(of_x, of_y, attractions, column_attractions)
+            classes = Classes(self.classes[id(x)], self.classes[id(y)], attractions)
         weighed_sums[len(x.matrix) // tiles.rows, n_splits](
             self._similarities(x, y), self.other_views.get(id(x)), classes,
             row_shifts, column_shifts, weights, values,
-            **self._sizes(x, y, per_split), TILE=tiles.tile(), **tiles.options,
+            **self._sizes(x, y, per_split), TILE=tiles.tile(),
+            ROWS_ATTRACT=rows_attract and bool(self.classes),
+            COLUMNS_ATTRACT=columns_attract and bool(self.classes), **tiles.options,
         )  # fmt: skip
         return sum_of_splits(values)
 

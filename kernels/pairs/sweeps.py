@@ -45,8 +45,7 @@ class Classes(NamedTuple):
 
     x_ptr: Any  # [n_padded], numbers of classes
     y_ptr: Any  # [m_padded]
-    attractions_ptr: Any  # [n_padded], or None
-    column_attractions_ptr: Any  # [m_padded], or None
+    attractions_ptr: Any  # of the queries, whose place among rows and columns the kernels know
 
 
 class _Sums(NamedTuple):
@@ -280,10 +279,11 @@ class _SlopeOperands(NamedTuple):
     other_view: Any  # [ROWS], or None
     classes: Any  # `Classes`, or None
     row_classes: Any  # [ROWS]
-    attractions: Any  # [ROWS], or None
+    attractions: Any  # [ROWS]; None: rows attract nothing
     row_shifts: Any  # [ROWS], or None
     column_shifts_ptr: Any
     weights_ptr: Any
+    COLUMNS_ATTRACT: Any
 
 
 @triton.jit
@@ -305,8 +305,8 @@ def _add_slopes(values, operands, row, column, mask, MASKED: tl.constexpr, TILE)
             same = same_class(s, operands.row_classes, operands.classes.y_ptr, column, MASKED, TILE)
             if operands.attractions is not None:
                 slopes = tl.where(same, slopes - operands.attractions[:, None], slopes)
-            if operands.classes.column_attractions_ptr is not None:
-                of_columns = tl.load(operands.classes.column_attractions_ptr + places)
+            if operands.COLUMNS_ATTRACT:
+                of_columns = tl.load(operands.classes.attractions_ptr + places)
                 slopes = tl.where(same, slopes - of_columns[None, :], slopes)
     return add_weighted(values, slopes, y, operands.similarities.y, column, TILE)
 
@@ -326,12 +326,14 @@ def weighed_sums(
     per_split,
     diagonal,
     TILE,
+    ROWS_ATTRACT: tl.constexpr,
+    COLUMNS_ATTRACT: tl.constexpr,
 ):
     """Compute Σ_j G_ij g_j y_j; program (tile of rows, split of the columns).
 
     G_ij = exp2(S_ij − column_shift_j) + exp2(S_ij − row_shift_i), the latter if there are row
-    shifts, minus attraction_i and column_attraction_j for each pair of one class; with weights it
-    is weight_j σ(S_ij − column_shift_j).
+    shifts, minus attraction_i, attraction_j or both for each pair of one class; with weights it is
+    weight_j σ(S_ij − column_shift_j).
     """
     row, split = tl.program_id(0) * TILE.ROWS, tl.program_id(1)
     low, high = columns_of_split(split, per_split, m)
@@ -340,7 +342,7 @@ def weighed_sums(
     other_view, row_classes, attractions, row_shifts = None, None, None, None
     if classes is not None:
         row_classes = tl.load(classes.x_ptr + row + lanes)
-        if classes.attractions_ptr is not None:
+        if ROWS_ATTRACT:
             attractions = tl.load(classes.attractions_ptr + row + lanes)
     if other_view_ptr is not None:
         other_view = tl.load(other_view_ptr + row + lanes)
@@ -351,7 +353,7 @@ def weighed_sums(
         values,
         _SlopeOperands(
             similarities, block, other_view, classes, row_classes, attractions, row_shifts,
-            column_shifts_ptr, weights_ptr,
+            column_shifts_ptr, weights_ptr, COLUMNS_ATTRACT,
         ),
         row, low, high, Mask(n, m, diagonal, False), _add_slopes, TILE,
     )  # fmt: skip
