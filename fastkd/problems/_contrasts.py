@@ -83,7 +83,7 @@ def info_nce(
             least = torch.finfo(further.dtype).min / 4
             further = further.masked_fill(false_negatives[:, n:], least)
             false_negatives = false_negatives[:, :n]
-        form, logits, of_negatives = _with_further(form, logits, further.logsumexp(1))
+        form, logits, of_negatives = _beside(form, logits, further.logsumexp(1))
     elif not in_batch_negatives:
         keys, bank, first = negatives, None, -1
     elif bank is not None and is_differentiated(bank):
@@ -107,11 +107,12 @@ def _similarities_of_each(query: Tensor, negatives: Tensor, normalize: bool) -> 
     return (negatives @ query[:, :, None])[:, :, 0]
 
 
-def _with_further(form: str, logits: Tensor, further: Tensor) -> tuple[str, Tensor, Tensor]:
-    """Return a form, positive logits and losses that add negatives to those of an engine.
+def _beside(form: str, logits: Tensor, further: Tensor) -> tuple[str, Tensor, Tensor]:
+    """Return the form and positive logits with which an engine adds its negatives to others.
 
-    further: b, the log-sum-exps of these. With n those of the others log(e^a + e^b + e^n) − a is
-    softplus(n − c) + (c − a) with c = log(e^a + e^b), and c = b if the loss is decoupled.
+    The last tensor is the part of the losses that it does not compute. With b = `further` the
+    log-sum-exps of the others, log(e^a + e^b + e^n) − a is softplus(n − c) + (c − a), where
+    c = log(e^a + e^b), or b if the loss is decoupled.
     """
     if form == "linear":
         return "softplus", further, further - logits
