@@ -11,7 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._backend import chosen
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SHARED = "all examples share it"  # what to do about a number for each of them
+
+
+def _one_piece(name: str, tensor: Tensor, values: str) -> None:
+    """Raise an error for a tensor whose rows are spread over devices or of different lengths."""
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor, whose rows have different lengths: pass {values}"
+        )
+    if hasattr(tensor, "full_tensor"):  # looked at so late that torch.distributed is not imported
+        raise TypeError(
+            f"{name} is a DTensor, which the losses do not shard: pass {name}.full_tensor(), or "
+            f"{name}.to_local() where a rank holds whole rows and its part of the batch is meant"
+        )
 
 
 def logits(student: Tensor, teacher: Tensor) -> None:
@@ -21,6 +37,9 @@ def logits(student: Tensor, teacher: Tensor) -> None:
             raise TypeError(
                 f"{name} must be a tensor of shape (..., V), got {type(tensor).__name__}"
             )
+        if type(tensor) is not Tensor or tensor.is_nested:
+            rows = "the rows of all sequences, .values() of a jagged tensor, for both networks"
+            _one_piece(name, tensor, rows)
         if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
             raise TypeError(
                 f"{name} must hold floating-point logits (float16, bfloat16, float32 or float64, "
@@ -43,6 +62,9 @@ def logits(student: Tensor, teacher: Tensor) -> None:
 def _embedding(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor of shape [N, D], got {type(tensor).__name__}")
+    if type(tensor) is not Tensor or tensor.is_nested:
+        rows = "one embedding for each example, pooled, or .values() where each row is an example"
+        _one_piece(name, tensor, rows)
     if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
         raise TypeError(
             f"{name} must hold floating-point embeddings (float16, bfloat16, float32 or "
@@ -99,6 +121,8 @@ def crops(**views: Any) -> None:
         if not isinstance(crops, (list, tuple)) or not all(isinstance(x, Tensor) for x in crops):
             raise TypeError(f"{needed}, got {type(view).__name__}")
         for crop in crops:
+            if type(crop) is not Tensor or crop.is_nested:
+                _one_piece(name, crop, "a list with a tensor [B, K] for each crop")
             if crop.dtype not in _FLOATS or crop.layout is not torch.strided:
                 raise TypeError(
                     f"{name} must hold floating-point outputs (float16, bfloat16, float32 or "
@@ -145,15 +169,34 @@ def same_examples(**tensors: Tensor) -> None:
         )
 
 
-def labels(labels: Tensor, student: Tensor, ignore_index: int) -> None:
-    """Raise an error unless the labels are class indices (...), one for each row of logits."""
+def labels(labels: Tensor, student: Tensor, ignore_index: int, divergence: str = "") -> None:
+    """Raise an error unless the labels are class indices (...), one for each row of logits.
+
+    A loss with a cross-entropy gives the name of its other term.
+    """
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        got = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
+        if isinstance(labels, Tensor) and labels.shape == student.shape:
+            got += "; with a probability for each class "
+            if divergence:
+                got += (
+                    "write alpha * F.cross_entropy(student_logits.flatten(0, -2), "
+                    f"labels.flatten(0, -2)) + (1 - alpha) * fastkd.{divergence}(student_logits, "
+                    "teacher_logits, temperature=temperature), or "
+                )
+            got += "pass labels.argmax(-1)"
         raise TypeError(f"labels must be a tensor of class indices (torch.int64), got {got}")
+    if type(labels) is not Tensor or labels.is_nested:
+        _one_piece("labels", labels, "one label for each row of the logits")
     if labels.shape != student.shape[:-1]:
         raise ValueError(
             f"labels need one class for each row: the shape {_shape(student[..., 0])} for logits "
-            f"of shape {_shape(student)}, got {_shape(labels)}"
+            f"of shape {_shape(student)}, got {_shape(labels)}{_classes_last(student, labels)}"
+        )
+    if not isinstance(ignore_index, int):
+        raise TypeError(
+            f"ignore_index must be a whole number, got {ignore_index!r}: leave it out, or pass one "
+            "that no label has, so that none is ignored"
         )
     same_device(student_logits=student, labels=labels)
     # on a GPU this look at the values would be a host sync; there a wrong class gives a NaN loss
@@ -168,6 +211,16 @@ def labels(labels: Tensor, student: Tensor, ignore_index: int) -> None:
                 f"labels must lie in [0, {n_classes}) or be ignore_index={ignore_index}, "
                 f"got {labels[wrong][0].item()}"
             )
+
+
+def _classes_last(logits: Tensor | None, of_rows: Tensor) -> str:
+    """Return what to do about logits (N, V, ...), to which labels or weights (N, ...) belong."""
+    if logits is None or logits.ndim < 3 or of_rows.shape != logits.shape[:1] + logits.shape[2:]:
+        return ""
+    return (
+        "; classes come last here: pass student_logits.movedim(1, -1) and "
+        "teacher_logits.movedim(1, -1)"
+    )
 
 
 def probabilities(teacher: Tensor, form: str) -> None:
@@ -194,13 +247,16 @@ def all_labelled(labels: Tensor, ignore_index: int) -> bool:
     return labels.long().min().item() >= 0  # a narrow type has no minimum
 
 
-def weights(weights: Tensor, examples: torch.Size, device: torch.device) -> None:
+def weights(
+    weights: Tensor, examples: torch.Size, device: torch.device, logits: Tensor | None = None
+) -> None:
+    """Raise an error unless there is a weight for each example, which may be rows of logits."""
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
     if weights.is_complex() or weights.shape != examples:
         raise ValueError(
             f"weights need one real number or bool for each example: the shape {[*examples]}, "
-            f"got {_shape(weights)} of {weights.dtype}"
+            f"got {_shape(weights)} of {weights.dtype}{_classes_last(logits, weights)}"
         )
     if weights.device != device:
         raise ValueError(f"weights are on {weights.device}, the losses on {device}: move them")
@@ -215,31 +271,48 @@ def reduction(reduction: str, normalizer: Any) -> None:
             f"drop one of the two"
         )
     if isinstance(normalizer, Tensor):
-        if normalizer.ndim != 0:
+        if normalizer.numel() != 1:
             raise ValueError(
-                f"normalizer must be a number or a 0-dim tensor, got {_shape(normalizer)}"
+                f"normalizer must be a number or a tensor of one element, got {_shape(normalizer)}"
+                ": where torch.nn.DataParallel repeats one total for its devices, pass "
+                "normalizer[0], or in Hugging Face's Trainer, which multiplies the loss by their "
+                "number, normalizer.sum()"
             )
     elif normalizer is not None and not _ordered(-math.inf, normalizer, math.inf):
-        raise ValueError(f"normalizer must be a number or a 0-dim tensor, got {normalizer!r}")
+        raise ValueError(
+            f"normalizer must be a number or a tensor of one element, got {normalizer!r}"
+        )
 
 
-def _is_tensor(name: str, value: Any) -> bool:
+def _one_number(name: str, value: Tensor, of_each_row: str) -> None:
+    """Raise an error unless a tensor is one number, with a way for one that each row has."""
+    if value.ndim != 0 or value.is_complex():
+        way = "take its element, for example with .squeeze()" if value.numel() == 1 else of_each_row
+        raise ValueError(
+            f"{name} must be a number or a 0-dim tensor, got {_shape(value)} of {value.dtype}: "
+            f"{way}"
+        )
+
+
+def _is_tensor(name: str, value: Any, of_each_row: str = _SHARED) -> bool:
     """Return whether it is a tensor, whose value is not checked, because that is a host sync."""
     if not isinstance(value, Tensor):
         return False
-    if value.ndim != 0 or value.requires_grad:
+    _one_number(name, value, of_each_row)
+    if value.requires_grad and chosen() != "formula":
         raise ValueError(
-            f"{name} must be a number or a 0-dim tensor without gradient, got {_shape(value)} with "
-            f"requires_grad={value.requires_grad}: the losses are not differentiable with respect "
-            "to it"
+            f"{name} must be a number or a 0-dim tensor without gradient, got "
+            f"requires_grad={value.requires_grad}: the engines are not differentiable with respect "
+            'to it; put `with fastkd.backend("formula"):` around the loss, where it gets a gradient'
         )
     return True
 
 
-def temperature(value: Any, name: str = "temperature") -> None:
+def temperature(value: Any, name: str = "temperature", of_each_row: str = _SHARED) -> None:
+    """Raise an error for a temperature out of range, with a way for one that each row has."""
     if type(value) is float and 0 < value < math.inf:  # what it nearly always is
         return
-    if _is_tensor(name, value):
+    if _is_tensor(name, value, of_each_row):
         return
     if not _ordered(0, value, math.inf) or value == 0 or value == math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
@@ -267,11 +340,7 @@ def number(above: float = -math.inf, **options: Any) -> None:
     """Raise an error unless each is a finite number, or a 0-dim tensor, which may be learnt."""
     for name, value in options.items():
         if isinstance(value, Tensor):
-            if value.ndim != 0 or value.is_complex():
-                raise ValueError(
-                    f"{name} must be a number or a 0-dim tensor, got {_shape(value)} of "
-                    f"{value.dtype}: take its only element, for example with .squeeze()"
-                )
+            _one_number(name, value, _SHARED)
         elif not _ordered(-math.inf, value, math.inf) or not above < value < math.inf:
             bound = f" above {above:g}" if above > -math.inf else ""
             raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
@@ -284,23 +353,35 @@ def one_of(known: Sequence[str], **option: Any) -> None:
             raise ValueError(f"{name} must be {choices}, got {value!r}")
 
 
-def process_group(group: Any) -> None:
+def process_group(group: Any) -> Any:
+    """Return the process group that is meant, which "world" or its own name may stand for."""
     if group is None:
-        return
+        return None
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         raise RuntimeError(
             "group needs torch.distributed: call torch.distributed.init_process_group first, or "
             "leave group=None for the batch of this process alone"
         )
+    if group == "world":
+        return torch.distributed.group.WORLD
+    if isinstance(group, str):
+        try:
+            return torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"no process group here has the name {group!r}: set the group itself, or "
+                '"world" for all ranks'
+            ) from error
     if group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
             "this rank is no member of the group: only its ranks take part in the loss"
         )
     if not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(
-            "group must be a process group, for example torch.distributed.group.WORLD, got "
-            f"{type(group).__name__}"
+            "group must be a process group, which a DeviceMesh gives by get_group(), or "
+            f'"world" for all ranks, got {type(group).__name__}'
         )
+    return group
 
 
 def _ordered(lowest: Any, value: Any, highest: Any) -> bool:

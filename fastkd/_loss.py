@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -48,6 +48,7 @@ class Loss(Protocol[P, R]):
     formula: Callable[..., Any]
     has_kernels: bool
     engine_for: Callable[[Sequence[Tensor]], str]  # "triton", "portable" or "formula"
+    check: Callable[..., None]  # (batch by name, options): raises the errors of a call
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Return the loss."""
@@ -137,15 +138,14 @@ def loss(
         @functools.wraps(formula)
         def compute(*arguments: Any, **options: Any) -> Any:
             if len(arguments) != len(batch):
-                arguments = _bound(signature, batch, arguments, options)
+                arguments = _bound(signature, batch, arguments, options, name)
             if options:
                 _checks.options(options, defaults, name)
             options = defaults | options
             if not per_example:
                 group = options.pop("group", None)
                 check(*arguments, **options)
-                _checks.process_group(group)
-                ranks = Ranks(group)
+                ranks = Ranks.of(group)
                 found = losses_of(arguments, options, None, ranks)
                 return ranks.mean(found, len(arguments[0][0])) if is_mean else found
             weights, normalizer, reduction = map(options.pop, _REDUCTION)
@@ -153,10 +153,13 @@ def loss(
             return_parts = options.pop(_PARTS, False)
             if reduction != "mean" or normalizer is not None:
                 _checks.reduction(reduction, normalizer)
+                if isinstance(normalizer, Tensor):
+                    normalizer = normalizer.reshape(())
             check(*arguments, **options)
             if weights is not None:
                 n_dims = arguments[0].ndim - 1 if per_example is True else per_example
-                _checks.weights(weights, arguments[0].shape[:n_dims], arguments[0].device)
+                logits = arguments[0]
+                _checks.weights(weights, logits.shape[:n_dims], logits.device, logits)
             if labels is not None:
                 _checks.labels(labels, arguments[0], ignore_index)
                 labelled = labels.long() != ignore_index  # −100 is 156 in uint8
@@ -169,15 +172,34 @@ def loss(
                 return reduce(found, weights, mask, normalizer, reduction)
             return _sum_of_terms(found, weights, mask, normalizer, reduction, return_parts)
 
+        def check_only(of_batch: Mapping[str, Any], options: dict[str, Any]) -> None:
+            arguments = _bound(signature, batch, (), dict(of_batch), name)
+            options = defaults | options
+            if per_example:
+                *_, reduction = map(options.pop, _REDUCTION)
+                _checks.reduction(reduction, None)
+                for name_of_rows in (_PARTS, *_ROW_LABELS[: 2 * takes_labels]):
+                    options.pop(name_of_rows, None)
+            else:
+                group = options.pop("group", None)
+                if not isinstance(group, str):  # a name is looked up at the call
+                    _checks.process_group(group)
+            check(*arguments, **options)
+
         public: Any = compute
         public.formula, public.has_kernels, public.engine_for = formula, has_kernels, engine_for
+        public.check = check_only
         return public
 
     return decorate
 
 
 def _bound(
-    signature: inspect.Signature, batch: Sequence[str], arguments: Any, options: dict[str, Any]
+    signature: inspect.Signature,
+    batch: Sequence[str],
+    arguments: Any,
+    options: dict[str, Any],
+    loss: str,
 ) -> tuple[Any, ...]:
     """Return the whole batch, of which some were given by name or left at their default.
 
@@ -187,7 +209,13 @@ def _bound(
     rest = [signature.parameters[name].default for name in batch[len(arguments) :]]
     if not given and rest and inspect.Parameter.empty not in rest:  # faster than to bind
         return *arguments, *rest
-    bound = signature.bind(*arguments, **given)
+    try:
+        bound = signature.bind(*arguments, **given)
+    except TypeError as error:
+        raise TypeError(
+            f"{loss} takes {', '.join(batch)} and then its options by name, as option=value, got "
+            f"{len(arguments) + len(given)} of them: {error}"
+        ) from None
     bound.apply_defaults()
     return bound.args
 

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastkd import _checks
+
 
 class Ranks:
     """The ranks that hold parts of a batch, of any sizes; without a group this process alone.
@@ -19,6 +21,11 @@ class Ranks:
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
+
+    @classmethod
+    def of(cls, group: Any) -> Ranks:
+        """Return the ranks of a group, of that with this name, or without one this process."""
+        return cls(_checks.process_group(group))
 
     def __bool__(self) -> bool:
         return self.group is not None

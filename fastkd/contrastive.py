@@ -16,9 +16,10 @@ shows. `reduction="none"` is computed by the formula, with the matrix of similar
 so are few options, which say so.
 
 All losses take `group`, a process group of torch.distributed whose ranks hold parts of the batch,
-of any sizes. The keys of all ranks are then negatives (all-gather). Each rank gets the loss of the
-whole batch and, multiplied by the number of ranks, its gradient in this rank's embeddings:
-DistributedDataParallel averages these into the gradient of one process with the whole batch.
+of any sizes, or "world" for all ranks. The keys of all ranks are then negatives (all-gather). Each
+rank gets the loss of the whole batch and, multiplied by the number of ranks, its gradient in this
+rank's embeddings: DistributedDataParallel averages these into the gradient of one process with the
+whole batch.
 """
 
 from __future__ import annotations

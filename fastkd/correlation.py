@@ -157,12 +157,13 @@ def dist_kd(
     beta: Number = 1.0,
     gamma: Number = 1.0,
     temperature: Number = 1.0,
+    epsilon: Number = PEARSON_EPSILON,
 ) -> Tensor:
     """Correlate predictions between classes and between examples: DIST.
 
         T² [β (1 − mean_i ρ(q_i, p_i)) + γ (1 − mean_v ρ(q_·v, p_·v))]
 
-    p = softmax(teacher / T), q = softmax(student / T), and ρ is Pearson's correlation with 1e-8
+    p = softmax(teacher / T), q = softmax(student / T), and ρ is Pearson's correlation with ε
     added to the product of the deviations: of rows i, between classes, and of columns v, between
     examples.
 
@@ -173,6 +174,7 @@ def dist_kd(
         beta: The weight β ≥ 0 of the rows, a number or a 0-dim tensor without gradient.
         gamma: The weight γ ≥ 0 of the columns, likewise.
         temperature: The temperature T > 0, likewise.
+        epsilon: ε > 0, likewise, 1e-8 as in the authors' code.
 
     Returns:
         The loss, a 0-dim tensor in float32, or in float64 where an input is float64.
@@ -190,13 +192,13 @@ def dist_kd(
         F.softmax(z.reshape(-1, z.shape[-1]) / temperature, 1)
         for z in (student_logits, teacher_logits)
     )
-    between_classes = beta * (1 - _pearson(q, p).mean())
-    between_examples = gamma * (1 - _pearson(q.T, p.T).mean())
+    between_classes = beta * (1 - _pearson(q, p, epsilon).mean())
+    between_examples = gamma * (1 - _pearson(q.T, p.T, epsilon).mean())
     return temperature**2 * (between_classes + between_examples)
 
 
-def _pearson(a: Tensor, b: Tensor) -> Tensor:
+def _pearson(a: Tensor, b: Tensor, epsilon: Number) -> Tensor:
     """Return [N], the correlations of the rows of one with those of the other."""
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
     deviations = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
-    return (a * b).sum(1) / (deviations + PEARSON_EPSILON)
+    return (a * b).sum(1) / (deviations + epsilon)

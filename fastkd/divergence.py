@@ -91,7 +91,7 @@ def forward_kl(
         weights: One number or bool for each row, (...). A row of weight 0 contributes exactly 0 to
             loss and gradient, whatever it holds.
         normalizer: Replaces the divisor Σ weights of the mean, for example by the number of target
-            tokens of a whole accumulated batch. A number or a 0-dim tensor.
+            tokens of a whole accumulated batch. A number or a tensor of one element.
         reduction: "mean" (Σ w·l / Σ w; torch's "batchmean" for [N, V]), "sum" (Σ w·l) or "none"
             (w·l).
 
@@ -347,7 +347,7 @@ def symmetric_kl(
     # weighted inside the sums, so that a weight of exactly 0 masks even what is infinite
     forward = _expectation(weight * p, log_p - log_q)
     reverse = _expectation((1 - weight) * q, log_q - log_p)
-    return t2 * forward + reverse
+    return t2 * (forward + reverse)
 
 
 @loss(rows.check, rows.divergence, per_example=True)

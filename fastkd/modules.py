@@ -3,15 +3,25 @@
 ``fastkd.KDLoss(temperature=2.0)(student_logits, teacher_logits, labels)`` is
 ``fastkd.kd(student_logits, teacher_logits, labels, temperature=2.0)``. A module has the options of
 its function and takes at the call what belongs to a batch: the tensors, `weights`, `normalizer`.
-It has no parameters, and no state but the queue of `InfoNCELoss` and the centre of `DINOLoss`. Its
-`options` may be changed later, for example to anneal the temperature.
+
+Options are attributes, which may be set later: ``loss.temperature = 1.0`` anneals it. One that is
+an `nn.Parameter` is a parameter of the module; another tensor without gradient is a buffer, which
+moves with the module and is not saved with its state. `group="world"` means all ranks and may be
+given before torch.distributed.init_process_group, where torch.distributed.group.WORLD is None.
+Copies share a group; a pickle has its name, which is looked up at the next call.
+
+A module has no state but the queue of `InfoNCELoss` and the centre of `DINOLoss`.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+import io
+import types
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,8 +36,7 @@ from fastkd import (
     self_distillation,
     vanilla,
 )
-from fastkd._backend import backend
-from fastkd._precision import compute_dtype
+from fastkd._loss import Loss
 from fastkd._ranks import Ranks
 from fastkd.problems import _crops as crops
 
@@ -38,11 +47,11 @@ _OF_A_MODULE = ("center",)  # parameters that a module keeps as its state
 class _Loss(nn.Module):
     """A loss as a module; the subclass names its function: ``class KDLoss(_Loss, function=kd)``."""
 
-    function: Callable[..., Any]
+    function: Any  # a Loss
     defaults: dict[str, Any]
     empty_shape: tuple[int, ...] = (0, 1)  # of a tensor of no examples
 
-    def __init_subclass__(cls, function: Callable[..., Any] | None = None, **rest: Any) -> None:
+    def __init_subclass__(cls, function: Loss[..., Any] | None = None, **rest: Any) -> None:
         super().__init_subclass__(**rest)
         if function is None:  # a user's subclass of a loss
             return
@@ -52,39 +61,139 @@ class _Loss(nn.Module):
         cls.defaults = {p.name: p.default for p in options}
         batch = [p for p in parameters if p not in options and p.name not in _OF_A_MODULE]
         _, *own = inspect.signature(cls.__init__).parameters.values()
-        own = [p for p in own if p.kind is not p.VAR_KEYWORD]
+        own = [p for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         at_construction = sorted(options + own, key=lambda p: p.kind)  # positional ones first
         cls.__init__ = _with_signature(cls.__init__, at_construction)  # type: ignore[method-assign]
         cls.forward = _with_signature(cls.forward, batch)  # type: ignore[method-assign]
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *misplaced: Any, **options: Any) -> None:
         """Keep the options of the function, which raises TypeError or ValueError for wrong ones."""
         super().__init__()
-        _checks.options(options, self.defaults, type(self).__name__)
-        self.options = self.defaults | options
-        self._check_options()
+        name = type(self).__name__
+        if misplaced:
+            raise TypeError(
+                f"{name} takes its options by name, got {misplaced[0]!r} without one: write "
+                f"{name}(option=value) with an option of {', '.join(self.defaults) or 'none'}"
+            )
+        _checks.options(options, self.defaults, name)
+        if options.get("group", self) is None:
+            _warn_of_no_group(name)
+        options = self.defaults | options
+        self._check_options(options)
+        for option, value in options.items():
+            self._keep(option, value)
 
-    def forward(self, *tensors: Tensor, **of_a_batch: Any) -> Any:
+    def forward(self, *tensors: Any, **of_a_batch: Any) -> Any:
         """Return the loss of the function with these options."""
-        return self.function(*tensors, **of_a_batch, **self.options)
+        if of_a_batch:
+            self._refuse_options(of_a_batch)
+        return self.function(*tensors, **of_a_batch, **self._options())
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Return the options with their values, to be read; they are set as attributes."""
+        return types.MappingProxyType(self._options())
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        options = self._options().items()
+        shown = {k: v.detach() if isinstance(v, Tensor) else v for k, v in options}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
-    def _check_options(self) -> None:
-        """Let the function check the options now, on an empty batch, not in the first step."""
-        numbers = [option for option in self.options.values() if isinstance(option, Tensor)]
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.defaults}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.defaults:
+            self._check_options(self._options() | {name: value})
+            self._keep(name, value)
+        else:
+            if type(self).__module__ == __name__ and name[0] != "_" and not hasattr(self, name):
+                self._refuse_misspelt(name)
+            super().__setattr__(name, value)
+
+    def _keep(self, name: str, value: Any) -> None:
+        """Make an option an attribute: a parameter, a buffer, or as it is."""
+        for kept in (self.__dict__, self._parameters, self._buffers):
+            kept.pop(name, None)
+        self._non_persistent_buffers_set.discard(name)
+        # what requires grad and is no parameter belongs to somebody else
+        is_buffer = isinstance(value, Tensor) and not value.requires_grad
+        if is_buffer and not isinstance(value, nn.Parameter):
+            self.register_buffer(name, value, persistent=False)
+        else:
+            super().__setattr__(name, value)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Let the function check options now, on an empty batch, not in the first step."""
+        numbers = [option for option in options.values() if isinstance(option, Tensor)]
         device = numbers[0].device if numbers else "cpu"
         other: dict[str, Any] = {"labels": torch.empty(0, dtype=torch.int64, device=device)}
         other |= dict.fromkeys(("logit_scale", "logit_bias"), 1.0)
         needed = [
             p.name
             for p in inspect.signature(self.function).parameters.values()
-            if p.kind is p.POSITIONAL_OR_KEYWORD and (p.default is p.empty or p.name == "labels")
+            if p.kind is p.POSITIONAL_OR_KEYWORD and self._is_in_empty_batch(p, options)
         ]
-        batch = [other.get(name, torch.empty(self.empty_shape, device=device)) for name in needed]
-        with backend("formula"):  # because an engine may be unable to run on an empty batch
-            self.function(*batch, **self.options)
+        empty = torch.empty(self.empty_shape, device=device)
+        self.function.check({name: other.get(name, empty) for name in needed}, options)
+
+    def _is_in_empty_batch(self, parameter: inspect.Parameter, options: Mapping[str, Any]) -> bool:
+        """Return whether options are checked with a tensor for this parameter of the function."""
+        return parameter.default is parameter.empty or parameter.name == "labels"
+
+    def _refuse_options(self, of_a_batch: Mapping[str, Any]) -> None:
+        for name in of_a_batch:
+            if name in self.defaults:
+                raise TypeError(
+                    f"{name} is an option of the module and not of a call: set it before, "
+                    f"loss.{name} = {of_a_batch[name]!r}, or at construction"
+                )
+
+    def _refuse_misspelt(self, name: str) -> None:
+        known = inspect.signature(type(self)).parameters
+        option = next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), name)
+        if option != name:
+            raise AttributeError(
+                f"{type(self).__name__} has no option {name!r}; did you mean {option!r}?"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if "group" in self.defaults and not isinstance(self.group, (str, types.NoneType)):
+            state["group"] = _Shared(self.group)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        group = state.get("group")
+        if isinstance(group, _Shared):
+            state = {**state, "group": group.group}
+        super().__setstate__(state)
+
+
+class _Shared:
+    """A process group on its way into a copy, which shares it, or into a pickle, as its name."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: Any) -> _Shared:
+        return self
+
+    def __reduce__(self) -> Any:
+        is_world = self.group is torch.distributed.group.WORLD
+        return str, ("world" if is_world else self.group.group_name,)
+
+
+def _warn_of_no_group(loss: str) -> None:
+    """Warn of a group None that may be a world which is not initialised yet."""
+    if torch.distributed.is_available() and not torch.distributed.is_initialized():
+        warnings.warn(
+            f"{loss} got group=None, as torch.distributed.group.WORLD is before "
+            'init_process_group, and will see this process alone: pass group="world" for all '
+            "ranks, or leave group out",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _with_signature(method: Callable, parameters: Iterable[inspect.Parameter]) -> Callable:
@@ -218,16 +327,74 @@ class DISTLoss(_Loss, function=correlation.dist_kd):
     """
 
 
+class _Queue(nn.Module):
+    """The latest keys of the batches before, in a ring of one size: the oldest are replaced.
+
+    It is neither a parameter nor a buffer, because an average of keys is no key, and a rank that is
+    sent the keys of another loses its own. In the state it is one opaque value, because a queue
+    that has seen no batch yet does not know the width of the one that is loaded in its place.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.keys = torch.zeros(size, 0)  # [size, D] from the first step on
+        self.count = (
+            0  # of the keys that are filled; a number, because a tensor would be waited for
+        )
+        self.place = torch.zeros((), dtype=torch.int64)  # of the next key: it replaces the oldest
+
+    def like(self, key: Tensor) -> Tensor:
+        """Return the keys that are filled, [count, D], on the device and in the dtype of `key`."""
+        if not self.count:
+            return key.detach()[:0]
+        if self.keys.shape[1] != key.shape[1]:
+            raise ValueError(
+                f"the queue holds keys of D = {self.keys.shape[1]}, got keys {[*key.shape]}: "
+                "another width needs a new InfoNCELoss"
+            )
+        return self.keys[: self.count].to(key)
+
+    def add(self, keys: Tensor) -> None:
+        """Replace the oldest keys by these, the last of them where not all fit."""
+        size, keys = len(self.keys), keys[-len(self.keys) :]
+        if not self.count:
+            self.keys = keys.new_zeros(size, keys.shape[1])
+        place = self.place.to(keys.device)
+        places = (place + torch.arange(len(keys), device=keys.device)) % size
+        # a new tensor, because a backward may still need the old one
+        self.keys = self.keys.to(keys).index_copy(0, places, keys)
+        self.place = (place + len(keys)) % size
+        self.count = min(self.count + len(keys), size)
+
+    def get_extra_state(self) -> bytes:
+        file = io.BytesIO()
+        torch.save((self.keys, self.count, self.place), file)
+        return file.getvalue()
+
+    def set_extra_state(self, state: bytes) -> None:
+        keys, count, place = torch.load(io.BytesIO(state), self.keys.device, weights_only=True)
+        if len(keys) == len(self.keys):
+            self.keys, self.count, self.place = keys, count, place
+        else:
+            self.count, self.place = 0, torch.zeros_like(place)
+            self.add(keys[:count].roll(-int(place), 0))  # the oldest first
+
+    def extra_repr(self) -> str:
+        return f"size={len(self.keys)}"
+
+
 class InfoNCELoss(_Loss, function=contrastive.info_nce):
     """(1/N) Σ_i −log e^{s₊} / (e^{s₊} + λ Σ e^{s₋}), the module of `fastkd.info_nce`.
 
     Args:
         queue_size: How many keys of the batches before are negatives too. The oldest leave first.
-            The queue is a buffer that is saved with the state and grows until it is full. In
-            training a call adds its own keys, with a `group` those of all ranks. Activation
-            checkpointing around the module would see them already: recompute the embeddings, not
-            the loss. DistributedDataParallel gives all ranks the queue of the first one unless they
-            have one queue anyway, by `group`.
+            `queue` has [queue_size, D] from the first step on, which tells D, and the dtype of the
+            keys; only what is filled is used. It is saved with the state and copied with the
+            module, and it is no buffer: nothing averages it, and DistributedDataParallel leaves
+            each rank its own. In training a call adds its keys, with a `group` those of all ranks.
+            Activation checkpointing around the module would see them already: recompute the
+            embeddings, not the loss. While it fills, torch.compile compiles each step anew: fill it
+            before.
         options: Those of `fastkd.info_nce`.
 
     Reference:
@@ -235,59 +402,64 @@ class InfoNCELoss(_Loss, function=contrastive.info_nce):
         arXiv:1807.03748. The queue: He et al., Momentum Contrast, 2020. arXiv:1911.05722
     """
 
-    queue: Tensor
-
-    def __init__(self, *, queue_size: int = 0, **options: Any) -> None:
+    def __init__(self, *misplaced: Any, queue_size: int = 0, **options: Any) -> None:
         if not isinstance(queue_size, int) or isinstance(queue_size, bool) or queue_size < 0:
             raise ValueError(
                 f"queue_size must be a whole number of keys, at least 0, got {queue_size!r}"
             )
-        self.queue_size = queue_size
-        super().__init__(**options)
-        self.register_buffer("queue", torch.empty(0, 0), persistent=queue_size > 0)
+        self._queue_size = queue_size
+        super().__init__(*misplaced, **options)
+        if queue_size:
+            self.memory = _Queue(queue_size)
+
+    @property
+    def queue_size(self) -> int:
+        """Return the number of keys that the queue has room for."""
+        return self._queue_size
+
+    @property
+    def queue(self) -> Tensor:
+        """Return the keys of the queue [queue_size, D], 0 where none is filled in yet."""
+        return self.memory.keys if self._queue_size else torch.empty(0, 0)
 
     def forward(  # type: ignore[override]
-        self, query: Tensor, key: Tensor, negatives: Tensor | None = None, **of_a_batch: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None = None,
+        false_negatives: Tensor | None = None,
+        **of_a_batch: Any,
     ) -> Tensor:
-        """Return the loss with the queue among the negatives."""
-        if not self.queue_size:
-            return self.function(query, key, negatives, **of_a_batch, **self.options)
-        queue = (self.queue if len(self.queue) else key.detach()[:0]).to(key)
-        if key.ndim == 2 and queue.shape[1] != key.shape[1]:
-            raise ValueError(
-                f"the queue holds keys of D = {queue.shape[1]}, got keys {[*key.shape]}: another "
-                "width needs a new InfoNCELoss"
-            )
-        bank = queue if negatives is None else torch.cat([negatives, queue])
-        loss = self.function(query, key, bank, **of_a_batch, **self.options)
+        """Return the loss with the queue among the negatives, none of which is a false one."""
+        if not self._queue_size or not isinstance(key, Tensor) or key.ndim != 2:
+            return super().forward(query, key, negatives, false_negatives, **of_a_batch)
+        queue = self.memory.like(key)
+        bank: Any = queue if negatives is None else negatives
+        if isinstance(negatives, Tensor):
+            if negatives.ndim == 3:
+                raise ValueError(
+                    f"a queue has negatives of all queries, got negatives {[*negatives.shape]} of "
+                    "each query: pass a bank [M, D], or take an InfoNCELoss without a queue"
+                )
+            if negatives.shape[1:] == queue.shape[1:]:  # otherwise the function says what is wrong
+                bank = torch.cat([negatives, queue])
+        if isinstance(false_negatives, Tensor) and false_negatives.ndim == 2:
+            none = false_negatives.new_zeros(len(false_negatives), len(queue))
+            false_negatives = torch.cat([false_negatives, none], 1)
+        loss = super().forward(query, key, bank, false_negatives, **of_a_batch)
         if self.training:
-            self._add(queue, key.detach())
+            with torch.no_grad():
+                (keys,), _ = Ranks.of(self.group).gather(key.detach())
+                self.memory.add(keys)
         return loss
 
-    @torch.no_grad()
-    def _add(self, queue: Tensor, keys: Tensor) -> None:
-        (keys,), _ = Ranks(self.options["group"]).gather(keys)
-        # copied, because a view would keep all keys in memory and in the state
-        self.queue = torch.cat([queue, keys])[-self.queue_size :].clone()
-
-    def _check_options(self) -> None:
-        if self.queue_size and not self.options["in_batch_negatives"]:
-            numbers = [x for x in self.options.values() if isinstance(x, Tensor)]
-            nobody = torch.empty(0, 1, device=numbers[0].device if numbers else "cpu")
-            with backend("formula"):
-                self.function(nobody, nobody, nobody, **self.options)
-        else:
-            super()._check_options()
-
-    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
-        saved = state.get(f"{prefix}queue")
-        if saved is not None and self.queue_size:  # a saved queue has any number of keys
-            saved = state[f"{prefix}queue"] = saved[-self.queue_size :]
-            self.queue = torch.empty_like(saved, device=self.queue.device)
-        super()._load_from_state_dict(state, prefix, *rest)
+    def _is_in_empty_batch(self, parameter: inspect.Parameter, options: Mapping[str, Any]) -> bool:
+        if parameter.name == "negatives":
+            return self._queue_size > 0 and not options["in_batch_negatives"]
+        return super()._is_in_empty_batch(parameter, options)
 
     def extra_repr(self) -> str:
-        return f"queue_size={self.queue_size}, {super().extra_repr()}"
+        return f"queue_size={self._queue_size}, {super().extra_repr()}"
 
 
 class ClipLoss(_Loss, function=contrastive.clip_contrastive):
@@ -345,32 +517,67 @@ class DINOLoss(_Loss, function=self_distillation.dino):
     center: Tensor
     empty_shape = (2, 0, 1)
 
-    def __init__(self, n_prototypes: int, *, center_momentum: float = 0.9, **options: Any) -> None:
+    def __init__(
+        self,
+        n_prototypes: int,
+        *misplaced: Any,
+        center_momentum: float = 0.9,
+        **options: Any,
+    ) -> None:
         _checks.at_least_1(n_prototypes=n_prototypes)
-        _checks.fraction(center_momentum=center_momentum)
-        super().__init__(**options)
+        super().__init__(*misplaced, **options)
         self.center_momentum = center_momentum
-        self.register_buffer("center", torch.zeros(n_prototypes))
+        self.register_buffer("center", _in_float32_or_wider(torch.zeros(n_prototypes)))
+
+    @property
+    def center_momentum(self) -> float:
+        """Return m, which may be set, for example by a schedule."""
+        return self._center_momentum
+
+    @center_momentum.setter
+    def center_momentum(self, value: float) -> None:
+        _checks.fraction(center_momentum=value)
+        self._center_momentum = value
 
     def forward(  # type: ignore[override]
-        self, student: self_distillation.Crops, teacher: self_distillation.Crops
+        self,
+        student: self_distillation.Crops,
+        teacher: self_distillation.Crops,
+        **of_a_batch: Any,
     ) -> Tensor:
         """Return the loss with the present centre, which in training moves afterwards."""
-        loss = self.function(student, teacher, self.center, **self.options)
+        loss = super().forward(student, teacher, self.center, **of_a_batch)
         if self.training:
             self._move_center(crops.constant(teacher))
         return loss
 
     @torch.no_grad()
     def _move_center(self, teacher: Tensor) -> None:
-        total = teacher.sum((0, 1), dtype=compute_dtype(self.center))
+        center = _in_float32_or_wider(self.center)
+        total = teacher.sum((0, 1), dtype=center.dtype)
         total = torch.cat([total, total.new_full((1,), len(teacher) * teacher.shape[1])])
-        total = Ranks(self.options["group"]).sum(total)
+        total = Ranks.of(self.group).sum(total)
         n = total[-1:]
         mean = total[:-1] / n.clamp(min=1)
         rate = (1 - self.center_momentum) * n.clamp(max=1)  # 0 images move nothing
-        self.center.copy_(self.center.to(mean).lerp(mean, rate))
+        center = center.lerp(mean, rate)
+        if center.dtype == self.center.dtype:
+            self.center.copy_(center)
+        else:  # what loads states may have made it narrower
+            self.center = center
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DINOLoss:
+        """Move the module, whose centre stays at least float32: a mean of many steps needs that."""
+        center = self.center
+        super()._apply(fn, recurse)
+        if self.center.dtype.itemsize < 4:
+            self.center = _in_float32_or_wider(center).to(self.center.device)
+        return self
 
     def extra_repr(self) -> str:
         own = f"n_prototypes={len(self.center)}, center_momentum={self.center_momentum}"
         return f"{own}, {super().extra_repr()}"
+
+
+def _in_float32_or_wider(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

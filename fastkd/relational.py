@@ -49,7 +49,8 @@ def rkd_distance(
             of `torch.nn.functional.smooth_l1_loss`: a number or a 0-dim tensor without gradient.
         precision: "default", or "high" to compute in float64, for batches that hold
             near-duplicates.
-        group: A torch.distributed process group whose ranks hold parts of the batch, or None.
+        group: A torch.distributed process group whose ranks hold parts of the batch, "world" for
+            all ranks, or None.
 
     Returns:
         The loss, a 0-dim tensor in float32, or in float64 where an input is float64.
@@ -97,7 +98,8 @@ def rkd_angle(
             `torch.nn.functional.smooth_l1_loss`: a number or a 0-dim tensor without gradient.
         precision: "default", or "high" to compute in float64, for batches that hold
             near-duplicates.
-        group: A torch.distributed process group whose ranks hold parts of the batch, or None.
+        group: A torch.distributed process group whose ranks hold parts of the batch, "world" for
+            all ranks, or None.
 
     Returns:
         The loss, a 0-dim tensor in float32, or in float64 where an input is float64.
@@ -145,7 +147,8 @@ def rkd(
             `torch.nn.functional.smooth_l1_loss`: a number or a 0-dim tensor without gradient.
         precision: "default", or "high" to compute in float64, for batches that hold
             near-duplicates.
-        group: A torch.distributed process group whose ranks hold parts of the batch, or None.
+        group: A torch.distributed process group whose ranks hold parts of the batch, "world" for
+            all ranks, or None.
 
     Returns:
         The loss, a 0-dim tensor in float32, or in float64 where an input is float64.

@@ -40,9 +40,9 @@ def dino(
         student_temperature: T_s > 0. A number or a 0-dim tensor.
         teacher_temperature: T_t > 0. A number or a 0-dim tensor.
         skip_same_view: Whether pairs of one index, which are the same crop, are no pairs.
-        group: A torch.distributed process group whose ranks hold parts of the B images, of any
-            sizes. Each rank gets the loss of the whole batch, and DistributedDataParallel averages
-            the gradients to that of the whole batch.
+        group: A torch.distributed process group, or "world" for all ranks, whose ranks hold parts
+            of the B images, of any sizes. Each rank gets the loss of the whole batch, and
+            DistributedDataParallel averages the gradients to that of the whole batch.
 
     Returns:
         A scalar.

@@ -64,7 +64,8 @@ def kd(
         return_parts: Whether to return (loss, CE, D), the parts without their shares.
         weights: One number or bool for each row, (...). A row of weight 0 contributes exactly 0 to
             loss and gradient, whatever it holds.
-        normalizer: Replaces the divisor Σ weights of the means. A number or a 0-dim tensor.
+        normalizer: Replaces the divisor Σ weights of the means. A number or a tensor with one
+            element.
         reduction: "mean" (Σ w·l / Σ w), "sum" (Σ w·l) or "none" (w·l).
 
     Returns:

@@ -289,7 +289,7 @@ CASES = [
     _batch("gram", fastkd.correlation_congruence, TWO_WIDTHS, form="kernel", gamma=0.8, order=4),
     _batch("gram", fastkd.correlation_congruence, ONE_WIDTH),
     _batch("gram", fastkd.dist_kd, logits),
-    _batch("gram", fastkd.dist_kd, logits, beta=2.0, gamma=0.5, temperature=4.0),
+    _batch("gram", fastkd.dist_kd, logits, beta=2.0, gamma=0.5, temperature=4.0, epsilon=0.1),
     _batch("pairs", fastkd.info_nce, VIEWS),
     _batch("pairs", fastkd.info_nce, VIEWS, symmetric=True),
     _batch("pairs", fastkd.info_nce, with_bank, "bank", negative_weight=0.3, margin=0.1),

@@ -80,6 +80,13 @@ def crops(model, features, teacher, first, **options):
     return loss(student, outputs.flip(0))
 
 
+def queued(a, b, t, y, **options):
+    """Make two steps, of which the second has the first one's keys of all ranks in its queue."""
+    loss = fastkd.InfoNCELoss(queue_size=7, **options)
+    loss(a.detach(), b.detach())
+    return loss(a, b)
+
+
 def _keys(a, b, t, y, **options):
     keys = dict(student_keys=b, teacher_keys=t.square(), symmetric=True)
     return fastkd.similarity_kl(a, t, **keys, **options)
@@ -107,6 +114,7 @@ LOSSES = [
     relations(fastkd.rkd_angle),
     relations(partial(fastkd.rkd, smooth_l1_beta=0.2, normalize=True)),
     towers(lambda a, b, t, y, **o: fastkd.info_nce(a, b, BANK, margin=0.1, **o)),
+    towers(queued),
     towers(lambda a, b, t, y, **o: fastkd.info_nce(a, b, symmetric=True, decoupled=True, **o)),
     towers(lambda a, b, t, y, **o: fastkd.info_nce(a, b, BANK, in_batch_negatives=False, **o)),
     towers(lambda a, b, t, y, **o: fastkd.info_nce(a, b, symmetric=True, weights=y, **o)),
@@ -142,7 +150,7 @@ def train_part(rank, sizes, folder, engines):
         for loss_of_part, engine in itertools.product(LOSSES, engines):
             model = DistributedDataParallel(network())
             with fastkd.backend(engine):
-                loss = loss_of_part(model, features, teacher, start, group=dist.group.WORLD)
+                loss = loss_of_part(model, features, teacher, start, group="world")
             loss.backward()
             found.append((loss.detach(), model.module.weight.grad))
         torch.save(found, f"{folder}/{rank}.pt")

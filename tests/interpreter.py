@@ -17,6 +17,8 @@ import triton.language as tl
 import triton.runtime.interpreter as triton_interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
+from fastkd import _backend
+
 TRUNCATE = triton_interpreter._ir.ROUNDING_MODE.RTZ
 FUSED_ALREADY = hasattr(triton_interpreter._interpreter, "fma_fp32")  # triton 3.9
 IGNORING_NAN = {
@@ -169,3 +171,4 @@ def correct() -> None:
     ReduceOps.min_max = min_max
     triton_interpreter._patch_lang_tensor = patch_lang_tensor
     triton_interpreter._patch_builtin = patch_builtin
+    _backend.interpreter_knows_bfloat16 = True

@@ -221,11 +221,11 @@ def correlation_congruence(student, teacher, form="sequential", gamma=0.4, order
     return torch.linalg.matrix_norm(kernel(student) - kernel(teacher)) ** 2 / len(student) ** 2
 
 
-def dist_kd(student, teacher, beta=1.0, gamma=1.0, temperature=1.0):
+def dist_kd(student, teacher, beta=1.0, gamma=1.0, temperature=1.0, epsilon=1e-8):
     def agreement(x, y, dim):
         x, y = (z - z.mean(dim, keepdim=True) for z in (x, y))
         lengths = (torch.linalg.vector_norm(z, dim=dim) for z in (x, y))
-        return (torch.mul(x, y).sum(dim) / (math.prod(lengths) + 1e-8)).mean()
+        return (torch.mul(x, y).sum(dim) / (math.prod(lengths) + epsilon)).mean()
 
     q, p = (torch.softmax(z / temperature, -1) for z in (student, teacher))
     total = beta * (1 - agreement(q, p, 1)) + gamma * (1 - agreement(q, p, 0))

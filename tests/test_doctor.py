@@ -1,6 +1,8 @@
 """`fastkd doctor` says what runs and why, and notices a wrong engine."""
 
+import contextvars
 import os
+import re
 import subprocess
 import sys
 
@@ -174,9 +176,64 @@ def test_the_demo_names_a_missing_package(missing, monkeypatch, capsys):
     assert 'pip install "fastkd[demo]"' in message
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["demo", "--seeds", "0"]])
-def test_a_wrong_command_line_explains(arguments, capsys):
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ([], "required"),
+        (["train"], "train"),
+        (["demo", "--seeds", "0"], "at least 1, got 0"),
+        (["demo", "--device", "meta"], "cannot compute on 'meta': .*leave it out for the CPU"),
+        (["demo", "--device", "nowhere"], "cannot compute on 'nowhere': .*leave it out"),
+    ],
+)
+def test_a_wrong_command_line_explains(arguments, told, capsys):
     with pytest.raises(SystemExit) as error:
         program.main(arguments)
     assert error.value.code == 2
-    assert "usage: fastkd" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "usage: fastkd" in message and re.search(told, message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_the_demo_on_a_gpu_that_is_not_there(capsys):
+    with pytest.raises(SystemExit):
+        program.main(["demo", "--device", "cuda"])
+    assert "cannot compute on 'cuda'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["doctor", "demo"])
+@pytest.mark.parametrize("name", ["", "fast"])
+def test_a_default_that_is_no_backend_is_told_in_a_sentence(command, name, monkeypatch, capsys):
+    monkeypatch.setattr(_backend, "_default", name)
+    assert contextvars.Context().run(program.main, [command]) == 1
+    told = f"fastkd: got the backend '{name}', need one of auto, triton, portable, formula; set or"
+    assert capsys.readouterr().err.startswith(told)
+
+
+def test_a_demo_that_cannot_run_is_told_in_a_sentence(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("fastkd.demo.report", reason="needs the extra `demo`")
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file/folder"):
+        assert program.main(["demo", "--out", str(out)]) == 1
+        message = capsys.readouterr().err
+        assert re.match(rf"fastkd: --out {out} cannot be a folder for the results: \w+", message)
+    monkeypatch.setattr(_backend, "_no_triton", "Triton is not installed")
+    with fastkd.backend("triton"):
+        assert program.main(["demo", "--out", str(tmp_path / "results")]) == 1
+    assert "cannot run here: Triton is not installed. Use" in capsys.readouterr().err
+
+
+def test_an_interpreter_as_shipped_is_examined_without_bfloat16(monkeypatch, capsys):
+    monkeypatch.setattr(_backend, "_interpreted", True)
+    monkeypatch.setattr(_backend, "interpreter_knows_bfloat16", False)
+    monkeypatch.setattr(program, "LOSSES", {fastkd.forward_kl: program._logits})
+    examined = []
+    monkeypatch.setattr(
+        program,
+        "_value_and_gradient",
+        lambda _, x: examined.append(x[0].dtype) or [torch.ones(1)] * 2,
+    )
+    with fastkd.backend("triton"):
+        status, page = doctor(monkeypatch, capsys)
+    assert status == 0 and {*examined} == {torch.float32, torch.float64}
+    assert "triton, but not of bfloat16: the interpreter of TRITON_INTERPRET=1" in page

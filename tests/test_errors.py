@@ -60,8 +60,11 @@ def test_weights_reduction_and_normalizer(case):
     for reduction in ("sum", "none"):
         with says(ValueError, "normalizer replaces the divisor", f"got reduction='{reduction}'"):
             case(*inputs, reduction=reduction, normalizer=3)
-    with says(ValueError, "a number or a 0-dim tensor", r"got \[1\]"):
-        case(*inputs, reduction="mean", normalizer=torch.ones(1, device=DEVICE))
+    with says(ValueError, "a tensor of one element", r"got \[2, 1\]", r"pass normalizer\[0\]"):
+        case(*inputs, reduction="mean", normalizer=torch.ones(2, 1, device=DEVICE))
+    expected = case(*inputs, reduction="mean", normalizer=3.0)
+    for normalizer in (torch.tensor([3.0], device=DEVICE), torch.tensor([[3]], device=DEVICE)):
+        assert torch.equal(case(*inputs, reduction="mean", normalizer=normalizer), expected)
     for shape in ((4,), (2, 2, 1)):
         sentence = "one real number or bool for each example"
         with says(ValueError, sentence, r"\[2, 2\]", rf"\{[*shape]}"):
@@ -83,13 +86,77 @@ def test_two_devices(inputs):
         fastkd.forward_kl(student, teacher, weights=torch.ones(4, device=meta))
 
 
-def test_temperature_as_a_tensor(inputs):
+@each_loss
+def test_a_temperature_of_each_row_has_its_way(case):
+    """The value that the advice leads to is the mean of each row's own."""
+    inputs = case.inputs((4,), 7)
+    T = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64, device=DEVICE).unsqueeze(1)
+    ways = ["divide by it: student_logits / temperature", r"temperature.squeeze\(-1\) \*\* 2"]
+    ways += [r"alpha \* F.cross_entropy\(student_logits, labels\)"] * (case.name == "kd")
+    with says(ValueError, "0-dim tensor", r"got \[4, 1\]", *ways):
+        case(*inputs, temperature=T)
+    loss = fastkd.forward_kl if case.name == "kd" else case.loss
+    own = {k: v for k, v in case.options.items() if k not in ("temperature", "alpha", "divergence")}
+    own |= dict(scale_t2=True, reduction="none")
+    student, teacher = inputs[:2]
+    rows = loss(student / T, teacher / T, **own | dict(temperature=1.0)) * T.squeeze(-1) ** 2
+    each = [loss(*x, **own, temperature=t) for *x, t in zip(student, teacher, T[:, 0], strict=True)]
+    torch.testing.assert_close(rows, torch.stack(each), rtol=1e-9, atol=1e-12)
+
+
+@each_loss
+def test_a_learnt_temperature_has_its_way(case):
+    inputs, learnt = case.inputs((4,), 7), torch.tensor(2.0, requires_grad=True, device=DEVICE)
+    way = r'with fastkd.backend\("formula"\):'
+    with says(ValueError, "without gradient", "requires_grad=True", "not differentiable", way):
+        case(*inputs, temperature=learnt)
+    with fastkd.backend("formula"):
+        case(*inputs, temperature=learnt).sum().backward()
+    above, below = (case(*inputs, temperature=2.0 + sign * 1e-4).sum() for sign in (1, -1))
+    torch.testing.assert_close(
+        learnt.grad.double(), (above - below) / 2e-4, rtol=1e-4, atol=1e-6, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize("case", [c for c in LOSSES if "dino" not in c.name], ids=str)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_that_are_not_in_one_piece(case):
+    inputs = case.inputs((4,), 7)
+    nested = [
+        torch.nested.nested_tensor([*x.detach()], layout=layout)
+        for x in inputs[:1]
+        for layout in (torch.jagged, torch.strided)
+    ]
+    for x in nested:
+        with says(TypeError, r"(student|query|image|view1|features)\w* is a nested", "pass .*val"):
+            case(x, *inputs[1:])
+    spread = inputs[0].detach().as_subclass(Spread)
+    with says(TypeError, "is a DTensor", r"full_tensor\(\)", r"to_local\(\)"):
+        case(spread, *inputs[1:])
+
+
+class Spread(torch.Tensor):
+    """A tensor that the checks take for a DTensor, which needs a process group to be made."""
+
+    full_tensor = to_local = None
+
+
+def test_soft_labels_and_classes_in_dimension_1_have_their_way(inputs):
     student, teacher, _ = inputs
-    with says(ValueError, "0-dim tensor", r"got \[4, 1\]"):
-        fastkd.forward_kl(student, teacher, temperature=torch.ones(4, 1))
-    learned = torch.tensor(1.0, requires_grad=True)
-    with says(ValueError, "without gradient", "requires_grad=True", "not differentiable"):
-        fastkd.forward_kl(student, teacher, temperature=learned)
+    soft = logits((4,), 7, torch.float32)[1].softmax(-1)
+    with says(
+        TypeError, "class indices", r"alpha \* F.cross_entropy", r"fastkd.skew_kl\(stud", "argmax"
+    ):
+        fastkd.kd(student, teacher, soft, divergence="skew_kl")
+    images = torch.ones(2, 5, 4, 3, device=DEVICE)
+    of_pixels = torch.ones(2, 4, 3, dtype=torch.int64, device=DEVICE)
+    last = r"classes come last here: pass student_logits.movedim\(1, -1\)"
+    with says(ValueError, r"got \[2, 4, 3\]", last):
+        fastkd.kd(images, images, of_pixels)
+    with says(ValueError, r"got \[2, 4, 3\]", last):
+        fastkd.forward_kl(images, images, weights=of_pixels)
+    with says(TypeError, "ignore_index must be a whole number, got None", "none is ignored"):
+        fastkd.kd(*inputs, ignore_index=None)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), "half", None])
@@ -125,7 +192,8 @@ def test_tensors_by_name_and_options_that_do_not_exist(inputs):
     with says(ValueError, "divergence must be one of forward_kl, reverse_kl", "got 'kl'"):
         fastkd.kd(student, teacher, labels, divergence="kl")
     for loss, n in ((fastkd.forward_kl, 2), (fastkd.info_nce, 4)):
-        with pytest.raises(TypeError, match="too many positional arguments"):
+        name = loss.__name__
+        with says(TypeError, f"{name} takes", "option=value", "too many positional arguments"):
             loss(*torch.ones(n, 4, 3, device=DEVICE), 2.0)
 
 
@@ -210,7 +278,8 @@ CALLS = [
     (lambda: fastkd.info_nce(Q, [1.0]), "key must be a tensor .* got list"),
     (lambda: fastkd.info_nce(Q, K, temperature=0), "above 0, got 0"),
     (lambda: fastkd.info_nce(Q, K, negative_weight=0.0), "negative_weight .* 0"),
-    (lambda: fastkd.info_nce(Q, K, margin=torch.ones(2)), r"margin .* \[2\]"),
+    (lambda: fastkd.info_nce(Q, K, margin=torch.ones(2)), r"margin .* \[2\].*: all examples share"),
+    (lambda: fastkd.rkd(A, A, angle_weight=torch.ones(3, 1)), r"\[3, 1\].*: all examples share"),
     (lambda: fastkd.info_nce(Q, K, in_batch_negatives=False), "negatives=None"),
     (
         lambda: fastkd.info_nce(Q, K, K, in_batch_negatives=False, symmetric=True),
@@ -222,10 +291,20 @@ CALLS = [
     (lambda: fastkd.info_nce(Q, K, None, Q), "must be a tensor of torch.bool, got torch.float32"),
     (lambda: fastkd.info_nce(Q, K, None, Q[:2] > 0), r"one row for each of 4 .*\[2, 3\]"),
     (lambda: fastkd.info_nce(Q, K, None, Q > 0), r"one column for each of 4 keys.*\[4, 3\]"),
+    (lambda: fastkd.InfoNCELoss(queue_size=2)(Q, K, F), "query and negatives need one D"),
+    (lambda: fastkd.InfoNCELoss(queue_size=2)(Q, K, [K]), "negatives must be .* got list"),
+    (
+        lambda: fastkd.InfoNCELoss(queue_size=2)(Q, K, None, Q[0] > 0),
+        r"one row for each of 4 .*\[3",
+    ),
+    (
+        lambda: fastkd.InfoNCELoss(queue_size=2)(Q, K, torch.ones(4, 2, 3)),
+        r"a queue has negatives of all queries, got negatives \[4, 2, 3\] of each query: pass",
+    ),
     (lambda: fastkd.info_nce(Q, K, weights=Q[0]), r"for each example: the shape \[4\], got \[3\]"),
     (lambda: fastkd.nt_xent(Q, K, reduction="batchmean"), "\"none\", got 'batchmean'"),
     (lambda: fastkd.clip_contrastive(Q, K, "5"), "logit_scale .* '5'"),
-    (lambda: fastkd.siglip(Q, K, 5.0, torch.ones(1)), r"logit_bias .* \[1\]"),
+    (lambda: fastkd.siglip(Q, K, 5.0, torch.ones(1)), r"logit_bias .* \[1\].*squeeze"),
     (lambda: fastkd.nt_xent(Q, K[:2]), "view1 and view2"),
     (lambda: fastkd.sup_con(Q, torch.ones(4)), "labels .*float32"),
     (lambda: fastkd.sup_con(Q, torch.ones(3).long()), r"4 features.* \[3\]"),
@@ -259,6 +338,7 @@ CALLS = [
     # crops
     (lambda: fastkd.dino(S.flatten(0, 1), T), r"student needs .*\[12, 5\].*unfl"),
     (lambda: fastkd.dino(S, [T]), r"teacher needs crops.* \[2, 3, 5\]"),
+    (lambda: fastkd.dino([*S], [*T.as_subclass(Spread)]), "teacher is a DTensor"),
     (lambda: fastkd.dino(S, 3.0), "teacher needs crops.* got float"),
     (lambda: fastkd.dino(S, [T[0], 1]), "teacher needs crops.* got list"),
     (lambda: fastkd.dino([], T), "student needs crops.* got no crop"),
@@ -304,7 +384,7 @@ KINDS |= {
     "needs crops.* got float": TypeError,
 }
 KINDS |= {"got list": TypeError, "got float": TypeError, "labels .*float32": TypeError}
-KINDS |= {"n_prototypes$": TypeError}
+KINDS |= {"n_prototypes$": TypeError, "is a DTensor": TypeError}
 
 
 @pytest.mark.parametrize("call, sentence", CALLS)

@@ -2,11 +2,15 @@
 
 import copy
 import inspect
+import io
 import pickle
 import re
+import warnings
 
 import pytest
 import torch
+import torch._dynamo.testing
+import torch.distributed.checkpoint as checkpoint
 
 import fastkd
 from fastkd import modules
@@ -28,7 +32,7 @@ OPTIONS = {  # none of them a default
     fastkd.SimilarityPreservingLoss: {},
     fastkd.PKTLoss: {},
     fastkd.CorrelationCongruenceLoss: dict(form="kernel", gamma=0.7, order=3),
-    fastkd.DISTLoss: dict(beta=2.0, gamma=0.5, temperature=4.0),
+    fastkd.DISTLoss: dict(beta=2.0, gamma=0.5, temperature=4.0, epsilon=0.1),
     fastkd.InfoNCELoss: dict(temperature=0.3, negative_weight=0.5, symmetric=True, margin=0.2),
     fastkd.ClipLoss: {},
     fastkd.SigLipLoss: {},
@@ -157,8 +161,9 @@ def test_copies_and_pickles_give_the_same(module):
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert type(twin) is module
         assert_same(value_and_gradient(twin, tensors), expected)
-    twin.options["alpha"] = 9.0  # a copy has its own options
-    assert loss.options.get("alpha") != 9.0
+    for name, value in OPTIONS[module].items():  # a copy has its own options
+        setattr(twin, name, module.defaults[name])
+        assert getattr(loss, name) == value != getattr(twin, name)
 
 
 def test_repr_shows_the_options():
@@ -174,26 +179,140 @@ def test_a_loss_in_a_model_adds_no_state():
     model.to(torch.float64).train(False)
 
 
-def test_options_can_be_annealed():
-    loss, tensors = fastkd.ForwardKLLoss(temperature=4.0), batch(fastkd.ForwardKLLoss)
-    loss.options["temperature"] = 2.0
-    assert torch.equal(loss(*tensors), fastkd.forward_kl(*tensors, temperature=2.0))
-    assert fastkd.ForwardKLLoss().options["temperature"] == 1.0
+@every_module
+def test_an_option_that_is_set_is_used_and_checked(module):
+    tensors, loss = batch(module), make(module)
+    for name, value in OPTIONS[module].items():
+        setattr(loss, name, value)
+    fresh = make(module, **OPTIONS[module])
+    assert loss.options == fresh.options == module.defaults | OPTIONS[module]
+    assert_same(value_and_gradient(loss, tensors), value_and_gradient(fresh, tensors))
+    assert make(module).options == module.defaults
+    for name in (k for k, value in OPTIONS[module].items() if not isinstance(value, bool)):
+        with pytest.raises(ValueError, match=name):
+            setattr(loss, name, "no such thing")
+    assert loss.options == fresh.options
 
 
-def test_temperature_may_be_a_tensor():
-    loss, tensors = fastkd.KDLoss(temperature=torch.tensor(2.0)), batch(fastkd.KDLoss)
-    torch.testing.assert_close(loss(*tensors), fastkd.kd(*tensors, temperature=2.0))
+def test_a_misspelt_option_is_not_lost():
+    loss = fastkd.DINOLoss(3)
+    for name, meant in (("teacher_temprature", "teacher_temperature"), ("Group", "group")):
+        with pytest.raises(AttributeError, match=f"no option '{name}'; did you mean '{meant}'"):
+            setattr(loss, name, 2.0)
+    with pytest.raises(TypeError):
+        loss.options["teacher_temperature"] = 2.0
+    with pytest.raises(AttributeError):
+        fastkd.InfoNCELoss().queue_size = 3
+    loss.note = "what a framework notes on a module"
+
+    class Mine(fastkd.KDLoss):
+        def __init__(self):
+            super().__init__()
+            self.temperatures = [1.0, 2.0]
+
+    assert Mine().temperatures
+
+
+CONTRASTS = {
+    fastkd.InfoNCELoss: "temperature",
+    fastkd.NTXentLoss: "temperature",
+    fastkd.SupConLoss: "temperature",
+    fastkd.SimilarityKLLoss: "student_temperature",
+}
+
+
+@pytest.mark.parametrize("module, name", CONTRASTS.items(), ids=str)
+def test_a_learnt_option_is_a_parameter(module, name):
+    temperature, tensors = torch.nn.Parameter(torch.tensor(0.3)), batch(module)
+    model = torch.nn.Sequential(make(module, **{name: temperature}))
+    assert [*model.parameters()] == [temperature] and [*model.state_dict()] == [f"0.{name}"]
+    model[0](*tensors).backward()
+    assert temperature.grad != 0
+    twins = copy.deepcopy(torch.nn.ModuleList([model, torch.nn.ParameterList([temperature])]))
+    assert [*twins[0].parameters()] == [twins[1][0]] and twins[1][0] is not temperature
+    twins[0].load_state_dict({f"0.{name}": torch.tensor(0.7)})
+    assert getattr(twins[0][0], name).item() == pytest.approx(0.7)
+    assert getattr(model.double()[0], name).dtype == torch.float64
+    setattr(model[0], name, 0.3)  # numbers, tensors and parameters take each other's place
+    assert not [*model.parameters()]
+    setattr(model[0], name, torch.tensor(0.3, dtype=torch.float64))
+    assert [*model.buffers()] == [getattr(model[0], name)] and not model.state_dict()
+    assert getattr(model.to("meta")[0], name).is_meta
+    setattr(model[0], name, temperature)
+    assert not [*model.buffers()] and [*model.parameters()] == [temperature]
+
+
+def test_a_learnt_option_of_engines_that_do_not_learn_it_is_told():
+    learnt, tensors = torch.nn.Parameter(torch.tensor(2.0)), batch(fastkd.KDLoss)
+    with pytest.raises(ValueError, match=r'with fastkd.backend\("formula"\)'):
+        fastkd.KDLoss(temperature=learnt)
+    with fastkd.backend("formula"):
+        fastkd.KDLoss(temperature=learnt)(*tensors).backward()
+    small = torch.tensor(1e-3)
+    around = [fastkd.kd(*tensors, temperature=2.0 + sign * small) for sign in (1, -1)]
+    torch.testing.assert_close(
+        learnt.grad, (around[0] - around[1]) / (2 * small), rtol=1e-2, atol=1e-4
+    )
+
+
+@pytest.fixture
+def world():
+    """Let this process be all of the ranks."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("module", [m for m in OPTIONS if "group" in m.defaults], ids=str)
+def test_a_group_is_shared_by_copies_and_named_in_pickles(module, world):
+    model = torch.nn.Sequential(make(module, group=world).eval())
+    expected = value_and_gradient(model[0], batch(module))
+    for twin in (copy.deepcopy(model), copy.copy(model)):
+        assert twin[0].group is world
+        assert_same(value_and_gradient(twin[0], batch(module)), expected)
+    assert copy.copy(model[0]).group is world
+    file = io.BytesIO()
+    torch.save(model, file)
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)[0]
+    assert loaded.group == "world"
+    assert_same(value_and_gradient(loaded, batch(module)), expected)
+
+
+def test_a_group_is_looked_up_by_its_name(world):
+    tensors = batch(fastkd.RKDLoss)
+    part = torch.distributed.new_group([0])
+    loss = pickle.loads(pickle.dumps(fastkd.RKDLoss(group=part)))
+    assert loss.group == part.group_name
+    assert torch.equal(loss(*tensors), fastkd.rkd(*tensors, group="world"))
+    loss.group = "another"
+    with pytest.raises(ValueError, match=r"no process group here has the name 'another'.*world"):
+        loss(*tensors)
+
+
+def test_a_world_that_is_not_there_yet_is_told():
+    assert torch.distributed.group.WORLD is None
+    with pytest.warns(UserWarning, match='RKDLoss got group=None.* pass group="world"'):
+        fastkd.RKDLoss(group=torch.distributed.group.WORLD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastkd.RKDLoss()
+        later = fastkd.RKDLoss(group="world")
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        later(*batch(fastkd.RKDLoss))
 
 
 def test_options_belong_to_the_construction():
-    tensors = batch(fastkd.ForwardKLLoss)
+    tensors = batch(fastkd.KDLoss)
+    for module, arguments in ((fastkd.KDLoss, [4.0]), (fastkd.DINOLoss, [7, 0.1])):
+        name = module.__name__
+        with pytest.raises(TypeError, match=rf"{name} takes its options by name.*temperature"):
+            module(*arguments)
+    with pytest.raises(TypeError, match=r"temperature is .* loss.temperature = 2.0, or at constr"):
+        fastkd.KDLoss()(*tensors, temperature=2.0)
     with pytest.raises(TypeError):
-        fastkd.ForwardKLLoss(2.0)
-    with pytest.raises(TypeError, match="temperature"):
-        fastkd.ForwardKLLoss()(*tensors, temperature=2.0)
-    with pytest.raises(TypeError):
-        fastkd.KDLoss()(*tensors)  # without labels
+        fastkd.KDLoss()(*tensors[:2])  # without labels
 
 
 def test_construction_asks_no_engine_and_leaves_the_backend_alone():
@@ -201,7 +320,7 @@ def test_construction_asks_no_engine_and_leaves_the_backend_alone():
         with pytest.raises(ValueError, match="temperature"):
             fastkd.KDLoss(temperature=0)
         fastkd.KDLoss()
-        assert fastkd._backend._current == "triton"
+        assert fastkd._backend.chosen() == "triton"
 
 
 def test_a_loss_can_be_subclassed():
@@ -216,3 +335,114 @@ def test_a_loss_can_be_subclassed():
     tensors = batch(Halved)
     expected = 0.5 * fastkd.forward_kl(*tensors, temperature=2.0)
     assert torch.equal(Halved(0.5, temperature=2.0)(*tensors), expected)
+
+
+# --------------------------------------------------------------------------------- state of modules
+
+
+class Queued(torch.nn.Sequential):
+    """A network before a loss with a queue, and a layer with buffers behind it."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        loss = fastkd.InfoNCELoss(queue_size=7, temperature=0.3)
+        super().__init__(torch.nn.Linear(4, 4), loss, torch.nn.BatchNorm1d(4))
+
+    def forward(self, keys):
+        return self[1](self[2](self[0](keys)), keys)
+
+
+def keys_of_steps(n):
+    return torch.randn(n, 3, 4, generator=torch.Generator().manual_seed(5))
+
+
+def trained(n):
+    """Return a model whose queue has seen n batches of three keys."""
+    model = Queued()
+    for keys in keys_of_steps(n):
+        model(keys).backward()
+    return model
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_a_queue_survives_copies_and_checkpoints(n, tmp_path):
+    """Distributed checkpoints load in place, into a queue that does not know its width yet."""
+    model, (keys, more) = trained(n), keys_of_steps(2).flip(0)
+    state = {"model": Queued().state_dict()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it saves without a process group, as it was told
+        checkpoint.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "d", no_dist=True)
+        checkpoint.load(state, checkpoint_id=tmp_path / "d", no_dist=True)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), Queued(), Queued()]
+    twins[2].load_state_dict(state["model"])
+    twins[3].load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    expected = [model(keys), model(more)]
+    for twin in twins:
+        assert_same([twin(keys), twin(more)], expected)
+        assert torch.equal(twin[1].queue, model[1].queue)
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_a_queue_does_not_disturb_averaged_models(use_buffers):
+    """The average exists before the first batch has told the width of the keys."""
+    model = Queued()
+    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=use_buffers)
+    for step, keys in enumerate(keys_of_steps(4)):
+        model(keys)
+        averaged.update_parameters(model)
+        assert model[1].queue.shape == (7, 4) and averaged.n_averaged == step + 1
+
+
+def test_a_queue_has_the_device_and_the_dtype_of_the_keys():
+    model = trained(1)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        model.to(dtype)(keys_of_steps(1)[0].to(dtype))
+        assert model[1].queue.dtype == dtype
+    model[1].eval()(*torch.zeros(2, 3, 4))
+    assert model[1].queue.dtype == torch.float64  # what is only looked at stays as it is
+    model[1].train()(*torch.zeros(2, 3, 4, device="meta"))
+    assert model[1].queue.is_meta
+
+
+def test_no_key_of_a_queue_is_a_false_negative():
+    loss, (first, keys) = fastkd.InfoNCELoss(queue_size=7), keys_of_steps(2)
+    loss(first, first)
+    false = torch.eye(3).bool().flip(0)
+    none = torch.zeros(3, 3, dtype=torch.bool)
+    expected = fastkd.info_nce(keys.sin(), keys, first, torch.cat([false, none], 1))
+    assert torch.equal(loss(keys.sin(), keys, false_negatives=false), expected)
+
+
+def test_a_full_queue_compiles_nothing_anew():
+    torch._dynamo.reset()
+    graphs, eager = torch._dynamo.testing.CompileCounterWithBackend("aot_eager"), trained(3)[1]
+    loss = copy.deepcopy(eager)
+    compiled = torch.compile(loss, backend=graphs, fullgraph=True)
+    for keys in keys_of_steps(4):
+        assert_same([compiled(keys.sin(), keys)], [eager(keys.sin(), keys)])
+    assert graphs.frame_count == 1 and torch.equal(loss.queue, eager.queue)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_centre_of_a_module_in_half_precision_is_float32(dtype):
+    loss, wide = fastkd.DINOLoss(3, center_momentum=0.99), torch.promote_types(dtype, torch.float32)
+    loss.center.fill_(2.9999)
+    before = loss.center.to(wide)
+    assert torch.equal(loss.to(dtype).center, before)
+    loss.load_state_dict({"center": before.to(dtype)}, assign=True)
+    loss.center.fill_(2.5)
+    outputs = torch.full((2, 4, 3), 3.0, dtype=dtype)
+    for _ in range(30):  # each step is smaller than half precision can tell from none
+        loss(outputs, outputs)
+    expected = torch.full((3,), 3 - 0.5 * 0.99**30, dtype=wide)
+    torch.testing.assert_close(loss.center, expected)
+
+
+def test_the_momentum_of_the_centre_is_an_option_too():
+    loss, outputs = fastkd.DINOLoss(3), torch.ones(2, 4, 3)
+    loss.center_momentum = 0.25
+    loss(outputs, outputs)
+    torch.testing.assert_close(loss.center, torch.full((3,), 0.75))
+    with pytest.raises(ValueError, match=r"center_momentum .* got 2"):
+        loss.center_momentum = 2

@@ -169,7 +169,7 @@ def test_the_centre_is_saved_with_the_state():
 def test_the_temperature_of_a_schedule():
     loss, (student, teacher, _) = fastkd.DINOLoss(7).to(DEVICE), crops(4, 2, 5, 7)
     for temperature in (0.04, 0.055, 0.07):
-        loss.options["teacher_temperature"] = temperature
+        loss.teacher_temperature = temperature
         expected = by_hand(student, teacher, loss.center, t_t=temperature)
         assert_same([loss(student, teacher)], expected[:1])
 
@@ -184,7 +184,7 @@ def test_one_graph_moves_the_centre_too(number, graphs):
     for step in range(4):
         inputs = crops(4, 2, 3, 9, torch.float32, seed=step)[:2]
         for module in (eager, loss):
-            module.options["teacher_temperature"] = number(0.04 + 0.01 * step)
+            module.teacher_temperature = number(0.04 + 0.01 * step)
         assert_same(results(compiled, inputs), results(eager, inputs), 1e-5)
         assert_same([loss.center], [eager.center], 1e-6)
     assert counting.frame_count == graphs

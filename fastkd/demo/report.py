@@ -54,7 +54,7 @@ FIRST_STEPS, FIRST_LIMIT, LIMIT = 10, 1e-5, 1e-3
 
 
 def run(out: Path, seeds: int, steps: int, device: str) -> int:
-    """Train, print, write `digits.md` and `digits.png` into `out`; 1 if the check fails."""
+    """Train, print, write `digits.md` and `digits.png` into a folder; 1 if the check fails."""
     torch.set_num_threads(1)  # because the models are too small to share
     console = Console()
     began = time.perf_counter()
@@ -91,7 +91,6 @@ def run(out: Path, seeds: int, steps: int, device: str) -> int:
     console.print(*printed(TOWERS_HEADER, of_towers), sep="\n")
     console.print(TOWERS_LEGEND, style="dim")
     console.print(Text(verdict, style="green" if passed else "bold red"))
-    out.mkdir(parents=True, exist_ok=True)
     text = [about, markdown(HEADER, sections), LEGEND]
     text += [markdown(TOWERS_HEADER, of_towers), TOWERS_LEGEND, verdict, versions]
     (out / "digits.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")

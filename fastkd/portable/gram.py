@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastkd._precision import compute_dtype
 from fastkd.portable import _chunks
-from fastkd.problems.gram import PEARSON_EPSILON, PKT_EPSILON, Gram, Number, falloff
+from fastkd.problems.gram import PKT_EPSILON, Gram, Number, falloff
 from fastkd.problems.relations import LEAST_LENGTH
 
 _ON_CPU = 1 << 18  # five buffers of that size stay in a CPU's cache
@@ -42,11 +42,11 @@ def value_and_gradients(
 ) -> tuple[Tensor, tuple[Tensor | None]]:
     """Return the loss and its gradient in the student's features or logits."""
     dtype = compute_dtype(problem.student, problem.teacher)
-    beta, gamma, temperature = (
+    beta, gamma, temperature, epsilon = (
         x.to(dtype) if isinstance(x, Tensor) else x
-        for x in (problem.beta, problem.gamma, problem.temperature)
+        for x in (problem.beta, problem.gamma, problem.temperature, problem.epsilon)
     )
-    problem = problem._replace(beta=beta, gamma=gamma, temperature=temperature)
+    problem = problem._replace(beta=beta, gamma=gamma, temperature=temperature, epsilon=epsilon)
     gradient = None
     if needs_grad[0]:
         gradient = problem.student.new_empty(problem.student.shape, dtype=dtype)
@@ -290,8 +290,8 @@ def _dist(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> Tensor:
         return of_rows
 
     of_rows = buffers.for_each(add, n, n_classes)
-    rho_rows, a_rows, b_rows = _pearson(torch.cat(of_rows, 1))
-    rho_columns, a_columns, b_columns = _pearson(columns.moments)
+    rho_rows, a_rows, b_rows = _pearson(torch.cat(of_rows, 1), problem.epsilon)
+    rho_columns, a_columns, b_columns = _pearson(columns.moments, problem.epsilon)
     squared = temperature * temperature
     loss = squared * (beta * (1 - rho_rows.mean()) + gamma * (1 - rho_columns.mean()))
     if gradient is None:
@@ -330,11 +330,11 @@ def _moments(student: Tensor, teacher: Tensor, dim: int, product: Tensor | None 
     return torch.stack([torch.mul(*pair, out=product).sum(dim) for pair in pairs])
 
 
-def _pearson(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pearson(moments: Tensor, epsilon: Number) -> tuple[Tensor, Tensor, Tensor]:
     """Return ρ, a and b: its slope in a centred student's number is a · student + b · teacher."""
     both, student, teacher = moments
     deviation, teacher_deviation = student.sqrt(), teacher.sqrt()
-    b = (deviation * teacher_deviation + PEARSON_EPSILON).reciprocal_()
+    b = (deviation * teacher_deviation + epsilon).reciprocal_()
     # in this order, because no product overflows then; a deviation of 0 has the slope 0
     a = -(both / deviation * b * (teacher_deviation * b))
     return both * b, a.masked_fill_(deviation == 0, 0), b

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # as published
 PKT_EPSILON = 1e-7  # added to lengths and to probabilities
-PEARSON_EPSILON = 1e-8  # added to the product of two deviations
+PEARSON_EPSILON = 1e-8  # the default of dist_kd
 
 
 class Gram(NamedTuple):
@@ -31,6 +31,7 @@ class Gram(NamedTuple):
     beta: Number  # the weight of the rows in dist_kd
     gamma: Number  # the weight of the columns there; the width of the kernel of "kernel"
     temperature: Number
+    epsilon: Number  # added to the product of two deviations in dist_kd
     name: str  # "similarity_preserving", "pkt", "sequential", "kernel" or "dist_kd"
     order: int  # of the series of "kernel"
 
@@ -61,23 +62,27 @@ def check_predictions(
     beta: Number,
     gamma: Number,
     temperature: Number,
+    epsilon: Number,
 ) -> None:
     """Refuse logits that do not fit together, and options out of range."""
     _checks.logits(student_logits, teacher_logits)
     _checks.at_least_0(beta=beta, gamma=gamma)
     _checks.temperature(temperature)
+    _checks.temperature(epsilon, "epsilon")
 
 
 def similarities(call: Call, student: Tensor, teacher: Tensor) -> Tensor:
     """Return the loss of the Gram matrices of features, which has the name of the call."""
-    return _solved(call, Gram(student.flatten(1), teacher.flatten(1), 0.0, 0.0, 1.0, call.name, 0))
+    features = student.flatten(1), teacher.flatten(1)
+    return _solved(call, Gram(*features, 0.0, 0.0, 1.0, 0.0, call.name, 0))
 
 
 def congruence(
     call: Call, student: Tensor, teacher: Tensor, *, form: str, gamma: Number, order: int
 ) -> Tensor:
     """Return the loss of neighbours in the batch, or of the kernel of all pairs."""
-    return _solved(call, Gram(student.flatten(1), teacher.flatten(1), 0.0, gamma, 1.0, form, order))
+    features = student.flatten(1), teacher.flatten(1)
+    return _solved(call, Gram(*features, 0.0, gamma, 1.0, 0.0, form, order))
 
 
 def predictions(
@@ -88,10 +93,11 @@ def predictions(
     beta: Number,
     gamma: Number,
     temperature: Number,
+    epsilon: Number,
 ) -> Tensor:
     """Return the loss of the correlations of rows and of columns of probabilities."""
     student, teacher = (z.reshape(-1, z.shape[-1]) for z in (student_logits, teacher_logits))
-    return _solved(call, Gram(student, teacher, beta, gamma, temperature, call.name, 0))
+    return _solved(call, Gram(student, teacher, beta, gamma, temperature, epsilon, call.name, 0))
 
 
 def falloff(gamma: Number) -> Number:

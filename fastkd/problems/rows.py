@@ -61,6 +61,27 @@ _LIMITS = {
 
 
 FORMS = ("logits", "probabilities", "log_probabilities")
+# what to do where each row has a temperature of its own
+_DIVIDED = (
+    'divide by it: {}, of shape (..., 1), with reduction="none", and multiply what comes back by {}'
+)
+_OF_EACH_ROW = {
+    "temperature": _DIVIDED.format(
+        "student_logits / temperature and teacher_logits / temperature",
+        "temperature.squeeze(-1) ** 2",
+    ),
+    **{
+        f"{network}_temperature": _DIVIDED.format(
+            f"{network}_logits / {network}_temperature", f"{network}_temperature.squeeze(-1)"
+        )
+        for network in ("student", "teacher")
+    },
+}
+_OF_EACH_ROW_OF_KD = {
+    name: "alpha * F.cross_entropy(student_logits, labels) + (1 - alpha) * a divergence such as "
+    f"fastkd.forward_kl, where {way}"
+    for name, way in _OF_EACH_ROW.items()
+}
 
 
 def check(
@@ -72,15 +93,18 @@ def check(
     student_temperature: Number | None = None,
     teacher_temperature: Number | None = None,
     teacher_form: str = "logits",
+    of_each_row: dict[str, str] = _OF_EACH_ROW,
     **fraction: Number,
 ) -> None:
     """Raise an error for logits that do not fit together and options out of range."""
     _checks.logits(student, teacher)
-    _checks.temperature(temperature)
+    _checks.temperature(temperature, "temperature", of_each_row["temperature"])
     if student_temperature is not None:
-        _checks.temperature(student_temperature, "student_temperature")
+        name = "student_temperature"
+        _checks.temperature(student_temperature, name, of_each_row[name])
     if teacher_temperature is not None:
-        _checks.temperature(teacher_temperature, "teacher_temperature")
+        name = "teacher_temperature"
+        _checks.temperature(teacher_temperature, name, of_each_row[name])
     if teacher_form != "logits":
         _checks.one_of(FORMS, teacher_form=teacher_form)
         _checks.probabilities(teacher, teacher_form)
@@ -112,8 +136,8 @@ def check_kd(
         _checks.at_least_0(alpha=alpha, distill_weight=distill_weight)
     options = dict(beta=beta, skew=skew, weight=weight)
     own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
-    check(student, teacher, **softening, **own)
-    _checks.labels(labels, student, ignore_index)
+    check(student, teacher, of_each_row=_OF_EACH_ROW_OF_KD, **softening, **own)
+    _checks.labels(labels, student, ignore_index, divergence)
 
 
 def temperatures(

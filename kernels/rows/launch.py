@@ -1,9 +1,9 @@
 """Rows of softmax probabilities against rows, solved on a GPU.
 
 Every D = Σ d(log p, log q) has ∂D/∂student = (h − q Σ h) / T with h = ∂d/∂log q, known up to a
-multiple of q. All is in log2 units: x = z·log2(e)/T, p = exp2(x − pivot) / Z, the pivot a row's
-maximum. Pivot and Z are kept apart, because one number for both would lose what a large pivot
-rounds away.
+multiple of q. All is in log2 units: p = exp2((z − pivot)·log2(e)/T) / Z, the pivot a row's largest
+logit. Pivot and Z are kept apart, because one number for both would lose what a large pivot rounds
+away.
 
 Bytes for each (row, entry) of bf16 logits, forward + backward. V ≤ ON_CHIP: 4 + 6, each one sweep
 and one launch. Above: the KLs 4 + 6; mixtures and total variation, which need both Z before they
