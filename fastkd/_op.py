@@ -236,6 +236,8 @@ def _gradients(ctx: Any, op: Op, gradient_node: Any, upstream: Sequence[Any]) ->
         arguments = [*arguments]
         for i, x in zip(ctx.kept, tensors[n_saved:], strict=True):
             arguments[i] = arguments[i] if x is None else x
+    if all(x is None for x in upstream):
+        return tuple(gradients)
     backward: Callable[..., Any] = op.backward
     if not torch.compiler.is_compiling():
         for x in upstream:
@@ -303,12 +305,13 @@ def _differentiable(name: str) -> tuple[type[torch.autograd.Function], ...]:
 
         @staticmethod
         def backward(ctx: Any, *upstream: Any) -> Any:
+            op = _ops[name]
             # the compiler fills in zeros even for a loss of no elements
-            losses = zip(upstream, ctx.absent, strict=False)  # what is saved has no upstream
-            upstream = tuple(None if is_absent else x for x, is_absent in losses)
-            if all(x is None for x in upstream):
-                return (None,) * len(ctx.needs_input_grad)
-            return _gradients(ctx, _ops[name], Gradient, upstream)
+            present = [
+                None if is_absent else x
+                for x, is_absent in zip(upstream[: op.n_losses], ctx.absent, strict=True)
+            ]
+            return _gradients(ctx, op, Gradient, present)
 
     class Mapped(Traced):
         @staticmethod

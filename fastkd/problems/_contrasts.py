@@ -6,12 +6,13 @@ returns NotImplemented, so that the formula is computed, where the losses of exa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd._loss import Call
 from fastkd._op import is_differentiated, is_inference
 from fastkd._precision import compute_dtype
 from fastkd.problems._contrast_checks import check_columns
@@ -24,9 +25,6 @@ from fastkd.problems.pairs import (
     solve,
     solve_soft,
 )
-
-if TYPE_CHECKING:
-    from fastkd._loss import Call
 
 IGNORED = -100  # the label of an example without a class
 
@@ -58,7 +56,8 @@ def info_nce(
     if false_negatives is not None:
         if decoupled:
             return NotImplemented
-        call = call._replace(engine="portable")  # because kernels read no mask of pairs
+        # the kernels read no mask of pairs, and old compilers do not trace _replace
+        call = Call(call.name, "portable", call.row_mask, call.ranks)
     half = half_of(query, key, None if of_each else negatives)
     query, key, negatives = in_compute_dtype(query, key, negatives)
     scale = _inverse(temperature, query)

@@ -204,7 +204,8 @@ def kd(
     if mask is not None:
         labels = labels.masked_fill(~mask, -1)
     if not distill_ignored:
-        call = call._replace(row_mask=mask)
+        # written out, because old compilers do not trace _replace
+        call = Call(call.name, call.engine, mask, call.ranks)
     options = dict(beta=beta, skew=skew, weight=weight)
     own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
     losses, cross_entropies = _solve(call, divergence, student, teacher, labels, **softening, **own)
@@ -227,7 +228,7 @@ def _solve(
     scale_t2: bool,
     **own: Number,
 ) -> tuple[Tensor, Tensor]:
-    mixture = next(iter(own.values()), 0.0)
+    mixture = (*own.values(), 0.0)[0]
     # only numbers that are a limit are looked up, otherwise torch.compile would specialise on them
     if is_exactly(mixture, 0) or is_exactly(mixture, 1):
         name = _LIMITS.get((name, mixture), name)  # type: ignore[arg-type]
