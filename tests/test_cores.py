@@ -13,6 +13,7 @@ import torch
 from cases import LOSSES, logits
 from exactness import results
 from force import in_chunks_of
+from meter import PeakMemory
 
 import fastkd
 from fastkd.portable import _chunks
@@ -89,6 +90,12 @@ def test_losses_in_modes_of_autograd(mode, a_loss):
     inputs = logits((150,), 300, torch.float32, device="cpu")
     with mode():
         assert torch.equal(fastkd.jensen_shannon(*inputs, reduction="none"), expected)
+
+
+def test_a_mode_that_counts_memory_sees_it(a_loss):
+    with PeakMemory() as memory:
+        a_loss()
+    assert memory.peak_bytes > 6 * 4 * 20000
 
 
 def test_an_exception_surfaces_and_stops_the_others():

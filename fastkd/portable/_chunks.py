@@ -91,7 +91,8 @@ def by_workers(solve: Callable[[], Result], is_large: bool, like: Tensor) -> Res
         Exception: What `solve` raises, once nobody works on the problem any more.
     """
     n_threads = torch.get_num_threads() if is_large and like.is_cpu else 1
-    if n_threads == 1:
+    # a mode that watches or counts calls sees those of its own thread alone
+    if n_threads == 1 or torch._C._len_torch_dispatch_stack():
         return solve()
 
     def first() -> Result:
@@ -101,10 +102,9 @@ def by_workers(solve: Callable[[], Result], is_large: bool, like: Tensor) -> Res
         finally:
             _here.team = None
 
+    modes = torch.is_inference_mode_enabled(), _TINY == 0.0
     try:
-        workers, flushes = _workers(n_threads, os.getpid()), _TINY == 0.0
-        modes = torch.is_inference_mode_enabled(), flushes
-        team = _Team(workers, n_threads, *modes, threading.Event())
+        team = _Team(_workers(n_threads, os.getpid()), n_threads, *modes, threading.Event())
         future = team.submit(first)
     except RuntimeError:  # no thread starts any more, because the interpreter is about to exit
         return solve()
@@ -114,6 +114,7 @@ def by_workers(solve: Callable[[], Result], is_large: bool, like: Tensor) -> Res
         team.is_given_up.set()
         if not future.cancel():
             wait([future])
+        del future  # because its exception would keep this frame alive, and this frame it
 
 
 def for_each(
@@ -123,9 +124,9 @@ def for_each(
 ) -> list[Result]:
     """Call work(chunk, scratch) for each of the chunks, and return the results in their order.
 
-    A worker has a scratch of its own, and writes only what belongs to its chunk. What chunks have
-    in common is returned and combined by the caller, or added up afterwards by chunks of another
-    dimension, in an order that the number of threads does not change.
+    Within `by_workers` others take chunks too. A worker has a scratch of its own, and writes only
+    what belongs to its chunk. What chunks have in common is returned and combined by the caller, or
+    added up afterwards in chunks of another dimension, always in the same order.
     """
     team, todo, results = _here.team, deque(enumerate(chunks)), dict[int, Result]()
 
@@ -166,8 +167,8 @@ def _share(team: _Team, take: Callable[[], None], todo: deque) -> None:
     finally:
         helpers = [x for x in helpers if not x.cancel()]  # those that have begun
         wait(helpers)
-    for helper in helpers:
-        helper.result()
+    while helpers:
+        helpers.pop().result()
 
 
 @functools.lru_cache(maxsize=4)
