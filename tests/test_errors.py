@@ -309,6 +309,8 @@ CALLS = [
     (lambda: fastkd.sup_con(Q, torch.ones(4)), "labels .*float32"),
     (lambda: fastkd.sup_con(Q, torch.ones(3).long()), r"4 features.* \[3\]"),
     (lambda: fastkd.sup_con(Q, torch.ones(4).long(), anchors="x"), "anchors .*'x'"),
+    (lambda: fastkd.sup_con(S[None], Y), r"features .* \[N, M, D\] .*got \[1, 4, 3, 5\]: pool"),
+    (lambda: fastkd.nt_xent(S, S), r"view1 .*\[4, 3, 5\]: pool .*flatten\(0, -2\)"),
     (lambda: fastkd.sup_con(Q), "needs labels, or positives.* got neither"),
     (lambda: fastkd.sup_con(Q, Y, positives=Q > 0), "got both"),
     (lambda: fastkd.sup_con(Q, Y, K), "got keys without key_labels"),
