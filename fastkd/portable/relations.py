@@ -45,6 +45,7 @@ def value_and_gradients(
 
 
 def _solve(problem: Relations, needs_grad: tuple[bool, ...]) -> tuple[Tensor, tuple[Tensor | None]]:
+    """Return the loss and the gradient, in chunks that workers share."""
     dtype, local, (with_slopes,) = _dtype(problem), problem.local, needs_grad
     students = problem.whole.to(dtype)
     squares = _squared_distances(students, problem.teacher.to(dtype))
