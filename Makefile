@@ -59,7 +59,7 @@ types: $(ENVIRONMENT)
 
 $(ENVIRONMENT): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,bench,dev,docs]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,dev,docs]"
 	touch $@
 
 $(INTEGRATIONS)/.installed: pyproject.toml constraints-integrations.txt

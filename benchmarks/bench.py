@@ -18,7 +18,7 @@ import records
 import report
 import runner
 import torch
-from workloads import WORKLOADS
+from workloads import BY_NAME
 
 
 def names(text: str) -> list[str]:
@@ -32,17 +32,13 @@ def shapes(text: str) -> list[tuple[int, ...]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--loss", type=names, help="losses, for example forward_kl,kd")
-    parser.add_argument("--family", type=names, help="problems: rows, pairs, relations, gram")
     parser.add_argument("--sizes", type=shapes, help="for example 128x10,2048x32000")
     parser.add_argument("--threads", type=int, help="of PyTorch, which has its own default")
     parser.add_argument("--quick", action="store_true", help="small sizes, no torch.compile")
-    parser.add_argument("--without", type=names, default=[], help="implementations")
     parser.add_argument("--out", type=Path, help="folder of the record (benchmarks/results)")
     options = parser.parse_args()
-    unknown = {*(options.loss or [])} - {workload.name for workload in WORKLOADS}
-    unknown |= {*(options.family or [])} - {workload.problem for workload in WORKLOADS}
-    if unknown:
-        parser.error(f"got {', '.join(sorted(unknown))}, which is no loss or problem")
+    if unknown := {*(options.loss or [])} - BY_NAME.keys():
+        parser.error(f"got {', '.join(sorted(unknown))}, which is no loss")
     device = devices.Cpu(options.threads, options.quick)
     importable, versions = peers.available()
     run = records.new_run(**device.description(), peers={x: versions[x] for x in importable})
@@ -51,17 +47,12 @@ def main() -> int:
     if os.getloadavg()[0] > 0.5:
         print("The machine is not idle: figures of several threads suffer most.", file=sys.stderr)
     rows = []
-    for workload in WORKLOADS:
-        if options.loss and workload.name not in options.loss:
-            continue
-        if options.family and workload.problem not in options.family:
-            continue
+    for workload in (BY_NAME[name] for name in options.loss or BY_NAME):
         for shape in options.sizes or device.shapes(workload):
             for direction in runner.DIRECTIONS:
                 problem = runner.Problem(workload, shape, torch.float32, direction)
                 device.forget()
                 losses = runner.implementations(problem, device, importable)
-                losses = {x: loss for x, loss in losses.items() if x not in options.without}
                 rows.append(runner.measure(problem, losses, device))
                 print(report.in_short(rows[-1]), file=sys.stderr, flush=True)
                 if options.out or not options.quick:  # few rounds are not worth a record

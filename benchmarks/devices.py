@@ -138,10 +138,6 @@ class Gpu:
             "cuda": torch.version.cuda,
         }
 
-    def target(self) -> str:
-        major, minor = torch.cuda.get_device_capability()
-        return f"sm_{major}{minor}"
-
     def shapes(self, workload: Workload) -> list[Shape]:
         return workload.family.gpu_sizes
 
@@ -212,9 +208,6 @@ class Interpreter(Cpu):
 
     def description(self) -> dict[str, Any]:
         return {"device": f"Triton's interpreter on {processor()}"}
-
-    def target(self) -> str:
-        return "sm_90"
 
     def shapes(self, workload: Workload) -> list[Shape]:
         # long enough for every way to read a row, and more than one tile of related examples

@@ -204,11 +204,9 @@ def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def bytes_per_entry() -> dict[str, Any]:
-    """Watch all launches in the interpreter.
+    """Watch all launches in the interpreter, and return by loss and shape those of each direction.
 
-    Returns:
-        {loss: {shape: launches forward and backward: [name, loaded, unique, uncached]}}, in bytes
-        for each entry of a matrix of logits.
+    Each is [name, loaded, unique, uncached], in bytes for each entry of a matrix of logits.
     """
     from interpreter import correct
 
@@ -238,16 +236,11 @@ def counted(workload: Workload, shape: Shape, target: str, moved: Any) -> list[l
     for launches, bytes_moved in zip(
         (run.launches[: run.n_forward], run.launches[run.n_forward :]), moved, strict=True
     ):
-        if [launch.name for launch in launches] != [name for name, *_ in bytes_moved]:
-            raise RuntimeError(
-                f"{workload.name} at {shape} launches other kernels than were metered"
-            )
-        directions.append(
-            [
-                counts_of(launch, *(each * prod(shape) for each in numbers))
-                for launch, (_, *numbers) in zip(launches, bytes_moved, strict=True)
-            ]
-        )
+        found = []
+        for launch, (metered_name, *numbers) in zip(launches, bytes_moved, strict=True):
+            assert launch.name == metered_name, f"{workload.name} at {shape}: other kernels"
+            found.append(counts_of(launch, *(each * prod(shape) for each in numbers)))
+        directions.append(found)
     return directions
 
 
@@ -306,19 +299,10 @@ def table(record: Mapping[str, Any]) -> str:
         for direction in DIRECTIONS if row["device"] == DEVICES[0].name else DIRECTIONS[-1:]:
             cells += [span(row[direction]["milliseconds"]), row[direction]["binds"]]
     first, *others = (device.name for device in DEVICES)
-    columns = [
-        "loss",
-        "shape",
-        f"{first} forward, µs",
-        "binds",
-        "backward",
-        "binds",
-        "both",
-        "binds",
-    ]
+    columns = [f"{first} forward, µs", "backward", "both", *(f"{name} both" for name in others)]
     return section(
         "The least time for bfloat16 logits and embeddings: modelled",
-        [*columns, *(x for name in others for x in (f"{name} both", "binds"))],
+        ["loss", "shape", *(cell for column in columns for cell in (column, "binds"))],
         [[*key, *cells] for key, cells in rows.items()],
         "from … to: L2 keeps all that it can hold between two reads, or it keeps nothing. The time "
         "to start a kernel, some µs, is in no floor. benchmarks/MODEL.md: how far to believe it.",

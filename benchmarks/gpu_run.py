@@ -148,7 +148,7 @@ def sweep(run: Run, deadline: float) -> dict[str, Any]:
     import sweep as choices
 
     rows = run.record.run["sweep"]
-    result = choices.sweep(run.device, rows, run.record.save, run.folder, deadline)
+    result = choices.sweep(run.device, rows, run.record.save, deadline)
     print(choices.table(rows, run.name), flush=True)
     return result
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import sys
 from math import prod
 from typing import Any
@@ -23,7 +22,6 @@ import torch
 from counts import resources
 from gate import capture
 from meter import Meter, PeakMemory
-from runner import sentence
 from tables import pair, section
 from workloads import BY_NAME, FUSED, WORKLOADS, Workload
 
@@ -35,15 +33,6 @@ SMALL, FEW_MULTIPROCESSORS = (32, 4032), 1
 LOGITS = [x for x in WORKLOADS if len(x.family.compiled_sizes) == 6]  # of rows of logits
 SPACING = 2**-7  # of bfloat16
 TORCH = "2.13"  # whose private API inductor_code.py uses: it is imported where that is sure
-
-
-def obstacle() -> str | None:
-    """Return why nothing can be lowered here, in a sentence."""
-    if not torch.__version__.startswith(f"{TORCH}."):
-        return f"torch is {torch.__version__}, and this works with the private API of {TORCH}."
-    if shutil.which("g++") is None:
-        return "g++ is missing, which builds the guard that torch asks for on a CUDA device."
-    return None
 
 
 def generate(workload: Workload) -> tuple[list[str], list[str]]:
@@ -85,13 +74,7 @@ def run_small(generated: dict[str, list[str]]) -> dict[str, Any]:
     from interpreter import correct
 
     correct()
-    found: dict[str, Any] = {}
-    for name, codes in generated.items():
-        try:
-            found[name] = run_generated(BY_NAME[name], *codes)
-        except Exception as error:  # a table with one row less is worth more than none
-            found[name] = {"reason": sentence(error)}
-    return found
+    return {name: run_generated(BY_NAME[name], *codes) for name, codes in generated.items()}
 
 
 def run_generated(workload: Workload, forward: str, backward: str) -> dict[str, Any]:
@@ -188,27 +171,18 @@ def count() -> dict[str, Any]:
     from inductor_code import register_guard
 
     register_guard()
-    small: dict[str, list[str]] = {}
-    real: dict[str, list[str]] = {}
-    reasons: dict[str, str] = {}
-    for workload in LOGITS:
-        try:
-            small[workload.name], real[workload.name] = generate(workload)
-        except Exception as error:  # what cannot be lowered gets a row that says why
-            reasons[workload.name] = sentence(error)
+    generated = {workload.name: generate(workload) for workload in LOGITS}
+    small = {name: codes for name, (codes, _) in generated.items()}
     moved = child.interpreted(__file__, "--small", small)
     rows = []
     for workload in LOGITS:
         name = workload.name
-        peer = {"reason": reasons[name]} if name in reasons else moved[name]
-        if "reason" not in peer:
-            peer = {**torch_compiled(workload, *real[name]), **peer}
         row = {
             "eager": eager(workload.eager, workload),
-            "torch.compile": peer,
+            "torch.compile": {**torch_compiled(workload, *generated[name][1]), **moved[name]},
             "fastkd": fastkd(workload),
         }
-        rows.append({"loss": workload.name, **row})
+        rows.append({"loss": name, **row})
     return {
         "schema": 2,
         "label": "counted",
@@ -222,36 +196,27 @@ def count() -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    columns = {
-        "eager bytes": ("eager", "bytes_per_entry"),
-        "compile": ("torch.compile", "bytes_per_entry"),
-        "(once)": ("torch.compile", "unique_bytes_per_entry"),
-        "fastkd": ("fastkd", "bytes_per_entry"),
-        "eager launches": ("eager", "launches"),
-        "compile ": ("torch.compile", "launches"),
-        "fastkd ": ("fastkd", "launches"),
-        "eager memory": ("eager", "peak_extra_memory"),
-        "compile  ": ("torch.compile", "peak_extra_memory"),
-        "fastkd  ": ("fastkd", "peak_extra_memory"),
-    }
+    names = ("eager", "torch.compile", "fastkd")
+    figures = {"bytes": "bytes_per_entry", "launches": "launches", "memory": "peak_extra_memory"}
+    columns = {f"{name}: {what}": (name, key) for what, key in figures.items() for name in names}
+    columns["torch.compile: bytes once"] = ("torch.compile", "unique_bytes_per_entry")
     rows = []
     for row in record["losses"]:
-        peer = row["torch.compile"]
-        kernels = peer.get("kernels", [])
+        kernels = row["torch.compile"]["kernels"]
         warps = " ".join(str(kernel["warps_per_sm"]) for kernel in kernels)
         spills = sum(kernel["spills"] for kernel in kernels)
         cells = [pair(row[name].get(what)) for name, what in columns.values()]
-        rows.append([row["loss"], *cells, peer.get("reason") or f"{warps}; {spills}"])
+        rows.append([row["loss"], *cells, f"{warps}; {spills}"])
     n_rows, n_cols = record["shape"]
     return section(
         f"{n_rows}×{n_cols} bfloat16 logits, forward / forward + backward: counted",
-        ["loss", *columns, "compile: warps per SM; spills"],
+        ["loss", *columns, "torch.compile: warps per SM; spills"],
         rows,
         "bytes: asked of memory for each (row, class) of both networks, by tensors as large as the "
-        "logits; (once): once for each launch. eager: what operations take and give.",
+        "logits; once: each for a launch. eager: what operations take and give.",
         "launches: of eager its ATen operations that are no views. memory: peak beyond the inputs, "
         "in times one logits tensor; a backward makes one.",
-        "compile: the code that Inductor generates for an H100, in the first of the configurations "
+        "torch.compile: what Inductor generates for an H100, in the first of the configurations "
         "that it would time.",
         f"torch {record['torch']}, triton {record['triton']}, T = {record['temperature']:g}.",
     )
@@ -263,8 +228,8 @@ def main() -> None:
     if parser.parse_args().small:
         print(json.dumps(run_small(json.load(sys.stdin))))
         return
-    if reason := obstacle():
-        sys.exit(reason)
+    if not torch.__version__.startswith(f"{TORCH}."):
+        sys.exit(f"torch is {torch.__version__}, and this works with the private API of {TORCH}.")
     record = count()
     records.write(FILE, record)
     print(table(record))

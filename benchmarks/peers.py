@@ -2,9 +2,8 @@
 
 Each takes what the case takes and gives the case's loss: the mean over rows, times T². What a
 library lacks is added outside, as its users must: liger-kernel takes log-probabilities or
-probabilities, TRL knows no T², flash-linear-attention and quack have the cross-entropy of `kd`
-alone (its divergence is the eager one). Divergences of hidden states are no peers of these.
-torchdistill takes the outputs of modules by their paths. A cross-entropy with a linear layer is an
+probabilities, TRL knows no T², torchdistill takes the outputs of modules by their paths.
+Divergences of hidden states are no peers of these. A cross-entropy with a linear layer is an
 InfoNCE whose weights are the keys.
 """
 
@@ -19,7 +18,6 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import eager
 import torch
 import torch.nn.functional as F
 from eager import T
@@ -74,15 +72,6 @@ def trl() -> dict[str, Loss]:
     }
 
 
-def flash_linear_attention() -> dict[str, Loss]:
-    module = importlib.import_module("fla.modules.fused_cross_entropy")
-    return {"kd": _kd(module.FusedCrossEntropyLoss())}
-
-
-def quack() -> dict[str, Loss]:
-    return {"kd": _kd(importlib.import_module("quack").cross_entropy)}
-
-
 def torchdistill() -> dict[str, Loss]:
     module = importlib.import_module("torchdistill.losses.mid_level")
 
@@ -115,14 +104,6 @@ def pytorch_metric_learning() -> dict[str, Loss]:
         "info_nce": views(0.07, symmetric=False),
         "nt_xent": views(0.5),
         "sup_con": losses.SupConLoss(0.1),  # averages over anchors with a positive, as ours
-    }
-
-
-def pytorch_metric_learning_pairs() -> dict[str, Loss]:
-    losses = importlib.import_module("pytorch_metric_learning.losses")
-    return {
-        "info_nce": losses.SelfSupervisedLoss(losses.NTXentLoss(0.07), symmetric=False),
-        "nt_xent": losses.SelfSupervisedLoss(losses.NTXentLoss(0.5)),
     }
 
 
@@ -174,32 +155,22 @@ def _alone(name: str, *others: str) -> Any:
     return importlib.import_module(name)
 
 
-def _kd(cross_entropy: Loss) -> Loss:
-    return lambda student, teacher, labels: (
-        0.5 * cross_entropy(student, labels) + 0.5 * eager.forward_kl(student, teacher)
-    )
-
-
 # by the name on PyPI; after a space, which of its losses
 PEERS: dict[str, Callable[[], dict[str, Loss]]] = {
     "liger-kernel": liger,
     "trl": trl,
-    "flash-linear-attention": flash_linear_attention,
-    "quack-kernels": quack,
     "torchdistill": torchdistill,
     "open_clip_torch": open_clip,
     "pytorch-metric-learning": pytorch_metric_learning,
-    "pytorch-metric-learning NTXentLoss": pytorch_metric_learning_pairs,
     "lightly": lightly,
     "info-nce-pytorch": info_nce_pytorch,
     "torch linear_cross_entropy": torch_linear_cross_entropy,
     "cut-cross-entropy": cut_cross_entropy,
 }
-NEED_A_GPU = ("liger-kernel", "flash-linear-attention", "quack-kernels", "cut-cross-entropy")
+NEED_A_GPU = ("liger-kernel", "cut-cross-entropy")
 # numbers in the largest temporary of those that take more or less than eager PyTorch
 TEMPORARIES: dict[str, Callable[[tuple[int, ...]], int]] = {
     "pytorch-metric-learning": lambda shape: 2 * shape[0] ** 2,  # indices of pairs, as int64
-    "pytorch-metric-learning NTXentLoss": lambda shape: shape[0] ** 3,
     **dict.fromkeys(("torch linear_cross_entropy", "liger-kernel", "cut-cross-entropy"), math.prod),
 }
 

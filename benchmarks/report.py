@@ -1,7 +1,7 @@
 """Print the tables of the records: python benchmarks/report.py [measured counted inductor modelled]
 
 Reads benchmarks/results and tests/budgets.json. A row is stale when the code that it is a figure of
-has changed since; `--check` lists those and exits 1. `--plots FOLDER` draws what was measured.
+has changed since; `--check` lists those and exits 1.
 """
 
 from __future__ import annotations
@@ -174,7 +174,6 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*", help=f"of {', '.join(kinds)}; all")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of records")
     parser.add_argument("--check", action="store_true", help="exit 1 where a row is stale")
-    parser.add_argument("--plots", type=Path, help="folder to draw what was measured into")
     options = parser.parse_args()
     measured = records.read(options.results)
     if options.check:
@@ -182,12 +181,6 @@ def main() -> int:
         for device, loss in sorted({*stale}):
             print(f"stale: {stale.count((device, loss))} rows of {loss} on {device}")
         return 1 if stale else 0
-    if options.plots:
-        import plots
-
-        for record in measured:
-            print(*plots.draw(record, options.plots), sep="\n")
-        return 0
     for kind in options.kinds or kinds:
         if kind == "measured":
             print(*map(page, measured), sep="\n")

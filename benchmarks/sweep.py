@@ -1,38 +1,24 @@
-"""Find which blocks and warps are fastest on this GPU: the choices of the launchers, one by one.
-
-What would spill or leave the device half empty is not tried: the compile gate says so beforehand,
-in processes beside this one, whose compiled kernels the GPU then finds in Triton's cache.
-"""
+"""Find which blocks and warps are fastest on this GPU: the choices of the launchers, one by one."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import checkout  # noqa: F401
-import child
 import torch
 from devices import Device, Step, median
-from gate import DEVICES, capture
 from runner import figure, sentence, size_of, step_of
-from sass import analyse
 from workloads import BY_NAME, Shape
 
 import fastkd
 
 Choice = dict[str, int]
 Row = dict[str, Any]
-ANSWER = "answer: "
 LOSSES = ("forward_kl", "jensen_shannon")  # one of each kind: products alone, and mixtures
 SHAPES = {
     "row_statistics": [(4096, 128256)],
@@ -130,61 +116,22 @@ def chosen(trial: Trial) -> Iterator[None]:
             yield
 
 
-def obstacle(trial: Trial, target: str) -> str | None:
-    """Return what the gate has against it, compiled at the launch site for production sizes."""
-    if trial.choice is None:
-        return None
-    try:
-        with capture(target) as launches, fastkd.backend("triton"), chosen(trial):
-            trial.step("meta", trial.shape)[0]()
-        for launch in launches:
-            report = analyse(launch)
-            if trial.kernel in (launch.name, "ON_CHIP") and report.spills:
-                return f"{launch.name} spills"
-            if trial.kernel in (launch.name, "ON_CHIP") and report.warps_per_sm < 16:
-                return f"{launch.name} leaves {report.warps_per_sm} warps on a multiprocessor"
-    except Exception as error:  # too large for the device, for example
-        return sentence(error)
-    return None
-
-
-def obstacles(dry: bool, target: str, folder: Path, seconds: float) -> list[str | None]:
-    """Return the obstacle of each trial, as far as the time allows.
-
-    A process beside this one finds them, where nothing is interpreted and no GPU is held.
-    """
-    if target not in DEVICES:
-        return []
-    log = folder / "gate.log"
-    command = [sys.executable, "-W", "ignore", __file__, target, *(["--dry"] if dry else [])]
-    child.run(command, log, seconds, {"TRITON_INTERPRET": "0"})
-    lines = [line for line in log.read_text().splitlines() if line.startswith(ANSWER)]
-    log.unlink()
-    return [json.loads(line.removeprefix(ANSWER)) for line in lines]
-
-
 def sweep(
-    device: Device, rows: list[Row], save: Callable[[], None], folder: Path, deadline: float
+    device: Device, rows: list[Row], save: Callable[[], None], deadline: float
 ) -> dict[str, Any]:
-    """Append a row for each trial; those that the gate is against have its reason and no time."""
+    """Append a row for each trial; one that fails has the reason and no time."""
     is_dry = device.label == "dry"
-    asked, seconds = trials(is_dry), 0.6 * (deadline - time.monotonic())
-    answers = obstacles(is_dry, device.target(), folder, seconds)
-    if len(answers) < len(asked):
-        print(f"the gate has judged {len(answers)} of {len(asked)} choices", flush=True)
+    asked = trials(is_dry)
     for i, trial in enumerate(asked):
         if time.monotonic() > deadline:
             return {"tried": i, "left": len(asked) - i}
         row = {**trial._asdict(), "shape": list(trial.shape), "milliseconds": None}
-        if trial.choice and i < len(answers) and answers[i]:
-            row["note"] = answers[i]
-        else:
-            shape = (2, trial.shape[1] // 8) if is_dry else trial.shape
-            try:
-                with fastkd.backend("triton"), chosen(trial):
-                    row["milliseconds"] = figure(median(device, *trial.step(device.name, shape)))
-            except Exception as error:  # the next choice may do
-                row["note"] = sentence(error)
+        shape = (2, trial.shape[1] // 8) if is_dry else trial.shape
+        try:
+            with fastkd.backend("triton"), chosen(trial):
+                row["milliseconds"] = figure(median(device, *trial.step(device.name, shape)))
+        except Exception as error:  # too large for the device, for example; the next choice may do
+            row["note"] = sentence(error)
         rows.append(row)
         save()
     return {"tried": len(asked)}
@@ -203,19 +150,3 @@ def table(rows: list[Row], device: str) -> str:
         best = min(members, key=lambda row: row["milliseconds"])
         lines.append(f"    {key}: {best['choice']},  # {best['milliseconds']}, {now}")
     return "\n".join([*lines, "}"])
-
-
-def main() -> None:
-    """Print the answers for `obstacles`, one on a line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("target")
-    parser.add_argument("--dry", action="store_true")
-    options = parser.parse_args()
-    asked = trials(options.dry)
-    with ProcessPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for answer in pool.map(obstacle, asked, [options.target] * len(asked)):
-            print(f"{ANSWER}{json.dumps(answer)}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

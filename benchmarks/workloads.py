@@ -26,7 +26,6 @@ N_CROPS = (10, 2)  # of the student and of the teacher
 class Family(NamedTuple):
     """The sizes at which losses of one kind are measured and compiled."""
 
-    axes: tuple[str, str]  # what the numbers of a shape are called
     temporary: Callable[[Shape], int]  # numbers in the largest tensor that eager writes
     sizes: list[Shape]  # that take a CPU seconds at most
     gpu_sizes: list[Shape]
@@ -43,7 +42,6 @@ _GRAMS = [(64, 128), (256, 1000), (256, 16384), (2048, 512)]
 # images of a GPU and outputs of DINO's head, and smaller
 _CROPS = [(8, 1024), (16, 8192), (16, 65536)]
 _PAIRS = Family(
-    ("N", "D"),
     lambda shape: shape[0] ** 2,
     [(256, 256), (1024, 256), (4096, 256), (8192, 256)],
     [*product((1024, 4096, 8192, 16384, 32768, 65536), (64, 256, 512, 1024))],
@@ -52,7 +50,6 @@ _PAIRS = Family(
 )
 FAMILIES = {  # by problem, or by loss where a loss differs
     "rows": Family(
-        ("N", "V"),
         math.prod,
         _ROWS,
         [*_ROWS, (4096, 128256)],
@@ -61,14 +58,13 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         independent=True,
     ),
     "relations": Family(
-        ("N", "D"),
         lambda shape: shape[0] ** 2 * sum(shape),  # all cosines, and all differences
         _RELATIONS,
         [*_RELATIONS, (4096, 512)],
         # several programs for a third of each tile's points, and one
         [(2048, 1024), (1024, 512), (256, 512), (64, 128)],
     ),
-    "gram": Family(("N", "D"), lambda shape: shape[0] * max(shape), _GRAMS, _GRAMS, []),
+    "gram": Family(lambda shape: shape[0] * max(shape), _GRAMS, _GRAMS, []),
     "pairs": _PAIRS,
     # other widths, and batches whose similarities fit into no memory
     "info_nce": _PAIRS._replace(
@@ -80,7 +76,6 @@ FAMILIES = {  # by problem, or by loss where a loss differs
     "clip_contrastive": _PAIRS._replace(sizes=[*_PAIRS.sizes, (65536, 64)]),
     "similarity_kl": _PAIRS._replace(compiled_sizes=[(32768, 256), (4096, 64)]),
     "dino": Family(
-        ("B", "K"),
         lambda shape: N_CROPS[0] * math.prod(shape),
         _CROPS,
         [*_CROPS, (64, 65536), (64, 131072)],

@@ -159,5 +159,5 @@ def choose(tensors: Sequence[Tensor], has_kernels: bool = True) -> str:
         return "triton"
     if name != "auto":
         return name
-    on_gpu = len(tensors) > 0 and all(tensor.device.type == "cuda" for tensor in tensors)
+    on_gpu = len(tensors) > 0 and all(tensor.is_cuda for tensor in tensors)
     return "triton" if on_gpu and triton_obstacle(tensors) is None else "portable"

@@ -101,7 +101,8 @@ def matrices(**tensors: Tensor) -> None:
         _embedding(name, tensor)
         if tensor.ndim != 2:
             raise ValueError(
-                f"{name} needs the shape [N, D], got {_shape(tensor)}: flatten or pool it"
+                f"{name} needs the shape [N, D], got {_shape(tensor)}: pool it to one embedding "
+                "for each example, or .flatten(0, -2) it where each row is an example"
             )
         if tensor.shape[1] != first_tensor.shape[1]:
             raise ValueError(

@@ -12,9 +12,8 @@ computed in float32 inside, and its gradient comes back in half.
 
 All losses take `weights` and `reduction`. A weight multiplies the loss of its example: one of
 weight 0 has none, but its embeddings are still compared with the others, so that a NaN in them
-shows.
-`reduction="none"` is computed by the formula, with the matrix of similarities in memory, and so are
-few options, which say so.
+shows. `reduction="none"` is computed by the formula, with the matrix of similarities in memory, and
+so are few options, which say so.
 
 All losses take `group`, a process group of torch.distributed whose ranks hold parts of the batch,
 of any sizes, or "world" for all ranks. The keys of all ranks are then negatives (all-gather). Each

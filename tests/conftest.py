@@ -26,9 +26,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def engine(request, monkeypatch):
     """Let each engine in turn compute the losses, the portable one in many chunks too."""
     name = request.param
-    if hasattr(fastkd._backend, "is_plain_on_cpu"):  # before the rebuild formulas solve small pairs
-        monkeypatch.setattr(fastkd._pairs, "_FEW_PAIRS", 0)
-        monkeypatch.setattr(fastkd.similarity, "_FEW_PAIRS", 0)
     if name == "portable in chunks":
         in_chunks_of(50, monkeypatch)
     if name == "triton":

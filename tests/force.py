@@ -33,10 +33,14 @@ def through_chunks(monkeypatch, columns=16):
 
 def multiplying_halves(monkeypatch):
     """Multiply half precision and sum in float32, as cuBLAS does."""
-    chunks = importlib.import_module("fastkd.kernels.pairs.chunks")
 
     def product(a, b, out):
         return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
-    monkeypatch.setattr(chunks, "multiplies_halves", lambda rows, half: rows.dtype == torch.float32)
-    monkeypatch.setattr(chunks, "_product", product)
+    def multiplies(rows, half):
+        return bool(half) and rows.dtype == torch.float32
+
+    for name in ("fastkd.kernels.pairs.chunks", "fastkd.portable._pair_chunks"):
+        chunks = importlib.import_module(name)
+        monkeypatch.setattr(chunks, "multiplies_halves", multiplies)
+        monkeypatch.setattr(chunks, "_product", product)

@@ -60,11 +60,6 @@ class Launch:
         return self.kernel.metadata
 
     @property
-    def signature(self) -> dict[str, str]:
-        """Return the triton types of the parameters by name, the compiled specialisation."""
-        return self.kernel.src.signature
-
-    @property
     def asm(self) -> dict[str, Any]:
         """Return ttir, ttgir, llir, and ptx and cubin, or amdgcn and hsaco."""
         return self.kernel.asm

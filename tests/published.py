@@ -163,7 +163,8 @@ def distances(x):
     """Return relative distances as lenscloth/RKD has them: from a Gram matrix, means without 0."""
     lengths = x.square().sum(1)
     squares = lengths[:, None] + lengths - 2 * x @ x.T
-    d = squares.clamp(min=1e-12).sqrt() * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    d = squares.clamp(min=1e-12).sqrt().masked_fill(itself, 0)
     return d / d[d > 0].mean()
 
 
@@ -205,7 +206,7 @@ def pkt(student, teacher):
         return similarity / similarity.sum(1, keepdim=True)
 
     q, p = probabilities(student), probabilities(teacher)
-    return torch.mean(p * (torch.log(p + 1e-7) - torch.log(q + 1e-7)))
+    return torch.mean(p * torch.log((p + 1e-7) / (q + 1e-7)))
 
 
 def correlation_congruence(student, teacher, form="sequential", gamma=0.4, order=2):
@@ -241,9 +242,9 @@ def dino(
     """Return the mean cross-entropy of all pairs of crops, with a softmax for each pair."""
     targets = ((teacher - center) / teacher_temperature).softmax(-1).detach()
     terms = [
-        (-p * (z / student_temperature).log_softmax(-1)).sum(-1).mean()
+        (-p * z.log_softmax(-1)).sum(-1).mean()
         for i, p in enumerate(targets)
-        for j, z in enumerate(student)
+        for j, z in enumerate(student / student_temperature)
         if not (skip_same_view and i == j)
     ]
     return torch.stack(terms).mean()

@@ -1,7 +1,6 @@
 """The instructions of a launch that the gate captured, on an NVIDIA GPU: counted, never timed.
 
     report = analyse(launch)            registers, spills, occupancy, instruction counts
-    per_element(report.main, 16)        the same counts per element, 16 elements to a thread
     complaints(launch)                  sentences, none if all is well
 
 Limits: every instruction of a loop counts as issued, predicated or not, and a loop may be unrolled
@@ -95,11 +94,6 @@ def analyse(launch) -> Report:
         outside=count(outside),
         loops=[count(loop) for loop in loops],
     )
-
-
-def per_element(counts: Counter, elements: float) -> dict[str, float]:
-    """Divide the counts by the elements a thread handles: counts["load_bytes"] / bytes of one."""
-    return {what: number / elements for what, number in counts.items()}
 
 
 def complaints(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import LOSSES, Case
 from exactness import assert_same
 
 ROOT = Path(__file__).parent.parent
@@ -17,11 +16,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench  # noqa: E402
 import devices  # noqa: E402
 import peers  # noqa: E402
-import plots  # noqa: E402
 import records  # noqa: E402
 import report  # noqa: E402
 import runner  # noqa: E402
-import workloads  # noqa: E402
 from workloads import BY_NAME, WORKLOADS  # noqa: E402
 
 
@@ -48,15 +45,6 @@ def test_what_is_compared_is_the_same_loss(workload):
         value.backward()
         results.append([value.detach(), *(x.grad for x in inputs if x.requires_grad)])
     assert_same(*results)
-
-
-def test_a_loss_that_is_only_in_the_table_of_the_tests_is_measured_as_it_is_published():
-    class New(Case):
-        name = "new"
-
-    workload = workloads.workload(New(**vars(LOSSES[0])))
-    inputs = workload.inputs((4, 8), torch.float64, "cpu")
-    assert_same([workload.fastkd(*inputs)], [workload.eager(*inputs)])
 
 
 def losses_of_peers():
@@ -117,8 +105,7 @@ def test_only_what_agrees_is_timed(direction):
         assert "note" not in found["without a side"]
     else:
         assert found["without a side"]["note"].endswith("by 50.00%")
-    for name in ("fastkd", "eager"):
-        entry = found[name]
+    for entry in (found["fastkd"], found["eager"]):
         low, high = entry["quartiles"]
         assert 0 < low <= entry["milliseconds"] <= high
         assert entry["peak_extra_bytes"] > 0
@@ -129,21 +116,19 @@ def test_only_what_agrees_is_timed(direction):
 def test_what_does_not_fit_is_not_compared(monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 1 << 17)  # a memory of 16 GiB
     device = devices.Cpu(quick=True)
-    importable = {
-        name: dict.fromkeys(["info_nce"])
-        for name in ("liger-kernel", "pytorch-metric-learning NTXentLoss")
-    }
+    importable = {"liger-kernel": {"info_nce": None}}
 
     def names(shape):
         return {*runner.implementations(problem("info_nce", shape), device, importable)}
 
     assert names((65536, 64)) == {"fastkd", "liger-kernel"}
-    assert names((1024, 64)) == {"fastkd", "eager", "liger-kernel"}  # the other has N³ numbers
+    assert names((1024, 64)) == {"fastkd", "eager", "liger-kernel"}
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
 def test_every_loss_has_its_least_bytes(workload):
     name, inputs = workload.name, workload.inputs((8, 16), torch.bfloat16, "meta")
+    assert {x.device.type for x in inputs} == {"meta"} and inputs[0].requires_grad
     forward, both = (
         runner.Problem(workload, (8, 16), torch.bfloat16, way) for way in ("forward", "both")
     )
@@ -174,10 +159,6 @@ def test_a_run_writes_its_record(tmp_path, main, capsys):
     }
     assert {"utc", "commit", "torch", "python", "peers"} <= record["runs"][0].keys()
     assert not [row for row in record["rows"] if report.is_stale(row)]
-    assert main(report, f"--results={tmp_path}", f"--plots={tmp_path / 'plots'}") == 0
-    drawn = capsys.readouterr().out.split()
-    assert len(drawn) == 4
-    assert all(Path(png).stat().st_size > 10_000 for png in drawn)
 
 
 def test_a_run_refuses_what_it_does_not_know(main, capsys):
@@ -191,14 +172,12 @@ def test_a_run_refuses_what_it_does_not_know(main, capsys):
 
 def a_row(loss="kd", **changed):
     entry = dict(milliseconds=2.0, quartiles=[1.9, 2.1], peak_extra_bytes=512)
-    entries = {
-        "fastkd": entry | dict(ratio=1.0, ratio_quartiles=[1.0, 1.0]),
-        "faster": entry | dict(ratio=0.75, ratio_quartiles=[0.7, 0.8]),
-        "larger": dict(note="out of memory"),
-    }
+    entries = {"fastkd": entry | dict(ratio=1.0, ratio_quartiles=[1.0, 1.0])}
+    entries["faster"] = entry | dict(ratio=0.75, ratio_quartiles=[0.7, 0.8])
+    entries["larger"] = dict(note="out of memory")
     row = dict(loss=loss, shape=[8, 16], dtype="bfloat16", direction="forward", threads=None)
     row |= dict(sources=records.sources(BY_NAME[loss].case, "triton"), implementations=entries)
-    return row | dict(bytes=512, flops=0, least_milliseconds=1.0) | changed
+    return row | changed
 
 
 def a_record(folder, *rows, label="measured"):
@@ -223,27 +202,17 @@ def test_a_later_run_replaces_a_row_as_a_whole(tmp_path):
 
 
 @pytest.mark.parametrize("is_stale", [False, True])
-def test_the_report_says_what_is_stale_and_who_wins(is_stale, tmp_path, main, capsys):
+def test_the_report_says_what_is_stale(is_stale, tmp_path, main, capsys):
     a_record(tmp_path, a_row(**(dict(sources="0" * 16) if is_stale else {})))
     a_record(tmp_path / "dry", a_row("forward_kl"), label="dry")
     assert main(report, f"--results={tmp_path}", "measured") == 0
     page = capsys.readouterr().out
-    (line,) = (line for line in page.splitlines() if line.startswith("| kd "))
-    cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert cells == [
-        "kd", "8×16", "bfloat16", "forward", "2 [1.9, 2.1]", "50%",
-        "0.75 [0.70, 0.80]", "out of memory", "2.00", "–", "stale" if is_stale else "",
-    ]  # fmt: skip
+    assert "| 2 [1.9, 2.1] |" in page and "| 0.75 [0.70, 0.80] | out of memory |" in page
     assert ("1 of 1 rows are stale" in page) == is_stale
-    assert "no figure of a GPU" not in page
     assert main(report, f"--results={tmp_path}", "--check") == is_stale
     assert capsys.readouterr().out == ("stale: 1 rows of kd on GPU 1\n" if is_stale else "")
-
-
-def test_a_dry_run_is_no_measurement(tmp_path):
-    record = a_record(tmp_path, a_row(), label="dry")
-    assert not records.read(tmp_path)
-    assert "no figure here means anything" in report.page(record.content)
+    (record,) = records.read(tmp_path / "dry", "dry")
+    assert "no figure here means anything" in report.page(record)
 
 
 def test_a_figure_depends_on_the_code_that_computes_it():
@@ -274,29 +243,24 @@ def f(x, *, scale=2.0):
         raise ValueError("got it")
     return f"{x!r:>{scale}} of it"
 '''
+THE_SAME = {
+    "  # why": "  # because",
+    '"""Do the thing."""': "",
+    '"""Name the thing."""': '"""Name another."""',
+    "def f(x, *, scale=2.0):": "def f(\n    x,\n    *,\n    scale=2.0,\n):",
+    "    if x:": "\n\n    if (x):",
+    "got it": "got that",
+}
+ANOTHER = {"2.0": "3.0", "x += 1": "x -= 1", "        x *= scale": "    x *= scale"}
+ANOTHER |= {"of it": "of all", "!r": "!s", "*, scale": "scale"}
 
 
-@pytest.mark.parametrize(
-    "old, new, is_same",
-    [
-        ("  # why", "  # because", True),
-        ('"""Do the thing."""', "", True),
-        ('"""Name the thing."""', '"""Name another."""', True),
-        ("def f(x, *, scale=2.0):", "def f(\n    x,\n    *,\n    scale=2.0,\n):", True),
-        ("    if x:", "\n\n    if (x):", True),
-        ("got it", "got that", True),
-        ("2.0", "3.0", False),
-        ("x += 1", "x -= 1", False),
-        ("        x *= scale", "    x *= scale", False),
-        ("of it", "of all", False),
-        ("!r", "!s", False),
-        ("*, scale", "scale", False),
-    ],
-)
-def test_only_changed_code_makes_a_figure_stale(old, new, is_same):
-    assert old in CODE
-    changed = records.structure(ast.parse(CODE.replace(old, new)))
-    assert (changed == records.structure(ast.parse(CODE))) == is_same
+def test_only_changed_code_makes_a_figure_stale():
+    for old, new in (THE_SAME | ANOTHER).items():
+        assert old in CODE
+        changed = records.structure(ast.parse(CODE.replace(old, new)))
+        is_same = changed == records.structure(ast.parse(CODE))
+        assert is_same == (old in THE_SAME), old
 
 
 def test_the_records_in_git_can_be_read():
@@ -308,10 +272,3 @@ def test_the_records_in_git_can_be_read():
         assert report.page(record).count("\n| ") > len(keys)
     text = (records.RESULTS / "inductor.json").read_text()
     assert json.loads(text)["label"] == "counted"
-
-
-def test_a_plot_follows_the_line_of_most_shapes():
-    widths = [[4096, d] for d in (64, 256, 512)]
-    batches = [[n, 256] for n in (1024, 4096, 8192, 16384)]
-    shapes = [*widths, *batches, [65536, 64]]
-    assert [plots.densest(axis, shapes) for axis in (0, 1)] == [[16384, 256], [4096, 512]]

@@ -53,37 +53,43 @@ def graphs_of_steps(case, steps, dynamic=None):
 @pytest.mark.parametrize("case", [*THREE, RKD, DIST], ids=str)
 @quick
 def test_a_new_batch_size_compiles_nothing(case, engine):
-    steps = [(case.inputs((n_rows,), 17), {}) for n_rows in (5, 6, 9, 33)]
+    steps = [(case.inputs((n_rows,), 17), {}) for n_rows in (5, 6, 33)]
     counts = graphs_of_steps(case, steps, dynamic=True)
-    assert counts == counts[:1] * 4
+    assert counts == counts[:1] * 3
 
 
-@pytest.mark.parametrize(
-    "case, options",
-    [
-        (FORWARD_KL, ["temperature"]),
-        (KD, ["temperature"]),
-        (KD, ["alpha"]),
-        (JSD, ["beta"]),
-        (SKEW, ["skew"]),
-        (RKD, ["distance_weight", "smooth_l1_beta"]),
-        (DIST, ["beta"]),
-        (NCE, ["temperature", "negative_weight", "margin"]),
-        (CLIP, ["logit_scale"]),
-        (SIGLIP, ["logit_scale", "logit_bias"]),
-        (NT_XENT, ["temperature"]),
-        (SUP_CON, ["temperature"]),
-        (SOFT, ["student_temperature"]),
-    ],
-    ids=str,
-)
+NUMBERS = [
+    (FORWARD_KL, ["temperature"]),
+    (KD, ["temperature", "alpha"]),
+    (JSD, ["beta"]),
+    (SKEW, ["skew"]),
+    (RKD, ["distance_weight", "smooth_l1_beta"]),
+    (DIST, ["beta"]),
+    (NCE, ["temperature", "negative_weight", "margin"]),
+    (CLIP, ["logit_scale"]),
+    (SIGLIP, ["logit_scale", "logit_bias"]),
+    (NT_XENT, ["temperature"]),
+    (SUP_CON, ["temperature"]),
+    (SOFT, ["student_temperature"]),
+]
+
+
+@pytest.mark.parametrize("case, options", NUMBERS, ids=str)
 @quick
 def test_a_new_number_compiles_nothing(case, options, engine):
     """Schedules change it at every step. The first is a constant, the second makes it vary."""
     inputs = case.inputs((9,), 7)
-    steps = [(inputs, dict.fromkeys(options, x)) for x in (0.15, 0.2, 0.3, 0.45)]
+    steps = [(inputs, dict.fromkeys(options, x)) for x in (0.15, 0.2, 0.45)]
     counts = graphs_of_steps(case, steps)
-    assert counts[1:] == counts[1:2] * 3
+    assert counts[1:] == counts[1:2] * 2
+
+
+@pytest.mark.parametrize("case, options", NUMBERS, ids=str)
+def test_a_number_in_a_tensor_is_not_looked_at(case, options):
+    """That would wait for a GPU, and tensors on the meta device have nothing to look at."""
+    numbers = {name: torch.empty((), device="meta") for name in options}
+    with fastkd.backend("portable"):
+        assert case(*case.inputs((9,), 7, device="meta"), **numbers).is_meta
 
 
 @each_of_three
@@ -93,10 +99,9 @@ def test_numbers_in_tensors_and_weights(case, engine):
     numbers = (torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in (1.5, 2.0, 3.0))
     counts = graphs_of_steps(case, [(inputs, dict(temperature=x)) for x in numbers])
     assert counts == counts[:1] * 3
-    for dtype in (torch.float64, torch.bool):
-        weights = torch.tensor([1.0, 0.0, 0.5, 2.0], device=DEVICE).to(dtype)
-        options = [dict(weights=weights), dict(weights=weights, normalizer=weights.sum())]
-        graphs_of_steps(case, [(inputs, dict(reduction="mean", **given)) for given in options])
+    weights = torch.tensor([1.0, 0.0, 0.5, 2.0], device=DEVICE)
+    for given in (dict(weights=weights > 0), dict(weights=weights, normalizer=weights.sum())):
+        graphs_of_steps(case, [(inputs, dict(reduction="mean", **given))])
 
 
 @each_of_three

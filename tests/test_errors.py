@@ -316,6 +316,8 @@ CALLS = [
     (lambda: fastkd.rkd(Q, Q, smooth_l1_beta=Q[0, 0].as_subclass(Spread)), "beta is a DTensor"),
     (lambda: fastkd.kd(Q, Q, Y, normalizer=Q[0, 0].as_subclass(Spread)), "izer is a DTensor"),
     (lambda: fastkd.kd(Q, Q, torch.eye(4, 3).long()), r"got \[4, 3\]; .* labels.argmax"),
+    (lambda: fastkd.sup_con(S[None], Y), r"features .* \[N, M, D\] .*got \[1, 4, 3, 5\]: pool"),
+    (lambda: fastkd.nt_xent(S, S), r"view1 .*\[4, 3, 5\]: pool .*flatten\(0, -2\)"),
     (lambda: fastkd.sup_con(Q), "needs labels, or positives.* got neither"),
     (lambda: fastkd.sup_con(Q, Y, positives=Q > 0), "got both"),
     (lambda: fastkd.sup_con(Q, Y, K), "got keys without key_labels"),

@@ -52,16 +52,6 @@ def test_examples_without_features(case, whose, engine):
         assert not gradient[[2, 5]].any()
 
 
-@pytest.mark.parametrize("case", of("gram"), ids=str)
-def test_collapsed_students(case, engine):
-    student, teacher = case.inputs((9,), 4)
-    for collapsed in (student.detach()[:1].repeat(9, 1), torch.zeros_like(teacher[:, :4])):
-        inputs = [collapsed.requires_grad_(), teacher]
-        loss, gradient = results(case, inputs)
-        assert_same([loss], [case.truth(*inputs).detach()])
-        assert gradient.isfinite().all()
-
-
 def test_a_uniform_row_correlates_with_nothing(engine):
     student, teacher = DIST.inputs((9,), 8)
     with torch.no_grad():

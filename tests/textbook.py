@@ -2,10 +2,8 @@
 
 Each pair is (by_hand, eager): `by_hand` takes one row of student and teacher as lists and returns a
 float, `eager` takes tensors and returns a loss for each row. Options of other losses are ignored.
-Relations are computed by hand for a whole batch.
 """
 
-import itertools
 import math
 
 import torch
@@ -147,34 +145,3 @@ def with_labels(divergence):
         return alpha * cross_entropies + (1 - alpha) * divergence_eager(student, teacher, **options)
 
     return by_hand, eager
-
-
-def rkd_distance(student, teacher, *, smooth_l1_beta=1.0):
-    def relative(x):
-        d = {(i, j): math.dist(x[i], x[j]) for i, j in itertools.permutations(range(len(x)), 2)}
-        mean = math.fsum(d.values()) / len(d)
-        return {pair: distance / mean for pair, distance in d.items()}
-
-    s, t = relative(student), relative(teacher)
-    return math.fsum(smooth_l1(s[p] - t[p], smooth_l1_beta) for p in s) / len(student) ** 2
-
-
-def rkd_angle(student, teacher, *, smooth_l1_beta=1.0):
-    def cosine(x, i, j, k):
-        a, b = ([u - v for u, v in zip(x[end], x[j], strict=True)] for end in (i, k))
-        lengths = math.hypot(*a) * math.hypot(*b)
-        return math.fsum(u * v for u, v in zip(a, b, strict=True)) / lengths if lengths else 0.0
-
-    n = len(student)
-    triples = itertools.product(range(n), repeat=3)
-    differences = (cosine(student, *ijk) - cosine(teacher, *ijk) for ijk in triples)
-    return math.fsum(smooth_l1(x, smooth_l1_beta) for x in differences) / n**3
-
-
-def rkd(student, teacher, *, distance_weight=25.0, angle_weight=50.0, **options):
-    distance = rkd_distance(student, teacher, **options)
-    return distance_weight * distance + angle_weight * rkd_angle(student, teacher, **options)
-
-
-def smooth_l1(x, beta):
-    return x * x / (2 * beta) if abs(x) < beta else abs(x) - beta / 2

@@ -1,4 +1,4 @@
-"""Chunks of a matrix of similarities, S = scale · Q Kᵀ, and gradients from its slopes.
+"""Sheets of a matrix of similarities, S = scale · Q Kᵀ, and gradients from its slopes.
 
 For slopes G in S the gradients are dQ = scale · G K, dK = scale · Gᵀ Q and
 dscale = Σ ⟨q_i, (G K)_i⟩. In rows that are divided by their lengths they lose their part along the
@@ -7,6 +7,7 @@ row, and are divided too.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,11 +22,13 @@ LARGEST = 60.0  # exp(60) times the keys is a float32 number, and so is exp(−6
 LEAST = 1e-25  # sums below it may lack exponentials that were flushed to 0
 _LOG2E = 1 / math.log(2)
 _LINE = 16  # numbers: rows that start on a line of the cache are read and multiplied faster
+_N_CHUNKS = 8  # of a sheet, which stay in the cache
+_LEAST_ROWS = 64  # of a chunk, because a product of fewer reads more than it computes
 _PAGE = 1024  # numbers: rows whole pages apart would share few lines of a CPU's cache
 
 
 class PairChunks:
-    """Rows of S in chunks that stay in a CPU's cache, and the gradients that they add up to.
+    """Rows of S in sheets, chunks of which workers take, and the gradients that they add up to.
 
     Args:
         query: [n, D].
@@ -59,7 +62,6 @@ class PairChunks:
         self.scale, self.first, self.two_views = scale.to(query.dtype), first, two_views
         self.normalize, self.needs_grad = normalize, tuple(needs_grad[:3])
         self.masked_pairs = masked_pairs
-        self.spare: Tensor | None = None
         keys = query if key is None else key
         self.n_trained = len(keys)
         if bank is not None:
@@ -82,10 +84,13 @@ class PairChunks:
             self.of_keys = self.of_queries if needs_query else None
         elif needs_key:
             self.of_keys = _Sums(self.k[: self.n_trained])
-        limit = _chunks.most_elements(query, on_cpu=1 << 22, elsewhere=1 << 24)
+        limit = _chunks.most_elements(query, on_cpu=1 << 23, elsewhere=1 << 24)
         n, m = len(self.q), len(self.k)
-        n_chunks = max(1, -(-n * m // limit))
-        self.n_rows = min(n, max(1, -(-n // n_chunks)))  # of a chunk
+        n_sheets = max(1, -(-n * m // limit))
+        self.n_rows = min(n, max(1, -(-n // n_sheets)))  # of a sheet
+        # one product gives both sides of each pair
+        of_one_kind = self.of_keys is not None and self.of_keys is self.of_queries
+        self.adds_both_sides = of_one_kind and self.n_rows == n and self.halves is None
         self.stride = -(-m // _LINE) * _LINE
         if query.is_cpu and not self.stride % _PAGE:
             self.stride += _LINE
@@ -93,20 +98,49 @@ class PairChunks:
     # ------------------------------------------------------------------------------- rows of S
 
     def buffer(self) -> Tensor:
-        """Return memory for the rows of a chunk."""
+        """Return memory for the rows of a sheet."""
         return self.q.new_empty(self.n_rows, self.stride)[:, : len(self.k)]
 
-    def of_spare(self, part: Tensor) -> Tensor:
-        """Return memory for as many numbers as a chunk's, the same for all chunks."""
-        if self.spare is None:
-            self.spare = self.buffer()
-        return self.spare[: len(part)]
+    def for_each(
+        self,
+        buffer: Tensor,
+        work: Callable[[slice, Tensor, Tensor], Any],
+        by_columns: Callable[[slice, Tensor, slice, Tensor], None] | None = None,
+        *,
+        is_solved: bool = False,
+    ) -> list[Any]:
+        """Call work(rows, rows of S, spare) for each chunk, and return the results in order.
 
-    def for_each(self, buffer: Tensor, work: Callable[[slice, Tensor], Any]) -> list[Any]:
-        """Call work(rows, rows of S) for each chunk in order, and return the results."""
-        return _chunks.for_each(
-            lambda rows: work(rows, self.rows(rows, buffer)), range(len(self.q)), self.n_rows
-        )
+        The buffer holds a sheet of S, whose rows workers share out. Once all of them are done, they
+        share out its columns: by_columns(rows, the sheet, columns of trained keys, spare). A worker
+        has spare memory for a chunk. `is_solved` says that the buffer has what an earlier loop made
+        of S.
+        """
+        n, n_rows, n_columns = len(self.q), self._share(self.n_rows), self._share(self.n_trained)
+        spare = functools.partial(self.q.new_empty, n_rows * self.stride)
+        results: list[Any] = []
+
+        def of_rows(rows: slice, spare: Tensor) -> Any:
+            part = buffer[self._place(rows)] if is_solved else self.rows(rows, buffer)
+            return work(rows, part, spare[: part.numel()].view(part.shape))
+
+        for sheet in _chunks.cut(range(n), self.n_rows):
+            rows = _chunks.cut(range(sheet.start, sheet.stop), n_rows)
+            results += _chunks.for_each(of_rows, rows, spare)
+            if by_columns is not None:
+                of_columns = functools.partial(by_columns, sheet, buffer[self._place(sheet)])
+                columns = _chunks.cut(range(self.n_trained), n_columns)
+                _chunks.for_each(of_columns, columns, spare)
+        return results
+
+    def _place(self, rows: slice) -> slice:
+        """Return where a sheet has these rows."""
+        start = rows.start % self.n_rows
+        return slice(start, start + rows.stop - rows.start)
+
+    def _share(self, n: int) -> int:
+        """Return how many of n rows or columns a chunk has: few are slow to multiply."""
+        return max(-(-n // _N_CHUNKS), _LEAST_ROWS) if are_many(self.q, len(self.k)) else n
 
     def rows(self, rows: slice, buffer: Tensor) -> Tensor:
         """Return these rows of S, in the buffer."""
@@ -118,7 +152,7 @@ class PairChunks:
 
     def products(self, rows: slice, buffer: Tensor) -> Tensor:
         """Return these rows of S, in half precision without the scale and the factors of rows."""
-        part = buffer[: rows.stop - rows.start]
+        part = buffer[self._place(rows)]
         if self.halves is None:
             return torch.mm(self.q[rows] * self.scale, self.k.mT, out=part)
         return _product(self.halves[0].matrix[rows], self.halves[1].matrix.mT, part)
@@ -190,27 +224,28 @@ class PairChunks:
     # ------------------------------------------------------------------------------- gradients
 
     def add(self, rows: slice, slopes: Tensor, of_rows: Tensor | None = None) -> None:
-        """Add what the slopes of the loss in these rows of S give, each row times its `of_rows`.
+        """Add to the sums of these queries what the slopes of the loss in their rows of S give.
 
-        This is the step that combines chunks: they call it in their order. It may overwrite the
-        slopes.
+        Each row counts `of_rows` times. The slopes stay in the buffer, for `add_to_keys`.
         """
+        if of_rows is not None:
+            slopes.mul_(of_rows[:, None])
         if self.halves is not None:
-            self._add_halves(rows, slopes if of_rows is None else slopes * of_rows[:, None])
+            self._add_halves(rows, slopes)
+        elif self.of_queries is not None and not self.adds_both_sides:
+            self.of_queries.values[rows].addmm_(slopes, self.k)
+
+    def add_to_keys(self, rows: slice, sheet: Tensor, columns: slice, spare: Tensor) -> None:
+        """Add to the sums of some keys what the slopes in these rows of S give."""
+        if self.of_keys is None or self.halves is not None:
             return
-        of_queries, of_keys = self.of_queries, self.of_keys
-        if of_keys is of_queries and of_keys is not None and len(slopes) == len(self.q):
-            # one product gives both sides of each pair
-            if of_rows is not None:
-                slopes.mul_(of_rows[:, None])
-            both = torch.add(slopes, slopes.mT, out=self.of_spare(slopes))
-            of_keys.values.addmm_(both, self.k)
-            return
-        if of_queries is not None:
-            of_queries.add(rows, slopes, self.k, of_rows)
-        if of_keys is not None:
-            q = self.q[rows] if of_rows is None else self.q[rows] * of_rows[:, None]
-            of_keys.values.addmm_(slopes[:, : self.n_trained].mT, q)
+        values = self.of_keys.values[columns]
+        if self.adds_both_sides:
+            part = sheet[columns]
+            both = torch.add(part, sheet[:, columns].mT, out=spare[: part.numel()].view(part.shape))
+            values.addmm_(both, self.k)
+        else:
+            values.addmm_(sheet[:, columns].mT, self.q[rows])
 
     def _add_halves(self, rows: slice, slopes: Tensor) -> None:
         assert self.halves is not None
@@ -247,7 +282,7 @@ class PairChunks:
         in_query = in_key = in_scale = None
         needs_query, _, needs_scale = self.needs_grad
         if needs_scale and of_queries is not None:
-            in_scale = (self.q * of_queries.values).sum()
+            in_scale = _chunks.total(self.q * of_queries.values)
             if of_keys is of_queries:  # each pair was added from both sides
                 in_scale = in_scale / 2
         if of_keys is not None and of_keys is not of_queries:
@@ -258,19 +293,17 @@ class PairChunks:
         return in_query, in_key, in_scale
 
 
+def are_many(queries: Tensor, n_keys: int) -> bool:
+    """Return whether workers share the pairs, which only a CPU has."""
+    least = _chunks.most_elements(queries, on_cpu=1 << 18, elsewhere=0)
+    return queries.is_cpu and len(queries) * n_keys > least
+
+
 class _Sums:
     """Σ_j G_ij y_j for the rows x_i, from slopes G."""
 
     def __init__(self, x: Tensor) -> None:
         self.x, self.values = x, torch.zeros_like(x)
-
-    def add(self, rows: slice, slopes: Tensor, y: Tensor, of_rows: Tensor | None) -> None:
-        """Add the slopes of these rows, each times its factor."""
-        values = self.values[rows]
-        if of_rows is None:
-            values.addmm_(slopes, y)
-        else:
-            values.addcmul_(slopes @ y, of_rows[:, None])
 
     def gradient(self, scale: Tensor, lengths: Tensor | None) -> Tensor:
         """Return the gradient in the rows before they were divided by their lengths, in place."""

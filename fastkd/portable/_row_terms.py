@@ -37,6 +37,7 @@ class Terms(NamedTuple):
     value: Callable[[Number], Tensor]  # rows [R, 1] of the divergence times a number
     slope: Callable[[Tensor, Number], None]  # writes factor · (h − q Σ h) to [R, V]
     spare: Tensor  # [R, V], a buffer that the slope may be written to
+    mean: Tensor | None = None  # [R, 1], Σ q·v, where the value takes it as the slope does
 
 
 def softmax(
@@ -45,6 +46,7 @@ def softmax(
     dtype: torch.dtype,
     scratch: Scratch,
     statistics: Sequence[Tensor] = (),
+    needs_e: bool = True,
 ) -> Softmax:
     """Return the softmax of logits / temperature in two buffers, from its statistics if known."""
     d, e, *_ = scratch
@@ -56,7 +58,7 @@ def softmax(
             top = top.to(dtype)
     # the maximum is subtracted first, because one multiplication for both would round it away
     d = torch.sub(logits, top, out=d).mul_(1 / (_LN2 * temperature))
-    e = torch.exp2(d, out=e)
+    e = torch.exp2(d, out=e) if needs_e else d
     return Softmax(d, e, top, e.sum(-1, keepdim=True) if total is None else total)
 
 
@@ -69,9 +71,21 @@ def without_temperature(q: Softmax, temperature: Number, scratch: Scratch) -> So
     return Softmax(d, e, q.top, e.sum(-1, keepdim=True))
 
 
-def terms_of(divergence: str, q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
-    """Return the value and the slope of a divergence, which overwrite both softmaxes."""
-    return _DIVERGENCES[divergence](q, p, weight, scratch)
+def terms_of(
+    divergence: str,
+    q: Softmax,
+    p: Softmax,
+    weight: Number,
+    scratch: Scratch,
+    mean: Tensor | None = None,
+) -> Terms:
+    """Return the value and the slope of a divergence, which overwrite both softmaxes.
+
+    Those in CENTRED take Σ q·v if it is known.
+    """
+    if mean is None:
+        return _DIVERGENCES[divergence](q, p, weight, scratch)
+    return _DIVERGENCES[divergence](q, p, weight, scratch, mean)
 
 
 def cross_entropy(q: Softmax, classes: Tensor) -> Tensor:
@@ -114,19 +128,23 @@ def _soft_cross_entropy(q: Softmax, p: Softmax, weight: Number, scratch: Scratch
     return Terms(value, slope, p.d)
 
 
-def _reverse_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
+def _reverse_kl(
+    q: Softmax, p: Softmax, weight: Number, scratch: Scratch, mean: Tensor | None = None
+) -> Terms:
     ratio, above = _log_ratio(p, q), q.d.sub_(p.d)
-    of_q = _mean(above, q, out=scratch[0])
+    of_q = _mean(above, q, out=scratch[0]) if mean is None else mean
 
     def slope(out: Tensor, factor: Number) -> None:
         _weighted(above.sub_(of_q).nan_to_num_(0), q, out, ratio, factor * _LN2)
 
-    return Terms(lambda scale: _not_below_0(of_q + ratio, scale), slope, p.d)
+    return Terms(lambda scale: _not_below_0(of_q + ratio, scale), slope, p.d, of_q)
 
 
-def _symmetric_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
+def _symmetric_kl(
+    q: Softmax, p: Softmax, weight: Number, scratch: Scratch, mean: Tensor | None = None
+) -> Terms:
     ratio, above = _log_ratio(p, q), q.d.sub_(p.d)
-    of_q = _mean(above, q, out=scratch[0])
+    of_q = _mean(above, q, out=scratch[0]) if mean is None else mean
 
     def value(scale: Number) -> Tensor:
         forward = _mean(above, p, out=p.d).add_(ratio).neg_()
@@ -137,7 +155,7 @@ def _symmetric_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> T
         _weighted(centred, q, out, ratio, factor * ((1 - weight) * _LN2))
         out.add_(q.e.mul_(_each(q, factor * weight))).sub_(p.e.mul_(_each(p, factor * weight)))
 
-    return Terms(value, slope, p.d)
+    return Terms(value, slope, p.d, of_q)
 
 
 def _total_variation(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
@@ -190,7 +208,9 @@ def _skew_reverse_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -
     return Terms(value, slope, p.d)
 
 
-def _jensen_shannon(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
+def _jensen_shannon(
+    q: Softmax, p: Softmax, weight: Number, scratch: Scratch, mean: Tensor | None = None
+) -> Terms:
     ratio, q, p = _log_ratio(p, q), _normalised(q), _normalised(p)
     if not isinstance(weight, Tensor) and weight == 0.5:  # the same bits for (p, q) and (q, p)
         m = torch.add(q.e, p.e, out=scratch[0]).mul_(0.5)
@@ -198,7 +218,9 @@ def _jensen_shannon(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) ->
         m = _mixture(q, p, weight, scratch[0])
     log_m = m.clamp_(min=torch.finfo(m.dtype).tiny).log2_()
     above = q.d.sub_(log_m)
-    of_q = torch.mul(above, q.e, out=scratch[1]).nansum(-1, keepdim=True)
+    of_q = mean
+    if of_q is None:
+        of_q = torch.mul(above, q.e, out=scratch[1]).nansum(-1, keepdim=True)
 
     def value(scale: Number) -> Tensor:
         above_p = p.d.sub_(log_m)
@@ -210,32 +232,42 @@ def _jensen_shannon(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) ->
         centred = above.sub_(of_q).nan_to_num_(0)
         _weighted(centred, q, out, ratio, factor * ((1 - weight) * _LN2))
 
-    return Terms(value, slope, p.d)
+    return Terms(value, slope, p.d, of_q)
 
 
-def logit_mse(z: Tensor, z_teacher: Tensor, dtype: torch.dtype, scratch: Scratch) -> Terms:
-    """Return the mean squared difference of the logits and its slope."""
+def logit_mse(
+    z: Tensor,
+    z_teacher: Tensor,
+    dtype: torch.dtype,
+    scratch: Scratch,
+    squares: Tensor | None = None,
+) -> tuple[Tensor, Terms]:
+    """Return Σ (difference of logits)² of rows, if it is not known, and the terms of its mean.
+
+    The sums are not finite where infinities must be looked for.
+    """
     z, z_teacher = z.to(dtype), z_teacher.to(dtype)
     difference = torch.sub(z, z_teacher, out=scratch[0])
+    if squares is None:
+        squares = torch.linalg.vector_norm(difference, dim=-1, keepdim=True).square_()
+    finite = squares
     # elsewhere than on a CPU a look at the numbers would be a host sync
-    is_finite = z.is_cpu and math.isfinite(difference.sum().item())
+    is_finite = z.is_cpu and math.isfinite(squares.sum().item())
     lowest = torch.finfo(dtype).min  # in place of −∞, since −∞ in both networks is no difference
     if not is_finite:
         difference = torch.clamp(z, min=lowest, out=scratch[0]).sub_(z_teacher.clamp(min=lowest))
-    spare = torch.empty_like(difference) if scratch[1] is None else scratch[1]
-
-    def value(scale: Number) -> Tensor:
-        return torch.mul(difference, difference, out=spare).mean(-1, keepdim=True).mul_(scale)
+        finite = torch.linalg.vector_norm(difference, dim=-1, keepdim=True).square_()
 
     def slope(out: Tensor, factor: Number) -> None:
         torch.mul(difference, factor * (2 / z.shape[-1]), out=out)
         if not is_finite:
             out.masked_fill_(z < lowest, 0)
 
-    return Terms(value, slope, spare)
+    return squares, Terms(lambda scale: finite * (scale / z.shape[-1]), slope, difference)
 
 
-_DIVERGENCES: dict[str, Callable[[Softmax, Softmax, Number, Scratch], Terms]] = {
+CENTRED = ("reverse_kl", "symmetric_kl", "jensen_shannon")  # their terms have a mean
+_DIVERGENCES: dict[str, Callable[..., Terms]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jensen_shannon": _jensen_shannon,

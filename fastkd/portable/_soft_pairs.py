@@ -38,11 +38,10 @@ def value_and_gradients(problem: SoftPairs, needs_grad: Sequence[bool]) -> tuple
     losses, weights = buffer.new_empty(len(student.q)), problem.weights
     of_teacher = problem.form == "kl"  # otherwise the loss is without the teacher's entropy
 
-    def of_chunk(rows: slice, s: Tensor) -> None:
+    def of_chunk(rows: slice, s: Tensor, spare: Tensor) -> None:
         t = teacher.rows(rows, teacher_buffer)
         if is_small:
             return of_few(rows, s, t)
-        spare = student.of_spare(s)
         difference = torch.sub(t, s, out=spare) if of_teacher else torch.neg(s, out=spare)
         student.mask(rows, difference, 0.0)
         s_shift, s_sums = _softmax(student, rows, s, shifts[0])
@@ -63,12 +62,12 @@ def value_and_gradients(problem: SoftPairs, needs_grad: Sequence[bool]) -> tuple
         difference, p = student.mask(rows, difference, 0.0), log_p.exp_()
         torch.linalg.vecdot(p, difference, out=losses[rows])
         if any(needs_grad):
-            add(rows, log_q.exp_().sub_(p))
+            add(rows, torch.sub(log_q.exp_(), p, out=s))
 
     def add(rows: slice, slopes: Tensor) -> None:
         student.add(rows, slopes, None if weights is None else weights[rows])
 
-    student.for_each(buffer, of_chunk)
+    student.for_each(buffer, of_chunk, student.add_to_keys if any(needs_grad) else None)
     return weighted_sum(losses.relu_(), weights), student.gradients()
 
 

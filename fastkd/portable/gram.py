@@ -13,9 +13,9 @@ that the slope of a probability needs, with p° and q° less the mean of their c
 
 and q waits in the memory of the gradient for the second one.
 
-Chunks own their rows. What they add up together, the gradients of all rows and the moments of
-columns, is summed in place in the order of the chunks, because a copy for each chunk may be larger
-than the gradient.
+Workers own the rows of their chunks. The transposes that all rows add to the gradient wait, so that
+workers own rows of the gradient then: a sheet of slopes is made by rows and read by columns. The
+moments of columns are those of groups of rows, which are merged in their order.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from fastkd.portable import _chunks
 from fastkd.problems.gram import PKT_EPSILON, Gram, Number, falloff
 from fastkd.problems.relations import LEAST_LENGTH
 
-_ON_CPU = 1 << 18  # five buffers of that size stay in a CPU's cache
+_ON_CPU = 1 << 21  # elements of a sheet, and of an eighth of it those of a chunk
 _ELSEWHERE = 1 << 22
+_N_PARTS = 8
 
 
 def value_and_gradients(
@@ -51,31 +52,49 @@ def value_and_gradients(
     if needs_grad[0]:
         gradient = problem.student.new_empty(problem.student.shape, dtype=dtype)
     solve = {"sequential": _sequential, "dist_kd": _dist}.get(problem.name, _relations)
-    return solve(problem, dtype, gradient).to(dtype), (gradient,)
+    n, width = problem.student.shape
+    n_columns = n if solve is _relations else width
+    is_large = n * n_columns > _Chunks.make(problem, dtype, n_columns).elements
+    loss = _chunks.by_workers(
+        lambda: solve(problem, dtype, gradient).to(dtype), is_large, problem.student
+    )
+    return loss, (gradient,)
 
 
-class _Buffers(NamedTuple):
-    """Memory for chunks of matrices, made once because fresh memory is slow."""
+class _Chunks(NamedTuple):
+    """Chunks of matrices with a row for each example, and the memory that a worker has for them."""
 
-    memory: Tensor  # [n_buffers, elements]
+    like: Tensor  # a matrix of the problem
+    dtype: torch.dtype
+    elements: int  # of a chunk
 
     @classmethod
-    def make(cls, problem: Gram, dtype: torch.dtype, n_buffers: int, n_columns: int) -> _Buffers:
-        """Return buffers for chunks of a matrix with a row for each example."""
+    def make(cls, problem: Gram, dtype: torch.dtype, n_columns: int) -> _Chunks:
+        """Return chunks that have at least a row of the matrix, and one of the features."""
         n, width = problem.student.shape
-        most = _chunks.most_elements(problem.student, _ON_CPU, _ELSEWHERE)
-        # at least a row of the matrix, and one of the features
-        elements = max(min(most, n * n_columns), n_columns, width)
-        return cls(problem.student.new_empty(n_buffers, elements, dtype=dtype))
+        most = _chunks.most_elements(problem.student, _ON_CPU, _ELSEWHERE) // _N_PARTS
+        return cls(problem.student, dtype, max(min(most, n * n_columns), n_columns, width))
 
-    def for_each(self, work: Callable, n_rows: int, n_columns: int) -> list:
+    def cut(self, n_columns: int, start: int, stop: int) -> list[slice]:
+        """Return chunks of rows with so many columns."""
+        return _chunks.cut(range(start, stop), self.elements // n_columns)
+
+    def memory(self, n_buffers: int) -> Callable[[], Tensor]:
+        """Return what makes the memory of a worker, once because fresh memory is slow."""
+        return functools.partial(self.like.new_empty, (n_buffers, self.elements), dtype=self.dtype)
+
+    def for_each(self, work: Callable, n_buffers: int, n_columns: int, n_rows: int) -> list:
         """Call work(rows, *buffers) with buffers [n_rows of the chunk, n_columns]."""
+        return _chunks.for_each(
+            lambda rows, memory: work(rows, *_buffers(memory, rows, n_columns)),
+            self.cut(n_columns, 0, n_rows),
+            self.memory(n_buffers),
+        )
 
-        def chunk(rows: slice) -> Tensor | None:
-            shape = rows.stop - rows.start, n_columns
-            return work(rows, *(x[: math.prod(shape)].view(shape) for x in self.memory))
 
-        return _chunks.for_each(chunk, range(n_rows), self.memory.shape[1] // n_columns)
+def _buffers(memory: Tensor, rows: slice, n_columns: int) -> list[Tensor]:
+    shape = rows.stop - rows.start, n_columns
+    return [x[: math.prod(shape)].view(shape) for x in memory]
 
 
 def _total(parts: list[Tensor]) -> Tensor:
@@ -94,46 +113,55 @@ def _relations(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> Te
         epsilon = PKT_EPSILON if name == "pkt" else 0.0
         lengths = _lengths(x)
         divisors, teacher_divisors = lengths + epsilon, _lengths(y) + epsilon
-    measures: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    measures: dict[str, Callable[..., Tensor]] = {
         "similarity_preserving": _similarities,
         "pkt": _neighbours,
         "kernel": functools.partial(_kernels, problem),
     }
     measure = measures[name]
-    buffers = _Buffers.make(problem, dtype, 4, n)
+    chunks = _Chunks.make(problem, dtype, n)
+    rows_of_chunk = max(1, chunks.elements // n)
     if gradient is not None:
         gradient.zero_()
+    sheet, losses = x.new_empty(min(n, _N_PARTS * rows_of_chunk), n), list[Tensor]()
 
-    def add(rows: slice, student: Tensor, teacher: Tensor, *others: Tensor) -> Tensor:
+    def solve(at: slice, rows: slice, memory: Tensor) -> Tensor:
+        student, teacher, product = _buffers(memory, rows, n)
         torch.mm(x[rows], x.T, out=student)
         torch.mm(y[rows], y.T, out=teacher)
         if of_cosines:
             student.div_(divisors).div_(divisors[rows, None])
             teacher.div_(teacher_divisors).div_(teacher_divisors[rows, None])
-        loss, slopes = measure(student, teacher, *others, with_slopes=gradient is not None)
-        if gradient is None:
-            return loss
-        if of_cosines:
-            slopes.div_(divisors).div_(divisors[rows, None])
-        if name == "kernel":  # H = Hᵀ
-            gradient[rows].addmm_(slopes, x, alpha=2 * share)
-        elif len(slopes) == n:
-            gradient.addmm_(torch.add(slopes, slopes.T, out=student), x, alpha=share)
-        else:
-            gradient[rows].addmm_(slopes, x, alpha=share)
-            gradient.addmm_(slopes.T, x[rows], alpha=share)
+        slopes = sheet[rows.start - at.start : rows.stop - at.start]
+        loss = measure(student, teacher, slopes, product, with_slopes=gradient is not None)
+        if gradient is not None:
+            if of_cosines:
+                slopes.div_(divisors).div_(divisors[rows, None])
+            if name == "kernel":  # H = Hᵀ
+                gradient[rows].addmm_(slopes, x, alpha=2 * share)
+            elif len(sheet) < n:
+                gradient[rows].addmm_(slopes, x, alpha=share)
         return loss
 
-    loss = _total(buffers.for_each(add, n, n)) * share
+    def transpose(into: Tensor, at: slice, rows: slice, both: Tensor) -> None:
+        if len(sheet) == n:
+            torch.add(sheet[rows], sheet[:, rows].T, out=both)
+            into[rows].addmm_(both, x, alpha=share)
+        else:
+            into[rows].addmm_(sheet[: at.stop - at.start, rows].T, x[at], alpha=share)
+
+    for at in _chunks.cut(range(n), len(sheet)):
+        of_sheet, rows = functools.partial(solve, at), chunks.cut(n, at.start, at.stop)
+        losses += _chunks.for_each(of_sheet, rows, chunks.memory(3))
+        if gradient is not None and name != "kernel":
+            chunks.for_each(functools.partial(transpose, gradient, at), 1, n, n)
     if gradient is not None and of_cosines:
         project = functools.partial(_project, gradient, x, lengths.mul_(divisors))
-        buffers.for_each(project, n, width)
-    return loss
+        chunks.for_each(project, 1, width, n)
+    return _total(losses) * share
 
 
-def _project(
-    gradient: Tensor, x: Tensor, squares: Tensor, rows: slice, product: Tensor, *_: Tensor
-) -> None:
+def _project(gradient: Tensor, x: Tensor, squares: Tensor, rows: slice, product: Tensor) -> None:
     """Take from the gradient of these rows its part along x, since a length is no direction."""
     along = torch.mul(x[rows], gradient[rows], out=product).sum(1).div_(squares[rows])
     gradient[rows].addcmul_(x[rows], along[:, None], value=-1)
@@ -146,23 +174,23 @@ def _lengths(rows: Tensor) -> Tensor:
 
 
 def _similarities(
-    student: Tensor, teacher: Tensor, product: Tensor, _: Tensor, *, with_slopes: bool
-) -> tuple[Tensor, Tensor]:
-    """Return Σ (g / ‖g‖ − t / ‖t‖)² of rows g and t of Gram matrices, and its slopes in g."""
+    student: Tensor, teacher: Tensor, slopes: Tensor, product: Tensor, *, with_slopes: bool
+) -> Tensor:
+    """Return Σ (g / ‖g‖ − t / ‖t‖)² of rows g and t of Gram matrices; write its slopes in g."""
     lengths = _lengths(student)[:, None]
     student.div_(lengths)
-    difference = teacher.div_(_lengths(teacher)[:, None]).sub_(student).neg_()
-    loss = torch.mul(difference, difference, out=product).sum()
+    difference = torch.sub(student, teacher.div_(_lengths(teacher)[:, None]), out=slopes)
+    loss = _chunks.total(torch.mul(difference, difference, out=product))
     if with_slopes:
         along = torch.mul(difference, student, out=product).sum(1, keepdim=True)
         difference.addcmul_(student, along, value=-1).div_(lengths).mul_(2)
-    return loss, difference
+    return loss
 
 
 def _neighbours(
-    student: Tensor, teacher: Tensor, logs: Tensor, product: Tensor, *, with_slopes: bool
-) -> tuple[Tensor, Tensor]:
-    """Return Σ p log((p + ε) / (q + ε)) of rows of cosines, and its slopes.
+    student: Tensor, teacher: Tensor, slopes: Tensor, product: Tensor, *, with_slopes: bool
+) -> Tensor:
+    """Return Σ p log((p + ε) / (q + ε)) of rows of cosines, and write its slopes.
 
     Terms that cancel in a row, because Σ p = Σ q, are dropped from both: what is left is small
     where p is near q.
@@ -171,36 +199,34 @@ def _neighbours(
     q, p = student.div_(totals), teacher.add_(1)
     difference = p.div_(p.sum(1, keepdim=True)).sub_(q)
     q_epsilon = q.add_(PKT_EPSILON)
-    torch.div(difference, q_epsilon, out=logs).log1p_()
+    logs = torch.div(difference, q_epsilon, out=slopes).log1p_()
     torch.add(difference, q_epsilon, out=product).sub_(PKT_EPSILON)  # p
-    loss = product.mul_(logs).sub_(difference).sum()
-    slopes = logs
+    loss = _chunks.total(product.mul_(logs).sub_(difference))
     if with_slopes:
         torch.sub(difference, PKT_EPSILON, out=slopes).div_(q_epsilon)  # their negative
         mean = torch.sub(q_epsilon, PKT_EPSILON, out=product).mul_(slopes).sum(1, keepdim=True)
         slopes.sub_(mean).div_(-totals)
-    return loss, slopes
+    return loss
 
 
 def _kernels(
     problem: Gram,
     student: Tensor,
     teacher: Tensor,
-    series: Tensor,
-    other: Tensor,
+    slopes: Tensor,
+    product: Tensor,
     *,
     with_slopes: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return Σ (k(student) − k(teacher))² of rows of cosines, and its slopes."""
+) -> Tensor:
+    """Return Σ (k(student) − k(teacher))² of rows of cosines, and write its slopes."""
     gamma, order, factor = problem.gamma, problem.order, falloff(problem.gamma)
-    _exponential(student.mul_(2 * gamma), order, out=series)
-    _exponential(teacher.mul_(2 * gamma), order, out=other)
-    difference = series.sub_(other)
-    loss = torch.mul(difference, difference, out=other).sum() * (factor * factor)
+    _exponential(student.mul_(2 * gamma), order, out=product)
+    difference = product.sub_(_exponential(teacher.mul_(2 * gamma), order, out=slopes))
+    loss = _chunks.total(torch.mul(difference, difference, out=slopes)) * (factor * factor)
     if with_slopes:
-        slopes = _exponential(student, order - 1, out=other)
+        _exponential(student, order - 1, out=slopes)
         slopes.mul_(difference).mul_(4 * gamma * factor * factor)
-    return loss, other
+    return loss
 
 
 def _exponential(x: Tensor, order: int, out: Tensor) -> Tensor:
@@ -221,13 +247,12 @@ def _sequential(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> T
     """
     student, teacher = problem.student, problem.teacher
     n, width = student.shape
-    buffers = _Buffers.make(problem, dtype, 1, width)
-    most_rows = min(n, buffers.memory.shape[1] // width)
-    framed = student.new_empty(2, most_rows + 2, width, dtype=dtype)
+    chunks = _Chunks.make(problem, dtype, width).cut(width, 0, n)
+    shape = 3, chunks[0].stop + 2, width
 
-    def add(rows: slice, product: Tensor) -> Tensor:
+    def add(rows: slice, memory: Tensor) -> Tensor:
         around = slice(max(rows.start - 1, 0), min(rows.stop + 1, n))
-        differences, sizes = framed[:, : len(product) + 2]
+        differences, sizes, product = memory[:, : rows.stop - rows.start + 2]
         start = around.start - rows.start + 1
         stop = start + around.stop - around.start
         torch.sub(student[around].to(dtype), teacher[around].to(dtype), out=differences[start:stop])
@@ -235,13 +260,14 @@ def _sequential(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> T
         sizes[:start].zero_()  # before the first example of the batch, and after the last
         sizes[stop:].zero_()
         before, here, after = sizes[:-2], sizes[1:-1], sizes[2:]
-        loss = torch.mul(here, after, out=product).sum()
+        loss = _chunks.total(torch.mul(here, after, out=product[2:]))
         if gradient is not None:
             slopes = torch.add(before, after, out=gradient[rows])
             slopes.mul_(differences[1:-1].sign_()).div_(max(n - 1, 1))
         return loss
 
-    return _total(buffers.for_each(add, n, width)) / max(n - 1, 1)
+    scratch = functools.partial(student.new_empty, shape, dtype=dtype)
+    return _total(_chunks.for_each(add, chunks, scratch)) / max(n - 1, 1)
 
 
 # ----------------------------------------------------------------------------------------- dist_kd
@@ -273,23 +299,30 @@ def _dist(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> Tensor:
     """Return T² [β (1 − mean ρ(q_i, p_i)) + γ (1 − mean ρ(q_·v, p_·v))]; write the gradient."""
     student, teacher, beta, gamma, temperature = problem[:5]
     n, n_classes = student.shape
-    buffers = _Buffers.make(problem, dtype, 4 if gradient is not None else 5, n_classes)
-    columns = _Columns()
+    chunks = _Chunks.make(problem, dtype, n_classes)
+    groups = _chunks.cut(range(n), max(chunks.elements // n_classes, -(-n // _N_PARTS)))
 
-    def add(rows: slice, p: Tensor, a: Tensor, b: Tensor, product: Tensor, *rest: Tensor) -> Tensor:
-        q = gradient[rows] if gradient is not None else rest[0]
-        _softmax(student[rows], temperature, product, out=q)
-        _softmax(teacher[rows], temperature, product, out=p)
-        # the mean of a row is 1 / V, so that a uniform row has a deviation of exactly 0
-        torch.sub(q, 1 / n_classes, out=a)
-        of_rows = _moments(a, torch.sub(p, 1 / n_classes, out=b), 1, product)
-        means = torch.stack([_means(q, product), _means(p, product)])
-        torch.sub(q, means[0], out=a)
-        moments = _moments(a, torch.sub(p, means[1], out=b), 0, product)
-        columns.merge(len(p), means, moments)
-        return of_rows
+    def add(group: slice, memory: Tensor) -> tuple[Tensor, _Columns, Tensor | None]:
+        columns, of_rows = _Columns(), []
+        for rows in chunks.cut(n_classes, group.start, group.stop):
+            p, a, b, product, *rest = _buffers(memory, rows, n_classes)
+            q = gradient[rows] if gradient is not None else rest[0]
+            _softmax(student[rows], temperature, product, out=q)
+            _softmax(teacher[rows], temperature, product, out=p)
+            # the mean of a row is 1 / V, so that a uniform row has a deviation of exactly 0
+            torch.sub(q, 1 / n_classes, out=a)
+            of_rows.append(_moments(a, torch.sub(p, 1 / n_classes, out=b), 1, product))
+            means = torch.stack([_means(q, product), _means(p, product)])
+            torch.sub(q, means[0], out=a)
+            moments = _moments(a, torch.sub(p, means[1], out=b), 0, product)
+            columns.merge(len(p), means, moments)
+        return torch.cat(of_rows, 1), columns, p if len(p) == n else None
 
-    of_rows = buffers.for_each(add, n, n_classes)
+    n_buffers = 4 if gradient is not None else 5
+    parts = _chunks.for_each(add, groups, chunks.memory(n_buffers))
+    of_rows, (columns, *others), (kept, *_) = zip(*parts, strict=True)
+    for other in others:
+        columns.merge(other.n_rows, other.means, other.moments)
     rho_rows, a_rows, b_rows = _pearson(torch.cat(of_rows, 1), problem.epsilon)
     rho_columns, a_columns, b_columns = _pearson(columns.moments, problem.epsilon)
     squared = temperature * temperature
@@ -300,9 +333,11 @@ def _dist(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> Tensor:
     a_rows, b_rows = (x.mul_(by_row)[:, None] for x in (a_rows, b_rows))
     a_columns, b_columns = (x.mul_(by_column) for x in (a_columns, b_columns))
 
-    def finish(rows: slice, p: Tensor, slopes: Tensor, product: Tensor, _: Tensor) -> None:
+    def finish(rows: slice, p: Tensor, slopes: Tensor, product: Tensor) -> None:
         q = gradient[rows]
-        if len(of_rows) > 1:  # otherwise p is still there
+        if kept is not None:
+            p = kept  # of the only chunk
+        else:
             _softmax(teacher[rows], temperature, product, out=p)
         torch.mul(p, b_rows[rows], out=slopes).addcmul_(q, a_rows[rows])
         # centred first, because in a column that hardly varies the slopes are large
@@ -310,7 +345,7 @@ def _dist(problem: Gram, dtype: torch.dtype, gradient: Tensor | None) -> Tensor:
         slopes.addcmul_(torch.sub(q, columns.means[0], out=product), a_columns)
         q.mul_(slopes.sub_(torch.mul(slopes, q, out=product).sum(1, keepdim=True)))
 
-    buffers.for_each(finish, n, n_classes)
+    chunks.for_each(finish, 3, n_classes, n)
     return loss
 
 

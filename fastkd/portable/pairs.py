@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.portable import _kept_pairs, _soft_pairs
-from fastkd.portable._pair_chunks import PairChunks, are_large, lowest, powers
+from fastkd.portable._chunks import by_workers
+from fastkd.portable._pair_chunks import PairChunks, are_large, are_many, lowest, powers
 from fastkd.problems.pairs import (
     LINEAR,
     Gradients,
@@ -39,10 +40,20 @@ def value_and_gradients(
     problem: Pairs | SoftPairs, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Gradients]:
     """Return the share of the queries in the loss, and its gradients in the trained fields."""
+    query, n_keys = problem.query, len(problem.query if problem.key is None else problem.key)
+    if isinstance(problem, Pairs):
+        solved = _kept_pairs.value_and_gradients(problem, needs_grad)
+        if solved is not None:
+            return solved
+        n_keys += 0 if problem.bank is None else len(problem.bank)
+    return by_workers(lambda: _solve(problem, needs_grad), are_many(query, n_keys), query)
+
+
+def _solve(problem: Pairs | SoftPairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gradients]:
+    """Solve a problem chunk by chunk."""
     if isinstance(problem, SoftPairs):
         return _soft_pairs.value_and_gradients(problem, needs_grad)
-    solved = _kept_pairs.value_and_gradients(problem, needs_grad)
-    return _Solver(problem, needs_grad).solve() if solved is None else solved
+    return _Solver(problem, needs_grad).solve()
 
 
 class _Solver:
@@ -66,6 +77,7 @@ class _Solver:
             weights=problem.weights,
         )  # fmt: skip
         self.buffer = self.chunks.buffer()
+        self.add_to_keys = self.chunks.add_to_keys if any(needs_grad) else None
 
     def solve(self) -> tuple[Tensor, Gradients]:
         """Return the loss and its gradients."""
@@ -102,7 +114,7 @@ class _Solver:
         """Solve in one pass, with exp(S − shift) or with maxima."""
         chunks, of_logits = self.chunks, self.buffer.new_empty(len(self.chunks.q))
 
-        def of_chunk(rows: slice, part: Tensor) -> Tensor:
+        def of_chunk(rows: slice, part: Tensor, spare: Tensor) -> Tensor:
             self._read_positives(rows, part)
             largest, sums = chunks.exponentials(rows, part, shift)
             if shift is not None:
@@ -111,20 +123,20 @@ class _Solver:
             torch.neg(slopes, out=of_logits[rows])
             if any(self.needs_grad):
                 self._write_positives(rows, part, -sums)
-                self._add_softmax(rows, part, _over_sums(slopes, sums))
+                self._add_softmax(rows, part, spare, _over_sums(slopes, sums))
             return share
 
-        return _total(of_logits, chunks.for_each(self.buffer, of_chunk)), of_logits
+        shares = chunks.for_each(self.buffer, of_chunk, self.add_to_keys)
+        return _total(of_logits, shares), of_logits
 
-    def _add_softmax(self, rows: slice, part: Tensor, slopes: Tensor) -> None:
+    def _add_softmax(self, rows: slice, part: Tensor, spare: Tensor, slopes: Tensor) -> None:
         """Add slopes_i `part`_ij as slopes in S, less what attracts the others of a class."""
         chunks, problem = self.chunks, self.problem
         if problem.classes is None:
             chunks.add(rows, part, slopes)
             return
         assert problem.query_classes is not None and problem.attractions is not None
-        alike = chunks.of_spare(part)
-        torch.eq(problem.query_classes[rows, None], problem.classes, out=alike)
+        alike = torch.eq(problem.query_classes[rows, None], problem.classes, out=spare)
         chunks.mask(rows, alike, 0.0)
         # the difference of each pair, because the difference of two sums would round it away
         attractions = problem.attractions[rows, None]
@@ -140,18 +152,22 @@ class _Solver:
         column_largest = buffer.new_full((n_columns,), -torch.inf if shift is None else shift)
         column_sums = buffer.new_zeros(n_columns)
 
-        def of_chunk(rows: slice, part: Tensor) -> None:
-            columns = part[:, :n_columns]
+        def of_chunk(rows: slice, part: Tensor, spare: Tensor) -> None:
             self._read_positives(rows, part)
-            if shift is None:
-                chunks.mask(rows, part, -torch.inf)
-                _add_to_columns(columns, column_largest, column_sums)
+            if shift is None:  # S is left for the columns
+                part = spare.copy_(chunks.mask(rows, part, -torch.inf))
             largest[rows], sums[rows] = chunks.exponentials(rows, part, shift)
             if shift is not None:
                 _check_size(sums[rows])
-                column_sums.add_(columns.sum(0))
 
-        chunks.for_each(buffer, of_chunk)
+        def add_columns(_: slice, sheet: Tensor, keys: slice, spare: Tensor) -> None:
+            some = slice(keys.start, min(keys.stop, n_columns))
+            if shift is None:
+                _add_to_columns(sheet[:, some], column_largest[some], column_sums[some])
+            else:
+                column_sums[some].add_(sheet[:, some].sum(0))
+
+        chunks.for_each(buffer, of_chunk, add_columns)
         if shift is not None:
             _check_size(column_sums)
         if problem.group:
@@ -167,7 +183,7 @@ class _Solver:
         u, v = _over_sums(slopes, sums), buffer.new_zeros(buffer.shape[1])
         v[:n_columns] = _over_sums(column_slopes, column_sums)
 
-        def add_slopes(rows: slice, part: Tensor) -> None:
+        def add_slopes(rows: slice, part: Tensor, spare: Tensor) -> None:
             if shift is None:
                 chunks.mask(rows, part, -torch.inf)
                 by_columns = powers(part[:, :n_columns] - column_largest).mul_(v[:n_columns])
@@ -176,14 +192,12 @@ class _Solver:
             else:
                 if len(buffer) < n:
                     chunks.shifted_exponentials(rows, part, shift)
-                part.mul_(torch.add(u[rows, None], v, out=chunks.of_spare(part)))
+                part.mul_(torch.add(u[rows, None], v, out=spare))
             self._write_positives(rows, part, of_logits[rows])
             chunks.add(rows, part)
 
-        if shift is not None and len(buffer) == n:
-            add_slopes(slice(0, n), buffer)
-        else:
-            chunks.for_each(buffer, add_slopes)
+        is_solved = shift is not None and len(buffer) == n
+        chunks.for_each(buffer, add_slopes, self.add_to_keys, is_solved=is_solved)
         return loss + share, of_logits
 
     # --------------------------------------------------------------------- the form of single pairs
@@ -195,14 +209,13 @@ class _Solver:
         logits, weights = problem.positive_logits.to(dtype), problem.weights.to(dtype)
         losses, slopes = torch.zeros_like(weights), torch.zeros_like(weights)
 
-        def of_chunk(rows: slice, part: Tensor) -> None:
+        def of_chunk(rows: slice, part: Tensor, spare: Tensor) -> None:
             part.sub_(logits[rows, None])
             positive = chunks.positive_pairs(rows, part)
             for _, pairs in positive:
                 pairs.neg_()
-            of_pairs = chunks.of_spare(part)
-            F.softplus(part, threshold=LINEAR, out=of_pairs)  # type: ignore[call-arg]
-            torch.sum(of_pairs, 1, out=losses[rows])
+            F.softplus(part, threshold=LINEAR, out=spare)  # type: ignore[call-arg]
+            torch.sum(spare, 1, out=losses[rows])
             if any(self.needs_grad):
                 part.sigmoid_()
                 for _, pairs in positive:
@@ -210,7 +223,7 @@ class _Solver:
                 torch.sum(part, 1, out=slopes[rows])
                 chunks.add(rows, part, weights[rows])
 
-        chunks.for_each(self.buffer, of_chunk)
+        chunks.for_each(self.buffer, of_chunk, self.add_to_keys)
         return losses @ weights, -slopes * weights
 
 
@@ -229,7 +242,7 @@ def _over_sums(slopes: Tensor, sums: Tensor) -> Tensor:
 
 
 def _add_to_columns(part: Tensor, largest: Tensor, sums: Tensor) -> None:
-    """Combine the rows of S in a chunk with Σ_i exp(S_ij − largest_j) of the chunks before."""
+    """Combine the rows of S in a sheet with Σ_i exp(S_ij − largest_j) of the sheets before."""
     risen = torch.maximum(largest, part.amax(0)).clamp_(min=lowest(part))
     sums.mul_((largest - risen).exp_()).add_(powers(part - risen).sum(0))
     largest.copy_(risen)

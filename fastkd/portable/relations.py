@@ -13,7 +13,7 @@ would cancel. With C the slopes of the penalty and W_j[i,k] = C r_ij r_kj the gr
 
 and that in the embeddings is its graph Laplacian, dx_a = 2 Σ_b g_ab (x_a − x_b). All of the N³ work
 is in chunks that stay in the cache. A matrix A_j is symmetric, so that one triangle of its blocks
-is enough.
+is enough. Groups of vertices j are given to workers: they own rows of V and S, and return a U each.
 """
 
 from __future__ import annotations
@@ -30,14 +30,22 @@ from fastkd._precision import compute_dtype
 from fastkd.portable import _chunks
 from fastkd.problems.relations import LEAST_LENGTH, LEAST_SQUARE, Number, Relations
 
-_ON_CPU = 1 << 18  # three buffers of that size stay in a CPU's cache
+_ON_CPU = 1 << 19  # three buffers of that size stay in a CPU's cache, and calls on fewer are short
 _ELSEWHERE = 1 << 24
+_N_GROUPS = 8  # of vertices, because more would make U of a block larger than all the rest
 
 
 def value_and_gradients(
     problem: Relations, needs_grad: tuple[bool, ...]
 ) -> tuple[Tensor, tuple[Tensor | None]]:
     """Return the local rows' share of the loss, and the gradient of the whole loss in them."""
+    whole = problem.whole
+    is_large = len(whole) ** 3 > _chunks.most_elements(whole, _ON_CPU, _ELSEWHERE)
+    return _chunks.by_workers(lambda: _solve(problem, needs_grad), is_large, whole)
+
+
+def _solve(problem: Relations, needs_grad: tuple[bool, ...]) -> tuple[Tensor, tuple[Tensor | None]]:
+    """Return the loss and the gradient, in chunks that workers share."""
     dtype, local, (with_slopes,) = _dtype(problem), problem.local, needs_grad
     students = problem.whole.to(dtype)
     squares = _squared_distances(students, problem.teacher.to(dtype))
@@ -98,13 +106,14 @@ def _distances(
     distances.diagonal(dim1=1, dim2=2).zero_()
     units = distances.sum((1, 2), keepdim=True).mul_(beta / n_pairs)
     student, teacher = distances / units
-    loss = F.huber_loss(student[local], teacher[local], reduction="sum") * (beta * weight / n**2)
+    penalties = F.huber_loss(student[local], teacher[local], reduction="none")
+    loss = _chunks.total(penalties) * (beta * weight / n**2)
     if not with_slopes:
         return loss, loss
     slopes = student.sub_(teacher).clamp_(-1, 1)
     d, unit = distances[0], units[0]
     # every distance moves the mean, and with it all penalties
-    of_mean = (slopes * d).sum().div_(unit.squeeze() * (n_pairs / beta))
+    of_mean = _chunks.total(slopes * d).div_(unit.squeeze() * (n_pairs / beta))
     slopes = slopes[local].sub_(of_mean).div_(d[local]).mul_((beta * weight / n**2) / unit)
     return loss, slopes.masked_fill_(squares[0, local] < LEAST_SQUARE, 0)
 
@@ -122,15 +131,15 @@ class _Cosines(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Pairs of ends, and what the chunks of vertices that see them have in common."""
+    """Pairs of ends, and what the vertices that see them have in common."""
 
     i: slice
     k: slice
     mirrored: bool  # whether the sums are those of the pairs (k, i) too
     q: Tensor  # [i, k]
     teacher_q: Tensor  # [i, k]
-    buffers: tuple[Tensor, ...]
     zero: Tensor
+    n_vertices: int  # of a chunk
 
 
 class _Sums(NamedTuple):
@@ -186,17 +195,24 @@ def _summed(
     blocks = _cut(whole, -(-n // n_blocks))
     sums = _Sums(*q.new_zeros(3, n, n)) if with_slopes else None
     most = _chunks.most_elements(q, _ON_CPU, _ELSEWHERE)
-    buffers, zero = q.new_empty(2, max(most, n * n)).unbind(), q.new_zeros(1)
+    zero = q.new_zeros(1)
     losses = []
     for i in blocks if ends == whole else [ends]:
         for k in blocks:
             if ends == whole and k.start < i.start:
                 continue  # because its mirror image is visited
-            mirrored = ends == whole and k != i
-            block = _Block(i, k, mirrored, q[i, k], cosines.teacher_q[i, k], buffers, zero)
-            add = functools.partial(_add, sums, cosines, block)
-            size = most // max(1, block.q.numel())
-            losses += _chunks.for_each(add, rows, size) * (2 if mirrored else 1)
+            mirrored, q_ik = ends == whole and k != i, q[i, k]
+            size = min(max(1, most // max(1, q_ik.numel())), len(rows))
+            block = _Block(i, k, mirrored, q_ik, cosines.teacher_q[i, k], zero, size)
+            parts = _chunks.for_each(
+                functools.partial(_add, sums, cosines, block),
+                _chunks.cut(rows, max(size, -(-len(rows) // _N_GROUPS))),
+                functools.partial(q.new_empty, 2, size * q_ik.numel()),
+            )
+            for of_group, u in parts:
+                losses += of_group * (2 if mirrored else 1)
+                if sums is not None:
+                    sums.u[i, k].add_(u)
             if mirrored and sums is not None:
                 sums.u[k, i] = sums.u[i, k].T
     wide = None if q.device.type == "mps" else torch.float64
@@ -206,34 +222,37 @@ def _summed(
     return loss, sums
 
 
-def _add(sums: _Sums | None, cosines: _Cosines, block: _Block, j: slice) -> Tensor:
-    """Add a chunk of vertices, j, and return the penalties of their angles in the block.
+def _add(
+    sums: _Sums | None, cosines: _Cosines, block: _Block, vertices: slice, buffers: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Return the penalties of the angles at these vertices, in the block, and their share of U.
 
-    A chunk owns its rows of V and S. All chunks add to U in place, because a U for each of them
-    would be many times as large as all the rest. Threads would have to sum in a U each.
+    Their rows of V and S are added in place, because no other group has them.
     """
-    i, k, mirrored, q_ik, teacher_q_ik, buffers, zero = block
-    shape = j.stop - j.start, *q_ik.shape
-    x, w = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
-    left, right = cosines.ends[j, i], cosines.others[j, :, k]
-    torch.mul(teacher_q_ik, left[..., 3:], out=x).mul_(right[:, 2:3])
-    torch.mul(left[..., 1:2], right[:, :1], out=w)
-    x.addcmul_(w, q_ik).baddbmm_(left, right, beta=-0.5, alpha=0.5)  # A − B
-    loss = F.huber_loss(x, zero.expand_as(x), reduction="sum")
-    if sums is None:
-        return loss
-    q, (u, v, s) = cosines.q, sums
-    w.mul_(x.clamp_(-1, 1))
-    # the difference is taken first, because its terms are as large as the batch is wide
-    torch.sub(q[j, None, k], q_ik, out=x)
-    v[j, i].add_(w.sum(2))
-    s[j, i].add_(x.mul_(w).sum(2))
-    u[i, k].add_(w.sum(0))
-    if mirrored:
-        torch.sub(q[j, i, None], q_ik, out=x)
-        v[j, k].add_(w.sum(1))
-        s[j, k].add_(x.mul_(w).sum(1))
-    return loss
+    i, k, mirrored, q_ik, teacher_q_ik, zero, n_vertices = block
+    losses, q, of_group = [], cosines.q, torch.zeros_like(q_ik)
+    for j in _chunks.cut(range(vertices.start, vertices.stop), n_vertices):
+        shape = j.stop - j.start, *q_ik.shape
+        x, w = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+        left, right = cosines.ends[j, i], cosines.others[j, :, k]
+        torch.mul(teacher_q_ik, left[..., 3:], out=x).mul_(right[:, 2:3])
+        torch.mul(left[..., 1:2], right[:, :1], out=w)
+        x.addcmul_(w, q_ik).baddbmm_(left, right, beta=-0.5, alpha=0.5)  # A − B
+        losses.append(_chunks.total(F.huber_loss(x, zero.expand_as(x), reduction="none")))
+        if sums is None:
+            continue
+        u, v, s = of_group, sums.v, sums.s
+        w.mul_(x.clamp_(-1, 1))
+        # the difference is taken first, because its terms are as large as the batch is wide
+        torch.sub(q[j, None, k], q_ik, out=x)
+        v[j, i].add_(w.sum(2))
+        s[j, i].add_(x.mul_(w).sum(2))
+        u.add_(w.sum(0))
+        if mirrored:
+            torch.sub(q[j, i, None], q_ik, out=x)
+            v[j, k].add_(w.sum(1))
+            s[j, k].add_(x.mul_(w).sum(1))
+    return losses, of_group
 
 
 def _cut(whole: slice, size: int) -> list[slice]:

@@ -10,6 +10,7 @@ again, which costs less in the cache than a tensor of the logits' size costs in 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fastkd._precision import compute_dtype
-from fastkd.portable._chunks import for_each, most_elements
+from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
 from fastkd.portable._row_terms import (
+    CENTRED,
     N_SCRATCH,
     Scratch,
     Softmax,
@@ -41,11 +43,12 @@ Losses = tuple[Tensor, Tensor | None]  # the second one where there are labels
 def n_statistics(problem: Rows) -> int:
     """Return how many numbers of each row `forward` saves where it does not save the gradient.
 
-    They are the largest logit and Z of both networks and, with labels, the student's Z at T = 1.
+    They are the largest logit and Z of both networks, Σ q·v where the value takes it too, and the
+    student's Z at T = 1 with labels; or the sum of squares.
     """
     if problem.divergence == "logit_mse":
-        return 0
-    return 4 if problem.labels is None else 5
+        return 1
+    return 4 + (problem.divergence in CENTRED) + (problem.labels is not None)
 
 
 def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Any, ...]]:
@@ -68,7 +71,8 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teacher = chunks
         if problem.divergence == "logit_mse":
-            terms = logit_mse(z, z_teacher, losses.dtype, scratch)
+            squares, terms = logit_mse(z, z_teacher, losses.dtype, scratch)
+            known = [squares]
         else:
             q = softmax(z, problem.student_temperature, losses.dtype, scratch[:2])
             totals = []
@@ -77,8 +81,10 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
                 cross_entropies.view(-1, 1)[rows] = cross_entropy(plain, labels[rows])
                 totals = [plain.total]
             p = softmax(z_teacher, problem.teacher_temperature, losses.dtype, scratch[2:4])
-            torch.cat([q.top, q.total, p.top, p.total, *totals], 1, out=table[rows])
             terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
+            means = [] if terms.mean is None else [terms.mean]
+            known = [q.top, q.total, p.top, p.total, *means, *totals]
+        torch.cat(known, 1, out=table[rows])
         losses.view(-1, 1)[rows] = terms.value(problem.scale)
 
     _for_chunks(work, _n_scratch(problem), student, problem.teacher)
@@ -133,7 +139,7 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
         scratch = z.new_empty((_n_scratch(problem), *z.shape), dtype=dtype).unbind()
         slopes = torch.empty_like(z, dtype=dtype)
     if problem.divergence == "logit_mse":
-        terms = logit_mse(z, z_teacher, dtype, scratch)
+        _, terms = logit_mse(z, z_teacher, dtype, scratch)
     else:
         q = softmax(z, problem.student_temperature, dtype, scratch[:2])
         if labels is not None:
@@ -191,6 +197,8 @@ def _fill(
     n_rows, width = problem.student.shape[:-1].numel(), statistics.shape[-1]
     table = statistics.reshape(n_rows, width, 1)
     unit = problem.scale / problem.student_temperature
+    # elsewhere than on a CPU a look at the factors would be a host sync
+    has_masked = factors is not None and not (factors.is_cpu and factors.all())
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teacher, out = chunks
@@ -202,16 +210,21 @@ def _fill(
             slope.zero_()
         else:
             if problem.divergence == "logit_mse":
-                terms = logit_mse(z, z_teacher, dtype, scratch)
+                _, terms = logit_mse(z, z_teacher, dtype, (slope,), known[0])
             else:
                 q = softmax(z, problem.student_temperature, dtype, scratch[:2], known[:2])
-                p = softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4], known[2:4])
-                terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
+                p = softmax(
+                    z_teacher, problem.teacher_temperature, dtype, scratch[2:4], known[2:4],
+                    needs_e=problem.divergence != "reverse_kl",
+                )  # fmt: skip
+                mean = known[4] if problem.divergence in CENTRED else None
+                terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:], mean)
             terms.slope(slope, factors[rows] * unit)
-            _select(slope, factors[rows])
+            if has_masked:
+                _select(slope, factors[rows])
         if ce_factors is not None and labels is not None:
             factor = ce_factors[rows]
-            q = softmax(z, 1.0, dtype, scratch, (known[0], known[4]))
+            q = softmax(z, 1.0, dtype, scratch, (known[0], known[-1]))
             slope.add_(_select(q.e.mul_(factor / q.total), factor))
             slope.scatter_add_(1, labels[rows].clamp(min=0), -factor)
         if in_scratch:
@@ -241,7 +254,7 @@ def _in_compute_dtype(problem: Rows) -> Rows:
 
 
 def _n_scratch(problem: Rows) -> int:
-    return 3 if problem.divergence == "logit_mse" and problem.labels is None else N_SCRATCH
+    return 1 if problem.divergence == "logit_mse" and problem.labels is None else N_SCRATCH
 
 
 def _empty_losses(problem: Rows) -> Losses:
@@ -305,13 +318,13 @@ def _for_chunks(
         blocks = [x.reshape(1, -1, n_cols) for x in blocks]
     n_blocks, inner, _ = blocks[0].shape
     size = min(inner, max(1, most // n_cols))
-    shape = n_scratch, size, n_cols
-    scratch = student.new_empty(shape, dtype=compute_dtype(student, teacher))
+    shape, dtype = (n_scratch, size, n_cols), compute_dtype(student, teacher)
 
-    def of_block(i: int, rows: slice) -> None:
-        n = rows.stop - rows.start
-        places = slice(i * inner + rows.start, i * inner + rows.stop)
+    def of_chunk(places: slice, scratch: Tensor) -> None:
+        i, n = places.start // inner, places.stop - places.start
+        rows = slice(places.start - i * inner, places.stop - i * inner)
         work(places, [x[i, rows] for x in blocks], scratch[:, :n].unbind())
 
-    for i in range(n_blocks):
-        for_each(lambda rows, i=i: of_block(i, rows), range(inner), size)  # type: ignore[misc]
+    chunks = [x for i in range(n_blocks) for x in cut(range(i * inner, (i + 1) * inner), size)]
+    scratch = functools.partial(student.new_empty, shape, dtype=dtype)
+    by_workers(lambda: for_each(of_chunk, chunks, scratch), len(chunks) > 1, student)

@@ -26,7 +26,7 @@ def check_info_nce(
     reduction: str = "mean",
     **_: bool,
 ) -> None:
-    bank = {} if negatives is None else {"negatives": _first_of_each(negatives)}
+    bank = {} if negatives is None else {"negatives": _first_of_each("negatives", negatives)}
     _checks.matrices(query=query, key=key, **bank)
     _checks.same_examples(query=query, key=key)
     if negatives is not None and negatives.ndim == 3:
@@ -103,7 +103,7 @@ def check_sup_con(
     **_: bool,
 ) -> None:
     others = {} if keys is None else {"keys": keys}
-    _checks.matrices(features=_first_of_each(features), **others)
+    _checks.matrices(features=_first_of_each("features", features), **others)
     if (labels is None) == (positives is None):
         got = "neither" if labels is None else "both"
         raise ValueError(
@@ -176,10 +176,15 @@ def check_similarity_kl(
     _weights_and_reduction(weights, reduction, student)
 
 
-def _first_of_each(x: Any) -> Any:
+def _first_of_each(name: str, x: Any) -> Any:
     """Return [N, D] of [N, M, D], several embeddings of each example, and all else as it is."""
-    if not isinstance(x, Tensor) or x.is_nested or x.ndim != 3:
+    if not isinstance(x, Tensor) or x.is_nested or x.ndim < 3:
         return x
+    if x.ndim > 3:
+        raise ValueError(
+            f"{name} needs the shape [N, D], or [N, M, D] with M embeddings of each example, got "
+            f"{[*x.shape]}: pool them to D features each"
+        )
     return x[:, 0] if x.shape[1] else x.flatten(0, 1)
 
 

@@ -82,7 +82,7 @@ def info_nce(
             least = torch.finfo(further.dtype).min / 4
             further = further.masked_fill(false_negatives[:, n:], least)
             false_negatives = false_negatives[:, :n]
-        form, logits, of_negatives = _with_further(form, logits, further.logsumexp(1))
+        (logits, of_negatives), form = _beside(form, logits, further), "softplus"
     elif not in_batch_negatives:
         keys, bank, first = negatives, None, -1
     elif bank is not None and is_differentiated(bank):
@@ -106,16 +106,17 @@ def _similarities_of_each(query: Tensor, negatives: Tensor, normalize: bool) -> 
     return (negatives @ query[:, :, None])[:, :, 0]
 
 
-def _with_further(form: str, logits: Tensor, further: Tensor) -> tuple[str, Tensor, Tensor]:
-    """Return a form, positive logits and losses that add negatives to those of an engine.
+def _beside(form: str, logits: Tensor, further: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positive logits with which an engine adds its negatives to others.
 
-    further: b, the log-sum-exps of these. With n those of the others log(e^a + e^b + e^n) − a is
-    softplus(n − c) + (c − a) with c = log(e^a + e^b), and c = b if the loss is decoupled.
+    The second tensor is the part of the losses that it does not compute. With b the log-sum-exps of
+    the others, [N, M], log(e^a + e^b + e^n) − a is softplus(n − c) + (c − a), where
+    c = log(e^a + e^b), or b if the loss is decoupled.
     """
-    if form == "linear":
-        return "softplus", further, further - logits
-    losses = F.softplus(further - logits, threshold=LINEAR)  # type: ignore[call-arg]
-    return form, torch.logaddexp(logits, further), losses
+    losses = (further - logits[:, None]).logsumexp(1)  # b − a, because both may be large and alike
+    if form == "softplus":
+        losses = F.softplus(losses, threshold=LINEAR)  # type: ignore[call-arg]
+    return logits + losses, losses
 
 
 def clip_contrastive(

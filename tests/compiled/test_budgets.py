@@ -19,6 +19,7 @@ QUICK = {
     ("rkd", (256, 512)), ("clip_contrastive", (4096, 64)), ("similarity_kl", (4096, 64)),
     ("siglip", (4096, 64)), ("sup_con", (4096, 64)), ("info_nce", (4096, 64)),
 }  # fmt: skip
+SAME_KERNELS = ("clip_contrastive", "sup_con")  # as info_nce and siglip launch
 POINTS = [
     pytest.param(case, target, *point, id=f"{case.name}-{target}-{budgets.name_of(*point)}")
     for case in FUSED
@@ -30,7 +31,9 @@ POINTS = [
 @pytest.mark.parametrize("case, target, shape, dtype", POINTS)
 @quick_if(
     lambda case, target, shape, dtype: (
-        (case.name, shape) in QUICK and target in ("sm_90", "gfx942") and dtype == torch.bfloat16
+        (case.name, shape) in QUICK
+        and target in ("sm_90", *["gfx942"] * (case.name not in SAME_KERNELS))
+        and dtype == torch.bfloat16
     )
 )
 def test_every_launch_keeps_the_rules_and_its_budget(case, target, shape, dtype):
@@ -86,7 +89,6 @@ def test_bytes_are_counted_where_the_launch_sites_choose_as_for_the_whole():
         ("warps_per_sm", 40, 36, True),
         ("warps_per_sm", 40, 48, False),
         ("tensor", 8, 0, True),
-        ("bytes[1]", 10.0, 14.0, True),
         ("bytes[1]", None, 14.0, True),
         ("launches[0]", 1, None, True),
     ],
@@ -97,16 +99,14 @@ def test_worse_by_more_than_the_slack_fails(what, recorded, present, is_worse):
 
 def test_changes_are_those_of_every_number():
     recorded = {"a": {"mufu": [1.0, 2.0], "spills": 0}, "b": {"registers": 50}}
-    present = {"a": {"mufu": [1.0, 3.0], "spills": 0}, "c": {"registers": 50}}
-    found = {change.what: str(change) for change in changes(recorded, present)}
-    assert found == {
-        "a mufu[1]": "WORSE a mufu[1]: 2.0 → 3.0 (+50.0%)",
-        "b registers": "WORSE b registers: 50 → nothing",
-        "c registers": "WORSE c registers: nothing → 50",
-    }
+    present = {"a": {"mufu": [0.5, 3.0], "spills": 0}, "c": {"registers": 50}}
+    assert sorted(map(str, changes(recorded, present))) == [
+        "WORSE a mufu[1]: 2.0 → 3.0 (+50.0%)",
+        "WORSE b registers: 50 → nothing",
+        "WORSE c registers: nothing → 50",
+        "a mufu[0]: 1.0 → 0.5 (-50.0%)",
+    ]
     assert not changes(recorded, recorded)
-    better = {"a": {"mufu": [0.5, 2.0], "spills": 0}, "b": {"registers": 50}}
-    assert list(map(str, changes(recorded, better))) == ["a mufu[0]: 1.0 → 0.5 (-50.0%)"]
 
 
 def test_the_file_is_as_the_command_writes_it():
@@ -122,16 +122,17 @@ def test_the_command_prints_the_difference_and_records_it(tmp_path, monkeypatch,
     present = {"loss": {"registers": 40}}
     monkeypatch.setattr(budgets, "FILE", file)
     monkeypatch.setattr(budgets, "count", lambda: present)
-    monkeypatch.setattr("sys.argv", ["budgets.py"])
-    assert budgets.main() == 1
+
+    def main(*options):
+        monkeypatch.setattr("sys.argv", ["budgets.py", *options])
+        return budgets.main()
+
+    assert main() == 1
     assert "WORSE loss registers: nothing → 40\n1 counts differ" in capsys.readouterr().out
     assert budgets.read()["counts"] == {}
-    monkeypatch.setattr("sys.argv", ["budgets.py", "--write"])
-    assert budgets.main() == 0
+    assert main("--write") == main() == 0
     rules = {"kernel": {"float64": True}}
     assert budgets.read() == {"rules": rules, "triton": budgets.VERSION, "counts": present}
-    monkeypatch.setattr("sys.argv", ["budgets.py"])
-    assert budgets.main() == 0
 
 
 def test_the_counts_are_those_of_the_algorithm():
@@ -140,8 +141,8 @@ def test_the_counts_are_those_of_the_algorithm():
     shape = (4096, 128256)
     run = compiled(case, shape, torch.bfloat16, "sm_90")
     assert (run.trained_bytes, run.element_bytes) == (2 * 4096 * 128256, 4)
-    assert budgets.of_call(run) == {"launches": [1, 2], "extra_memory": [0.0001403, 1.0]}
+    assert budgets.of_call(run) == {"launches": [1, 2], "extra_memory": [0.0001248, 1.0]}
     statistics, gradient = budgets.of_kernels(run).values()
     assert (len(statistics["instructions"]), len(gradient["instructions"])) == (1, 1)
     assert 2 <= statistics["mufu"][0] <= 2.5
-    assert 15 <= statistics["instructions"][0] <= 20
+    assert 15 <= statistics["instructions"][0] <= 21  # two of them, so that e is 1 at the maximum

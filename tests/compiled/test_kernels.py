@@ -1,5 +1,7 @@
 """Particulars of compiled kernels, where they are launched; the rest is in the budgets."""
 
+import itertools
+
 import pytest
 import torch
 from budgets import TARGETS, VERSION
@@ -148,11 +150,10 @@ def test_float32_where_it_may_be_rounded(case, target, monkeypatch):
 
 
 @full
-@pytest.mark.parametrize("teacher_dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_two_networks_of_any_precision(dtype, teacher_dtype, monkeypatch):
+@pytest.mark.parametrize("dtypes", [*itertools.product([torch.bfloat16, torch.float32], repeat=2)])
+def test_two_networks_of_any_precision(dtypes, monkeypatch):
     monkeypatch.setattr(tiling, "_may_be_rounded", lambda nvidia: nvidia)
-    found = launches("similarity_kl", (8192, 128), dtype, teacher_dtype=teacher_dtype)
+    found = launches("similarity_kl", (8192, 128), dtypes[0], teacher_dtype=dtypes[1])
     assert len(found) == 2
     for launch in found:
         assert not analyse(launch).spills and analyse(launch).total["HGMMA"]
@@ -264,6 +265,17 @@ def test_numbers_that_vary_compile_nothing_anew():
             fastkd.rkd(student, student.detach(), distance_weight=weight, smooth_l1_beta=beta)
         found.add(tuple(launch.asm["cubin"] for launch in launched))
     assert len(found) == 1
+
+
+def test_numbers_that_would_be_rounded_or_waited_for_lie_on_the_device():
+    """A Python float reaches a kernel as float32, and of a tensor one would have to wait."""
+    there = torch.empty((), device="meta")
+    for dtype, weight in ((torch.float32, 2.0), (torch.float32, there), (torch.float64, 2.0)):
+        problem = relations_of(64, "distance", "default", dtype, False)
+        with capture("sm_90") as found:
+            relations.value_and_gradients(problem._replace(distance_weight=weight), (False,))
+        is_there = dtype == torch.float64 or weight is there
+        assert {x.args["ON_DEVICE"] for x in found} == {is_there}
 
 
 def test_the_work_of_a_launch():

@@ -1,25 +1,18 @@
-"""Small problems for compute-sanitizer; canaries around the tensors for when it is missing."""
+"""Small problems for compute-sanitizer: without a GPU tests/meter.py watches every access."""
 
 import pytest
 import torch
 from cases import DEVICE, LOSSES, of
 from force import on_device_of
-from guard import Guard
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
 ROWS = [case for case in LOSSES if case.name in ("jensen_shannon", "kd")]
 
 
 def step(case, inputs, **options):
-    guard = Guard()
-    surrounded = [
-        guard.surround(x.detach(), gap=3) if x.is_floating_point() and x.ndim > 1 else x
-        for x in inputs
-    ]
-    loss = case(surrounded[0].requires_grad_(), *surrounded[1:], **options)
-    (gradient,) = torch.autograd.grad(loss, surrounded[0])
+    loss = case(*inputs, **options)
+    (gradient,) = torch.autograd.grad(loss, inputs[0])
     assert loss.isfinite() and gradient.isfinite().all()
-    guard.check()
 
 
 @pytest.mark.parametrize("case", ROWS, ids=str)

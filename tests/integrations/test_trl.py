@@ -26,7 +26,7 @@ class FastGKDTrainer(GKDTrainer):
             beta=beta,
             temperature=temperature,
             scale_t2=False,  # TRL's convention
-            weights=labels != -100,
+            labels=labels,
             normalizer=num_items_in_batch,
         )
 
