@@ -151,7 +151,7 @@ def test_options(case, engine):
 
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_formulas_write_into_no_view(case):
-    """What torch.compile could not make functional would not be compiled."""
+    """Tracing refuses such a formula, which then could not be compiled."""
     inputs = [x.detach() for x in case.inputs((4,), 5)]
     with fastkd.backend("formula"):
         assert_same([torch.func.functionalize(case)(*inputs)], [case(*inputs)])
