@@ -326,10 +326,13 @@ def test_a_row_without_a_softmax_gives_nan_and_spoils_no_other(case, engine, bad
 def test_a_perfect_student_has_no_loss_and_no_gradient(case, engine):
     if case.name in ("kd", "soft_cross_entropy"):
         return  # they do not vanish
-    for dtype, rounding in ((torch.float64, 1e-14), (torch.float32, 4e-6), (torch.bfloat16, 4e-6)):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
         student, _ = case.inputs((5,), 37, dtype)
         losses, gradient = results(case, [student, student.detach().clone()])
-        assert losses.abs().max() <= rounding and gradient.abs().max() <= rounding
+        assert not losses.any()
+        # a kernel's probabilities add up to 1 but for rounding, by which a constant slope is off
+        rounding = 4e-7 if engine == "triton" and "skew" in case.name else 0
+        assert gradient.abs().max() <= rounding
 
 
 # ----------------------------------------------------------------------- labels and the divergence

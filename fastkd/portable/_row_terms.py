@@ -180,12 +180,14 @@ def _skew_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
     m = _mixture(q, p, weight, scratch[0])
 
     def value(scale: Number) -> Tensor:
-        above = p.d.sub_(torch.log2(m, out=q.d))
+        above = torch.div(p.e, m, out=p.d).log2_()
         return _not_below_0(_mean(above, p, out=above).add_(ratio - ratio), scale)
 
     def slope(out: Tensor, factor: Number) -> None:
         share = p.e.div_(m)
-        centred = share.sub_(_mean(share, q, out=out))
+        # summed as Z is, so that a share of 1 has a mean of exactly 1
+        mean = torch.mul(share, q.e, out=out).sum(-1, keepdim=True).div_(q.total)
+        centred = share.sub_(mean)
         _weighted(centred, q, out, ratio, factor * (weight - 1))
 
     return Terms(value, slope, p.d)
@@ -195,15 +197,16 @@ def _skew_reverse_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -
     ratio = _log_ratio(p, q)
     q = _in_units_of(p, q)
     m = _mixture(p, q, weight, scratch[0])
-    above = q.d.add_(ratio).sub_(torch.log2(m, out=p.d))
+    above = torch.div(q.e, m, out=q.d).log2_()
 
     def value(scale: Number) -> Tensor:
         return _not_below_0(_mean(above, q, out=p.d).add_(ratio - ratio), scale)
 
     def slope(out: Tensor, factor: Number) -> None:
-        of_m = torch.div(q.e, m, out=p.e).mul_(-weight / _LN2)
-        v = above.nan_to_num_(0).add_(of_m)
-        _weighted(v.sub_(_mean(v, q, out=out)), q, out, ratio, factor * _LN2)
+        share = torch.div(q.e, m, out=p.e)
+        v = share.sub_(above.nan_to_num_(0, neginf=0).mul_(_LN2 / weight))
+        mean = torch.mul(v, q.e, out=out).sum(-1, keepdim=True).div_(q.total)
+        _weighted(v.sub_(mean), q, out, ratio, factor * -weight)
 
     return Terms(value, slope, p.d)
 
@@ -214,16 +217,17 @@ def _jensen_shannon(
     ratio, q, p = _log_ratio(p, q), _normalised(q), _normalised(p)
     if not isinstance(weight, Tensor) and weight == 0.5:  # the same bits for (p, q) and (q, p)
         m = torch.add(q.e, p.e, out=scratch[0]).mul_(0.5)
+        m.clamp_(min=torch.finfo(m.dtype).tiny)
     else:
         m = _mixture(q, p, weight, scratch[0])
-    log_m = m.clamp_(min=torch.finfo(m.dtype).tiny).log2_()
-    above = q.d.sub_(log_m)
+    # the logarithm of a quotient is exactly 0 where the networks are equal
+    above = torch.div(q.e, m, out=q.d).log2_()
     of_q = mean
     if of_q is None:
         of_q = torch.mul(above, q.e, out=scratch[1]).nansum(-1, keepdim=True)
 
     def value(scale: Number) -> Tensor:
-        above_p = p.d.sub_(log_m)
+        above_p = torch.div(p.e, m, out=p.d).log2_()
         of_p = torch.mul(above_p, p.e, out=above_p).nansum(-1, keepdim=True)
         both = of_p.mul_(weight).add_(of_q * (1 - weight))
         return _not_below_0(both.add_(ratio - ratio), scale)
@@ -307,8 +311,7 @@ def _in_units_of(p: Softmax, q: Softmax) -> Softmax:
 
 
 def _normalised(q: Softmax) -> Softmax:
-    """Return q with its probabilities as e, their logarithms as d, and a total of 1."""
-    q.d.sub_(q.total.log2())
+    """Return q with its probabilities as e and a total of 1."""
     q.e.mul_(q.total.reciprocal())
     return q._replace(total=torch.ones_like(q.total))
 

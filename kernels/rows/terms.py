@@ -157,15 +157,15 @@ def mixture(ds, dt, zs, zt, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr
     if DIVERGENCE == "skew_reverse_kl":
         of_teacher, of_student = 1 - weight, weight
     log_m = log2(of_teacher * p + of_student * q, FAST)
+    # exactly 0 where the networks are equal
+    p_above = tl.where(log_p == log_q, 0.0, log_p - log_m)
+    q_above = tl.where(log_p == log_q, 0.0, log_q - log_m)
     if DIVERGENCE == "skew_kl":
-        share = tl.exp2(log_p - log_m)
-        return p * (log_p - log_m) * LN2, q, (weight - 1) * share
+        return p * p_above * LN2, q, (weight - 1) * tl.exp2(p_above)
     if DIVERGENCE == "skew_reverse_kl":
-        share = tl.exp2(log_q - log_m)
-        above = (log_q - log_m) * LN2
-        return q * above, q, above - weight * share
-    below = (log_p - log_m) * (weight * LN2)
-    return p * below, q, (log_q - log_m) * ((1 - weight) * LN2)
+        above = q_above * LN2
+        return q * above, q, above - weight * tl.exp2(q_above)
+    return p * (p_above * (weight * LN2)), q, q_above * ((1 - weight) * LN2)
 
 
 @triton.jit
