@@ -15,13 +15,9 @@ A module has no state but the queue of `InfoNCELoss` and the centre of `DINOLoss
 
 from __future__ import annotations
 
-import difflib
-import functools
 import inspect
 import io
-import types
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,296 +32,124 @@ from fastkd import (
     self_distillation,
     vanilla,
 )
-from fastkd._loss import Loss
+from fastkd._module import LossModule
 from fastkd._ranks import Ranks
 from fastkd.problems import _crops as crops
 
-_OF_A_BATCH = ("labels", "weights", "normalizer")  # keyword parameters that belong to a batch
-_OF_A_MODULE = ("center",)  # parameters that a module keeps as its state
 
-
-class _Loss(nn.Module):
-    """A loss as a module; the subclass names its function: ``class KDLoss(_Loss, function=kd)``."""
-
-    function: Any  # a Loss
-    defaults: dict[str, Any]
-    empty_shape: tuple[int, ...] = (0, 1)  # of a tensor of no examples
-
-    def __init_subclass__(cls, function: Loss[..., Any] | None = None, **rest: Any) -> None:
-        super().__init_subclass__(**rest)
-        if function is None:  # a user's subclass of a loss
-            return
-        parameters = inspect.signature(function).parameters.values()
-        options = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _OF_A_BATCH]
-        cls.function = staticmethod(function)
-        cls.defaults = {p.name: p.default for p in options}
-        batch = [p for p in parameters if p not in options and p.name not in _OF_A_MODULE]
-        _, *own = inspect.signature(cls.__init__).parameters.values()
-        own = [p for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-        at_construction = sorted(options + own, key=lambda p: p.kind)  # positional ones first
-        cls.__init__ = _with_signature(cls.__init__, at_construction)  # type: ignore[method-assign]
-        cls.forward = _with_signature(cls.forward, batch)  # type: ignore[method-assign]
-
-    def __init__(self, *misplaced: Any, **options: Any) -> None:
-        """Keep the options of the function, which raises TypeError or ValueError for wrong ones."""
-        super().__init__()
-        name = type(self).__name__
-        if misplaced:
-            raise TypeError(
-                f"{name} takes its options by name, got {misplaced[0]!r} without one: write "
-                f"{name}(option=value) with an option of {', '.join(self.defaults) or 'none'}"
-            )
-        _checks.options(options, self.defaults, name)
-        if options.get("group", self) is None:
-            _warn_of_no_group(name)
-        options = self.defaults | options
-        self._check_options(options)
-        for option, value in options.items():
-            self._keep(option, value)
-
-    def forward(self, *tensors: Any, **of_a_batch: Any) -> Any:
-        """Return the loss of the function with these options."""
-        if of_a_batch:
-            self._refuse_options(of_a_batch)
-        return self.function(*tensors, **of_a_batch, **self._options())
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """Return the options with their values, to be read; they are set as attributes."""
-        return types.MappingProxyType(self._options())
-
-    def extra_repr(self) -> str:
-        options = self._options().items()
-        shown = {k: v.detach() if isinstance(v, Tensor) else v for k, v in options}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
-
-    def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.defaults}
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.defaults:
-            self._check_options(self._options() | {name: value})
-            self._keep(name, value)
-        else:
-            if type(self).__module__ == __name__ and name[0] != "_" and not hasattr(self, name):
-                self._refuse_misspelt(name)
-            super().__setattr__(name, value)
-
-    def _keep(self, name: str, value: Any) -> None:
-        """Make an option an attribute: a parameter, a buffer, or as it is."""
-        for kept in (self.__dict__, self._parameters, self._buffers):
-            kept.pop(name, None)
-        self._non_persistent_buffers_set.discard(name)
-        # what requires grad and is no parameter belongs to somebody else
-        is_buffer = isinstance(value, Tensor) and not value.requires_grad
-        if is_buffer and not isinstance(value, nn.Parameter):
-            self.register_buffer(name, value, persistent=False)
-        else:
-            super().__setattr__(name, value)
-
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        """Let the function check options now, on an empty batch, not in the first step."""
-        numbers = [option for option in options.values() if isinstance(option, Tensor)]
-        device = numbers[0].device if numbers else "cpu"
-        other: dict[str, Any] = {"labels": torch.empty(0, dtype=torch.int64, device=device)}
-        other |= dict.fromkeys(("logit_scale", "logit_bias"), 1.0)
-        needed = [
-            p.name
-            for p in inspect.signature(self.function).parameters.values()
-            if p.kind is p.POSITIONAL_OR_KEYWORD and self._is_in_empty_batch(p, options)
-        ]
-        empty = torch.empty(self.empty_shape, device=device)
-        self.function.check({name: other.get(name, empty) for name in needed}, options)
-
-    def _is_in_empty_batch(self, parameter: inspect.Parameter, options: Mapping[str, Any]) -> bool:
-        """Return whether options are checked with a tensor for this parameter of the function."""
-        return parameter.default is parameter.empty or parameter.name == "labels"
-
-    def _refuse_options(self, of_a_batch: Mapping[str, Any]) -> None:
-        for name in of_a_batch:
-            if name in self.defaults:
-                raise TypeError(
-                    f"{name} is an option of the module and not of a call: set it before, "
-                    f"loss.{name} = {of_a_batch[name]!r}, or at construction"
-                )
-
-    def _refuse_misspelt(self, name: str) -> None:
-        if name in inspect.signature(self.function).parameters:
-            raise AttributeError(
-                f"{name} belongs to a batch and is no option of {type(self).__name__}, which would "
-                f"not read it: pass it at the call, as loss(..., {name}={name})"
-            )
-        known = inspect.signature(type(self)).parameters
-        option = next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), name)
-        if option != name:
-            raise AttributeError(
-                f"{type(self).__name__} has no option {name!r}; did you mean {option!r}?"
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if "group" in self.defaults and not isinstance(self.group, (str, types.NoneType)):
-            state["group"] = _Shared(self.group)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        group = state.get("group")
-        if isinstance(group, _Shared):
-            state = {**state, "group": group.group}
-        super().__setstate__(state)
-
-
-class _Shared:
-    """A process group on its way into a copy, which shares it, or into a pickle, as its name."""
-
-    def __init__(self, group: Any) -> None:
-        self.group = group
-
-    def __deepcopy__(self, memo: Any) -> _Shared:
-        return self
-
-    def __reduce__(self) -> Any:
-        is_world = self.group is torch.distributed.group.WORLD
-        return str, ("world" if is_world else self.group.group_name,)
-
-
-def _warn_of_no_group(loss: str) -> None:
-    """Warn of a group None that may be a world which is not initialised yet."""
-    if torch.distributed.is_available() and not torch.distributed.is_initialized():
-        warnings.warn(
-            f"{loss} got group=None, as torch.distributed.group.WORLD is before "
-            'init_process_group, and will see this process alone: pass group="world" for all '
-            "ranks, or leave group out",
-            UserWarning,
-            stacklevel=4,
-        )
-
-
-def _with_signature(method: Callable, parameters: Iterable[inspect.Parameter]) -> Callable:
-    """Return the method with a signature of these parameters, for help() and inspect."""
-
-    @functools.wraps(method)
-    def same(self: _Loss, *arguments: Any, **options: Any) -> Any:
-        return method(self, *arguments, **options)
-
-    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    same.__signature__ = inspect.Signature([me, *parameters])  # type: ignore[attr-defined]
-    return same
-
-
-class ForwardKLLoss(_Loss, function=divergence.forward_kl):
+class ForwardKLLoss(LossModule, function=divergence.forward_kl):
     """T² KL(p ‖ q), the module of `fastkd.forward_kl`.
 
     Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
     """
 
 
-class ReverseKLLoss(_Loss, function=divergence.reverse_kl):
+class ReverseKLLoss(LossModule, function=divergence.reverse_kl):
     """T² KL(q ‖ p), the module of `fastkd.reverse_kl`.
 
     Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2024. arXiv:2306.08543
     """
 
 
-class JensenShannonLoss(_Loss, function=divergence.jensen_shannon):
+class JensenShannonLoss(LossModule, function=divergence.jensen_shannon):
     """T² [β KL(p ‖ m) + (1 − β) KL(q ‖ m)], the module of `fastkd.jensen_shannon`.
 
     Agarwal et al., On-Policy Distillation of Language Models, 2024. arXiv:2306.13649
     """
 
 
-class SkewKLLoss(_Loss, function=divergence.skew_kl):
+class SkewKLLoss(LossModule, function=divergence.skew_kl):
     """T² KL(p ‖ α p + (1 − α) q), the module of `fastkd.skew_kl`.
 
     Ko et al., DistiLLM: Towards Streamlined Distillation, 2024. arXiv:2402.03898
     """
 
 
-class SkewReverseKLLoss(_Loss, function=divergence.skew_reverse_kl):
+class SkewReverseKLLoss(LossModule, function=divergence.skew_reverse_kl):
     """T² KL(q ‖ (1 − α) p + α q), the module of `fastkd.skew_reverse_kl`.
 
     Ko et al., DistiLLM: Towards Streamlined Distillation, 2024. arXiv:2402.03898
     """
 
 
-class SymmetricKLLoss(_Loss, function=divergence.symmetric_kl):
+class SymmetricKLLoss(LossModule, function=divergence.symmetric_kl):
     """T² [w KL(p ‖ q) + (1 − w) KL(q ‖ p)], the module of `fastkd.symmetric_kl`.
 
     Jeffreys, An Invariant Form for the Prior Probability in Estimation Problems, 1946
     """
 
 
-class TotalVariationLoss(_Loss, function=divergence.total_variation):
+class TotalVariationLoss(LossModule, function=divergence.total_variation):
     """T² ½ Σ |p − q|, the module of `fastkd.total_variation`.
 
     Wen et al., f-Divergence Minimization for Knowledge Distillation, 2023. arXiv:2307.15190
     """
 
 
-class SoftCrossEntropyLoss(_Loss, function=divergence.soft_cross_entropy):
+class SoftCrossEntropyLoss(LossModule, function=divergence.soft_cross_entropy):
     """−T² Σ p log q, the module of `fastkd.soft_cross_entropy`.
 
     Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
     """
 
 
-class LogitMSELoss(_Loss, function=divergence.logit_mse):
+class LogitMSELoss(LossModule, function=divergence.logit_mse):
     """T² (1/V) Σ ((z_s − z_t) / T)², the module of `fastkd.logit_mse`.
 
     Ba and Caruana, Do Deep Nets Really Need to be Deep?, 2014. arXiv:1312.6184
     """
 
 
-class KDLoss(_Loss, function=vanilla.kd):
+class KDLoss(LossModule, function=vanilla.kd):
     """α CE(q at T = 1, labels) + (1 − α) T² D(p, q), the module of `fastkd.kd`.
 
     Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
     """
 
 
-class RKDDistanceLoss(_Loss, function=relational.rkd_distance):
+class RKDDistanceLoss(LossModule, function=relational.rkd_distance):
     """(1/N²) Σ_ij H(d_ij / mean d − t_ij / mean t), the module of `fastkd.rkd_distance`.
 
     Park et al., Relational Knowledge Distillation, 2019. arXiv:1904.05068
     """
 
 
-class RKDAngleLoss(_Loss, function=relational.rkd_angle):
+class RKDAngleLoss(LossModule, function=relational.rkd_angle):
     """(1/N³) Σ_ijk H(cos ∠s_ijk − cos ∠t_ijk), the module of `fastkd.rkd_angle`.
 
     Park et al., Relational Knowledge Distillation, 2019. arXiv:1904.05068
     """
 
 
-class RKDLoss(_Loss, function=relational.rkd):
+class RKDLoss(LossModule, function=relational.rkd):
     """distance_weight · rkd_distance + angle_weight · rkd_angle, the module of `fastkd.rkd`.
 
     Park et al., Relational Knowledge Distillation, 2019. arXiv:1904.05068
     """
 
 
-class SimilarityPreservingLoss(_Loss, function=correlation.similarity_preserving):
+class SimilarityPreservingLoss(LossModule, function=correlation.similarity_preserving):
     """(1/N²) Σ_ij (G_ij / ‖G_i‖ − T_ij / ‖T_i‖)², the module of `fastkd.similarity_preserving`.
 
     Tung and Mori, Similarity-Preserving Knowledge Distillation, 2019. arXiv:1907.09682
     """
 
 
-class PKTLoss(_Loss, function=correlation.pkt):
+class PKTLoss(LossModule, function=correlation.pkt):
     """(1/N²) Σ_ij p_ij log((p_ij + ε) / (q_ij + ε)), the module of `fastkd.pkt`.
 
     Passalis and Tefas, Probabilistic Knowledge Transfer, 2018. arXiv:1803.10837
     """
 
 
-class CorrelationCongruenceLoss(_Loss, function=correlation.correlation_congruence):
+class CorrelationCongruenceLoss(LossModule, function=correlation.correlation_congruence):
     """Σ_i |s_i − t_i| · |s_i+1 − t_i+1| / (N−1), the module of `fastkd.correlation_congruence`.
 
     Peng et al., Correlation Congruence for Knowledge Distillation, 2019. arXiv:1904.01802
     """
 
 
-class DISTLoss(_Loss, function=correlation.dist_kd):
+class DISTLoss(LossModule, function=correlation.dist_kd):
     """T² [β (1 − mean ρ(q_i, p_i)) + γ (1 − mean ρ(q_·v, p_·v))], the module of `fastkd.dist_kd`.
 
     Huang et al., Knowledge Distillation from A Stronger Teacher, 2022. arXiv:2205.10536
@@ -388,7 +212,7 @@ class _Queue(nn.Module):
         return f"size={len(self.keys)}"
 
 
-class InfoNCELoss(_Loss, function=contrastive.info_nce):
+class InfoNCELoss(LossModule, function=contrastive.info_nce):
     """(1/N) Σ_i −log e^{s₊} / (e^{s₊} + λ Σ e^{s₋}), the module of `fastkd.info_nce`.
 
     Args:
@@ -467,42 +291,42 @@ class InfoNCELoss(_Loss, function=contrastive.info_nce):
         return f"queue_size={self._queue_size}, {super().extra_repr()}"
 
 
-class ClipLoss(_Loss, function=contrastive.clip_contrastive):
+class ClipLoss(LossModule, function=contrastive.clip_contrastive):
     """½ (CE of the rows + CE of the columns), the module of `fastkd.clip_contrastive`.
 
     Radford et al., Learning Transferable Visual Models, 2021. arXiv:2103.00020
     """
 
 
-class SigLipLoss(_Loss, function=contrastive.siglip):
+class SigLipLoss(LossModule, function=contrastive.siglip):
     """(1/N) Σ_ij softplus(−y_ij (scale · ⟨image_i, text_j⟩ + bias)), the module of `fastkd.siglip`.
 
     Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023. arXiv:2303.15343
     """
 
 
-class NTXentLoss(_Loss, function=contrastive.nt_xent):
+class NTXentLoss(LossModule, function=contrastive.nt_xent):
     """(1/2N) Σ_i −log e^{s_i₊} / Σ_{j≠i} e^{s_ij}, the module of `fastkd.nt_xent`.
 
     Chen et al., A Simple Framework for Contrastive Learning (SimCLR), 2020. arXiv:2002.05709
     """
 
 
-class SupConLoss(_Loss, function=contrastive.sup_con):
+class SupConLoss(LossModule, function=contrastive.sup_con):
     """mean_i (1/|P_i|) Σ_{p∈P_i} −log e^{s_ip} / Σ_{j≠i} e^{s_ij}, the module of `fastkd.sup_con`.
 
     Khosla et al., Supervised Contrastive Learning, 2020. arXiv:2004.11362
     """
 
 
-class SimilarityKLLoss(_Loss, function=contrastive.similarity_kl):
+class SimilarityKLLoss(LossModule, function=contrastive.similarity_kl):
     """(1/N) Σ_i KL(softmax_j t_ij ‖ softmax_j s_ij), the module of `fastkd.similarity_kl`.
 
     Fang et al., SEED, 2021, arXiv:2101.04731; Yang et al., CLIP-KD, 2024, arXiv:2307.12732
     """
 
 
-class DINOLoss(_Loss, function=self_distillation.dino):
+class DINOLoss(LossModule, function=self_distillation.dino):
     """mean_tv H(softmax((t − c) / T_t), softmax(s_v / T_s)), the module of `fastkd.dino`.
 
     A call in training has the loss of the centre that the calls before left, and then moves it to

@@ -13,7 +13,7 @@ import torch._dynamo.testing
 import torch.distributed.checkpoint as checkpoint
 
 import fastkd
-from fastkd import modules
+from fastkd import _module, modules
 
 OPTIONS = {  # none of them a default
     fastkd.ForwardKLLoss: dict(temperature=2.0, scale_t2=False),
@@ -118,8 +118,8 @@ def test_every_loss_has_one_module_and_all_are_exported():
         value
         for value in vars(modules).values()
         if inspect.isclass(value)
-        and issubclass(value, modules._Loss)
-        and value is not modules._Loss
+        and issubclass(value, _module.LossModule)
+        and value is not _module.LossModule
     ]
     functions = [module.function for module in classes]
     names = (name for name in fastkd.__all__ if name.islower() and name != "__version__")
