@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -200,7 +201,7 @@ def labels(labels: Tensor, student: Tensor, ignore_index: int, divergence: str =
             f"labels need one class for each row: the shape {_shape(student[..., 0])} for logits "
             f"of shape {_shape(student)}, got {_shape(labels)}{way}"
         )
-    if not isinstance(ignore_index, int):
+    if not isinstance(ignore_index, numbers.Integral):
         raise TypeError(
             f"ignore_index must be a whole number, got {ignore_index!r}: leave it out, or pass one "
             "that no label has, so that none is ignored"

@@ -131,7 +131,11 @@ def check_kd(
     if not isinstance(divergence, str) or divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
     if distill_weight is None:
-        _checks.fraction(alpha=alpha)
+        try:
+            _checks.fraction(alpha=alpha)
+        except ValueError as error:
+            free = "; with distill_weight, the weight of the divergence, it may be any number of at least 0"
+            raise ValueError(f"{error}{free}") from None
     else:
         _checks.at_least_0(alpha=alpha, distill_weight=distill_weight)
     options = dict(beta=beta, skew=skew, weight=weight)
