@@ -92,6 +92,13 @@ def clip_contrastive(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return (of_images + F.cross_entropy(scale * text @ image.T, own)) / 2
 
 
+def nt_xent(view1: Tensor, view2: Tensor) -> Tensor:
+    z = F.normalize(torch.cat([view1, view2]))
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = (z @ z.T / 0.5).masked_fill(own, -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(view1)))
+
+
 def sup_con(features: Tensor, labels: Tensor) -> Tensor:
     z = F.normalize(features)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
