@@ -134,8 +134,9 @@ def check_kd(
         try:
             _checks.fraction(alpha=alpha)
         except ValueError as error:
-            free = "; with distill_weight, the weight of the divergence, it may be any number of at least 0"
-            raise ValueError(f"{error}{free}") from None
+            raise ValueError(
+                f"{error}; with distill_weight, the weight of the divergence, any number of at least 0"
+            ) from None
     else:
         _checks.at_least_0(alpha=alpha, distill_weight=distill_weight)
     options = dict(beta=beta, skew=skew, weight=weight)
