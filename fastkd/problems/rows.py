@@ -135,7 +135,7 @@ def check_kd(
             _checks.fraction(alpha=alpha)
         except ValueError as error:
             raise ValueError(
-                f"{error}; with distill_weight, the weight of the divergence, any number of at least 0"
+                f"{error}; with distill_weight, D's own, any number of at least 0"
             ) from None
     else:
         _checks.at_least_0(alpha=alpha, distill_weight=distill_weight)
