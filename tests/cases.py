@@ -158,7 +158,7 @@ class Case:
     inputs: Inputs
     published: Callable[..., Tensor]  # (*inputs, **options): for each example, or of the batch
     options: Mapping[str, Any] = field(default_factory=dict)
-    by_hand: Callable[..., float] | None = None  # in Python floats, of one row or of the batch
+    by_hand: Callable[..., float] | None = None  # in Python floats, of one row
     per_example: bool = False
     has_kernels: bool = True
     note: str = ""
@@ -188,17 +188,13 @@ class Case:
         return self.published(*inputs, **{**self.options, **options})
 
     def hand(self, *inputs: Tensor, **options: Any) -> Tensor:
-        """Compute the same in Python floats."""
+        """Compute the same in Python floats, row by row."""
         assert self.by_hand is not None
         options = {**self.options, **options}
-        if not self.per_example:
-            numbers: Any = self.by_hand(*(x.tolist() for x in inputs), **options)
-        else:
-            n_dims = inputs[0].ndim - 1
-            rows = [x.flatten(0, n_dims - 1).tolist() for x in inputs]
-            numbers = [self.by_hand(*row, **options) for row in zip(*rows, strict=True)]
+        rows = [x.flatten(0, inputs[0].ndim - 2).tolist() for x in inputs]
+        numbers = [self.by_hand(*row, **options) for row in zip(*rows, strict=True)]
         losses = torch.tensor(numbers, dtype=torch.float64, device=inputs[0].device)
-        return losses.view(inputs[0].shape[:-1]) if self.per_example else losses
+        return losses.view(inputs[0].shape[:-1])
 
 
 def _rows(
@@ -215,9 +211,8 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
 
 
 def _batch(problem: str, loss: Callable, inputs: Inputs, note: str = "", **options: Any) -> Case:
-    as_published, by_hand = (getattr(x, loss.__name__, None) for x in (published, textbook))
-    has_kernels = problem != "gram"
-    return Case(loss, problem, inputs, as_published, options, by_hand, False, has_kernels, note)
+    as_published, has_kernels = getattr(published, loss.__name__), problem != "gram"
+    return Case(loss, problem, inputs, as_published, options, None, False, has_kernels, note)
 
 
 def _with_keys(student, teacher, student_keys, teacher_keys, **options):
