@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastkd._backend import chosen
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHARED = "all examples share it"  # what to do about a number for each of them
 
 
@@ -41,18 +41,18 @@ def logits(student: Tensor, teacher: Tensor) -> None:
         if type(tensor) is not Tensor or tensor.is_nested:
             rows = "the rows of all sequences, .values() of a jagged tensor, for both networks"
             one_piece(name, tensor, rows)
-        if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
+        if tensor.dtype not in FLOATS or tensor.layout is not torch.strided:
             raise TypeError(
                 f"{name} must hold floating-point logits (float16, bfloat16, float32 or float64, "
                 f"dense), got {tensor.dtype}, {tensor.layout}; did labels come in its place?"
             )
         if tensor.ndim == 0 or tensor.shape[-1] == 0:
-            raise ValueError(f"{name} needs the shape (..., V) with V ≥ 1, got {_shape(tensor)}")
+            raise ValueError(f"{name} needs the shape (..., V) with V ≥ 1, got {shape(tensor)}")
     if student.shape != teacher.shape:
         advice = "align the positions, or cut both to the vocabulary that they share"
         raise ValueError(
             f"student_logits and teacher_logits need one shape, "
-            f"got {_shape(student)} and {_shape(teacher)}: {advice}"
+            f"got {shape(student)} and {shape(teacher)}: {advice}"
         )
     if student.device != teacher.device:
         same_device(student_logits=student, teacher_logits=teacher)
@@ -70,7 +70,7 @@ def _embedding(name: str, tensor: Any) -> None:
     if type(tensor) is not Tensor or tensor.is_nested:
         rows = "one embedding for each example, pooled, or .values() where each row is an example"
         one_piece(name, tensor, rows)
-    if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
+    if tensor.dtype not in FLOATS or tensor.layout is not torch.strided:
         raise TypeError(
             f"{name} must hold floating-point embeddings (float16, bfloat16, float32 or "
             f"float64, dense), got {tensor.dtype}, {tensor.layout}"
@@ -78,7 +78,7 @@ def _embedding(name: str, tensor: Any) -> None:
     if tensor.ndim < 2 or not tensor.shape[1:].numel():
         raise ValueError(
             f"{name} needs the shape [N, D] with D ≥ 1, an embedding for each of N examples, "
-            f"got {_shape(tensor)}"
+            f"got {shape(tensor)}"
         )
 
 
@@ -88,8 +88,8 @@ def embeddings(student: Tensor, teacher: Tensor) -> None:
         _embedding(name, tensor)
     if len(student) != len(teacher):
         raise ValueError(
-            f"student and teacher need the same examples: one N, got {_shape(student)} and "
-            f"{_shape(teacher)}"
+            f"student and teacher need the same examples: one N, got {shape(student)} and "
+            f"{shape(teacher)}"
         )
     same_device(student=student, teacher=teacher)
     constant_teacher(teacher=teacher)
@@ -102,76 +102,23 @@ def matrices(**tensors: Tensor) -> None:
         _embedding(name, tensor)
         if tensor.ndim != 2:
             raise ValueError(
-                f"{name} needs the shape [N, D], got {_shape(tensor)}: pool it to one embedding "
+                f"{name} needs the shape [N, D], got {shape(tensor)}: pool it to one embedding "
                 "for each example, or .flatten(0, -2) it where each row is an example"
             )
         if tensor.shape[1] != first_tensor.shape[1]:
             raise ValueError(
-                f"{first} and {name} need one D, got {_shape(first_tensor)} and {_shape(tensor)}: "
+                f"{first} and {name} need one D, got {shape(first_tensor)} and {shape(tensor)}: "
                 "project one of them"
             )
         if tensor is not first_tensor:
             same_device(**{first: first_tensor, name: tensor})
 
 
-def crops(**views: Any) -> None:
-    """Raise an error unless all are [n_crops, B, K] or sequences of [B, K], of one B and K."""
-    found: list[tuple[str, Tensor]] = []
-    for name, view in views.items():
-        n_dims = 3 if isinstance(view, Tensor) else 2
-        crops = [view] if isinstance(view, Tensor) else view
-        needed = (
-            f"{name} needs crops: a tensor [n_crops, B, K] or a list or tuple of tensors [B, K]"
-        )
-        if not isinstance(crops, (list, tuple)) or not all(isinstance(x, Tensor) for x in crops):
-            raise TypeError(f"{needed}, got {type(view).__name__}")
-        for crop in crops:
-            if type(crop) is not Tensor or crop.is_nested:
-                one_piece(name, crop, "a list with a tensor [B, K] for each crop")
-            if crop.dtype not in _FLOATS or crop.layout is not torch.strided:
-                raise TypeError(
-                    f"{name} must hold floating-point outputs (float16, bfloat16, float32 or "
-                    f"float64, dense), got {crop.dtype}, {crop.layout}"
-                )
-            if crop.ndim != n_dims or crop.shape[-1] == 0:
-                raise ValueError(
-                    f"{needed}, with K ≥ 1, got {_shape(crop)}; crops that lie one after the other "
-                    "in [n_crops · B, K] are .unflatten(0, (n_crops, B))"
-                )
-            found.append((name, crop))
-        if not len(view):
-            raise ValueError(f"{needed}, got no crop")
-    first_name, first = found[0]
-    for name, crop in found:
-        if crop.shape[-2:] != first.shape[-2:]:
-            raise ValueError(
-                f"all crops need the same B images and K outputs, got {_shape(first)} in "
-                f"{first_name} and {_shape(crop)} in {name}"
-            )
-        if crop.device != first.device:
-            raise ValueError(
-                f"{first_name} is on {first.device}, {name} on {crop.device}: move them together"
-            )
-
-
-def center(center: Any, like: Tensor) -> None:
-    """Raise an error unless the centre has a number for each of K outputs of a teacher (..., K)."""
-    if not isinstance(center, Tensor):
-        raise TypeError(f"center must be a tensor of shape [K], got {type(center).__name__}")
-    one_piece("center", center, "one tensor [K]")
-    if center.shape != like.shape[-1:] or center.dtype not in _FLOATS:
-        raise ValueError(
-            f"center needs one floating-point number for each of K = {like.shape[-1]} outputs, got "
-            f"{_shape(center)} of {center.dtype}"
-        )
-    same_device(teacher=like, center=center)
-
-
 def same_examples(**tensors: Tensor) -> None:
     (first, a), (second, b) = tensors.items()
     if len(a) != len(b):
         raise ValueError(
-            f"{first} and {second} need the same examples: one N, got {_shape(a)} and {_shape(b)}"
+            f"{first} and {second} need the same examples: one N, got {shape(a)} and {shape(b)}"
         )
 
 
@@ -198,8 +145,8 @@ def labels(labels: Tensor, student: Tensor, ignore_index: int, divergence: str =
         way = "; a label of ones and zeros is labels.argmax(-1)"
         way = way if labels.shape == student.shape else _classes_last(student, labels)
         raise ValueError(
-            f"labels need one class for each row: the shape {_shape(student[..., 0])} for logits "
-            f"of shape {_shape(student)}, got {_shape(labels)}{way}"
+            f"labels need one class for each row: the shape {shape(student[..., 0])} for logits "
+            f"of shape {shape(student)}, got {shape(labels)}{way}"
         )
     if not isinstance(ignore_index, numbers.Integral):
         raise TypeError(
@@ -266,7 +213,7 @@ def weights(
     if weights.is_complex() or weights.shape != examples:
         raise ValueError(
             f"weights need one real number or bool for each example: the shape {[*examples]}, "
-            f"got {_shape(weights)} of {weights.dtype}{_classes_last(logits, weights)}"
+            f"got {shape(weights)} of {weights.dtype}{_classes_last(logits, weights)}"
         )
     if weights.device != device:
         raise ValueError(f"weights are on {weights.device}, the losses on {device}: move them")
@@ -284,7 +231,7 @@ def reduction(reduction: str, normalizer: Any) -> None:
         one_piece("normalizer", normalizer, "one number")
         if normalizer.numel() != 1:
             raise ValueError(
-                f"normalizer must be a number or a tensor of one element, got {_shape(normalizer)}"
+                f"normalizer must be a number or a tensor of one element, got {shape(normalizer)}"
                 ": where torch.nn.DataParallel repeats one total for its devices, pass "
                 "normalizer[0], or in Hugging Face's Trainer, which multiplies the loss by their "
                 "number, normalizer.sum()"
@@ -301,8 +248,7 @@ def _one_number(name: str, value: Tensor, of_each_row: str) -> None:
     if value.ndim != 0 or value.is_complex():
         way = "take its element, for example with .squeeze()" if value.numel() == 1 else of_each_row
         raise ValueError(
-            f"{name} must be a number or a 0-dim tensor, got {_shape(value)} of {value.dtype}: "
-            f"{way}"
+            f"{name} must be a number or a 0-dim tensor, got {shape(value)} of {value.dtype}: {way}"
         )
 
 
@@ -442,5 +388,6 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=6)
 
 
-def _shape(tensor: Tensor) -> str:
+def shape(tensor: Tensor) -> str:
+    """Return the shape of a tensor as errors show it."""
     return str([*tensor.shape])

@@ -34,7 +34,8 @@ from fastkd._loss import loss, reduce
 from fastkd._op import Number
 from fastkd.problems import _contrast_checks as checks
 from fastkd.problems import _contrasts as contrasts
-from fastkd.problems._contrasts import IGNORED, is_number, logarithm
+from fastkd.problems._contrasts import IGNORED
+from fastkd.problems._embeddings import is_number, logarithm
 from fastkd.problems.pairs import directions
 
 

@@ -6,16 +6,24 @@ returns NotImplemented, so that the formula is computed, where the losses of exa
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._loss import Call
-from fastkd._op import is_differentiated, is_inference
-from fastkd._precision import compute_dtype
+from fastkd._op import is_differentiated
 from fastkd.problems._contrast_checks import check_columns
+from fastkd.problems._embeddings import (
+    apart,
+    cosines,
+    half_of,
+    in_compute_dtype,
+    inverse,
+    is_number,
+    logarithm,
+    number_like,
+    zero_loss,
+)
 from fastkd.problems.pairs import (
     LINEAR,
     Number,
@@ -60,7 +68,7 @@ def info_nce(
         call = Call(call.name, "portable", call.row_mask, call.ranks)
     half = half_of(query, key, None if of_each else negatives)
     query, key, negatives = in_compute_dtype(query, key, negatives)
-    scale = _inverse(temperature, query)
+    scale = inverse(temperature, query)
     logits = None
     is_plain = in_batch_negatives and is_number(margin, 0) and is_number(negative_weight, 1)
     if not is_plain or of_each or (symmetric and call.ranks):
@@ -133,7 +141,7 @@ def clip_contrastive(
         return NotImplemented
     half = half_of(image, text)
     image, text = in_compute_dtype(image, text)
-    scale = _number_like(logit_scale, image)
+    scale = number_like(logit_scale, image)
     logits = (image * text).sum(1) * scale if call.ranks else None
     texts, first, *of_keys = call.ranks.share(text, *([] if logits is None else [logits.detach()]))
     n = texts.shape[0]
@@ -165,7 +173,7 @@ def siglip(
     half = half_of(image, text)
     image, text = in_compute_dtype(image, text)
     texts, first = call.ranks.share(text)
-    scale = _number_like(logit_scale, image)
+    scale = number_like(logit_scale, image)
     n = texts.shape[0]
     if not n:
         return zero_loss(image, text, scale, logit_bias)
@@ -173,7 +181,7 @@ def siglip(
     share = _solve(
         call, image, texts, scale, _factors(call, weights, n, reduction, image), form="pairs",
         first=-1 if negative_only else first, normalize=False, half=half,
-        positive_logits=-_number_like(bias, image, image.shape[0]),
+        positive_logits=-number_like(bias, image, image.shape[0]),
     )  # fmt: skip
     return call.ranks.total(share)
 
@@ -203,7 +211,7 @@ def nt_xent(
     # the loss of an example is the mean of those of its views, which share its weight
     factors = _factors(call, weights, n // 2, reduction, both) * 0.5
     share = _solve(
-        call, both, views if call.ranks else None, _inverse(temperature, both),
+        call, both, views if call.ranks else None, inverse(temperature, both),
         factors.repeat(2) if isinstance(factors, Tensor) else factors,
         form="linear" if decoupled else "softplus", first=first, two_views=True,
         normalize=normalize, half=half,
@@ -256,14 +264,14 @@ def sup_con(
         factors = _over_sum(call, factors, counted)
     share = _solve(
         call, features, whole if is_apart or call.ranks else None,
-        _inverse(temperature, features), factors, form="linear", first=-1 if is_apart else first,
+        inverse(temperature, features), factors, form="linear", first=-1 if is_apart else first,
         normalize=normalize, half=half, classes=classes, query_classes=query_classes,
         attractions=factors / n_positives.clamp(min=1), attractions_differ=weights is not None,
     )  # fmt: skip
     total = call.ranks.total(share)
     if base_temperature is None:
         return total
-    return total * (_number_like(temperature, features) / base_temperature)
+    return total * (number_like(temperature, features) / base_temperature)
 
 
 def _classes(
@@ -311,8 +319,8 @@ def similarity_kl(
         student, teacher.detach(), student_keys,
         None if teacher_keys is None else teacher_keys.detach(),
     )  # fmt: skip
-    scale = _inverse(student_temperature, student)
-    teacher_scale = _inverse(teacher_temperature, student).detach()
+    scale = inverse(student_temperature, student)
+    teacher_scale = inverse(teacher_temperature, student).detach()
 
     def of_rows(
         query: Tensor, key: Tensor | None, teacher_query: Tensor, teacher_key: Tensor | None
@@ -329,8 +337,8 @@ def similarity_kl(
             return zero_loss(query, query if key is None else key, scale)
         factors = _factors(call, weights, n, reduction, query)
         problem = SoftPairs(
-            query, _apart(key, query), scale,
-            teacher_query, _apart(teacher_key, teacher_query), teacher_scale,
+            query, apart(key, query), scale,
+            teacher_query, apart(teacher_key, teacher_query), teacher_scale,
             factors if isinstance(factors, Tensor) else None, form,
             first if mask_self else -1, normalize, half, teacher_half,
         )  # fmt: skip
@@ -401,75 +409,12 @@ def _solve(
     elif n_columns:
         (key_weights,), _ = call.ranks.gather(weights)
     problem = Pairs(
-        query=query, key=_apart(key, query), scale=scale, positive_logits=positive_logits,
-        weights=weights, bank=_apart(bank, query, key), masked_pairs=masked_pairs,
-        key_positive_logits=key_positive_logits, key_weights=_apart(key_weights, weights),
-        classes=classes, query_classes=_apart(query_classes, classes), attractions=attractions,
+        query=query, key=apart(key, query), scale=scale, positive_logits=positive_logits,
+        weights=weights, bank=apart(bank, query, key), masked_pairs=masked_pairs,
+        key_positive_logits=key_positive_logits, key_weights=apart(key_weights, weights),
+        classes=classes, query_classes=apart(query_classes, classes), attractions=attractions,
         attractions_differ=attractions_differ, form=form, first=first, two_views=two_views,
         normalize=normalize, half=half,
         group=call.ranks.name if n_columns else "",
     )  # fmt: skip
     return solve(call.engine, problem)
-
-
-def _apart(x: Tensor | None, *others: Tensor | None) -> Tensor | None:
-    """Return a view of a tensor that is one of the others, since the compiler refuses one twice."""
-    return x.view_as(x) if x is not None and any(x is other for other in others) else x
-
-
-def in_compute_dtype(*embeddings: Any) -> list[Any]:
-    """Return embeddings as engines take them; None stays None.
-
-    The first two tell the compute dtype. Inference tensors are cloned, because autograd cannot save
-    them for a backward.
-    """
-    dtype = compute_dtype(*embeddings[:2])
-    wide = [x if x is None or x.dtype == dtype else x.to(dtype) for x in embeddings]
-    return [x.clone() if is_inference(x) else x for x in wide]
-
-
-def half_of(*embeddings: Tensor | None) -> str:
-    """Return the name of the half precision that all embeddings came in, or ""."""
-    dtypes = {x.dtype for x in embeddings if x is not None}
-    is_half = dtypes == {torch.bfloat16} or dtypes == {torch.float16}
-    return str(dtypes.pop()).removeprefix("torch.") if is_half else ""
-
-
-def _number_like(number: Number, like: Tensor, *shape: int) -> Tensor:
-    """Return a tensor of this number on the device of `like`, 0-dim without a shape."""
-    if isinstance(number, Tensor) or torch.compiler.is_compiling():
-        # a copy from the host is a host sync, and the compiler would specialise on a number
-        return like.new_ones(shape) * number
-    return like.new_full(shape, number)
-
-
-def _inverse(temperature: Number, like: Tensor) -> Tensor:
-    """Return 1 / temperature as a 0-dim tensor on the device of `like`."""
-    if isinstance(temperature, Tensor) or torch.compiler.is_compiling():
-        return 1 / _number_like(temperature, like)
-    return like.new_full((), 1 / temperature)
-
-
-def logarithm(number: Number, like: Tensor) -> Tensor:
-    """Return the logarithm as a 0-dim tensor on the device of `like`."""
-    return _number_like(number, like).log()
-
-
-def is_number(number: Number, value: float) -> bool:
-    """Return whether an option is no tensor and has that value."""
-    return not isinstance(number, Tensor) and number == value
-
-
-def cosines(x: Tensor, y: Tensor) -> Tensor:
-    """Return the cosine of each row and its partner, with lengths as in F.normalize."""
-    return (directions(x) * directions(y)).sum(1)
-
-
-def zero_loss(*trained: Any) -> Tensor:
-    """Return the loss of no examples, on the graph of all that is trained.
-
-    The first two tensors tell the compute dtype.
-    """
-    tensors = [x for x in trained if isinstance(x, Tensor)]
-    dtype, device = compute_dtype(*tensors[:2]), tensors[0].device
-    return torch.stack([x.sum().to(device, dtype) * 0 for x in tensors]).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,59 @@ def _n_pairs(student: Crops, teacher: Crops, skip_same_view: bool) -> int:
     return len(student) * len(teacher) - n_same
 
 
+def _check_crops(**views: Any) -> None:
+    """Raise an error unless all are [n_crops, B, K] or sequences of [B, K], of one B and K."""
+    found: list[tuple[str, Tensor]] = []
+    for name, view in views.items():
+        n_dims = 3 if isinstance(view, Tensor) else 2
+        crops = [view] if isinstance(view, Tensor) else view
+        needed = (
+            f"{name} needs crops: a tensor [n_crops, B, K] or a list or tuple of tensors [B, K]"
+        )
+        if not isinstance(crops, (list, tuple)) or not all(isinstance(x, Tensor) for x in crops):
+            raise TypeError(f"{needed}, got {type(view).__name__}")
+        for crop in crops:
+            if type(crop) is not Tensor or crop.is_nested:
+                _checks.one_piece(name, crop, "a list with a tensor [B, K] for each crop")
+            if crop.dtype not in _checks.FLOATS or crop.layout is not torch.strided:
+                raise TypeError(
+                    f"{name} must hold floating-point outputs (float16, bfloat16, float32 or "
+                    f"float64, dense), got {crop.dtype}, {crop.layout}"
+                )
+            if crop.ndim != n_dims or crop.shape[-1] == 0:
+                raise ValueError(
+                    f"{needed}, with K ≥ 1, got {_checks.shape(crop)}; crops that lie one after "
+                    "the other in [n_crops · B, K] are .unflatten(0, (n_crops, B))"
+                )
+            found.append((name, crop))
+        if not len(view):
+            raise ValueError(f"{needed}, got no crop")
+    first_name, first = found[0]
+    for name, crop in found:
+        if crop.shape[-2:] != first.shape[-2:]:
+            raise ValueError(
+                f"all crops need the same B images and K outputs, got {_checks.shape(first)} in "
+                f"{first_name} and {_checks.shape(crop)} in {name}"
+            )
+        if crop.device != first.device:
+            raise ValueError(
+                f"{first_name} is on {first.device}, {name} on {crop.device}: move them together"
+            )
+
+
+def _check_center(center: Any, like: Tensor) -> None:
+    """Raise an error unless the centre has a number for each of K outputs of a teacher (..., K)."""
+    if not isinstance(center, Tensor):
+        raise TypeError(f"center must be a tensor of shape [K], got {type(center).__name__}")
+    _checks.one_piece("center", center, "one tensor [K]")
+    if center.shape != like.shape[-1:] or center.dtype not in _checks.FLOATS:
+        raise ValueError(
+            f"center needs one floating-point number for each of K = {like.shape[-1]} outputs, got "
+            f"{_checks.shape(center)} of {center.dtype}"
+        )
+    _checks.same_device(teacher=like, center=center)
+
+
 def check(
     student: Crops,
     teacher: Crops,
@@ -41,11 +95,11 @@ def check(
     skip_same_view: bool,
 ) -> None:
     """Raise an error for crops that do not fit together and options out of range."""
-    _checks.crops(student=student, teacher=teacher)
+    _check_crops(student=student, teacher=teacher)
     for crop in tensors_of(teacher):
         _checks.constant_teacher(teacher=crop)
     if center is not None:
-        _checks.center(center, teacher[0])
+        _check_center(center, teacher[0])
         _checks.constant_teacher(center=center)
     if not _n_pairs(student, teacher, skip_same_view):
         raise ValueError(
