@@ -17,10 +17,9 @@ from torch import Tensor, nn
 import fastkd
 from fastkd._backend import choose
 from fastkd.demo import training
-from fastkd.demo.training import N_TRAIN, load_images, per_cent, rows_of_student, train
+from fastkd.demo.training import IGNORED, N_TRAIN, load_images, per_cent, rows_of_student, train
 
 N_LABELLED = 50  # of the images of a student
-IGNORED = -100  # label of an unlabelled image, as in torch
 
 
 class Output(NamedTuple):

@@ -99,11 +99,6 @@ def run(out: Path, seeds: int, steps: int, device: str) -> int:
     return 0 if passed else 1
 
 
-def of(method: Any, fits: Sequence[Any]) -> list[Any]:
-    """Return the fits of a method, one for each seed."""
-    return [fit for fit in fits if fit.method == method]
-
-
 def table(fits: Sequence[Fit], all_labels: bool, device: str) -> list[list[str]]:
     """Return the rows of the methods under one title."""
     rows = []
@@ -147,18 +142,6 @@ def towers_table(fits: Sequence[two_towers.Fit]) -> list[list[str]]:
     ]
 
 
-def gain_and_wins(values: Sequence[float], baseline: Sequence[float]) -> tuple[str, str]:
-    """Return the gain over another method, seed by seed, and in how many seeds there is one."""
-    gains = [a - b for a, b in zip(values, baseline, strict=True)]
-    return spread(gains, "+.1f"), f"{sum(gain > 0 for gain in gains)}/{len(gains)}"
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Return mean ± standard deviation, which one value does not have."""
-    average = format(mean(values), form)
-    return f"{average} ± {stdev(values):.1f}" if len(values) > 1 else average
-
-
 def check(fits: Sequence[Fit]) -> tuple[bool, str]:
     """Return whether fastkd.kd and the eager expression trained alike, and a sentence."""
     fused, eager = (torch.stack([fit.losses for fit in of(m, fits)]) for m in (KD, EAGER_KD))
@@ -170,34 +153,6 @@ def check(fits: Sequence[Fit]) -> tuple[bool, str]:
         f"same training. Their losses differ by at most {first:.1e} in the first {FIRST_STEPS} "
         f"steps (limit {FIRST_LIMIT:g}), by {largest:.1e} in all steps of the median seed (limit "
         f"{LIMIT:g})."
-    )
-
-
-Sections = Mapping[str, Sequence[Sequence[str]]]  # rows under their title
-
-
-def printed(header: Sequence[str], sections: Sections) -> list[Table]:
-    """Return a table for each title, with the same columns."""
-    cells = [header, *(row for rows in sections.values() for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    tables = []
-    for title, rows in sections.items():
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for name, width in zip(header, widths, strict=True):
-            table.add_column(
-                name, justify="left" if name in WORDS else "right", min_width=width, no_wrap=True
-            )
-        for row in rows:
-            table.add_row(*row)
-        tables.append(table)
-    return tables
-
-
-def markdown(header: Sequence[str], sections: Sections) -> str:
-    rule = ["---" if name in WORDS else "---:" for name in header]
-    return "\n\n".join(
-        "\n".join([f"## {title}", "", *(f"| {' | '.join(row)} |" for row in [header, rule, *rows])])
-        for title, rows in sections.items()
     )
 
 

@@ -1,4 +1,4 @@
-"""Handwritten digits of scikit-learn, and the training loop that both examples share."""
+"""Handwritten digits of scikit-learn, and the training loop that all demos share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 N_TRAIN, N_STUDENT = 1147, 250  # of 1797 images, since 650 are for the test
 BATCH, LEARNING_RATE, TEACHER_STEPS = 128, 6e-3, 500
+IGNORED = -100  # the label of what has none, as in torch
 
 
 def load_images(device: str) -> tuple[Tensor, Tensor]:
@@ -26,15 +27,21 @@ def rows_of_student(seed: int) -> Tensor:
 
 
 def train(
-    model: nn.Module, loss: Callable[[Tensor], Tensor], n_examples: int, steps: int, seed: int
+    model: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    n_examples: int,
+    steps: int,
+    seed: int,
+    batch: int = BATCH,
+    learning_rate: float = LEARNING_RATE,
 ) -> Tensor:
     """Train the model on random batches of row numbers, and return the loss of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for _ in range(steps):
-        value = loss(torch.randint(n_examples, (BATCH,), generator=generator))
+        value = loss(torch.randint(n_examples, (batch,), generator=generator))
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
