@@ -22,6 +22,14 @@ from fastkd.divergence import (
     symmetric_kl,
     total_variation,
 )
+from fastkd.feature_modules import (
+    AttentionMSELoss,
+    ChannelWiseLoss,
+    FSPLoss,
+    LocalizationLoss,
+    NSTLoss,
+    VIDLoss,
+)
 from fastkd.modules import (
     ClipLoss,
     CorrelationCongruenceLoss,
@@ -50,18 +58,25 @@ from fastkd.modules import (
 )
 from fastkd.relational import rkd, rkd_angle, rkd_distance
 from fastkd.self_distillation import dino
+from fastkd.spatial import channel_wise, localization
+from fastkd.texture import attention_mse, fsp, nst, vid
 from fastkd.vanilla import kd
 
 __all__ = [
+    "AttentionMSELoss",
+    "ChannelWiseLoss",
     "ClipLoss",
     "CorrelationCongruenceLoss",
     "DINOLoss",
     "DISTLoss",
+    "FSPLoss",
     "ForwardKLLoss",
     "InfoNCELoss",
     "JensenShannonLoss",
     "KDLoss",
+    "LocalizationLoss",
     "LogitMSELoss",
+    "NSTLoss",
     "NTXentLoss",
     "PKTLoss",
     "RKDAngleLoss",
@@ -77,17 +92,23 @@ __all__ = [
     "SupConLoss",
     "SymmetricKLLoss",
     "TotalVariationLoss",
+    "VIDLoss",
     "__version__",
+    "attention_mse",
     "backend",
+    "channel_wise",
     "clip_contrastive",
     "correlation_congruence",
     "dino",
     "dist_kd",
     "forward_kl",
+    "fsp",
     "info_nce",
     "jensen_shannon",
     "kd",
+    "localization",
     "logit_mse",
+    "nst",
     "nt_xent",
     "pkt",
     "reverse_kl",
@@ -103,4 +124,5 @@ __all__ = [
     "sup_con",
     "symmetric_kl",
     "total_variation",
+    "vid",
 ]

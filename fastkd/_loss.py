@@ -105,8 +105,8 @@ def loss(
         ) -> Any:
             dtype = compute_dtype(*_tensors(arguments[:2]))
             tensors = [
-                _prepared(x, dtype, mask, is_constant)
-                for x, is_constant in zip(arguments, constant, strict=True)
+                _prepared(x, dtype, mask if is_spread else None, is_constant)
+                for x, is_constant, is_spread in zip(arguments, constant, spread, strict=True)
             ]
             if not ranks or is_mean:
                 return formula(*tensors, **options)  # type: ignore[arg-type]
@@ -157,9 +157,10 @@ def loss(
                     normalizer = normalizer.reshape(())
             check(*arguments, **options)
             if weights is not None:
-                n_dims = arguments[0].ndim - 1 if per_example is True else per_example
-                logits = arguments[0]
-                _checks.weights(weights, logits.shape[:n_dims], logits.device, logits)
+                (first, *_), of_rows = _tensors(arguments[:1]), per_example is True
+                n_dims = first.ndim - 1 if of_rows else per_example
+                logits = first if of_rows else None
+                _checks.weights(weights, first.shape[:n_dims], first.device, logits)
             if labels is not None:
                 _checks.labels(labels, arguments[0], ignore_index)
                 labelled = labels.long() != ignore_index  # −100 is 156 in uint8
