@@ -46,6 +46,7 @@ class Loss(Protocol[P, R]):
 
     __name__: str
     formula: Callable[..., Any]
+    has_engines: bool  # whether it is more than its formula
     has_kernels: bool
     engine_for: Callable[[Sequence[Tensor]], str]  # "triton", "portable" or "formula"
     check: Callable[..., None]  # (batch by name, options): raises the errors of a call
@@ -188,8 +189,9 @@ def loss(
             check(*arguments, **options)
 
         public: Any = compute
-        public.formula, public.has_kernels, public.engine_for = formula, has_kernels, engine_for
-        public.check = check_only
+        public.formula, public.engine_for, public.check = formula, engine_for, check_only
+        public.has_engines = statement is not None
+        public.has_kernels = has_kernels and public.has_engines
         return public
 
     return decorate

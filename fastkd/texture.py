@@ -67,7 +67,7 @@ def nst(
     s, t = (x.flatten(2) for x in maps.of_the_smaller_size(student, teacher))
     (_, n_s, n_positions), n_t = s.shape, t.shape[1]
     if n_positions * (n_s + n_t) < n_s * n_s + n_s * n_t + n_t * n_t:
-        return (_of_positions(s) - _of_positions(t)).square().sum((1, 2))
+        return (_of_positions(s) - _of_positions(t)).square().sum(2).sum(1)
     own, others, between = (a @ b.mT for a, b in ((s, s), (t, t), (s, t)))
     s_squares, t_squares = (torch.diagonal(x, dim1=1, dim2=2) for x in (own, others))
     losses = (
@@ -88,7 +88,7 @@ def _of_positions(channels: Tensor) -> Tensor:
 def _mean_squared_cosine(products: Tensor, squares: Tensor, other_squares: Tensor) -> Tensor:
     """Return [B], from products of channels and their squared lengths."""
     cosines = products * _reciprocal_lengths(squares)[:, :, None]
-    return (cosines * _reciprocal_lengths(other_squares)[:, None]).square().mean((1, 2))
+    return (cosines * _reciprocal_lengths(other_squares)[:, None]).square().mean(2).mean(1)
 
 
 def _reciprocal_lengths(squares: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def fsp(
         Yim et al., A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and
         Transfer Learning, 2017
     """
-    return (_flow(student, mask) - _flow(teacher, mask)).square().mean((1, 2))
+    return (_flow(student, mask) - _flow(teacher, mask)).square().mean(2).mean(1)
 
 
 def _flow(layers: Sequence[Tensor], mask: Tensor | None) -> Tensor:
@@ -249,10 +249,17 @@ def attention_mse(
     s, t = (torch.where(x <= masked_below, 0, x) for x in (student_scores, teacher_scores))
     difference = s - t
     if mask is None:
-        return difference.square().sum() / max(difference.numel(), 1)
+        return _total(difference.square()) / max(difference.numel(), 1)
     kept = mask != 0
     pairs = kept[:, :, None] & kept[:, None]
     n_heads = difference[0:1].numel() // max(pairs[0:1].numel(), 1)
     pairs = pairs.view(len(kept), *[1] * (difference.ndim - 3), *pairs.shape[1:])
-    counted = torch.where(pairs, difference, 0).square().sum()
+    counted = _total(torch.where(pairs, difference, 0).square())
     return counted / (pairs.sum() * n_heads).clamp(min=1)
+
+
+def _total(x: Tensor) -> Tensor:
+    """Return the sum, made dimension by dimension: at once it would depend on the threads."""
+    while x.ndim:
+        x = x.sum(-1)
+    return x

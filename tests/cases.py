@@ -315,7 +315,7 @@ CASES = [
     _rows(fastkd.soft_cross_entropy, textbook.SOFT_CROSS_ENTROPY, temperature=4.0),
     _rows(fastkd.logit_mse, textbook.LOGIT_MSE, scale_t2=False, has_kernels=False),
     _rows(_channels, textbook.FORWARD_KL, temperature=4.0),
-    _rows(fastkd.localization, textbook.LOCALIZATION, temperature=10.0, bins="mean"),
+    _rows(fastkd.localization, textbook.LOCALIZATION, temperature=4.0, bins="mean"),
     _rows(fastkd.localization, textbook.LOCALIZATION, scale_t2=False, bins="sum"),
     _kd("forward_kl", textbook.FORWARD_KL),
     _kd("jensen_shannon", textbook.JENSEN_SHANNON, beta=0.1),
