@@ -22,6 +22,8 @@ from fastkd.divergence import (
     symmetric_kl,
     total_variation,
 )
+from fastkd.feature import attention_transfer, embedding_mse, hint
+from fastkd.feature_modules import AttentionTransferLoss, EmbeddingMSELoss
 from fastkd.modules import (
     ClipLoss,
     CorrelationCongruenceLoss,
@@ -53,10 +55,12 @@ from fastkd.self_distillation import dino
 from fastkd.vanilla import kd
 
 __all__ = [
+    "AttentionTransferLoss",
     "ClipLoss",
     "CorrelationCongruenceLoss",
     "DINOLoss",
     "DISTLoss",
+    "EmbeddingMSELoss",
     "ForwardKLLoss",
     "InfoNCELoss",
     "JensenShannonLoss",
@@ -78,12 +82,15 @@ __all__ = [
     "SymmetricKLLoss",
     "TotalVariationLoss",
     "__version__",
+    "attention_transfer",
     "backend",
     "clip_contrastive",
     "correlation_congruence",
     "dino",
     "dist_kd",
+    "embedding_mse",
     "forward_kl",
+    "hint",
     "info_nce",
     "jensen_shannon",
     "kd",

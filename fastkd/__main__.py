@@ -130,6 +130,11 @@ def _crops(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [*crops, teacher[0]]
 
 
+def _maps(device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(7, n, 12, 13, generator=generator).to(device, dtype) for n in (33, 65)]
+
+
 Inputs = Callable[[str, torch.dtype], list[Tensor]]
 _BY_FIRST_PARAMETER: dict[str, Inputs] = {
     "student_logits": _logits,
@@ -143,6 +148,9 @@ _BY_NAME: dict[str, Inputs] = {
     "kd": _logits_and_labels,
     "correlation_congruence": _embeddings_of_one_width,
     "dino": _crops,
+    "hint": _embeddings_of_one_width,
+    "embedding_mse": _embeddings_of_one_width,
+    "attention_transfer": _maps,
 }
 
 

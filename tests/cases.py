@@ -146,6 +146,23 @@ def crops(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     return [student.to(dtype).requires_grad_(), teacher.to(dtype), center.to(wide)]
 
 
+def maps(wider: int = 0, weighted: bool = False) -> Inputs:
+    """Return feature maps of 3 × 2 positions; the teacher's have `wider` channels more."""
+
+    def inputs(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+        tensors = [
+            normal(*examples, width + i * wider, 3, 2, dtype=dtype, seed=seed + i, device=device)
+            for i in range(2)
+        ]
+        if weighted:
+            weights = normal(*examples, 1, 3, 2, seed=seed + 4, device=device).square()
+            weights[..., :1] = 0
+            tensors.append(weights.float())
+        return [x.requires_grad_(i < 1) for i, x in enumerate(tensors)]
+
+    return inputs
+
+
 # ------------------------------------------------------------------------------------------ table
 
 
@@ -211,7 +228,10 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
 
 
 def _batch(problem: str, loss: Callable, inputs: Inputs, note: str = "", **options: Any) -> Case:
-    as_published, has_kernels = getattr(published, loss.__name__), problem != "gram"
+    as_published, has_kernels = (
+        getattr(published, loss.__name__),
+        problem not in ("gram", "moments"),
+    )
     return Case(loss, problem, inputs, as_published, options, None, False, has_kernels, note)
 
 
@@ -240,6 +260,7 @@ def _option(loss: Callable, inputs: Inputs, *names: str, **options: Any) -> Case
     return Case(_last(loss, *names), "pairs", inputs, as_published, options, note="-".join(names))
 
 
+_with_weights = _last(fastkd.hint, "weights")
 ONE_WIDTH, TWO_WIDTHS, UNIT = embeddings(), embeddings(wider=2), embeddings(trained=2, unit=True)
 VIEWS = embeddings(trained=2)
 
@@ -285,6 +306,17 @@ CASES = [
     _batch("gram", fastkd.correlation_congruence, ONE_WIDTH),
     _batch("gram", fastkd.dist_kd, logits),
     _batch("gram", fastkd.dist_kd, logits, beta=2.0, gamma=0.5, temperature=4.0, epsilon=0.1),
+    _batch("moments", _with_weights, maps(weighted=True), "weights"),
+    _batch("moments", fastkd.hint, maps()),
+    _batch("moments", _with_weights, maps(weighted=True), "weights", kind="cosine"),
+    _batch("moments", fastkd.hint, ONE_WIDTH, "rows"),
+    _batch("moments", fastkd.hint, maps(), kind="smooth_l1", beta=0.5),
+    _batch("moments", fastkd.hint, maps(), kind="normalized_mse"),
+    _batch("moments", fastkd.embedding_mse, ONE_WIDTH),
+    _batch("moments", fastkd.embedding_mse, ONE_WIDTH, normalize=True),
+    _batch("moments", fastkd.attention_transfer, maps(wider=2)),
+    _batch("moments", fastkd.attention_transfer, maps(wider=2), p=1.0),
+    _batch("moments", fastkd.attention_transfer, maps(wider=2), p=3.0, kind="max"),
     _batch("pairs", fastkd.info_nce, VIEWS),
     _batch("pairs", fastkd.info_nce, VIEWS, symmetric=True),
     _batch("pairs", fastkd.info_nce, with_bank, "bank", negative_weight=0.3, margin=0.1),

@@ -13,7 +13,7 @@ import torch._dynamo.testing
 import torch.distributed.checkpoint as checkpoint
 
 import fastkd
-from fastkd import _module, modules
+from fastkd import _module, feature_modules, modules
 
 OPTIONS = {  # none of them a default
     fastkd.ForwardKLLoss: dict(temperature=2.0, scale_t2=False),
@@ -40,6 +40,8 @@ OPTIONS = {  # none of them a default
     fastkd.SupConLoss: dict(temperature=0.3, anchors="all"),
     fastkd.SimilarityKLLoss: dict(student_temperature=0.3, teacher_temperature=0.2, mask_self=True),
     fastkd.DINOLoss: dict(student_temperature=0.3, teacher_temperature=0.2, skip_same_view=False),
+    fastkd.EmbeddingMSELoss: dict(normalize=True, reduction="sum"),
+    fastkd.AttentionTransferLoss: dict(p=3.0, kind="max"),
 }
 OF_A_BATCH = {"weights", "normalizer"}
 KEYS = {"student_keys", "teacher_keys"}
@@ -66,6 +68,9 @@ def batch(module):
         return [student, torch.tensor([3, 0, 3, 0, 5])]
     if module is fastkd.DINOLoss:
         return [x.unflatten(0, (5, 1)) for x in tensors]
+    if module is fastkd.AttentionTransferLoss:
+        maps = torch.randn(2, 5, 11, 4, generator=generator)
+        return [maps[0].requires_grad_(), maps[1]]
     if module is fastkd.ClipLoss:
         return [*tensors, 0.5]
     if module is fastkd.SigLipLoss:
@@ -116,7 +121,7 @@ def test_defaults_are_those_of_the_function(module):
 def test_every_loss_has_one_module_and_all_are_exported():
     classes = [
         value
-        for value in vars(modules).values()
+        for value in [*vars(modules).values(), *vars(feature_modules).values()]
         if inspect.isclass(value)
         and issubclass(value, _module.LossModule)
         and value is not _module.LossModule
@@ -124,7 +129,7 @@ def test_every_loss_has_one_module_and_all_are_exported():
     functions = [module.function for module in classes]
     names = (name for name in fastkd.__all__ if name.islower() and name != "__version__")
     public = [getattr(fastkd, name) for name in names if name != "backend"]
-    assert len(public) == len(OPTIONS) == len(classes) == 24
+    assert len(public) == len(OPTIONS) == len(classes) == 27
     assert all(functions.count(function) == 1 for function in public)
     assert all(getattr(fastkd, module.__name__, None) is module for module in classes)
     assert {module.__name__ for module in classes} <= set(fastkd.__all__)
