@@ -147,7 +147,7 @@ def crops(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     return [student.to(dtype).requires_grad_(), teacher.to(dtype), center.to(wide)]
 
 
-def maps(wider: int = 0, size: tuple[int, ...] = (3, 2)) -> Inputs:
+def maps(wider: int = 0, weighted: bool = False, size: tuple[int, ...] = (3, 2)) -> Inputs:
     """Return feature maps; the teacher's have `wider` channels more."""
 
     def inputs(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
@@ -155,6 +155,10 @@ def maps(wider: int = 0, size: tuple[int, ...] = (3, 2)) -> Inputs:
             normal(*examples, width + i * wider, *size, dtype=dtype, seed=seed + i, device=device)
             for i in range(2)
         ]
+        if weighted:
+            weights = normal(*examples, 1, *size, seed=seed + 4, device=device).square()
+            weights[..., :1] = 0
+            tensors.append(weights.float())
         return [x.requires_grad_(i < 1) for i, x in enumerate(tensors)]
 
     return inputs
@@ -243,7 +247,8 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
 
 
 def _batch(problem: str, loss: Callable, inputs: Inputs, note: str = "", **options: Any) -> Case:
-    as_published, has_kernels = getattr(published, loss.__name__), problem not in ("gram", "formula")
+    as_published = getattr(published, loss.__name__)
+    has_kernels = problem not in ("gram", "moments", "formula")
     return Case(loss, problem, inputs, as_published, options, None, False, has_kernels, note)
 
 
@@ -293,6 +298,7 @@ def _of_layers(student, teacher, student_2, teacher_2, **options):
 _of_layers.__name__ = "fsp"
 
 
+_with_weights = _last(fastkd.hint, "weights")
 ONE_WIDTH, TWO_WIDTHS, UNIT = embeddings(), embeddings(wider=2), embeddings(trained=2, unit=True)
 VIEWS = embeddings(trained=2)
 
@@ -346,6 +352,17 @@ CASES = [
     _batch("formula", _of_layers, maps_of_layers),
     _batch("formula", fastkd.vid, with_variances, epsilon=0.01),
     _batch("formula", fastkd.attention_mse, scores),
+    _batch("moments", _with_weights, maps(weighted=True), "weights"),
+    _batch("moments", fastkd.hint, maps()),
+    _batch("moments", _with_weights, maps(weighted=True), "weights", kind="cosine"),
+    _batch("moments", fastkd.hint, ONE_WIDTH, "rows"),
+    _batch("moments", fastkd.hint, maps(), kind="smooth_l1", beta=0.5),
+    _batch("moments", fastkd.hint, maps(), kind="normalized_mse"),
+    _batch("moments", fastkd.embedding_mse, ONE_WIDTH),
+    _batch("moments", fastkd.embedding_mse, ONE_WIDTH, normalize=True),
+    _batch("moments", fastkd.attention_transfer, maps(wider=2)),
+    _batch("moments", fastkd.attention_transfer, maps(wider=2), p=1.0),
+    _batch("moments", fastkd.attention_transfer, maps(wider=2), p=3.0, kind="max"),
     _batch("pairs", fastkd.info_nce, VIEWS),
     _batch("pairs", fastkd.info_nce, VIEWS, symmetric=True),
     _batch("pairs", fastkd.info_nce, with_bank, "bank", negative_weight=0.3, margin=0.1),

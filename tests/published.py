@@ -294,3 +294,62 @@ def attention_mse(student, teacher):
     """Return TinyBERT's."""
     s, t = (torch.where(x <= -1e2, torch.zeros_like(x), x) for x in (student, teacher))
     return F.mse_loss(s, t) if s.numel() else s.sum()
+# --------------------------------------------------------------------------------------- features
+
+
+def hint(
+    student, teacher, weights=None, mask=None, kind="mse", beta=1.0, feature_dim=None, batch_dim=0,
+    normalizer=None, reduction="mean",
+):  # fmt: skip
+    """Return the mean over positions, one after the other, with the features of a position last."""
+    feature_dim = (1 if student.ndim > 3 else -1) if feature_dim is None else feature_dim
+    batch_dim -= batch_dim > feature_dim % student.ndim
+    s, t = (x.movedim(feature_dim, -1) for x in (student, teacher))
+    w = torch.ones(s.shape[:-1], dtype=torch.float64, device=s.device)
+    for x in (weights, mask):
+        if x is not None:
+            x = x.movedim(feature_dim, -1)[..., 0] if x.ndim == s.ndim else x
+            w = w * x.to(w.dtype)
+    s, t, w = s.movedim(batch_dim, 0), t.movedim(batch_dim, 0), w.movedim(batch_dim, 0)
+    examples, n = [], 0.0
+    for i in range(len(s)):
+        values, of_example = [0 * s[i].nan_to_num().sum()], 0.0
+        rows = zip(*(x[i].reshape(-1, x.shape[-1]) for x in (s, t)), w[i].flatten(), strict=True)
+        for a, b, weight in rows:
+            if weight == 0:
+                continue
+            of_example = of_example + weight
+            if kind == "mse":
+                value = F.mse_loss(a, b)
+            elif kind == "smooth_l1":
+                value = F.smooth_l1_loss(a, b, beta=beta)
+            elif kind == "cosine":
+                value = 1 - F.cosine_similarity(a, b, dim=0)
+            else:
+                value = F.mse_loss(F.normalize(a, dim=0), F.normalize(b, dim=0))
+            values.append(weight * value)
+        total = torch.stack(values).sum()
+        examples.append(total / (of_example or 1) if reduction == "none" else total)
+        n = n + of_example
+    if reduction == "none":
+        return torch.stack(examples)
+    total = torch.stack(examples).sum() if examples else 0 * s.sum()
+    return total / (normalizer or n or 1) if reduction == "mean" else total
+
+
+def embedding_mse(student, teacher, normalize=False):
+    if normalize:
+        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    return F.mse_loss(student, teacher)
+
+
+def attention_transfer(student, teacher, p=2, kind="sum"):
+    """Return the loss as RepDistiller writes it, with the maximum as the paper has it."""
+
+    def attention(features):
+        powers = features.abs() ** p
+        return F.normalize((powers.sum(1) if kind == "sum" else powers.amax(1)).flatten(1))
+
+    sizes = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    student, teacher = (F.adaptive_avg_pool2d(x, sizes) for x in (student, teacher))
+    return (attention(student) - attention(teacher)).square().mean()

@@ -45,6 +45,8 @@ OPTIONS = {  # none of them a default
     fastkd.NSTLoss: dict(reduction="sum"),
     fastkd.FSPLoss: dict(reduction="sum"),
     fastkd.AttentionMSELoss: dict(masked_below=-0.5),
+    fastkd.EmbeddingMSELoss: dict(normalize=True, reduction="sum"),
+    fastkd.AttentionTransferLoss: dict(p=3.0, kind="max"),
 }
 OF_A_BATCH = {"weights", "normalizer"}
 OWNERS = {fastkd.VIDLoss}  # modules with parameters of their own, see test_layers.py
@@ -78,6 +80,9 @@ def batch(module):
         return [x.unflatten(1, (1, 11)) for x in tensors]
     if module is fastkd.FSPLoss:
         return [(x[:, None], x[:, None].sin()) for x in tensors]
+    if module is fastkd.AttentionTransferLoss:
+        maps = torch.randn(2, 5, 11, 4, generator=generator)
+        return [maps[0].requires_grad_(), maps[1]]
     if module is fastkd.ClipLoss:
         return [*tensors, 0.5]
     if module is fastkd.SigLipLoss:
