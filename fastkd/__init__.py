@@ -22,6 +22,12 @@ from fastkd.divergence import (
     symmetric_kl,
     total_variation,
 )
+from fastkd.feature_modules import (
+    CKALoss,
+    GramAnchoringLoss,
+    MiniLMRelationLoss,
+    TokenRelationLoss,
+)
 from fastkd.modules import (
     ClipLoss,
     CorrelationCongruenceLoss,
@@ -50,18 +56,22 @@ from fastkd.modules import (
 )
 from fastkd.relational import rkd, rkd_angle, rkd_distance
 from fastkd.self_distillation import dino
+from fastkd.tokens import cka, gram_anchoring, minilm_relation, token_relation
 from fastkd.vanilla import kd
 
 __all__ = [
+    "CKALoss",
     "ClipLoss",
     "CorrelationCongruenceLoss",
     "DINOLoss",
     "DISTLoss",
     "ForwardKLLoss",
+    "GramAnchoringLoss",
     "InfoNCELoss",
     "JensenShannonLoss",
     "KDLoss",
     "LogitMSELoss",
+    "MiniLMRelationLoss",
     "NTXentLoss",
     "PKTLoss",
     "RKDAngleLoss",
@@ -76,18 +86,22 @@ __all__ = [
     "SoftCrossEntropyLoss",
     "SupConLoss",
     "SymmetricKLLoss",
+    "TokenRelationLoss",
     "TotalVariationLoss",
     "__version__",
     "backend",
+    "cka",
     "clip_contrastive",
     "correlation_congruence",
     "dino",
     "dist_kd",
     "forward_kl",
+    "gram_anchoring",
     "info_nce",
     "jensen_shannon",
     "kd",
     "logit_mse",
+    "minilm_relation",
     "nt_xent",
     "pkt",
     "reverse_kl",
@@ -102,5 +116,6 @@ __all__ = [
     "soft_cross_entropy",
     "sup_con",
     "symmetric_kl",
+    "token_relation",
     "total_variation",
 ]

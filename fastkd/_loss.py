@@ -76,8 +76,9 @@ def loss(
             and returns what the formula returns, or NotImplemented for options that no engine
             takes. Without it the loss is its formula everywhere.
         per_example: True if the formula returns one loss for each row of the first tensor
-            (..., V), a number if for each entry of so many leading dimensions. It may return a list
-            of `Term` instead, of which the loss is the sum.
+            (..., V), a number if for each entry of so many leading dimensions, or below 0 of all
+            but so many last ones. It may return a list of `Term` instead, of which the loss is the
+            sum.
         has_kernels: Whether the kernels solve the problem; otherwise the portable engine does.
         on_cpu_alone: Whether other devices compute the formula, which has fewer launches.
         same_on_ranks: Parameters of the batch that are no part of it, matrices: all ranks hold the
@@ -157,8 +158,8 @@ def loss(
                     normalizer = normalizer.reshape(())
             check(*arguments, **options)
             if weights is not None:
-                n_dims = arguments[0].ndim - 1 if per_example is True else per_example
-                logits = arguments[0]
+                logits = _tensors(arguments[:1])[0]
+                n_dims = logits.ndim - 1 if per_example is True else per_example
                 _checks.weights(weights, logits.shape[:n_dims], logits.device, logits)
             if labels is not None:
                 _checks.labels(labels, arguments[0], ignore_index)

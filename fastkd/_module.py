@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fastkd import _checks
 from fastkd._loss import Loss
 
-_OF_A_BATCH = ("labels", "weights", "normalizer")  # keyword parameters that belong to a batch
+# keyword parameters that belong to a batch
+_OF_A_BATCH = ("labels", "mask", "weights", "normalizer")
 _OF_A_MODULE = ("center",)  # parameters that a module keeps as its state
 
 
@@ -118,6 +119,7 @@ class LossModule(nn.Module):
             if p.kind is p.POSITIONAL_OR_KEYWORD and self._is_in_empty_batch(p, options)
         ]
         empty = torch.empty(self.empty_shape, device=device)
+        other |= {name: [empty] for name in ("student_qkv", "teacher_qkv")}
         self.function.check({name: other.get(name, empty) for name in needed}, options)
 
     def _is_in_empty_batch(self, parameter: inspect.Parameter, options: Mapping[str, Any]) -> bool:
