@@ -27,10 +27,14 @@ from fastkd.feature_modules import (
     AttentionMSELoss,
     AttentionTransferLoss,
     ChannelWiseLoss,
+    CKALoss,
     EmbeddingMSELoss,
     FSPLoss,
+    GramAnchoringLoss,
     LocalizationLoss,
+    MiniLMRelationLoss,
     NSTLoss,
+    TokenRelationLoss,
     VIDLoss,
 )
 from fastkd.modules import (
@@ -63,11 +67,13 @@ from fastkd.relational import rkd, rkd_angle, rkd_distance
 from fastkd.self_distillation import dino
 from fastkd.spatial import channel_wise, localization
 from fastkd.texture import attention_mse, fsp, nst, vid
+from fastkd.tokens import cka, gram_anchoring, minilm_relation, token_relation
 from fastkd.vanilla import kd
 
 __all__ = [
     "AttentionMSELoss",
     "AttentionTransferLoss",
+    "CKALoss",
     "ChannelWiseLoss",
     "ClipLoss",
     "CorrelationCongruenceLoss",
@@ -76,11 +82,13 @@ __all__ = [
     "EmbeddingMSELoss",
     "FSPLoss",
     "ForwardKLLoss",
+    "GramAnchoringLoss",
     "InfoNCELoss",
     "JensenShannonLoss",
     "KDLoss",
     "LocalizationLoss",
     "LogitMSELoss",
+    "MiniLMRelationLoss",
     "NSTLoss",
     "NTXentLoss",
     "PKTLoss",
@@ -96,6 +104,7 @@ __all__ = [
     "SoftCrossEntropyLoss",
     "SupConLoss",
     "SymmetricKLLoss",
+    "TokenRelationLoss",
     "TotalVariationLoss",
     "VIDLoss",
     "__version__",
@@ -103,6 +112,7 @@ __all__ = [
     "attention_transfer",
     "backend",
     "channel_wise",
+    "cka",
     "clip_contrastive",
     "correlation_congruence",
     "dino",
@@ -110,12 +120,14 @@ __all__ = [
     "embedding_mse",
     "forward_kl",
     "fsp",
+    "gram_anchoring",
     "hint",
     "info_nce",
     "jensen_shannon",
     "kd",
     "localization",
     "logit_mse",
+    "minilm_relation",
     "nst",
     "nt_xent",
     "pkt",
@@ -131,6 +143,7 @@ __all__ = [
     "soft_cross_entropy",
     "sup_con",
     "symmetric_kl",
+    "token_relation",
     "total_variation",
     "vid",
 ]

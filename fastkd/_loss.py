@@ -77,8 +77,9 @@ def loss(
             and returns what the formula returns, or NotImplemented for options that no engine
             takes. Without it the loss is its formula everywhere.
         per_example: True if the formula returns one loss for each row of the first tensor
-            (..., V), a number if for each entry of so many leading dimensions. It may return a list
-            of `Term` instead, of which the loss is the sum.
+            (..., V), a number if for each entry of so many leading dimensions, or below 0 of all
+            but so many last ones. It may return a list of `Term` instead, of which the loss is the
+            sum.
         has_kernels: Whether the kernels solve the problem; otherwise the portable engine does.
         on_cpu_alone: Whether other devices compute the formula, which has fewer launches.
         same_on_ranks: Parameters of the batch that are no part of it, matrices: all ranks hold the

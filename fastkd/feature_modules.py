@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import _checks, feature, spatial, texture
+from fastkd import _checks, feature, spatial, texture, tokens
 from fastkd._module import LossModule
 from fastkd.problems import _maps as maps
 
@@ -34,6 +34,40 @@ class AttentionTransferLoss(LossModule, function=feature.attention_transfer):
     """
 
     empty_shape = (0, 1, 1)
+
+
+# ------------------------------------------------------------------------------ tokens and patches
+
+
+class TokenRelationLoss(LossModule, function=tokens.token_relation):
+    """KL(softmax(X_t X_tᵀ / T) ‖ softmax(X_s X_sᵀ / T)), the module of `fastkd.token_relation`.
+
+    Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021. arXiv:2012.15828
+    """
+
+
+class MiniLMRelationLoss(LossModule, function=tokens.minilm_relation):
+    """The relations of queries, keys and values, the module of `fastkd.minilm_relation`.
+
+    Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021. arXiv:2012.15828
+    """
+
+    def _of_empty_batch(self, name: str, empty: Tensor) -> Any:
+        return [empty]
+
+
+class GramAnchoringLoss(LossModule, function=tokens.gram_anchoring):
+    """The mean of (cos(s_i, s_j) − cos(t_i, t_j))², the module of `fastkd.gram_anchoring`.
+
+    Siméoni et al., DINOv3, 2025. arXiv:2508.10104
+    """
+
+
+class CKALoss(LossModule, function=tokens.cka):
+    """1 − ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), the module of `fastkd.cka`.
+
+    Kornblith et al., Similarity of Neural Network Representations Revisited, 2019. arXiv:1905.00414
+    """
 
 
 # ---------------------------------------------------------------------------------- places and bins

@@ -164,6 +164,26 @@ def maps(wider: int = 0, weighted: bool = False, size: tuple[int, ...] = (3, 2))
     return inputs
 
 
+def tokens(n_relations: int = 1, masked: bool = False) -> Inputs:
+    """Return sequences of 6 tokens of two networks of an even width; the first may be masked."""
+
+    def inputs(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+        widths = [2 * width] * n_relations + [2 * width + 4] * n_relations
+        tensors = [
+            normal(*examples, 6, x, dtype=dtype, seed=seed + i, device=device)
+            for i, x in enumerate(widths)
+        ]
+        tensors = [x.requires_grad_(i < n_relations) for i, x in enumerate(tensors)]
+        if not masked:
+            return tensors
+        mask = normal(*examples, 6, seed=seed + 5, device=device) > -0.5
+        mask[..., -1] = True  # where a NaN must show
+        mask[..., : examples[-1] // 3, :] = False
+        return [*tensors, mask]
+
+    return inputs
+
+
 def maps_of_layers(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     """Return maps of a layer and, with one channel more, of another one, for both networks."""
     first = maps()(examples, width, dtype, seed, device)
@@ -278,7 +298,7 @@ def _option(loss: Callable, inputs: Inputs, *names: str, **options: Any) -> Case
 
 
 def _channels(student, teacher, weights=None, **options):
-    """Return the loss of rows as that of the channels of maps [B, C, L], as they are or with C 1."""
+    """Return the loss of rows as of channels of maps [B, C, L], as they are or with one channel."""
     examples, n_cols = student.shape[:-1], student.shape[-1]
     n_rows = math.prod(examples)
     if student.ndim != 3 or not n_rows:
@@ -296,6 +316,25 @@ def _of_layers(student, teacher, student_2, teacher_2, **options):
 
 
 _of_layers.__name__ = "fsp"
+
+
+def _tokens(loss: Callable, inputs: Inputs, *last: str, **options: Any) -> Case:
+    """Return a case of tokens, a loss of each sequence but for anchoring; the last are options."""
+    name, has_kernels = loss.__name__, loss.has_kernels
+    as_published, per_example = _last(getattr(published, name), *last), name != "gram_anchoring"
+    return Case(
+        _last(loss, *last), "tokens", inputs, as_published, options, None, per_example,
+        has_kernels, "-".join(last),
+    )  # fmt: skip
+
+
+def _minilm(*tensors: Tensor, **options: Any) -> Tensor:
+    """Return the loss of relations whose vectors come one after the other."""
+    n = len(tensors) // 2
+    return fastkd.minilm_relation(tensors[:n], tensors[n:], **options)
+
+
+_minilm.__name__, _minilm.has_kernels = "minilm_relation", fastkd.minilm_relation.has_kernels
 
 
 _with_weights = _last(fastkd.hint, "weights")
@@ -389,6 +428,17 @@ CASES = [
     _batch("pairs", fastkd.similarity_kl, TWO_WIDTHS, mask_self=True, symmetric=True),
     _batch("pairs", _with_keys, with_keys, "keys", teacher_temperature=0.03),
     _batch("pairs", _with_keys, with_keys, "keys", symmetric=True),
+    _tokens(fastkd.token_relation, tokens(), heads=2),
+    _tokens(fastkd.token_relation, tokens(masked=True), "mask", heads=2, student_temperature=2.0),
+    _tokens(fastkd.token_relation, tokens(), causal=True, normalize=True, temperature=0.1),
+    _tokens(fastkd.token_relation, tokens(), divergence="mse", normalize=True, temperature=1.0),
+    _tokens(fastkd.token_relation, tokens(masked=True), "mask", divergence="mse", causal=True),
+    _tokens(_minilm, tokens(2), heads=2, relation_weights=[1.0, 0.5]),
+    _tokens(fastkd.gram_anchoring, tokens()),
+    _tokens(fastkd.gram_anchoring, tokens(), remove_negative="teacher", per_image=False),
+    _tokens(fastkd.gram_anchoring, tokens(masked=True), "mask", remove_negative=None),
+    _tokens(fastkd.cka, tokens()),
+    _tokens(fastkd.cka, tokens(masked=True), "mask", center=False),
 ]
 # further options of contrasts, whose numbers test_pairs.py compares
 _NCE, _MASK, _EACH = fastkd.info_nce, "false_negatives", with_negatives_of_each

@@ -13,9 +13,9 @@ from force import in_chunks_of
 
 import fastkd
 
-ROWS = [case for case in CASES if case.per_example]
+ROWS = [case for case in CASES if case.per_example and case.problem == "rows"]
 SOFTMAXED = [case for case in ROWS if case.name != "logit_mse"]
-EACH = [case for case in LOSSES if case.per_example]
+EACH = [case for case in LOSSES if case.per_example and case.problem == "rows"]
 # a KL, a mixture, and labels
 THREE = named(
     "forward_kl-temperature=4.0", "jensen_shannon-temperature=2.0-beta=0.1",
