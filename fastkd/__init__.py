@@ -31,12 +31,14 @@ from fastkd.feature_modules import (
     EmbeddingMSELoss,
     FSPLoss,
     GramAnchoringLoss,
+    HintLoss,
     LocalizationLoss,
     MiniLMRelationLoss,
     NSTLoss,
     TokenRelationLoss,
     VIDLoss,
 )
+from fastkd.layers import LayerPairs
 from fastkd.modules import (
     ClipLoss,
     CorrelationCongruenceLoss,
@@ -83,9 +85,11 @@ __all__ = [
     "FSPLoss",
     "ForwardKLLoss",
     "GramAnchoringLoss",
+    "HintLoss",
     "InfoNCELoss",
     "JensenShannonLoss",
     "KDLoss",
+    "LayerPairs",
     "LocalizationLoss",
     "LogitMSELoss",
     "MiniLMRelationLoss",
