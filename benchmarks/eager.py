@@ -114,3 +114,19 @@ def sup_con(features: Tensor, labels: Tensor) -> Tensor:
 def similarity_kl(student: Tensor, teacher: Tensor) -> Tensor:
     s, t = (F.normalize(x) @ F.normalize(x).T / 0.07 for x in (student, teacher))
     return F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean")
+
+
+def hint(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    squares = F.mse_loss(student, teacher, reduction="none")
+    return (squares * weights).sum() / (weights.sum() * student.shape[1])
+
+
+def embedding_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.mse_loss(student, teacher)
+
+
+def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    def attention(features: Tensor) -> Tensor:
+        return F.normalize(features.pow(2).mean(1).flatten(1))
+
+    return (attention(student) - attention(teacher)).pow(2).mean()

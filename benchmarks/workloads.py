@@ -48,6 +48,9 @@ _PAIRS = Family(
     # many and few rows of tiles, and the widest tiles
     [(32768, 256), (32768, 128), (4096, 256), (4096, 64)],
 )
+# a small layer; layers of a ResNet and of a detector; tokens are rows with their features last
+_MAPS = [(16, 64, 8, 8), (64, 512, 28, 28), (16, 256, 64, 64)]
+_TOKENS = [(256, 768), (4096, 768)]
 FAMILIES = {  # by problem, or by loss where a loss differs
     "rows": Family(
         math.prod,
@@ -65,6 +68,8 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         [(2048, 1024), (1024, 512), (256, 512), (64, 128)],
     ),
     "gram": Family(lambda shape: shape[0] * max(shape), _GRAMS, _GRAMS, []),
+    "moments": Family(math.prod, _MAPS, [*_MAPS, (64, 256, 128, 128)], [], independent=True),
+    "embedding_mse": Family(math.prod, _TOKENS, [*_TOKENS, (65536, 1024)], [], independent=True),
     "pairs": _PAIRS,
     # other widths, and batches whose similarities fit into no memory
     "info_nce": _PAIRS._replace(
@@ -131,6 +136,13 @@ def with_classes(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[
     ]
 
 
+def weighted_maps(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Return maps of two networks, and the teacher's scores of their positions."""
+    n, _, *sizes = shape
+    scores = normal((n, 1, *sizes), dtype, device, seed=2).sigmoid()
+    return [*two_networks(shape, dtype, device), scores]
+
+
 def crops(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     """Return the outputs of the student's and the teacher's crops, and a centre."""
     student = normal((N_CROPS[0], *shape), dtype, device).requires_grad_()
@@ -141,6 +153,7 @@ def crops(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]
 INPUTS: dict[str, Inputs] = {
     "kd": with_labels,
     "dino": crops,
+    "hint": weighted_maps,
     "info_nce": both_trained,
     "clip_contrastive": towers(1),
     "siglip": towers(2),
