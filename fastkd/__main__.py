@@ -26,13 +26,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, or 1 if something does not work."""
     parser = argparse.ArgumentParser(prog="fastkd", description=fastkd.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    about = "train a teacher and its students on real digits: what each loss gains, in a minute"
+    about = (
+        "train a teacher and its students on real data: what each loss gains, in a minute or two"
+    )
     demo = commands.add_parser("demo", help=about, description=about)
+    demo.add_argument(
+        "name", nargs="?", choices=[*_DEMOS], default="digits",
+        help="digits (the default), text: paragraphs of Python's documentation, or segmentation: "
+        "scenes drawn from digits",
+    )  # fmt: skip
     demo.add_argument(
         "--out", type=Path, default=Path("fastkd-demo"), help="folder for the results"
     )
-    demo.add_argument("--seeds", type=_count, default=5, help="students for each loss (5)")
-    demo.add_argument("--steps", type=_count, default=250, help="training steps of a student (250)")
+    demo.add_argument("--seeds", type=_count, help="students for each loss (5, or 3 of the others)")
+    demo.add_argument("--steps", type=_count, help="training steps of a student (250)")
     demo.add_argument(
         "--device", type=_device, default="cpu", help="cpu (the default) or for example cuda"
     )
@@ -44,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _complain(str(error))
     return _demo(**options) if options.pop("command") == "demo" else _doctor()
+
+
+_DEMOS = {"digits": (5, 250), "text": (3, 250), "segmentation": (3, 250)}  # seeds and steps
 
 
 def _complain(sentence: str) -> int:
@@ -69,9 +79,9 @@ def _device(text: str) -> str:
     return text
 
 
-def _demo(out: Path, device: str, **options: Any) -> int:
+def _demo(name: str, out: Path, seeds: int | None, steps: int | None, device: str) -> int:
     try:
-        from fastkd.demo import report
+        from fastkd.demo import report, scenes, study, text
     except ModuleNotFoundError as error:
         missing = str(error.name).split(".")[0]
         if missing not in ("matplotlib", "rich", "sklearn"):
@@ -88,7 +98,10 @@ def _demo(out: Path, device: str, **options: Any) -> int:
         return _complain(f"--out {out} cannot be a folder for the results: {error.strerror}")
     except RuntimeError as error:
         return _complain(str(error))
-    return report.run(out, device=device, **options)
+    seeds, steps = seeds or _DEMOS[name][0], steps or _DEMOS[name][1]
+    if name == "digits":
+        return report.run(out, seeds, steps, device)
+    return study.run(text.STUDY if name == "text" else scenes.STUDY, out, seeds, steps, device)
 
 
 # ----------------------------------------------------------------------------------------- doctor

@@ -45,7 +45,7 @@ def test_prints_and_writes_the_tables_the_check_and_the_plot(tmp_path, capsys):
             assert word in text
         assert "Check passed" in text
     rows = [line.split("|")[1:-1] for line in written.splitlines() if line.startswith("| ")]
-    n_digits = len(digits.METHODS) + 4  # two tables, each with its header and rule
+    n_digits = len(digits.METHODS) + 2 * len(report.TITLES)  # each with its header and rule
     of_towers = rows[n_digits:]
     assert {len(row) for row in rows[:n_digits]} == {len(report.HEADER)}
     assert {len(row) for row in of_towers} == {len(report.TOWERS_HEADER)}
@@ -67,7 +67,7 @@ def test_a_wrong_loss_fails_the_check(monkeypatch, tmp_path, capsys):
     wrong = digits.EAGER_KD._replace(loss=without_t2)
     keep_methods(monkeypatch, digits.NO_TEACHER, wrong, digits.KD)
     monkeypatch.setattr(report, "EAGER_KD", wrong)
-    monkeypatch.setattr(report, "TITLES", {False: "few"})
+    monkeypatch.setattr(report, "TITLES", {report.FEW: "few"})
     assert report.run(tmp_path, seeds=1, steps=3, device="cpu") == 1
     assert "Check FAILED" in capsys.readouterr().out
 
@@ -165,7 +165,7 @@ def test_gains_are_paired_and_wins_counted(monkeypatch):
         for method, values in accuracies.items()
         for seed, accuracy in enumerate(values)
     ]
-    alone, taught = report.table(students, all_labels=False, device="cpu")
+    alone, taught = report.table(students, report.FEW, device="cpu")
     assert alone[:5] == ["no teacher", "80.0 ± 10.0", "", "", "95.0"]
     assert taught[:5] == ["KD, forward KL", "86.3 ± 5.5", "+6.3 ± 6.4", "2/3", "95.0"]
 

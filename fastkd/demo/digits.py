@@ -1,13 +1,15 @@
 """Distillation on scikit-learn's handwritten digits, real data that needs no download.
 
 A convolutional teacher learns from all labels of the training images. Each student, a small
-perceptron, gets 250 of the images, 50 of them with a label, and the teacher's outputs for them.
-Only the loss differs between the students: a seed gives all of them the same start and batches.
+perceptron or a convolutional network, gets 250 of the images, 50 of them with a label, and the
+teacher's outputs for them. Only the loss differs between the students of one kind: a seed gives all
+of them the same start and batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,12 @@ class Output(NamedTuple):
 
     logits: Tensor  # (N, 10)
     features: Tensor  # (N, D), inputs of the last layer
+    maps: tuple[Tensor, ...] = ()  # (N, C, H, W), of each convolution
+
+    def take(self, rows: Tensor) -> Output:
+        """Return what belongs to the images with these numbers."""
+        maps = tuple(x[rows] for x in self.maps)
+        return Output(self.logits[rows], self.features[rows], maps)
 
 
 class Data(NamedTuple):
@@ -38,37 +46,47 @@ class Data(NamedTuple):
 
     def take(self, rows: Tensor) -> Data:
         """Return the examples with these numbers."""
-        teacher = self.teacher and Output(*(output[rows] for output in self.teacher))
-        return Data(self.images[rows], self.labels[rows], teacher)
+        return Data(self.images[rows], self.labels[rows], self.teacher and self.teacher.take(rows))
 
 
 class Classifier(nn.Module):
-    """A network that ends in features and a linear layer."""
+    """A network of convolutions, if any, that ends in features and a linear layer."""
 
-    def __init__(self, *body: nn.Module, n_features: int) -> None:
+    def __init__(self, *body: nn.Module, n_features: int, channels: Sequence[int] = ()) -> None:
         super().__init__()
-        self.body = nn.Sequential(*body)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(n, m, 3, padding=1, stride=1 + i)
+            for i, (n, m) in enumerate(itertools.pairwise((1, *channels)))
+        )
+        self.body = nn.Sequential(nn.Flatten(), *body)
         self.head = nn.Linear(n_features, 10)
 
     def forward(self, images: Tensor) -> Output:
-        features = self.body(images)
-        return Output(self.head(features), features)
+        x, maps = images, list[Tensor]()
+        for convolution in self.convolutions:
+            x = convolution(x).relu()
+            maps.append(x)
+        features = self.body(x)
+        return Output(self.head(features), features, tuple(maps))
+
+
+TEACHER_CHANNELS, STUDENT_CHANNELS = (16, 32), (4, 8)
 
 
 def new_teacher() -> Classifier:
     return Classifier(
-        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU()),
-        *(nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3)),
-        *(nn.Linear(512, 64), nn.ReLU(), nn.Dropout(0.3)),
+        *(nn.Dropout(0.3), nn.Linear(512, 64), nn.ReLU(), nn.Dropout(0.3)),
         n_features=64,
+        channels=TEACHER_CHANNELS,
     )
 
 
 def new_student() -> Classifier:
-    return Classifier(
-        *(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()),
-        n_features=64,
-    )
+    return Classifier(*(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()), n_features=64)
+
+
+def new_convolutional_student() -> Classifier:
+    return Classifier(*(nn.Linear(128, 64), nn.ReLU()), n_features=64, channels=STUDENT_CHANNELS)
 
 
 # ------------------------------------------------------------- the methods, which are their losses
@@ -136,13 +154,34 @@ def kd_and_contrastive(student: Output, teacher: Output, labels: Tensor) -> Tens
     return kd()(student, teacher, labels) + contrast(student, teacher)
 
 
+class Hint(nn.Module):
+    """Cross-entropy on the labelled images plus the teacher's last maps, by a regressor, on all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.regressor = fastkd.HintLoss(
+            STUDENT_CHANNELS[-1], TEACHER_CHANNELS[-1], projector="conv1x1"
+        )
+
+    def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:
+        supervised = no_teacher(student, teacher, labels)
+        return supervised + 10 * self.regressor(student.maps[-1], teacher.maps[-1])
+
+
+def attention(student: Output, teacher: Output, labels: Tensor) -> Tensor:
+    """Compute cross-entropy on the labelled images plus attention transfer on all."""
+    supervised = no_teacher(student, teacher, labels)
+    return supervised + 500 * fastkd.attention_transfer(student.maps, teacher.maps)
+
+
 class Method(NamedTuple):
-    """A way to train a student: its loss and its data."""
+    """A way to train a student: its loss, its data and the student."""
 
     name: str
-    loss: Loss
+    loss: Loss | type[nn.Module]  # a class where something is trained with the student
     uses: Any = None  # the function of fastkd that it calls
     all_labels: bool = False  # whether the student sees all that the teacher saw
+    new_student: Callable[[], Classifier] = new_student
 
     def engine(self, device: str) -> str:
         """Return the name of what computes the loss."""
@@ -172,19 +211,36 @@ METHODS = [
     Method("KD + contrastive KD", kd_and_contrastive, fastkd.info_nce),
     NO_TEACHER._replace(all_labels=True),
     KD._replace(all_labels=True),
+    *(
+        method._replace(new_student=new_convolutional_student)
+        for method in (
+            NO_TEACHER,
+            KD,
+            Method("feature KD, hint", Hint, fastkd.hint),
+            Method("feature KD, attention", attention, fastkd.attention_transfer),
+            Method("relational KD", rkd, fastkd.rkd),
+            Method("contrastive KD", contrastive, fastkd.info_nce),
+        )
+    ),
 ]
 
 # --------------------------------------------------------------------------------------- training
 
 
-def fit(model: Classifier, loss: Loss, data: Data, steps: int, seed: int) -> Tensor:
+def fit(
+    model: Classifier, loss: Loss | type[nn.Module], data: Data, steps: int, seed: int
+) -> Tensor:
     """Train the model and return the loss of each step."""
+    trained = nn.ModuleList([model])
+    if isinstance(loss, type):
+        loss = loss().to(data.images.device)
+        trained.append(loss)
 
     def of_batch(rows: Tensor) -> Tensor:
         images, labels, teacher = data.take(rows)
         return loss(model(images), teacher, labels)
 
-    return train(model, of_batch, len(data.images), steps, seed)
+    return train(trained, of_batch, len(data.images), steps, seed)
 
 
 class Fit(NamedTuple):
@@ -212,7 +268,7 @@ def experiment(seeds: int, steps: int, device: str = "cpu") -> Iterator[Fit]:
     for method in METHODS:
         for seed in range(seeds):
             torch.manual_seed(seed)
-            student = new_student().to(device)
+            student = method.new_student().to(device)
             seen = data if method.all_labels else few_labels(data, seed)
             losses = fit(student, method.loss, seen, steps, seed)
             predicted = predict(student, test)

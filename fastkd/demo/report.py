@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 import fastkd
@@ -25,15 +23,23 @@ from fastkd.demo.digits import (
     METHODS,
     N_LABELLED,
     NO_TEACHER,
+    Classifier,
     Fit,
+    Method,
     experiment,
+    new_convolutional_student,
+    new_student,
 )
+from fastkd.demo.tables import gain_and_wins, markdown, of, printed, spread
 from fastkd.demo.training import N_STUDENT, N_TRAIN
 
 HEADER = ("student learns from", "accuracy, %", "gain", "wins", "agrees, %", "engine")
-TITLES = {
-    False: f"{N_STUDENT} images, {N_LABELLED} of them with a label",
-    True: f"all {N_TRAIN} images with their labels, where no gain is expected",
+Group = tuple[bool, Callable[[], Classifier]]  # whether students see all labels; the student
+FEW, CONVOLUTIONS = (False, new_student), (False, new_convolutional_student)
+TITLES: dict[Group, str] = {
+    FEW: f"{N_STUDENT} images, {N_LABELLED} of them with a label",
+    CONVOLUTIONS: "the same, with a convolutional student: the four classic methods",
+    (True, new_student): f"all {N_TRAIN} images with their labels, where no gain is expected",
 }
 LEGEND = (
     "Accuracy on 650 test images, mean ± standard deviation over the seeds. Gain: points over no "
@@ -47,7 +53,6 @@ TOWERS_LEGEND = (
     f"0.15 %). The teacher learned from {N_TRAIN} images, its students see {N_STUDENT}. Alone: "
     f"clip_contrastive. Distilled: similarity_kl too. Gain: of the mean of both directions."
 )
-WORDS = (HEADER[0], HEADER[-1], TOWERS_HEADER[0])  # columns without numbers
 # Training amplifies rounding: over 40 seeds to at most 2e-7 in the first 10 steps, and to 7e-7 over
 # 250 in the median seed (8e-5 in the worst). A gradient that is wrong by 0.01 % gives 1e-2 there.
 FIRST_STEPS, FIRST_LIMIT, LIMIT = 10, 1e-5, 1e-3
@@ -74,9 +79,10 @@ def run(out: Path, seeds: int, steps: int, device: str) -> int:
     about = (
         f"Digits of scikit-learn, {seeds} seeds, {steps} steps. The teacher, a convolutional "
         f"network that learned all {N_TRAIN} labels, reads {teacher.accuracy:.1f} % of the test "
-        f"images; the students are small perceptrons."
+        f"images; the students are small perceptrons and a convolutional network with a fourth of its "
+        f"channels."
     )
-    sections = {title: table(fits, of_all, device) for of_all, title in TITLES.items()}
+    sections = {title: table(fits, group, device) for group, title in TITLES.items()}
     of_towers = {TOWERS_TITLE: towers_table(towers)}
     passed, verdict = check(fits)
     seconds = time.perf_counter() - began
@@ -99,12 +105,18 @@ def run(out: Path, seeds: int, steps: int, device: str) -> int:
     return 0 if passed else 1
 
 
-def table(fits: Sequence[Fit], all_labels: bool, device: str) -> list[list[str]]:
+def group_of(method: Method) -> Group:
+    return method.all_labels, method.new_student
+
+
+def table(fits: Sequence[Fit], group: Group, device: str) -> list[list[str]]:
     """Return the rows of the methods under one title."""
     rows = []
-    baseline = [fit.accuracy for fit in of(NO_TEACHER._replace(all_labels=all_labels), fits)]
+    all_labels, student = group
+    alone = NO_TEACHER._replace(all_labels=all_labels, new_student=student)
+    baseline = [fit.accuracy for fit in of(alone, fits)]
     for method in METHODS:
-        if method.all_labels != all_labels:
+        if group_of(method) != group:
             continue
         accuracies = [fit.accuracy for fit in of(method, fits)]
         taught = method.loss is not NO_TEACHER.loss
@@ -158,21 +170,25 @@ def check(fits: Sequence[Fit]) -> tuple[bool, str]:
 
 def plot(fits: Sequence[Fit], teacher: Fit) -> Figure:
     """Draw the accuracy of each fit, and beside it the loss curves of the check."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
     accuracy, curves = figure.subplots(1, 2, width_ratios=(3, 2))
     methods = [method for method in METHODS if not method.all_labels and method is not EAGER_KD]
+    names = [
+        f"{method.name}, convolutions" if group_of(method) == CONVOLUTIONS else method.name
+        for method in methods
+    ]
     for place, method in enumerate(reversed(methods)):
         accuracies = [fit.accuracy for fit in of(method, fits)]
         colour = "tab:gray" if method.uses is None else "tab:blue"
         accuracy.plot(accuracies, [place] * len(accuracies), "o", color=colour, alpha=0.5)
         accuracy.plot(mean(accuracies), place, "|", color=colour, markersize=18, markeredgewidth=3)
-    accuracy.set_yticks(range(len(methods)), [method.name for method in reversed(methods)])
+    accuracy.set_yticks(range(len(methods)), names[::-1])
     accuracy.axvline(teacher.accuracy, color="black", linestyle="--", linewidth=1)
     accuracy.annotate(
         "teacher", (teacher.accuracy, 1), xycoords=("data", "axes fraction"),
         xytext=(0, 3), textcoords="offset points", ha="center",
     )  # fmt: skip
-    accuracy.set_title(TITLES[False], loc="left")
+    accuracy.set_title(TITLES[FEW], loc="left")
     accuracy.set_xlabel("test accuracy, %: each seed and the mean")
     accuracy.grid(axis="x", alpha=0.3)
 

@@ -181,7 +181,7 @@ def fit(
     method: Method, model: Network, scenes: Scenes, teacher: Any, steps: int, seed: int
 ) -> None:
     """Train the model; `teacher` has what the teacher makes of the scenes."""
-    loss = method.new_loss()
+    loss = method.new_loss().to(scenes.images.device)
 
     def of_batch(rows: Tensor) -> Tensor:
         batch = scenes.take(rows)

@@ -88,7 +88,10 @@ def table(study: Study, fits: Sequence[Fit]) -> list[list[str]]:
             values = [fit.results[i] for fit in of(method, fits)]
             baseline = [fit.results[i] for fit in of(study.methods[0], fits)]
             is_taught = method in study.methods[1:]
-            row += [spread(values, ".1f"), *(gain_and_wins(values, baseline) if is_taught else ("", ""))]
+            row += [
+                spread(values, ".1f"),
+                *(gain_and_wins(values, baseline) if is_taught else ("", "")),
+            ]
         rows.append(row)
     return rows
 
@@ -105,7 +108,9 @@ def plot(study: Study, fits: Sequence[Fit]) -> Figure:
             axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.5)
             axes.plot(mean(values), place, "|", color=colour, markersize=18, markeredgewidth=3)
         axes.set_yticks(range(len(names)), names if i == 0 else [""] * len(names))
-        axes.axvline(of(study.teacher, fits)[0].results[i], color="black", linestyle="--", linewidth=1)
+        axes.axvline(
+            of(study.teacher, fits)[0].results[i], color="black", linestyle="--", linewidth=1
+        )
         axes.set_title("dashed: the teacher", loc="left", fontsize="small")
         axes.set_xlabel(f"{measure}: each seed and the mean")
         axes.grid(axis="x", alpha=0.3)

@@ -39,7 +39,9 @@ class Output(NamedTuple):
 
     def take(self, rows: Tensor) -> Output:
         """Return what belongs to the texts with these numbers."""
-        return Output(*(x[rows] if isinstance(x, Tensor) else tuple(y[rows] for y in x) for x in self))  # type: ignore[arg-type]
+        return Output(
+            *(x[rows] if isinstance(x, Tensor) else tuple(y[rows] for y in x) for x in self)
+        )  # type: ignore[arg-type]
 
 
 class Layer(nn.Module):
@@ -169,7 +171,7 @@ def fit(
     method: Method, model: Encoder, data: texts.Texts, teacher: Any, steps: int, seed: int
 ) -> None:
     """Train the model; `teacher` has what the teacher makes of the data."""
-    loss = method.new_loss()
+    loss = method.new_loss().to(data.tokens.device)
 
     def of_batch(rows: Tensor) -> Tensor:
         batch = data.take(rows)

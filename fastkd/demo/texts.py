@@ -88,7 +88,11 @@ def docstrings(owner: Any) -> Iterator[str]:
     home = owner.__name__ if inspect.ismodule(owner) else owner.__module__
     for name, member in sorted(vars(owner).items()):
         is_own = getattr(member, "__module__", home) == home
-        if name.startswith("_") or not is_own or not (callable(member) or isinstance(member, property)):
+        if (
+            name.startswith("_")
+            or not is_own
+            or not (callable(member) or isinstance(member, property))
+        ):
             continue
         if inspect.isclass(member) and member is not owner:
             yield from docstrings(member)
