@@ -7,6 +7,7 @@ their parameters to the optimizer; they are saved, moved and copied with the mod
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -91,6 +92,11 @@ class HintLoss(LossModule, function=feature.hint):
         with torch.no_grad():
             return student, _projectors.project(self.projector, teacher, places[0])
 
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
+        """Return features of as many dimensions as the options speak of."""
+        dims = [x for x in (options["feature_dim"], options["batch_dim"]) if isinstance(x, int)]
+        return empty.new_empty([1] * max(3, *(x + 1 if x >= 0 else -x for x in dims)))
+
     def train(self, mode: bool = True) -> HintLoss:
         """Set training mode, but for a fixed projector, whose statistics must not move."""
         super().train(mode)
@@ -136,7 +142,7 @@ class MiniLMRelationLoss(LossModule, function=tokens.minilm_relation):
     Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021. arXiv:2012.15828
     """
 
-    def _of_empty_batch(self, name: str, empty: Tensor) -> Any:
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
         return [empty]
 
 
@@ -195,7 +201,7 @@ class FSPLoss(LossModule, function=texture.fsp):
 
     empty_shape = (0, 1, 1)
 
-    def _of_empty_batch(self, name: str, empty: Tensor) -> Any:
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
         return [empty, empty]
 
 
@@ -268,5 +274,5 @@ class VIDLoss(LossModule, function=texture.vid):
         mean = self.regressor(student)
         return super().forward(mean, teacher, self.variance_parameter, **of_a_batch)
 
-    def _of_empty_batch(self, name: str, empty: Tensor) -> Any:
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
         return empty.new_zeros(1) if name == "variance_parameter" else empty

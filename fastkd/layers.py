@@ -206,7 +206,7 @@ class Attachment:
 
     def _begin(self, network: nn.Module, inputs: Any) -> None:
         sides = [i for i, root in enumerate(self._roots) if root is network]
-        if not sides:  # a copy of the network
+        if not sides or _is_in_backward():  # a copy of the network, or computed again
             return
         # of a network that is its own teacher, forwards without a graph are the teacher's
         side = sides[-1] if len(sides) == 1 or not torch.is_grad_enabled() else sides[0]
@@ -214,7 +214,7 @@ class Attachment:
         self._running.append(side)
 
     def _end(self, network: nn.Module, inputs: Any, output: Any) -> None:
-        if self._running and any(root is network for root in self._roots):
+        if self._running and self._roots[self._running[-1]] is network and not _is_in_backward():
             self._has_run[self._running.pop()] = True
 
     def _catch(
@@ -336,6 +336,11 @@ def _selected(output: Any, select: Select, name: str) -> Any:
 
 def _has_keys(output: Any) -> bool:
     return isinstance(output, Mapping)
+
+
+def _is_in_backward() -> bool:
+    """Return whether a checkpointed forward is computed again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _detached(output: Any) -> Any:

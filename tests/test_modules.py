@@ -49,7 +49,7 @@ OPTIONS = {  # none of them a default
     fastkd.AttentionTransferLoss: dict(p=3.0, kind="max"),
 }
 OF_A_BATCH = {"weights", "normalizer"}
-OWNERS = {fastkd.VIDLoss}  # modules with parameters of their own, see test_layers.py
+OWNERS = {fastkd.VIDLoss}  # modules with parameters of their own, see test_projectors.py
 KEYS = {"student_keys", "teacher_keys"}
 OF_A_MODULE = {"queue_size", "n_prototypes", "center_momentum", "center"}
 
