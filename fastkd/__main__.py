@@ -26,9 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, or 1 if something does not work."""
     parser = argparse.ArgumentParser(prog="fastkd", description=fastkd.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    about = (
-        "train a teacher and its students on real data: what each loss gains, in a minute or two"
-    )
+    about = "train a teacher and students on real data: what each loss gains, in a minute or two"
     demo = commands.add_parser("demo", help=about, description=about)
     demo.add_argument(
         "name", nargs="?", choices=[*_DEMOS], default="digits",
@@ -162,6 +160,13 @@ def _maps_and_variances(device: str, dtype: torch.dtype) -> list[Any]:
     return [*_maps_of_one_width(device, dtype), torch.linspace(-1, 5, 33, device=device)]
 
 
+def _vectors(device: str, dtype: torch.dtype) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+    widths = 96, 48, 144, 240  # 48 relation heads are the default
+    q, k, *of_teacher = (torch.randn(3, 20, n, generator=generator) for n in widths)
+    return [[x.to(device, dtype) for x in pair] for pair in ((q, k), of_teacher)]
+
+
 Inputs = Callable[[str, torch.dtype], list[Any]]
 _BY_FIRST_PARAMETER: dict[str, Inputs] = {
     "student_logits": _logits,
@@ -173,6 +178,7 @@ _BY_FIRST_PARAMETER: dict[str, Inputs] = {
 }
 _BY_NAME: dict[str, Inputs] = {
     "kd": _logits_and_labels,
+    "minilm_relation": _vectors,
     "correlation_congruence": _embeddings_of_one_width,
     "dino": _crops,
     "channel_wise": _maps_of_one_width,

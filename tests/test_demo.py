@@ -125,7 +125,15 @@ def test_every_loss_teaches_the_student_alone(method):
     logits = torch.randn(2, 6, 10, generator=generator)
     student, teacher = logits[0].clone().requires_grad_(), logits[1]
     labels = torch.tensor([3, -100, 1, -100, -100, 9])
-    loss = method.loss(digits.Output(student, student), digits.Output(teacher, teacher), labels)
+
+    def output(logits, channels):
+        places = torch.arange(4.0).view(2, 2)
+        wide = logits.repeat(1, 4)[..., None, None]
+        return digits.Output(logits, logits, tuple(wide[:, :n] + places for n in channels))
+
+    compute = method.loss() if isinstance(method.loss, type) else method.loss
+    of_teacher = output(teacher, digits.TEACHER_CHANNELS)
+    loss = compute(output(student, digits.STUDENT_CHANNELS), of_teacher, labels)
     (gradient,) = torch.autograd.grad(loss, student)
     unlabelled = gradient[labels < 0]
     assert gradient.isfinite().all()

@@ -171,7 +171,7 @@ class Hint(nn.Module):
 def attention(student: Output, teacher: Output, labels: Tensor) -> Tensor:
     """Compute cross-entropy on the labelled images plus attention transfer on all."""
     supervised = no_teacher(student, teacher, labels)
-    return supervised + 500 * fastkd.attention_transfer(student.maps, teacher.maps)
+    return supervised + 50 * fastkd.attention_transfer(student.maps, teacher.maps)
 
 
 class Method(NamedTuple):

@@ -79,8 +79,8 @@ def run(out: Path, seeds: int, steps: int, device: str) -> int:
     about = (
         f"Digits of scikit-learn, {seeds} seeds, {steps} steps. The teacher, a convolutional "
         f"network that learned all {N_TRAIN} labels, reads {teacher.accuracy:.1f} % of the test "
-        f"images; the students are small perceptrons and a convolutional network with a fourth of its "
-        f"channels."
+        f"images; the students are small perceptrons and convolutional networks with a fourth of "
+        f"its channels."
     )
     sections = {title: table(fits, group, device) for group, title in TITLES.items()}
     of_towers = {TOWERS_TITLE: towers_table(towers)}

@@ -246,14 +246,14 @@ STUDY = Study(
     name="segmentation",
     title=f"{N_STUDENT} scenes, {N_LABELLED} of them with labels",
     about=(
-        f"Drawn scenes, a synthetic task: {N_DIGITS} real digits of scikit-learn in several sizes on "
-        f"noise, {SIZE}×{SIZE} pixels. The teacher has {TEACHER_WIDTH} channels and learned from "
-        f"{N_TEACHER} labelled scenes, its students have {STUDENT_WIDTH}."
+        f"Drawn scenes, a synthetic task: {N_DIGITS} real digits of scikit-learn in several sizes "
+        f"on noise, {SIZE}×{SIZE} pixels. The teacher has {TEACHER_WIDTH} channels and learned "
+        f"from {N_TEACHER} labelled scenes, its students have {STUDENT_WIDTH}."
     ),
     legend=(
         f"On {N_TEST} scenes of other digits, mean ± standard deviation over the seeds: mean "
-        "intersection over union of the classes, and of the predicted boxes at places with a digit. "
-        "Gain: points over no teacher, seed by seed. Wins: seeds with a gain."
+        "intersection over union of the classes, and of the predicted boxes at places with a "
+        "digit. Gain: points over no teacher, seed by seed. Wins: seeds with a gain."
     ),
     measures=("mIoU, %", "box IoU, %"),
     teacher=TEACHER,

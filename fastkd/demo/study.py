@@ -1,4 +1,4 @@
-"""A study: one teacher, students of several methods and seeds, a table and a plot of their gains."""
+"""A study: a teacher, students of several methods and seeds, a table and a plot of their gains."""
 
 from __future__ import annotations
 
@@ -75,8 +75,13 @@ def run(study: Study, out: Path, seeds: int, steps: int, device: str) -> int:
 
 
 def header_of(study: Study) -> list[str]:
-    """Return the names of the columns: for each measure its value, its gain and its wins."""
-    return ["student learns from", *(x for name in study.measures for x in (name, "gain", "wins"))]
+    """Return the names of the columns: each measure and its gain, and the wins of the first."""
+    first, *others = study.measures
+    return [
+        "student learns from",
+        *(first, "gain", "wins"),
+        *(x for name in others for x in (name, "gain")),
+    ]
 
 
 def table(study: Study, fits: Sequence[Fit]) -> list[list[str]]:
@@ -87,11 +92,10 @@ def table(study: Study, fits: Sequence[Fit]) -> list[list[str]]:
         for i in range(len(study.measures)):
             values = [fit.results[i] for fit in of(method, fits)]
             baseline = [fit.results[i] for fit in of(study.methods[0], fits)]
-            is_taught = method in study.methods[1:]
-            row += [
-                spread(values, ".1f"),
-                *(gain_and_wins(values, baseline) if is_taught else ("", "")),
-            ]
+            gain = wins = ""
+            if method in study.methods[1:]:
+                gain, wins = gain_and_wins(values, baseline)
+            row += [spread(values, ".1f"), gain, *([wins] if i == 0 else [])]
         rows.append(row)
     return rows
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import fastkd
 from fastkd.demo import texts
@@ -39,9 +40,8 @@ class Output(NamedTuple):
 
     def take(self, rows: Tensor) -> Output:
         """Return what belongs to the texts with these numbers."""
-        return Output(
-            *(x[rows] if isinstance(x, Tensor) else tuple(y[rows] for y in x) for x in self)
-        )  # type: ignore[arg-type]
+        taken: Any = tree_map(lambda x: x[rows], self)
+        return taken
 
 
 class Layer(nn.Module):

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -77,7 +78,10 @@ def paragraphs(modules: list[str]) -> Iterator[str]:
             if inner.name[0] != "_":
                 with contextlib.suppress(ImportError):  # some are for another system
                     parts.append(importlib.import_module(f"{name}.{inner.name}"))
-        for docstring in dict.fromkeys(x for part in parts for x in docstrings(part)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # some members warn when looked at
+            found = dict.fromkeys(x for part in parts for x in docstrings(part))
+        for docstring in found:
             for paragraph in re.split(r"\n\s*\n", docstring):
                 yield " ".join(paragraph.split())
 
@@ -88,11 +92,8 @@ def docstrings(owner: Any) -> Iterator[str]:
     home = owner.__name__ if inspect.ismodule(owner) else owner.__module__
     for name, member in sorted(vars(owner).items()):
         is_own = getattr(member, "__module__", home) == home
-        if (
-            name.startswith("_")
-            or not is_own
-            or not (callable(member) or isinstance(member, property))
-        ):
+        is_documented = callable(member) or isinstance(member, property)
+        if name.startswith("_") or not is_own or not is_documented:
             continue
         if inspect.isclass(member) and member is not owner:
             yield from docstrings(member)

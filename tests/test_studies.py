@@ -1,0 +1,160 @@
+"""The demos of text and of drawn scenes, small: their data, their losses and their tables."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastkd import __main__ as program
+
+scenes = pytest.importorskip("fastkd.demo.scenes", reason="needs the extra `demo`")
+study = pytest.importorskip("fastkd.demo.study", reason="needs the extra `demo`")
+text = pytest.importorskip("fastkd.demo.text", reason="needs the extra `demo`")
+texts = pytest.importorskip("fastkd.demo.texts", reason="needs the extra `demo`")
+training = pytest.importorskip("fastkd.demo.training", reason="needs the extra `demo`")
+
+SMALL = {text: dict(N_STUDENT=40, N_LABELLED=20, TEACHER_STEPS=2, N_TEST=50)}
+SMALL[scenes] = dict(N_STUDENT=8, N_LABELLED=4, TEACHER_STEPS=2, N_TEST=4, N_TEACHER=8)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for module, sizes in SMALL.items():
+        for name, size in sizes.items():
+            monkeypatch.setattr(module, name, size)
+        monkeypatch.setattr(module, "BATCH", 8)
+
+
+@pytest.mark.parametrize("module", [text, scenes], ids=["text", "segmentation"])
+def test_prints_and_writes_the_table_and_the_plot(module, tmp_path, capsys):
+    name = module.STUDY.name
+    arguments = ["demo", name, "--seeds", "2", "--steps", "2", "--out", str(tmp_path)]
+    assert program.main(arguments) == 0
+    printed, written = capsys.readouterr().out, (tmp_path / f"{name}.md").read_text("utf-8")
+    rows = [line.split("|")[1:-1] for line in written.splitlines() if line.startswith("| ")]
+    names = [method.name for method in module.METHODS]
+    assert [row[0].strip() for row in rows[2:]] == ["teacher", *names]
+    assert [cell.strip() for cell in rows[0]] == study.header_of(module.STUDY)
+    for word in (*names, *study.header_of(module.STUDY)):  # 80 columns hold all of them
+        assert word in printed
+    assert not any(rows[3][i].strip() for i in (2, 3, 5))  # no teacher has no gain
+    assert rows[4][2].strip()[0] in "+-" and rows[4][3].strip()[1:] == "/2"
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("module", [text, scenes], ids=["text", "segmentation"])
+def test_the_same_seed_gives_the_same_numbers(module):
+    first, second = ([*module.experiment(1, 2)] for _ in range(2))
+    assert [fit.results for fit in first] == [fit.results for fit in second]
+    assert len(first) == 1 + len(module.METHODS)
+
+
+def gradients_of(method, outputs, target):
+    """Return the gradients in all that a student's output holds; teachers are not trained."""
+    torch.manual_seed(0)
+    student, teacher = outputs
+    loss = method.new_loss()(student, teacher, target)
+    tensors = [x for x in torch.utils._pytree.tree_leaves(student) if x.requires_grad]
+    found = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=True)
+    return [x is not None and bool(x.isfinite().all()) and bool(x.any()) for x in found]
+
+
+def test_each_loss_of_text_trains_what_its_name_says():
+    def output(width, n_layers, seed):
+        torch.manual_seed(seed)
+        model = text.Encoder(data.n_tokens, width, n_layers, dropout=0.0)
+        return model(data)
+
+    data = texts.load("cpu").take(torch.arange(6))
+    student = output(text.STUDENT_WIDTH, text.STUDENT_LAYERS, 0)
+    teacher = output(text.TEACHER_WIDTH, text.TEACHER_LAYERS, 1)
+    teacher = torch.utils._pytree.tree_map(torch.Tensor.detach, teacher)
+    reached = {
+        method.name: gradients_of(method, (student, teacher), data.subjects)
+        for method in text.METHODS
+    }
+    # logits, embeddings, two hidden states, two attentions, q, k, v
+    assert reached["no teacher"] == reached["KD"] == [True] + 8 * [False]
+    hints = reached["KD + cosine (DistilBERT)"]
+    assert hints == [True, False, False, True, *5 * [False]]
+    assert reached["KD + layers (TinyBERT)"] == [*6 * [True], *3 * [False]]
+    assert reached["KD + relations (MiniLM)"] == [True, *5 * [False], *3 * [True]]
+
+
+def test_padding_reaches_nothing():
+    data = texts.load("cpu").take(torch.arange(30))
+    model = text.Encoder(data.n_tokens, 16, 2, dropout=0.0).eval()
+    before = model(data).logits
+    other = data._replace(tokens=torch.where(data.mask, data.tokens, 7))
+    torch.testing.assert_close(model(other).logits, before)
+
+
+def test_paragraphs_are_those_of_docstrings_and_each_is_there_once():
+    data = texts.load("cpu")
+    assert len(data.tokens) > 3000 and data.subjects.bincount().min() > 100
+    assert torch.equal(data.mask, data.tokens != texts.PADDING)
+    found = {*texts.paragraphs(["json"])}
+    assert any(x.startswith("Serialize ``obj`` as a JSON formatted stream") for x in found)
+    assert not any("\n" in x for x in found)
+
+
+def test_students_see_few_labels():
+    data = texts.load("cpu")
+    few = text.few_labels(data, seed=1)
+    assert (few.subjects != training.IGNORED).sum() == text.N_LABELLED
+    assert len(few.subjects) == text.N_STUDENT and (data.subjects >= 0).all()
+
+
+def test_boxes_enclose_the_digit_of_their_place():
+    images, digits = training.load_images("cpu")
+    drawn = scenes.draw(images, digits, n_scenes=5, seed=0)
+    has_digit = drawn.distances[:, 0] >= 0
+    assert torch.equal(has_digit, drawn.classes > 0)
+    widths = drawn.distances[:, 0] + drawn.distances[:, 2] + 1
+    heights = drawn.distances[:, 1] + drawn.distances[:, 3] + 1
+    assert torch.equal(widths[has_digit], heights[has_digit])  # digits are squares
+    assert 8 <= widths[has_digit].min() and widths[has_digit].max() < scenes.N_BINS
+    assert (drawn.distances < scenes.N_BINS).all()
+    row, column = has_digit[0].nonzero()[0] * scenes.STRIDE + scenes.STRIDE // 2
+    assert drawn.images[0, 0, row, column] > 0.3
+
+
+def test_a_perfect_network_has_full_measures():
+    images, digits = training.load_images("cpu")
+    drawn = scenes.draw(images[digits < 5], digits[digits < 5], n_scenes=20, seed=0)
+
+    class Oracle(nn.Module):
+        def forward(self, images):
+            classes = nn.functional.one_hot(drawn.classes, scenes.N_CLASSES).movedim(-1, 1)
+            edges = nn.functional.one_hot(drawn.distances.clamp(min=0), scenes.N_BINS)
+            return scenes.Output(images, classes.float(), edges.float())
+
+    assert scenes.measure(Oracle(), drawn) == (100.0, 100.0)
+
+
+@pytest.mark.parametrize("method", scenes.METHODS, ids=lambda method: method.name)
+def test_each_loss_of_scenes_teaches_places_without_a_label(method):
+    images, digits = training.load_images("cpu")
+    drawn = scenes.draw(images[digits < 5], digits[digits < 5], n_scenes=2, seed=0)
+    for labels in drawn[1:]:
+        labels[1] = training.IGNORED
+    torch.manual_seed(0)
+    student, teacher = (
+        scenes.predict(scenes.Network(n), drawn)
+        for n in (scenes.STUDENT_WIDTH, scenes.TEACHER_WIDTH)
+    )
+    for x in student:
+        x.requires_grad_()
+    loss = method.new_loss()(student, teacher, drawn)
+    gradients = torch.autograd.grad(loss, [*student], allow_unused=True)
+    assert all(x is None or x.isfinite().all() for x in gradients)
+    taught = [x is not None and bool(x[1].any()) for x in gradients]
+    expected = {
+        "no teacher": [False, False, False],
+        "KD of each place": [False, True, False],
+        "channel-wise (CWD)": [False, True, False],
+        "localization (LD)": [False, False, True],
+        "CWD + LD": [False, True, True],
+        "hint, weighted": [True, False, False],
+    }
+    assert taught == expected[method.name]
