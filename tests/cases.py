@@ -504,4 +504,5 @@ WAYS = named(
     "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "dino", "rkd", "pkt", "dist_kd",
     "info_nce", "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",
     "siglip-logit_scale=5.0-logit_bias=-2.0", "sup_con", "similarity_kl-keys-symmetric=True",
+    "hint-weights-kind=cosine", "attention_transfer-p=3.0-kind=max",
 )  # fmt: skip
