@@ -162,6 +162,8 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
         return None
     if student.ndim != 2:
         slopes = slopes.view(student.shape)
+    if not student.is_contiguous():  # the gradient is laid out as in `backward`
+        slopes = torch.empty_like(student, dtype=dtype).copy_(slopes)
     return (losses.view(examples), cross_entropies), (None, slopes, ce_slopes)
 
 
