@@ -23,10 +23,16 @@ from fastkd.divergence import (
     total_variation,
 )
 from fastkd.feature_modules import (
+    AttentionMSELoss,
+    ChannelWiseLoss,
     CKALoss,
+    FSPLoss,
     GramAnchoringLoss,
+    LocalizationLoss,
     MiniLMRelationLoss,
+    NSTLoss,
     TokenRelationLoss,
+    VIDLoss,
 )
 from fastkd.modules import (
     ClipLoss,
@@ -56,22 +62,29 @@ from fastkd.modules import (
 )
 from fastkd.relational import rkd, rkd_angle, rkd_distance
 from fastkd.self_distillation import dino
+from fastkd.spatial import channel_wise, localization
+from fastkd.texture import attention_mse, fsp, nst, vid
 from fastkd.tokens import cka, gram_anchoring, minilm_relation, token_relation
 from fastkd.vanilla import kd
 
 __all__ = [
+    "AttentionMSELoss",
     "CKALoss",
+    "ChannelWiseLoss",
     "ClipLoss",
     "CorrelationCongruenceLoss",
     "DINOLoss",
     "DISTLoss",
+    "FSPLoss",
     "ForwardKLLoss",
     "GramAnchoringLoss",
     "InfoNCELoss",
     "JensenShannonLoss",
     "KDLoss",
+    "LocalizationLoss",
     "LogitMSELoss",
     "MiniLMRelationLoss",
+    "NSTLoss",
     "NTXentLoss",
     "PKTLoss",
     "RKDAngleLoss",
@@ -88,20 +101,26 @@ __all__ = [
     "SymmetricKLLoss",
     "TokenRelationLoss",
     "TotalVariationLoss",
+    "VIDLoss",
     "__version__",
+    "attention_mse",
     "backend",
+    "channel_wise",
     "cka",
     "clip_contrastive",
     "correlation_congruence",
     "dino",
     "dist_kd",
     "forward_kl",
+    "fsp",
     "gram_anchoring",
     "info_nce",
     "jensen_shannon",
     "kd",
+    "localization",
     "logit_mse",
     "minilm_relation",
+    "nst",
     "nt_xent",
     "pkt",
     "reverse_kl",
@@ -118,4 +137,5 @@ __all__ = [
     "symmetric_kl",
     "token_relation",
     "total_variation",
+    "vid",
 ]

@@ -6,8 +6,7 @@ The teacher is a constant. Each loss is a mean over sequences, and those of one 
 sequence take `weights`, `normalizer` and `reduction`.
 
 `mask` marks the tokens that count, [B, L], as tokenizers give it: bool, or 1 and 0. Other tokens
-reach nothing, whatever they hold, and a sequence without a token that counts is left out of the
-mean.
+reach nothing, whatever they hold, and the mean is over the sequences with a token that counts.
 """
 
 from __future__ import annotations

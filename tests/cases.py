@@ -5,6 +5,7 @@ table knows each loss independently of fastkd, as its paper or its users write i
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -166,6 +167,37 @@ def tokens(n_relations: int = 1, masked: bool = False) -> Inputs:
     return inputs
 
 
+def maps(wider: int = 0, size: tuple[int, ...] = (3, 2)) -> Inputs:
+    """Return feature maps; the teacher's have `wider` channels more."""
+
+    def inputs(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+        tensors = [
+            normal(*examples, width + i * wider, *size, dtype=dtype, seed=seed + i, device=device)
+            for i in range(2)
+        ]
+        return [x.requires_grad_(i < 1) for i, x in enumerate(tensors)]
+
+    return inputs
+
+
+def maps_of_layers(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return maps of a layer and, with one channel more, of another one, for both networks."""
+    first = maps()(examples, width, dtype, seed, device)
+    return [*first, *maps()(examples, width + 1, dtype, seed + 2, device)]
+
+
+def with_variances(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    alpha = normal(*examples[:-1], width, dtype=dtype, seed=seed + 3, device=device)
+    return [*maps()(examples, width, dtype, seed, device), alpha.requires_grad_()]
+
+
+def scores(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return scores of 3 heads of `width` tokens; some exclude a key."""
+    tensors = normal(2, *examples, 3, width, width, seed=seed, device=device)
+    tensors[..., width // 2] -= 200 * (tensors[..., 0] > 1)
+    return [x.to(dtype).requires_grad_(i < 1) for i, x in enumerate(tensors)]
+
+
 # ------------------------------------------------------------------------------------------ table
 
 
@@ -231,7 +263,10 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
 
 
 def _batch(problem: str, loss: Callable, inputs: Inputs, note: str = "", **options: Any) -> Case:
-    as_published, has_kernels = getattr(published, loss.__name__), problem != "gram"
+    as_published, has_kernels = (
+        getattr(published, loss.__name__),
+        problem not in ("gram", "formula"),
+    )
     return Case(loss, problem, inputs, as_published, options, None, False, has_kernels, note)
 
 
@@ -279,6 +314,27 @@ def _minilm(*tensors: Tensor, **options: Any) -> Tensor:
 _minilm.__name__, _minilm.has_kernels = "minilm_relation", fastkd.minilm_relation.has_kernels
 
 
+def _channels(student, teacher, weights=None, **options):
+    """Return the loss of rows as that of the channels of maps [B, C, L]."""
+    examples, n_cols = student.shape[:-1], student.shape[-1]
+    n_rows = math.prod(examples)
+    if student.ndim != 3 or not n_rows:
+        student, teacher = (x.reshape(n_rows, 1, n_cols) for x in (student, teacher))
+        weights = weights.reshape(n_rows, 1) if isinstance(weights, Tensor) else weights
+    losses = fastkd.channel_wise(student, teacher, weights=weights, **options)
+    return losses.view(examples) if losses.ndim else losses
+
+
+_channels.__name__ = "channel_wise"
+
+
+def _of_layers(student, teacher, student_2, teacher_2, **options):
+    return fastkd.fsp((student, student_2), (teacher, teacher_2), **options)
+
+
+_of_layers.__name__ = "fsp"
+
+
 ONE_WIDTH, TWO_WIDTHS, UNIT = embeddings(), embeddings(wider=2), embeddings(trained=2, unit=True)
 VIEWS = embeddings(trained=2)
 
@@ -300,6 +356,9 @@ CASES = [
     _rows(fastkd.total_variation, textbook.TOTAL_VARIATION),
     _rows(fastkd.soft_cross_entropy, textbook.SOFT_CROSS_ENTROPY, temperature=4.0),
     _rows(fastkd.logit_mse, textbook.LOGIT_MSE, scale_t2=False, has_kernels=False),
+    _rows(_channels, textbook.FORWARD_KL, temperature=4.0),
+    _rows(fastkd.localization, textbook.LOCALIZATION, temperature=4.0, bins="mean"),
+    _rows(fastkd.localization, textbook.LOCALIZATION, scale_t2=False, bins="sum"),
     _kd("forward_kl", textbook.FORWARD_KL),
     _kd("jensen_shannon", textbook.JENSEN_SHANNON, beta=0.1),
     _kd("total_variation", textbook.TOTAL_VARIATION),
@@ -324,6 +383,11 @@ CASES = [
     _batch("gram", fastkd.correlation_congruence, ONE_WIDTH),
     _batch("gram", fastkd.dist_kd, logits),
     _batch("gram", fastkd.dist_kd, logits, beta=2.0, gamma=0.5, temperature=4.0, epsilon=0.1),
+    _batch("formula", fastkd.nst, maps(wider=2)),
+    _batch("formula", fastkd.nst, maps(wider=2, size=(90,)), "few channels"),
+    _batch("formula", _of_layers, maps_of_layers),
+    _batch("formula", fastkd.vid, with_variances, epsilon=0.01),
+    _batch("formula", fastkd.attention_mse, scores),
     _batch("pairs", fastkd.info_nce, VIEWS),
     _batch("pairs", fastkd.info_nce, VIEWS, symmetric=True),
     _batch("pairs", fastkd.info_nce, with_bank, "bank", negative_weight=0.3, margin=0.1),

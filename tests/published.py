@@ -339,3 +339,49 @@ def cka(student, teacher, center=True):
     centring = torch.eye(n, dtype=student.dtype, device=student.device) - center / n
     s, t = (centring @ x @ x.T @ centring for x in (student, teacher))
     return 1 - (s * t).sum() / (torch.linalg.matrix_norm(s) * torch.linalg.matrix_norm(t))
+
+
+# --------------------------------------------------------------------------------------- textures
+
+
+def nst(student, teacher):
+    """Return RepDistiller's mean over channels of channels, one example after the other."""
+    student, teacher = of_one_size(student, teacher)
+    losses = [0 * student.sum()]
+    for s, t in zip(student, teacher, strict=True):
+        s, t = (F.normalize(x.flatten(1), dim=1) for x in (s, t))
+        kernels = [(a[None] * b[:, None]).sum(-1).pow(2) for a, b in ((s, s), (t, t), (s, t))]
+        losses.append(kernels[0].mean() + kernels[1].mean() - 2 * kernels[2].mean())
+    return torch.stack(losses).sum() / max(len(student), 1)
+
+
+def of_one_size(*maps):
+    sizes = [min(pair) for pair in zip(*(x.shape[2:] for x in maps), strict=True)]
+    pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(sizes) - 1]
+    return [x if [*x.shape[2:]] == sizes else pool(x, sizes) for x in maps]
+
+
+def fsp(student, teacher, student_2, teacher_2):
+    """Return RepDistiller's, whose products of channels are made position by position."""
+
+    def flow(first, second):
+        first, second = of_one_size(first, second)
+        return (first[:, :, None] * second[:, None]).flatten(3).mean(-1)
+
+    squares = (flow(student, student_2) - flow(teacher, teacher_2)).pow(2)
+    return squares.mean() if squares.numel() else squares.sum()
+
+
+def vid(mean, teacher, alpha, epsilon=1e-5):
+    """Return RepDistiller's."""
+    mean, teacher = of_one_size(mean, teacher)
+    variance = torch.log(1.0 + torch.exp(alpha)) + epsilon
+    variance = variance.view(1, -1, *[1] * (mean.ndim - 2))
+    losses = 0.5 * ((mean - teacher) ** 2 / variance + torch.log(variance))
+    return losses.mean() if losses.numel() else losses.sum()
+
+
+def attention_mse(student, teacher):
+    """Return TinyBERT's."""
+    s, t = (torch.where(x <= -1e2, torch.zeros_like(x), x) for x in (student, teacher))
+    return F.mse_loss(s, t) if s.numel() else s.sum()
