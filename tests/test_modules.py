@@ -107,7 +107,7 @@ def batch(module):
 
 def value_and_gradient(loss, tensors, **options):
     value = loss(*tensors, **options)
-    trained = [x for x in tree_leaves(tensors) if x.requires_grad]
+    trained = [x for x in tree_leaves(tensors) if getattr(x, "requires_grad", False)]
     return value, *torch.autograd.grad(value.sum(), trained)
 
 
