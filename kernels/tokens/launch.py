@@ -20,9 +20,9 @@ from fastkd.kernels.device import INTERPRETED, device_of, on_device
 from fastkd.kernels.tokens.sweeps import (
     Network,
     Tile,
-    divergence_gradients,
-    divergences,
-    squares,
+    relation_divergences,
+    relation_gradients,
+    relation_squares,
 )
 from fastkd.problems.pairs import SHORTEST
 from fastkd.problems.tokens import TokenRelations
@@ -96,15 +96,15 @@ def _launch(
     sizes = dict(n_tokens=length, n_heads=heads, n_blocks=n_blocks)
     grid = (n_units * n_blocks,)
     if problem.divergence == "mse":
-        squares[grid](
+        relation_squares[grid](
             *networks, bits, losses, weights, gradient, **sizes, REMOVED=problem.removed,
             **constants,
         )  # fmt: skip
         return losses, weights
     shifts = None if gradient is None else losses.new_empty((2, n_units, length))
-    divergences[grid](*networks, bits, losses, shifts, n_units, **sizes, **constants)
+    relation_divergences[grid](*networks, bits, losses, shifts, n_units, **sizes, **constants)
     if gradient is not None:
-        divergence_gradients[grid](
+        relation_gradients[grid](
             *networks, bits, shifts, weights, gradient, n_units, **sizes, **constants
         )
     return losses, weights

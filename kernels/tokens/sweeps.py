@@ -157,7 +157,7 @@ class _Statistics(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_blocks"])
-def divergences(
+def relation_divergences(
     student,  # Network
     teacher,
     mask_ptr,  # [B, L], 1 or 0; or None
@@ -219,11 +219,11 @@ def divergences(
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_blocks"])
-def divergence_gradients(
+def relation_gradients(
     student,  # Network
     teacher,
     mask_ptr,  # [B, L], or None
-    shifts_ptr,  # [2, B · heads, L], as from `divergences`
+    shifts_ptr,  # [2, B · heads, L], as from `relation_divergences`
     weights_ptr,  # [B], what multiplies the divergences of the rows of a sequence
     gradient_ptr,  # [B, L, heads · width]
     n_units,
@@ -271,7 +271,7 @@ def divergence_gradients(
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_blocks"])
-def squares(
+def relation_squares(
     student,  # Network
     teacher,
     mask_ptr,  # [B, L], or None
