@@ -48,6 +48,22 @@ _PAIRS = Family(
     # many and few rows of tiles, and the widest tiles
     [(32768, 256), (32768, 128), (4096, 256), (4096, 64)],
 )
+# a small layer; layers of a ResNet and of a detector; tokens are rows with their features last
+_MAPS = [(16, 64, 8, 8), (64, 512, 28, 28), (16, 256, 64, 64)]
+_TOKENS = [(256, 768), (4096, 768)]
+# sequences of a BERT with 12 heads; patches of ViTs
+_TOKENS_BY_HEADS = Family(
+    lambda shape: shape[0] * 12 * shape[1] ** 2,
+    [(8, 128, 384), (32, 128, 768), (8, 512, 768)],
+    [(32, 128, 768), (8, 512, 768), (32, 512, 768), (8, 2048, 1536)],
+    [(8, 512, 768), (32, 128, 768), (8, 500, 1536)],
+)
+_PATCHES = Family(
+    lambda shape: shape[0] * shape[1] ** 2,
+    [(32, 196, 384), (8, 784, 768), (1, 4096, 384)],
+    [(64, 196, 384), (32, 784, 768), (4, 4096, 1024)],
+    [],
+)
 FAMILIES = {  # by problem, or by loss where a loss differs
     "rows": Family(
         math.prod,
@@ -65,6 +81,13 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         [(2048, 1024), (1024, 512), (256, 512), (64, 128)],
     ),
     "gram": Family(lambda shape: shape[0] * max(shape), _GRAMS, _GRAMS, []),
+    "moments": Family(math.prod, _MAPS, [*_MAPS, (64, 256, 128, 128)], [], independent=True),
+    "embedding_mse": Family(math.prod, _TOKENS, [*_TOKENS, (65536, 1024)], [], independent=True),
+    "formula": Family(math.prod, [(64, 128)], [(64, 128)], []),
+    "tokens": _TOKENS_BY_HEADS,
+    # heads that are wider than the kernels' tiles, by the portable engine
+    "gram_anchoring": _PATCHES,
+    "cka": _PATCHES,
     "pairs": _PAIRS,
     # other widths, and batches whose similarities fit into no memory
     "info_nce": _PAIRS._replace(
@@ -131,6 +154,13 @@ def with_classes(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[
     ]
 
 
+def weighted_maps(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Return maps of two networks, and the teacher's scores of their positions."""
+    n, _, *sizes = shape
+    scores = normal((n, 1, *sizes), dtype, device, seed=2).sigmoid()
+    return [*two_networks(shape, dtype, device), scores]
+
+
 def crops(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     """Return the outputs of the student's and the teacher's crops, and a centre."""
     student = normal((N_CROPS[0], *shape), dtype, device).requires_grad_()
@@ -138,9 +168,17 @@ def crops(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]
     return [student, teacher, normal(shape[1:], dtype, device, seed=2)]
 
 
+def relations(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Return queries, keys and values of the student, all trained, and then the teacher's."""
+    vectors = [normal(shape, dtype, device, seed) for seed in range(6)]
+    return [x.requires_grad_(i < 3) for i, x in enumerate(vectors)]
+
+
 INPUTS: dict[str, Inputs] = {
+    "minilm_relation": relations,
     "kd": with_labels,
     "dino": crops,
+    "hint": weighted_maps,
     "info_nce": both_trained,
     "clip_contrastive": towers(1),
     "siglip": towers(2),
@@ -150,6 +188,8 @@ INPUTS: dict[str, Inputs] = {
 OPTIONS: dict[str, Mapping[str, Any]] = {
     "dist_kd": {"temperature": T},
     "correlation_congruence": {"form": "kernel"},
+    "token_relation": {"heads": 12},
+    "minilm_relation": {"heads": 12},
 }
 
 

@@ -132,27 +132,30 @@ def _crops(device: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _maps(device: str, dtype: torch.dtype) -> list[Any]:
-    student, teacher = _logits(device, dtype)
-    return [x.unflatten(1, (17, 59))[None].contiguous() for x in (student, teacher)]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(7, n, 12, 13, generator=generator).to(device, dtype) for n in (33, 65)]
+
+
+def _maps_of_one_width(device: str, dtype: torch.dtype) -> list[Any]:
+    return [maps[:, :33] for maps in _maps(device, dtype)]
 
 
 def _maps_of_layers(device: str, dtype: torch.dtype) -> list[Any]:
-    student, teacher = _maps(device, dtype)
-    return [(student, teacher), (teacher.clone(), student.clone())]
+    student, teacher = _maps_of_one_width(device, dtype)
+    return [(student, teacher.sin()), (teacher, student.sin())]
 
 
 def _maps_and_variances(device: str, dtype: torch.dtype) -> list[Any]:
-    student, teacher = _maps(device, dtype)
-    return [student, teacher, torch.linspace(-1, 5, student.shape[1], device=device)]
+    return [*_maps_of_one_width(device, dtype), torch.linspace(-1, 5, 33, device=device)]
 
 
 def _tokens(device: str, dtype: torch.dtype) -> list[Any]:
-    return [x[:, :32].unflatten(1, (2, 16)).transpose(0, 1) for x in _embeddings(device, dtype)]
+    return [maps[:, :32, 0].mT for maps in _maps(device, dtype)]
 
 
 def _tokens_of_relations(device: str, dtype: torch.dtype) -> list[Any]:
-    vectors = [x.repeat(1, 1, 3) for x in _tokens(device, dtype)]
-    return [(x, x.sin()) for x in vectors]
+    student, teacher = (x.repeat(1, 1, 3) for x in _tokens(device, dtype))
+    return [(student, teacher.sin()), (teacher, student.sin())]
 
 
 Inputs = Callable[[str, torch.dtype], list[Any]]
@@ -168,11 +171,14 @@ _BY_NAME: dict[str, Inputs] = {
     "kd": _logits_and_labels,
     "correlation_congruence": _embeddings_of_one_width,
     "dino": _crops,
-    "channel_wise": _maps,
+    "channel_wise": _maps_of_one_width,
     "nst": _maps,
     "fsp": _maps_of_layers,
     "vid": _maps_and_variances,
-    "attention_mse": _maps,
+    "attention_mse": _maps_of_one_width,
+    "hint": _embeddings_of_one_width,
+    "embedding_mse": _embeddings_of_one_width,
+    "attention_transfer": _maps,
     "token_relation": _tokens,
     "minilm_relation": _tokens_of_relations,
     "gram_anchoring": _tokens,

@@ -116,10 +116,11 @@ class LossModule(nn.Module):
             for p in inspect.signature(self.function).parameters.values()
             if p.kind is p.POSITIONAL_OR_KEYWORD and self._is_in_empty_batch(p, options)
         ]
-        self.function.check({name: self._of_empty_batch(name, empty) for name in needed}, options)
+        batch = {name: self._of_empty_batch(name, empty, options) for name in needed}
+        self.function.check(batch, options)
 
-    def _of_empty_batch(self, name: str, empty: Tensor) -> Any:
-        """Return what stands for a parameter of the function where options are checked."""
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
+        """Return what stands for a parameter of the function where its options are checked."""
         if name == "labels":
             return empty.new_empty(0, dtype=torch.int64)
         return 1.0 if name in ("logit_scale", "logit_bias") else empty

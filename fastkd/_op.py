@@ -76,6 +76,8 @@ class Op:
             start with the example dimensions, which are those of the first trained field but its
             last one, or with a number −n but its last n.
         recomputes: Whether the engines have `forward` and `backward`, with one trained field.
+        keeps_strides: Whether the gradient of `backward` is laid out as `torch.empty_like` lays out
+            what is like the field; otherwise it is contiguous.
     """
 
     def __init__(
@@ -86,11 +88,13 @@ class Op:
         losses: Sequence[str | None] = (None,),
         per_example: bool | int = False,
         recomputes: bool = False,
+        keeps_strides: bool = False,
     ) -> None:
         kinds = typing.get_type_hints(problem)
         fields: tuple[str, ...] = problem._fields  # type: ignore[attr-defined]
         self.problem, self.recomputes, self.per_example = problem, recomputes, bool(per_example)
         self.examples = slice(-1 if per_example is True else int(per_example))  # of the dimensions
+        self.keeps_strides = keeps_strides
         self.losses = [None if name is None else fields.index(name) for name in losses]
         self.n_losses, self.n_fields = len(losses), len(fields)
         self.module, self.name = problem.__module__.rpartition(".")[2], problem.__name__.lower()

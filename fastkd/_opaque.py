@@ -108,7 +108,8 @@ class OpaqueOps:
 
     def _gradient(self, *arguments: Any) -> Tensor:
         field = arguments[len(arguments) - self.op.n_arguments + self.op.trained[0]]
-        return torch.empty_like(field, memory_format=torch.contiguous_format)
+        kept, contiguous = torch.preserve_format, torch.contiguous_format
+        return torch.empty_like(field, memory_format=kept if self.op.keeps_strides else contiguous)
 
 
 def _define(name: str, schema: str, body: Callable, fake: Callable) -> Any:

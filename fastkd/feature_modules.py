@@ -1,20 +1,164 @@
 """The losses of features as modules, as those of `fastkd.modules`.
 
-Some own what is trained with them: `VIDLoss` a regressor and the variances. Their parameters belong
-to the optimizer, and are saved, moved and copied with the module.
+Two own what is trained with them: `HintLoss` a projector, `VIDLoss` a regressor and variances. Give
+their parameters to the optimizer; they are saved, moved and copied with the module.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastkd import _checks, spatial, texture, tokens
+from fastkd import _checks, _projectors, feature, spatial, texture, tokens
 from fastkd._module import LossModule
+from fastkd.problems import _features as features
 from fastkd.problems import _maps as maps
+
+# ---------------------------------------------------------------------------------------- features
+
+
+class HintLoss(LossModule, function=feature.hint):
+    """Σ w·v / Σ w of features brought to one width and size, the module of `fastkd.hint`.
+
+    It owns a projector from the student's width to the teacher's, which is trained with the
+    student. A projector of the teacher's features is fixed instead: trained with the student, both
+    would agree best where neither says anything. One that is made here has orthogonal weights;
+    a module of yours, for example principal components, is used as it is, without a gradient and
+    in evaluation mode.
+
+    Args:
+        student_channels: The width of the student's features.
+        teacher_channels: The width of the teacher's features. With equal widths, or none, there is
+            no projector unless it is named.
+        projector: "linear", of features in any dimension, which is a 1×1 convolution of maps; of
+            maps [B, C, H, W] "conv1x1", "conv1x1-relu-conv1x1", as Ultralytics has, or
+            "conv3x3-bn"; or a module. By default "linear" where the widths differ.
+        side: Whose features are projected, "student" or "teacher".
+        resize: What is done where the sizes differ: "pool" averages the larger one to the smaller
+            in each dimension, "interpolate" brings the student's to the teacher's linearly, and by
+            default it is an error. `weights` and `mask` are of the size that is compared.
+        options: Those of `fastkd.hint`.
+
+    Reference:
+        Romero et al., FitNets: Hints for Thin Deep Nets, 2015. arXiv:1412.6550
+    """
+
+    def __init__(
+        self,
+        student_channels: int | None = None,
+        teacher_channels: int | None = None,
+        *misplaced: Any,
+        projector: str | nn.Module | None = None,
+        side: str = "student",
+        resize: str | None = None,
+        **options: Any,
+    ) -> None:
+        _checks.one_of(("student", "teacher"), side=side)
+        if resize is not None:
+            _checks.one_of(_projectors.RESIZES, resize=resize)
+        widths = {"student_channels": student_channels, "teacher_channels": teacher_channels}
+        _checks.at_least_1(**{name: n for name, n in widths.items() if n is not None})
+        super().__init__(*misplaced, **options)
+        self.student_channels, self.teacher_channels = widths.values()
+        self.side, self.resize = side, resize
+        n_in, n_out = [*widths.values()][:: 1 if side == "student" else -1]
+        self.projector = _projectors.projector(projector, n_in, n_out)
+        if side == "teacher" and self.projector is not projector and self.projector is not None:
+            _projectors.freeze(self.projector)
+        self.train(self.training)
+
+    def forward(  # type: ignore[override]
+        self, student: Tensor, teacher: Tensor, **of_a_batch: Any
+    ) -> Tensor:
+        """Return the loss of the projected and resized features."""
+        if isinstance(student, Tensor) and isinstance(teacher, Tensor):  # else the function says it
+            student, teacher = self._brought_together(student, teacher)
+        return super().forward(student, teacher, **of_a_batch)
+
+    def _brought_together(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        options = self.options
+        places = features.dimensions(student, options["feature_dim"], options["batch_dim"])
+        _projectors.check_width(student, places[0], self.student_channels, "student")
+        _projectors.check_width(teacher, places[0], self.teacher_channels, "teacher")
+        student, teacher = _projectors.of_one_size(student, teacher, *places, self.resize)
+        if self.projector is None:
+            return student, teacher
+        if self.side == "student":
+            return _projectors.project(self.projector, student, places[0]), teacher
+        with torch.no_grad():
+            return student, _projectors.project(self.projector, teacher, places[0])
+
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
+        """Return features of as many dimensions as the options speak of."""
+        dims = [x for x in (options["feature_dim"], options["batch_dim"]) if isinstance(x, int)]
+        return empty.new_empty([1] * max(3, *(x + 1 if x >= 0 else -x for x in dims)))
+
+    def train(self, mode: bool = True) -> HintLoss:
+        """Set training mode, but for a fixed projector, whose statistics must not move."""
+        super().train(mode)
+        if self.side == "teacher" and self.projector is not None:
+            self.projector.eval()
+        return self
+
+    def extra_repr(self) -> str:
+        own = f"side={self.side!r}, resize={self.resize!r}"
+        return f"{own}, {super().extra_repr()}"
+
+
+class EmbeddingMSELoss(LossModule, function=feature.embedding_mse):
+    """(1/D) ‖s − t‖², the module of `fastkd.embedding_mse`.
+
+    Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2020.
+    arXiv:1909.10351
+    """
+
+
+class AttentionTransferLoss(LossModule, function=feature.attention_transfer):
+    """mean_bx (A/‖A‖ − T/‖T‖)² of maps A = Σ_c |s|^p, the module of `fastkd.attention_transfer`.
+
+    Zagoruyko and Komodakis, Paying More Attention to Attention, 2017. arXiv:1612.03928
+    """
+
+    empty_shape = (0, 1, 1)
+
+
+# ------------------------------------------------------------------------------ tokens and patches
+
+
+class TokenRelationLoss(LossModule, function=tokens.token_relation):
+    """KL(softmax(X_t X_tᵀ / T) ‖ softmax(X_s X_sᵀ / T)), the module of `fastkd.token_relation`.
+
+    Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021. arXiv:2012.15828
+    """
+
+
+class MiniLMRelationLoss(LossModule, function=tokens.minilm_relation):
+    """The relations of queries, keys and values, the module of `fastkd.minilm_relation`.
+
+    Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021. arXiv:2012.15828
+    """
+
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
+        return [empty]
+
+
+class GramAnchoringLoss(LossModule, function=tokens.gram_anchoring):
+    """The mean of (cos(s_i, s_j) − cos(t_i, t_j))², the module of `fastkd.gram_anchoring`.
+
+    Siméoni et al., DINOv3, 2025. arXiv:2508.10104
+    """
+
+
+class CKALoss(LossModule, function=tokens.cka):
+    """1 − ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), the module of `fastkd.cka`.
+
+    Kornblith et al., Similarity of Neural Network Representations Revisited, 2019. arXiv:1905.00414
+    """
+
 
 # ---------------------------------------------------------------------------------- places and bins
 
@@ -57,7 +201,7 @@ class FSPLoss(LossModule, function=texture.fsp):
 
     empty_shape = (0, 1, 1)
 
-    def _of_empty_batch(self, name: str, empty: Tensor) -> Any:
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
         return [empty, empty]
 
 
@@ -130,39 +274,5 @@ class VIDLoss(LossModule, function=texture.vid):
         mean = self.regressor(student)
         return super().forward(mean, teacher, self.variance_parameter, **of_a_batch)
 
-    def _of_empty_batch(self, name: str, empty: Tensor) -> Any:
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
         return empty.new_zeros(1) if name == "variance_parameter" else empty
-
-
-# ------------------------------------------------------------------------------------------- tokens
-
-
-class TokenRelationLoss(LossModule, function=tokens.token_relation):
-    """KL(softmax(X_t X_tᵀ / T) ‖ softmax(X_s X_sᵀ / T)), the module of `fastkd.token_relation`.
-
-    Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021. arXiv:2012.15828
-    """
-
-
-class MiniLMRelationLoss(LossModule, function=tokens.minilm_relation):
-    """The relations of queries, keys and values, the module of `fastkd.minilm_relation`.
-
-    Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021. arXiv:2012.15828
-    """
-
-    def _of_empty_batch(self, name: str, empty: Tensor) -> Any:
-        return [empty]
-
-
-class GramAnchoringLoss(LossModule, function=tokens.gram_anchoring):
-    """The mean of (cos(s_i, s_j) − cos(t_i, t_j))², the module of `fastkd.gram_anchoring`.
-
-    Siméoni et al., DINOv3, 2025. arXiv:2508.10104
-    """
-
-
-class CKALoss(LossModule, function=tokens.cka):
-    """1 − ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), the module of `fastkd.cka`.
-
-    Kornblith et al., Similarity of Neural Network Representations Revisited, 2019. arXiv:1905.00414
-    """

@@ -147,6 +147,23 @@ def crops(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     return [student.to(dtype).requires_grad_(), teacher.to(dtype), center.to(wide)]
 
 
+def maps(wider: int = 0, weighted: bool = False, size: tuple[int, ...] = (3, 2)) -> Inputs:
+    """Return feature maps; the teacher's have `wider` channels more."""
+
+    def inputs(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+        tensors = [
+            normal(*examples, width + i * wider, *size, dtype=dtype, seed=seed + i, device=device)
+            for i in range(2)
+        ]
+        if weighted:
+            weights = normal(*examples, 1, *size, seed=seed + 4, device=device).square()
+            weights[..., :1] = 0
+            tensors.append(weights.float())
+        return [x.requires_grad_(i < 1) for i, x in enumerate(tensors)]
+
+    return inputs
+
+
 def tokens(n_relations: int = 1, masked: bool = False) -> Inputs:
     """Return sequences of 6 tokens of two networks of an even width; the first may be masked."""
 
@@ -163,19 +180,6 @@ def tokens(n_relations: int = 1, masked: bool = False) -> Inputs:
         mask[..., -1] = True  # where a NaN must show
         mask[..., : examples[-1] // 3, :] = False
         return [*tensors, mask]
-
-    return inputs
-
-
-def maps(wider: int = 0, size: tuple[int, ...] = (3, 2)) -> Inputs:
-    """Return feature maps; the teacher's have `wider` channels more."""
-
-    def inputs(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
-        tensors = [
-            normal(*examples, width + i * wider, *size, dtype=dtype, seed=seed + i, device=device)
-            for i in range(2)
-        ]
-        return [x.requires_grad_(i < 1) for i, x in enumerate(tensors)]
 
     return inputs
 
@@ -263,10 +267,8 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
 
 
 def _batch(problem: str, loss: Callable, inputs: Inputs, note: str = "", **options: Any) -> Case:
-    as_published, has_kernels = (
-        getattr(published, loss.__name__),
-        problem not in ("gram", "formula"),
-    )
+    as_published = getattr(published, loss.__name__)
+    has_kernels = problem not in ("gram", "moments", "formula")
     return Case(loss, problem, inputs, as_published, options, None, False, has_kernels, note)
 
 
@@ -295,27 +297,8 @@ def _option(loss: Callable, inputs: Inputs, *names: str, **options: Any) -> Case
     return Case(_last(loss, *names), "pairs", inputs, as_published, options, note="-".join(names))
 
 
-def _tokens(loss: Callable, inputs: Inputs, *last: str, **options: Any) -> Case:
-    """Return a case of tokens, a loss of each sequence but for anchoring; the last are options."""
-    name, has_kernels = loss.__name__, loss.has_kernels
-    as_published, per_example = _last(getattr(published, name), *last), name != "gram_anchoring"
-    return Case(
-        _last(loss, *last), "tokens", inputs, as_published, options, None, per_example,
-        has_kernels, "-".join(last),
-    )  # fmt: skip
-
-
-def _minilm(*tensors: Tensor, **options: Any) -> Tensor:
-    """Return the loss of relations whose vectors come one after the other."""
-    n = len(tensors) // 2
-    return fastkd.minilm_relation(tensors[:n], tensors[n:], **options)
-
-
-_minilm.__name__, _minilm.has_kernels = "minilm_relation", fastkd.minilm_relation.has_kernels
-
-
 def _channels(student, teacher, weights=None, **options):
-    """Return the loss of rows as that of the channels of maps [B, C, L]."""
+    """Return the loss of rows as of channels of maps [B, C, L], as they are or with one channel."""
     examples, n_cols = student.shape[:-1], student.shape[-1]
     n_rows = math.prod(examples)
     if student.ndim != 3 or not n_rows:
@@ -335,6 +318,26 @@ def _of_layers(student, teacher, student_2, teacher_2, **options):
 _of_layers.__name__ = "fsp"
 
 
+def _tokens(loss: Callable, inputs: Inputs, *last: str, **options: Any) -> Case:
+    """Return a case of tokens, a loss of each sequence but for anchoring; the last are options."""
+    name, has_kernels = loss.__name__, loss.has_kernels
+    as_published, per_example = _last(getattr(published, name), *last), name != "gram_anchoring"
+    return Case(
+        _last(loss, *last), "tokens", inputs, as_published, options, None, per_example,
+        has_kernels, "-".join(last),
+    )  # fmt: skip
+
+
+def _minilm(*tensors: Tensor, **options: Any) -> Tensor:
+    """Return the loss of relations whose vectors come one after the other."""
+    n = len(tensors) // 2
+    return fastkd.minilm_relation(tensors[:n], tensors[n:], **options)
+
+
+_minilm.__name__, _minilm.has_kernels = "minilm_relation", fastkd.minilm_relation.has_kernels
+
+
+_with_weights = _last(fastkd.hint, "weights")
 ONE_WIDTH, TWO_WIDTHS, UNIT = embeddings(), embeddings(wider=2), embeddings(trained=2, unit=True)
 VIEWS = embeddings(trained=2)
 
@@ -388,6 +391,17 @@ CASES = [
     _batch("formula", _of_layers, maps_of_layers),
     _batch("formula", fastkd.vid, with_variances, epsilon=0.01),
     _batch("formula", fastkd.attention_mse, scores),
+    _batch("moments", _with_weights, maps(weighted=True), "weights"),
+    _batch("moments", fastkd.hint, maps()),
+    _batch("moments", _with_weights, maps(weighted=True), "weights", kind="cosine"),
+    _batch("moments", fastkd.hint, ONE_WIDTH, "rows"),
+    _batch("moments", fastkd.hint, maps(), kind="smooth_l1", beta=0.5),
+    _batch("moments", fastkd.hint, maps(), kind="normalized_mse"),
+    _batch("moments", fastkd.embedding_mse, ONE_WIDTH),
+    _batch("moments", fastkd.embedding_mse, ONE_WIDTH, normalize=True),
+    _batch("moments", fastkd.attention_transfer, maps(wider=2)),
+    _batch("moments", fastkd.attention_transfer, maps(wider=2), p=1.0),
+    _batch("moments", fastkd.attention_transfer, maps(wider=2), p=3.0, kind="max"),
     _batch("pairs", fastkd.info_nce, VIEWS),
     _batch("pairs", fastkd.info_nce, VIEWS, symmetric=True),
     _batch("pairs", fastkd.info_nce, with_bank, "bank", negative_weight=0.3, margin=0.1),
@@ -490,4 +504,5 @@ WAYS = named(
     "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "dino", "rkd", "pkt", "dist_kd",
     "info_nce", "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",
     "siglip-logit_scale=5.0-logit_bias=-2.0", "sup_con", "similarity_kl-keys-symmetric=True",
+    "hint-weights-kind=cosine", "attention_transfer-p=3.0-kind=max",
 )  # fmt: skip

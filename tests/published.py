@@ -250,6 +250,113 @@ def dino(
     return torch.stack(terms).mean()
 
 
+# --------------------------------------------------------------------------------------- textures
+
+
+def nst(student, teacher):
+    """Return RepDistiller's mean over channels of channels, one example after the other."""
+    student, teacher = of_one_size(student, teacher)
+    losses = [0 * student.sum()]
+    for s, t in zip(student, teacher, strict=True):
+        s, t = (F.normalize(x.flatten(1), dim=1) for x in (s, t))
+        kernels = [(a[None] * b[:, None]).sum(-1).pow(2) for a, b in ((s, s), (t, t), (s, t))]
+        losses.append(kernels[0].mean() + kernels[1].mean() - 2 * kernels[2].mean())
+    return torch.stack(losses).sum() / max(len(student), 1)
+
+
+def of_one_size(*maps):
+    sizes = [min(pair) for pair in zip(*(x.shape[2:] for x in maps), strict=True)]
+    pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(sizes) - 1]
+    return [x if [*x.shape[2:]] == sizes else pool(x, sizes) for x in maps]
+
+
+def fsp(student, teacher, student_2, teacher_2):
+    """Return RepDistiller's, whose products of channels are made position by position."""
+
+    def flow(first, second):
+        first, second = of_one_size(first, second)
+        return (first[:, :, None] * second[:, None]).flatten(3).mean(-1)
+
+    squares = (flow(student, student_2) - flow(teacher, teacher_2)).pow(2)
+    return squares.mean() if squares.numel() else squares.sum()
+
+
+def vid(mean, teacher, alpha, epsilon=1e-5):
+    """Return RepDistiller's."""
+    mean, teacher = of_one_size(mean, teacher)
+    variance = torch.log(1.0 + torch.exp(alpha)) + epsilon
+    variance = variance.view(1, -1, *[1] * (mean.ndim - 2))
+    losses = 0.5 * ((mean - teacher) ** 2 / variance + torch.log(variance))
+    return losses.mean() if losses.numel() else losses.sum()
+
+
+def attention_mse(student, teacher):
+    """Return TinyBERT's."""
+    s, t = (torch.where(x <= -1e2, torch.zeros_like(x), x) for x in (student, teacher))
+    return F.mse_loss(s, t) if s.numel() else s.sum()
+
+
+# --------------------------------------------------------------------------------------- features
+
+
+def hint(
+    student, teacher, weights=None, mask=None, kind="mse", beta=1.0, feature_dim=None, batch_dim=0,
+    normalizer=None, reduction="mean",
+):  # fmt: skip
+    """Return the mean over positions, one after the other, with the features of a position last."""
+    feature_dim = (1 if student.ndim > 3 else -1) if feature_dim is None else feature_dim
+    batch_dim -= batch_dim > feature_dim % student.ndim
+    s, t = (x.movedim(feature_dim, -1) for x in (student, teacher))
+    w = torch.ones(s.shape[:-1], dtype=torch.float64, device=s.device)
+    for x in (weights, mask):
+        if x is not None:
+            x = x.movedim(feature_dim, -1)[..., 0] if x.ndim == s.ndim else x
+            w = w * x.to(w.dtype)
+    s, t, w = s.movedim(batch_dim, 0), t.movedim(batch_dim, 0), w.movedim(batch_dim, 0)
+    examples, n = [], 0.0
+    for i in range(len(s)):
+        values, of_example = [0 * s[i].nan_to_num().sum()], 0.0
+        rows = zip(*(x[i].reshape(-1, x.shape[-1]) for x in (s, t)), w[i].flatten(), strict=True)
+        for a, b, weight in rows:
+            if weight == 0:
+                continue
+            of_example = of_example + weight
+            if kind == "mse":
+                value = F.mse_loss(a, b)
+            elif kind == "smooth_l1":
+                value = F.smooth_l1_loss(a, b, beta=beta)
+            elif kind == "cosine":
+                value = 1 - F.cosine_similarity(a, b, dim=0)
+            else:
+                value = F.mse_loss(F.normalize(a, dim=0), F.normalize(b, dim=0))
+            values.append(weight * value)
+        total = torch.stack(values).sum()
+        examples.append(total / (of_example or 1) if reduction == "none" else total)
+        n = n + of_example
+    if reduction == "none":
+        return torch.stack(examples)
+    total = torch.stack(examples).sum() if examples else 0 * s.sum()
+    return total / (normalizer or n or 1) if reduction == "mean" else total
+
+
+def embedding_mse(student, teacher, normalize=False):
+    if normalize:
+        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    return F.mse_loss(student, teacher)
+
+
+def attention_transfer(student, teacher, p=2, kind="sum"):
+    """Return the loss as RepDistiller writes it, with the maximum as the paper has it."""
+
+    def attention(features):
+        powers = features.abs() ** p
+        return F.normalize((powers.sum(1) if kind == "sum" else powers.amax(1)).flatten(1))
+
+    sizes = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    student, teacher = (F.adaptive_avg_pool2d(x, sizes) for x in (student, teacher))
+    return (attention(student) - attention(teacher)).square().mean()
+
+
 # ----------------------------------------------------------------------------------------- tokens
 
 
@@ -339,49 +446,3 @@ def cka(student, teacher, center=True):
     centring = torch.eye(n, dtype=student.dtype, device=student.device) - center / n
     s, t = (centring @ x @ x.T @ centring for x in (student, teacher))
     return 1 - (s * t).sum() / (torch.linalg.matrix_norm(s) * torch.linalg.matrix_norm(t))
-
-
-# --------------------------------------------------------------------------------------- textures
-
-
-def nst(student, teacher):
-    """Return RepDistiller's mean over channels of channels, one example after the other."""
-    student, teacher = of_one_size(student, teacher)
-    losses = [0 * student.sum()]
-    for s, t in zip(student, teacher, strict=True):
-        s, t = (F.normalize(x.flatten(1), dim=1) for x in (s, t))
-        kernels = [(a[None] * b[:, None]).sum(-1).pow(2) for a, b in ((s, s), (t, t), (s, t))]
-        losses.append(kernels[0].mean() + kernels[1].mean() - 2 * kernels[2].mean())
-    return torch.stack(losses).sum() / max(len(student), 1)
-
-
-def of_one_size(*maps):
-    sizes = [min(pair) for pair in zip(*(x.shape[2:] for x in maps), strict=True)]
-    pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(sizes) - 1]
-    return [x if [*x.shape[2:]] == sizes else pool(x, sizes) for x in maps]
-
-
-def fsp(student, teacher, student_2, teacher_2):
-    """Return RepDistiller's, whose products of channels are made position by position."""
-
-    def flow(first, second):
-        first, second = of_one_size(first, second)
-        return (first[:, :, None] * second[:, None]).flatten(3).mean(-1)
-
-    squares = (flow(student, student_2) - flow(teacher, teacher_2)).pow(2)
-    return squares.mean() if squares.numel() else squares.sum()
-
-
-def vid(mean, teacher, alpha, epsilon=1e-5):
-    """Return RepDistiller's."""
-    mean, teacher = of_one_size(mean, teacher)
-    variance = torch.log(1.0 + torch.exp(alpha)) + epsilon
-    variance = variance.view(1, -1, *[1] * (mean.ndim - 2))
-    losses = 0.5 * ((mean - teacher) ** 2 / variance + torch.log(variance))
-    return losses.mean() if losses.numel() else losses.sum()
-
-
-def attention_mse(student, teacher):
-    """Return TinyBERT's."""
-    s, t = (torch.where(x <= -1e2, torch.zeros_like(x), x) for x in (student, teacher))
-    return F.mse_loss(s, t) if s.numel() else s.sum()

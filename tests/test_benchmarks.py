@@ -136,6 +136,7 @@ def test_every_loss_has_its_least_bytes(workload):
     n_tensors = {"nt_xent": 1, "sup_con": 1, "dino": 12}.get(name, 2)
     n_trained = {"info_nce": 2, "clip_contrastive": 2, "siglip": 2, "dino": 10}.get(name, 1)
     others = {"kd": 8 * 8, "sup_con": 8 * 8, "clip_contrastive": 4, "siglip": 8, "dino": 2 * 16}
+    others["hint"] = 2 * 8  # weights
     read = 2 * 8 * 16 * n_tensors + others.get(name, 0)
     assert runner.least_bytes(forward, inputs) == read
     again = read if workload.family.independent else 0  # of logits, which a backward reads again

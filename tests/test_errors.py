@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DEVICE, LOSSES, logits
+from cases import DEVICE, LOSSES, logits, of
 
 import fastkd
 
-ROWS = [case for case in LOSSES if case.per_example and case.name != "channel_wise"]
+ROWS = [c for c in of("rows", cases=LOSSES) if c.per_example and c.name != "channel_wise"]
 each_loss = pytest.mark.parametrize("case", ROWS, ids=str)
 FEATURES = [c for c in LOSSES if c.problem in ("relations", "gram") and c.name != "dist_kd"]
 

@@ -46,6 +46,8 @@ OPTIONS = {  # none of them a default
     fastkd.NSTLoss: dict(reduction="sum"),
     fastkd.FSPLoss: dict(reduction="sum"),
     fastkd.AttentionMSELoss: dict(masked_below=-0.5),
+    fastkd.EmbeddingMSELoss: dict(normalize=True, reduction="sum"),
+    fastkd.AttentionTransferLoss: dict(p=3.0, kind="max"),
     fastkd.TokenRelationLoss: dict(
         heads=2,
         normalize=True,
@@ -60,7 +62,7 @@ OPTIONS = {  # none of them a default
     fastkd.CKALoss: dict(center=False, reduction="sum"),
 }
 OF_A_BATCH = {"weights", "normalizer"}
-OWNERS = {fastkd.VIDLoss}  # modules with parameters of their own, see test_layers.py
+OWNERS = {fastkd.VIDLoss}  # modules with parameters of their own, see test_projectors.py
 KEYS = {"student_keys", "teacher_keys"}
 OF_A_MODULE = {"queue_size", "n_prototypes", "center_momentum", "center"}
 
@@ -91,6 +93,9 @@ def batch(module):
         return [x.unflatten(1, (1, 11)) for x in tensors]
     if module is fastkd.FSPLoss:
         return [(x[:, None], x[:, None].sin()) for x in tensors]
+    if module is fastkd.AttentionTransferLoss:
+        maps = torch.randn(2, 5, 11, 4, generator=generator)
+        return [maps[0].requires_grad_(), maps[1]]
     if module in (fastkd.TokenRelationLoss, fastkd.GramAnchoringLoss, fastkd.CKALoss):
         return [x[:, :8].unflatten(1, (2, 4)) for x in tensors]
     if module is fastkd.MiniLMRelationLoss:
@@ -159,7 +164,7 @@ def test_every_loss_has_one_module_and_all_are_exported():
     functions = [module.function for module in classes]
     names = (name for name in fastkd.__all__ if name.islower() and name != "__version__")
     public = [getattr(fastkd, name) for name in names if name != "backend"]
-    assert len(public) == len(classes) == 34 and {*classes} == {*OPTIONS} | OWNERS
+    assert len(public) == len(classes) == 30 and {*classes} == {*OPTIONS} | OWNERS
     assert all(functions.count(function) == 1 for function in public)
     assert all(getattr(fastkd, module.__name__, None) is module for module in classes)
     assert {module.__name__ for module in classes} <= set(fastkd.__all__)

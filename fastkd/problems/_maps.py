@@ -172,7 +172,7 @@ def check_variational(
         )
     if variance_parameter.device != mean.device:
         _checks.same_device(student=mean, variance_parameter=variance_parameter)
-    _checks.number(epsilon=epsilon)
+    _checks.temperature(epsilon, "epsilon")
 
 
 def check_scores(

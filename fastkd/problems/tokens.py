@@ -39,6 +39,8 @@ class TokenRelations(NamedTuple):
     removed: str  # products below 0 that are 0 in "mse": "", "both" or "teacher", as gram_anchoring
 
 
+WIDEST = 128  # head of either network that a tile of the kernels holds
+
 solve = Op(TokenRelations, trained=("student",), per_example=-2)
 
 
@@ -230,7 +232,7 @@ def relation(
         causal=causal,
         removed="",
     )
-    return of_sequences(solve(call.engine, problem), as_bool(mask))
+    return of_sequences(_solved(call, problem), as_bool(mask))
 
 
 def minilm(
@@ -251,7 +253,7 @@ def minilm(
         problem = TokenRelations(
             student, teacher, is_counted, scale, teacher_scale, heads, "kl", False, causal, ""
         )
-        losses.append(solve(call.engine, problem))
+        losses.append(_solved(call, problem))
     return of_sequences(weighted_sum(losses, relation_weights), as_bool(mask))
 
 
@@ -270,11 +272,14 @@ def anchoring(
         student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
         mask = None if mask is None else mask.flatten()
     removed = remove_negative or ""
-    losses = solve(
-        call.engine,
-        TokenRelations(student, teacher, mask, 1.0, 1.0, 1, "mse", True, False, removed),
-    )
-    return mean_of_images(losses, mask)
+    problem = TokenRelations(student, teacher, mask, 1.0, 1.0, 1, "mse", True, False, removed)
+    return mean_of_images(_solved(call, problem), mask)
+
+
+def _solved(call: Call, problem: TokenRelations) -> Tensor:
+    """Return the loss of each sequence, by the portable engine where heads are too wide."""
+    width = max(problem.student.shape[-1], problem.teacher.shape[-1]) // problem.heads
+    return solve("portable" if width > WIDEST else call.engine, problem)
 
 
 def _counted(mask: Tensor | None, row_mask: Tensor | None, student: Tensor) -> Tensor | None:

@@ -43,7 +43,7 @@ def value_and_gradients(
     """Launch the kernels; return the loss of each sequence and the gradients of each in tokens."""
     dtype = compute_dtype(problem.student, problem.teacher)
     examples, (length, width) = problem.student.shape[:-2], problem.student.shape[-2:]
-    n, heads = examples.numel(), problem.heads
+    n = examples.numel()
     student, teacher = (
         _tokens(x.reshape(n, *x.shape[-2:])) for x in (problem.student, problem.teacher)
     )
