@@ -111,6 +111,40 @@ def sup_con(features: Tensor, labels: Tensor) -> Tensor:
     return -means.sum() / (counts > 0).sum()
 
 
+def _attention(tokens: Tensor, heads: int) -> Tensor:
+    """Return the scores of the tokens among each other, [B, heads, L, L]."""
+    tokens = tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return tokens @ tokens.mT / math.sqrt(tokens.shape[-1])
+
+
+def token_relation(student: Tensor, teacher: Tensor) -> Tensor:
+    s, t = (_attention(x, 12).flatten(0, 2) for x in (student, teacher))
+    return F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="batchmean")
+
+
+def minilm_relation(*vectors: Tensor) -> Tensor:
+    n = len(vectors) // 2
+    losses = [token_relation(s, t) for s, t in zip(vectors[:n], vectors[n:], strict=True)]
+    return torch.stack(losses).sum()
+
+
+def gram_anchoring(student: Tensor, teacher: Tensor) -> Tensor:
+    s, t = (F.normalize(x, dim=-1) for x in (student, teacher))
+    return F.mse_loss((s @ s.mT).relu(), (t @ t.mT).relu())
+
+
+def cka(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the loss from kernels [L, L], as lightly does."""
+
+    def centred(x: Tensor) -> Tensor:
+        k = x @ x.mT
+        return k - k.mean(1, keepdim=True) - k.mean(2, keepdim=True) + k.mean((1, 2), keepdim=True)
+
+    s, t = centred(student), centred(teacher)
+    lengths = s.square().sum((1, 2)).sqrt() * t.square().sum((1, 2)).sqrt()
+    return (1 - (s * t).sum((1, 2)) / lengths).mean()
+
+
 def similarity_kl(student: Tensor, teacher: Tensor) -> Tensor:
     s, t = (F.normalize(x) @ F.normalize(x).T / 0.07 for x in (student, teacher))
     return F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean")

@@ -65,6 +65,19 @@ _CROSSED = Family(
     [*_TEXTURES, (64, 512, 14, 14)],
     [],
 )
+# sequences of a BERT with 12 heads; patches of ViTs
+_TOKENS_BY_HEADS = Family(
+    lambda shape: shape[0] * 12 * shape[1] ** 2,
+    [(8, 128, 384), (32, 128, 768), (8, 512, 768)],
+    [(32, 128, 768), (8, 512, 768), (32, 512, 768), (8, 2048, 1536)],
+    [(8, 512, 768), (32, 128, 768), (8, 500, 1536)],
+)
+_PATCHES = Family(
+    lambda shape: shape[0] * shape[1] ** 2,
+    [(32, 196, 384), (8, 784, 768), (1, 4096, 384)],
+    [(64, 196, 384), (32, 784, 768), (4, 4096, 1024)],
+    [],
+)
 FAMILIES = {  # by problem, or by loss where a loss differs
     "rows": Family(
         math.prod,
@@ -93,6 +106,10 @@ FAMILIES = {  # by problem, or by loss where a loss differs
     "fsp": _CROSSED,
     "vid": Family(math.prod, _MAPS, _MAPS, []),
     "attention_mse": Family(math.prod, _SCORES, [*_SCORES, (8, 32, 1024, 1024)], []),
+    "tokens": _TOKENS_BY_HEADS,
+    # heads that are wider than the kernels' tiles, by the portable engine
+    "gram_anchoring": _PATCHES,
+    "cka": _PATCHES,
     "pairs": _PAIRS,
     # other widths, and batches whose similarities fit into no memory
     "info_nce": _PAIRS._replace(
@@ -184,9 +201,16 @@ def maps_and_variances(shape: Shape, dtype: torch.dtype, device: str = "cpu") ->
     return [*two_networks(shape, dtype, device), alpha]
 
 
+def relations(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Return queries, keys and values of the student, all trained, and then the teacher's."""
+    vectors = [normal(shape, dtype, device, seed) for seed in range(6)]
+    return [x.requires_grad_(i < 3) for i, x in enumerate(vectors)]
+
+
 INPUTS: dict[str, Inputs] = {
     "fsp": maps_of_layers,
     "vid": maps_and_variances,
+    "minilm_relation": relations,
     "kd": with_labels,
     "dino": crops,
     "hint": weighted_maps,
@@ -201,6 +225,8 @@ PUBLIC = {"channel_wise": fastkd.channel_wise}
 OPTIONS: dict[str, Mapping[str, Any]] = {
     "dist_kd": {"temperature": T},
     "correlation_congruence": {"form": "kernel"},
+    "token_relation": {"heads": 12},
+    "minilm_relation": {"heads": 12},
 }
 
 

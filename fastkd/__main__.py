@@ -149,6 +149,15 @@ def _maps_and_variances(device: str, dtype: torch.dtype) -> list[Any]:
     return [*_maps_of_one_width(device, dtype), torch.linspace(-1, 5, 33, device=device)]
 
 
+def _tokens(device: str, dtype: torch.dtype) -> list[Any]:
+    return [maps[:, :32, 0].mT for maps in _maps(device, dtype)]
+
+
+def _tokens_of_relations(device: str, dtype: torch.dtype) -> list[Any]:
+    student, teacher = (x.repeat(1, 1, 3) for x in _tokens(device, dtype))
+    return [(student, teacher.sin()), (teacher, student.sin())]
+
+
 Inputs = Callable[[str, torch.dtype], list[Any]]
 _BY_FIRST_PARAMETER: dict[str, Inputs] = {
     "student_logits": _logits,
@@ -170,6 +179,10 @@ _BY_NAME: dict[str, Inputs] = {
     "hint": _embeddings_of_one_width,
     "embedding_mse": _embeddings_of_one_width,
     "attention_transfer": _maps,
+    "token_relation": _tokens,
+    "minilm_relation": _tokens_of_relations,
+    "gram_anchoring": _tokens,
+    "cka": _tokens,
 }
 
 
