@@ -160,11 +160,13 @@ def _maps_and_variances(device: str, dtype: torch.dtype) -> list[Any]:
     return [*_maps_of_one_width(device, dtype), torch.linspace(-1, 5, 33, device=device)]
 
 
-def _vectors(device: str, dtype: torch.dtype) -> list[Any]:
-    generator = torch.Generator().manual_seed(0)
-    widths = 96, 48, 144, 240  # 48 relation heads are the default
-    q, k, *of_teacher = (torch.randn(3, 20, n, generator=generator) for n in widths)
-    return [[x.to(device, dtype) for x in pair] for pair in ((q, k), of_teacher)]
+def _tokens(device: str, dtype: torch.dtype) -> list[Any]:
+    return [maps[:, :32, 0].mT for maps in _maps(device, dtype)]
+
+
+def _tokens_of_relations(device: str, dtype: torch.dtype) -> list[Any]:
+    student, teacher = (x.repeat(1, 1, 3) for x in _tokens(device, dtype))
+    return [(student, teacher.sin()), (teacher, student.sin())]
 
 
 Inputs = Callable[[str, torch.dtype], list[Any]]
@@ -178,7 +180,6 @@ _BY_FIRST_PARAMETER: dict[str, Inputs] = {
 }
 _BY_NAME: dict[str, Inputs] = {
     "kd": _logits_and_labels,
-    "minilm_relation": _vectors,
     "correlation_congruence": _embeddings_of_one_width,
     "dino": _crops,
     "channel_wise": _maps_of_one_width,
@@ -189,6 +190,10 @@ _BY_NAME: dict[str, Inputs] = {
     "hint": _embeddings_of_one_width,
     "embedding_mse": _embeddings_of_one_width,
     "attention_transfer": _maps,
+    "token_relation": _tokens,
+    "minilm_relation": _tokens_of_relations,
+    "gram_anchoring": _tokens,
+    "cka": _tokens,
 }
 
 

@@ -21,14 +21,14 @@ from torch import Tensor
 from fastkd._loss import loss, selected
 from fastkd._op import Number
 from fastkd.problems import _features as features
+from fastkd.problems import moments
 from fastkd.problems._features import Features
-from fastkd.problems.moments import transfer
 from fastkd.problems.pairs import directions
 
 # ------------------------------------------------------------------------------------------- hints
 
 
-@loss(features.check_hint)
+@loss(features.check_hint, moments.hint, has_kernels=False)
 def hint(
     student: Tensor,
     teacher: Tensor,
@@ -115,7 +115,7 @@ def _of_positions(s: Tensor, t: Tensor, kind: str, beta: Number) -> Tensor:
 # -------------------------------------------------------------------------------------- embeddings
 
 
-@loss(features.check_embeddings, per_example=True)
+@loss(features.check_embeddings, moments.embeddings, per_example=True, has_kernels=False)
 def embedding_mse(
     student: Tensor,
     teacher: Tensor,
@@ -161,7 +161,7 @@ def embedding_mse(
 # ------------------------------------------------------------------------------- attention transfer
 
 
-@loss(features.check_maps)
+@loss(features.check_maps, moments.attention, has_kernels=False)
 def attention_transfer(
     student: Features, teacher: Features, *, p: Number = 2.0, kind: str = "sum"
 ) -> Tensor:
@@ -200,7 +200,7 @@ def attention_transfer(
     Reference:
         Zagoruyko and Komodakis, Paying More Attention to Attention, 2017. arXiv:1612.03928
     """
-    return transfer(functools.partial(_attention, p=p, kind=kind), student, teacher)
+    return moments.transfer(functools.partial(_attention, p=p, kind=kind), student, teacher)
 
 
 def _attention(maps: Tensor, p: Number, kind: str) -> Tensor:

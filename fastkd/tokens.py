@@ -6,8 +6,7 @@ The teacher is a constant. Each loss is a mean over sequences, and those of one 
 sequence take `weights`, `normalizer` and `reduction`.
 
 `mask` marks the tokens that count, [B, L], as tokenizers give it: bool, or 1 and 0. Other tokens
-reach nothing, whatever they hold, and a sequence without a token that counts is left out of the
-mean.
+reach nothing, whatever they hold, and the mean is over the sequences with a token that counts.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._loss import Term, loss, reduce, selected
+from fastkd._loss import Term, loss, selected
 from fastkd._op import Number
 from fastkd.problems import tokens
 from fastkd.problems.pairs import directions
-from fastkd.problems.tokens import as_bool, weighted_sum
+from fastkd.problems.tokens import as_bool, mean_of_images, of_sequences, weighted_sum
 
 
-@loss(tokens.check, per_example=-2)
+@loss(tokens.check, tokens.relation, per_example=-2)
 def token_relation(
     student: Tensor,
     teacher: Tensor,
@@ -93,10 +92,10 @@ def token_relation(
         temperature if student_temperature is None else student_temperature,
         temperature if teacher_temperature is None else teacher_temperature, divergence, causal,
     )  # fmt: skip
-    return _of_sequences(losses, mask)
+    return of_sequences(losses, mask)
 
 
-@loss(tokens.check_minilm, per_example=-2)
+@loss(tokens.check_minilm, tokens.minilm, per_example=-2)
 def minilm_relation(
     student_qkv: Sequence[Tensor],
     teacher_qkv: Sequence[Tensor],
@@ -150,10 +149,10 @@ def minilm_relation(
         _relation(s, t, mask, heads, False, None, None, "kl", causal)
         for s, t in zip(student_qkv, teacher_qkv, strict=True)
     ]
-    return _of_sequences(weighted_sum(losses, relation_weights), mask)
+    return of_sequences(weighted_sum(losses, relation_weights), mask)
 
 
-@loss(tokens.check_anchoring)
+@loss(tokens.check_anchoring, tokens.anchoring)
 def gram_anchoring(
     student: Tensor,
     teacher: Tensor,
@@ -199,7 +198,7 @@ def gram_anchoring(
         removed = (s < 0) & (t < 0) if remove_negative == "teacher" else s < 0
         s, t = s.masked_fill(removed, 0), t.relu()
     losses = _mean_square(s, t, _pairs(s, mask, False))
-    return reduce(losses, None, None, None if mask is None else mask.any(-1).sum(), "mean")
+    return mean_of_images(losses, mask)
 
 
 @loss(tokens.check_cka, per_example=-2)
@@ -330,11 +329,6 @@ def _mean_square(s: Tensor, t: Tensor, pairs: Tensor | None) -> Tensor:
 def _over(total: Tensor, n: int | Tensor) -> Tensor:
     """Return total / n, of nothing 0."""
     return total / (n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1))
-
-
-def _of_sequences(losses: Tensor, mask: Tensor | None) -> Any:
-    """Return the losses of sequences, with a mask those with a token as the ones that count."""
-    return losses if mask is None else [Term(1.0, losses, mask.any(-1))]
 
 
 def _spread(features: Tensor, mask: Tensor | None, center: bool) -> Tensor:

@@ -383,10 +383,10 @@ def test_autocast_changes_nothing(case, dtype, engine):
 @of_ops
 def test_what_an_autocast_layer_returns_trains_its_weight(case, engine):
     inputs = small(case, torch.float32)
+    hidden, n = inputs[0].detach(), inputs[0].shape[-1]
     weight = (
-        torch.eye(5, device=DEVICE) + 0.1 * normal(5, 5, dtype=torch.float32)
+        torch.eye(n, device=DEVICE) + 0.1 * normal(n, n, dtype=torch.float32)
     ).requires_grad_()
-    hidden = inputs[0].detach()
     with torch.autocast(DEVICE.type, torch.bfloat16):
         losses = case(F.linear(hidden, weight), *inputs[1:])
     losses.sum().backward()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed.checkpoint as checkpoint
+from torch.utils._pytree import tree_leaves
 
 import fastkd
 from fastkd import _module, feature_modules, modules
@@ -47,6 +48,18 @@ OPTIONS = {  # none of them a default
     fastkd.AttentionMSELoss: dict(masked_below=-0.5),
     fastkd.EmbeddingMSELoss: dict(normalize=True, reduction="sum"),
     fastkd.AttentionTransferLoss: dict(p=3.0, kind="max"),
+    fastkd.TokenRelationLoss: dict(
+        heads=2,
+        normalize=True,
+        temperature=0.5,
+        teacher_temperature=0.4,
+        causal=True,
+        divergence="mse",
+        reduction="sum",
+    ),
+    fastkd.MiniLMRelationLoss: dict(heads=2, relation_weights=[0.5, 2.0], causal=True),
+    fastkd.GramAnchoringLoss: dict(remove_negative="teacher", per_image=False),
+    fastkd.CKALoss: dict(center=False, reduction="sum"),
 }
 OF_A_BATCH = {"weights", "normalizer"}
 OWNERS = {fastkd.VIDLoss}  # modules with parameters of their own, see test_projectors.py
@@ -83,6 +96,13 @@ def batch(module):
     if module is fastkd.AttentionTransferLoss:
         maps = torch.randn(2, 5, 11, 4, generator=generator)
         return [maps[0].requires_grad_(), maps[1]]
+    if module in (fastkd.TokenRelationLoss, fastkd.GramAnchoringLoss, fastkd.CKALoss):
+        return [x[:, :8].unflatten(1, (2, 4)) for x in tensors]
+    if module is fastkd.MiniLMRelationLoss:
+        student, teacher = (
+            x.detach()[:, :8].unflatten(1, (2, 4)).repeat(1, 1, 12) for x in tensors
+        )
+        return [(student.requires_grad_(), student.sin().detach()), (teacher, teacher.sin())]
     if module is fastkd.ClipLoss:
         return [*tensors, 0.5]
     if module is fastkd.SigLipLoss:
@@ -92,7 +112,8 @@ def batch(module):
 
 def value_and_gradient(loss, tensors, **options):
     value = loss(*tensors, **options)
-    return value, *torch.autograd.grad(value.sum(), tensors[0])
+    trained = [x for x in tree_leaves(tensors) if getattr(x, "requires_grad", False)]
+    return value, *torch.autograd.grad(value.sum(), trained)
 
 
 def assert_same(got, expected):
@@ -156,7 +177,7 @@ def test_signatures_are_those_of_the_function(module):
     options = [p for name, p in of_function.items() if p.kind == p.KEYWORD_ONLY]
     options = [p for p in options if p.name not in OF_A_BATCH | KEYS | {"labels", "mask"}]
     shown = inspect.signature(module).parameters.values()
-    assert [p for p in shown if p.name not in OF_A_MODULE] == options
+    assert [p for p in shown if p in options or p.name not in OF_A_MODULE] == options
     assert set(OPTIONS[module]) <= {p.name for p in options}
     of_call = inspect.signature(make(module).forward).parameters
     of_a_batch = [p for p in of_function.values() if p.name not in OF_A_MODULE and p not in options]

@@ -195,6 +195,8 @@ def test_memory_formats(student, teacher, kind, engine):
     moved = [FORMATS[student](inputs[0].detach()).requires_grad_(), FORMATS[teacher](inputs[1])]
     found = results(loss, moved)
     assert_same(found, results(loss, inputs))
+    assert found[1].stride() == torch.empty_like(moved[0]).stride()
+    assert student == "cropped" or found[1].stride() == moved[0].stride()
 
 
 # ----------------------------------------------------------------------------------- attention maps

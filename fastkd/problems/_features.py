@@ -6,6 +6,7 @@ see features as [B, P, C], P positions of each of B examples, a view in any stri
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -231,9 +232,17 @@ def dimensions(features: Tensor, feature_dim: int | None, batch_dim: int) -> tup
 
 
 def positions(features: Tensor, feature: int, batch: int) -> Tensor:
-    """Return features [B, P, C], a view wherever their strides allow it."""
+    """Return features [B, P, C], a view if the strides of a crop do not forbid it."""
     moved = features.movedim((batch, feature), (0, -1))
-    return moved.unsqueeze(1) if moved.ndim == 2 else moved.flatten(1, -2)
+    if moved.ndim == 2:
+        return moved.unsqueeze(1)
+    places = zip(moved.shape[1:-1], moved.stride()[1:-1], strict=True)
+    steps = [(size, stride) for size, stride in places if size > 1]
+    if any(
+        a[1] != b[0] * b[1] for a, b in itertools.pairwise(steps)
+    ):  # a copy keeps the order of dimensions, which flatten would not
+        moved = features.clone().movedim((batch, feature), (0, -1))
+    return moved.flatten(1, -2)
 
 
 def of_positions(x: Tensor | None, features: Tensor, feature: int, batch: int) -> Tensor | None:

@@ -3,12 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastkd._loss import Call
+from fastkd._op import Number, Op
 from fastkd._precision import compute_dtype
-from fastkd.problems._features import Features, list_of, of_one_size, positions
+from fastkd.problems._features import (
+    Features,
+    counted,
+    dimensions,
+    list_of,
+    of_one_size,
+    of_positions,
+    positions,
+    reduced,
+)
+
+SHORTEST = 1e-12  # F.normalize divides by at least this length; what is as short has no direction
+
+
+class Moments(NamedTuple):
+    """A value of each position: a difference of the features of two networks, or a power of one's.
+
+        mse              (1/C) Σ (s − t)²
+        smooth_l1        (1/C) Σ of the penalty that turns linear at `number`
+        cosine           1 − s·t / (‖s‖ ‖t‖)
+        normalized_mse   (1/C) ‖s/‖s‖ − t/‖t‖‖²
+        sum, max         Σ |s|^p, max |s|^p with p = `number`, without a teacher
+
+    The gradient has the strides of the student, or, where that has gaps, their order.
+    """
+
+    student: Tensor  # (..., P, C), in any strides
+    teacher: Tensor | None  # (..., P, C)
+    row_mask: Tensor | None  # (..., P), bool: positions that count
+    number: Number
+    kind: str
+
+
+solve = Op(Moments, trained=("student",), per_example=True, recomputes=True, keeps_strides=True)
+
+
+def hint(
+    call: Call,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kind: str,
+    beta: Number,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    feature_dim: int | None,
+    batch_dim: int,
+    normalizer: Any,
+    reduction: str,
+) -> Tensor:
+    """Solve for the differences of all positions, and reduce them."""
+    places = dimensions(student, feature_dim, batch_dim)
+    w, m = (of_positions(x, student, *places) for x in (weights, mask))
+    w, m = counted(w, m)
+    s, t = (positions(x, *places) for x in (student, teacher))
+    values = solve(call.engine, Moments(s, t, m, beta, kind))
+    return reduced(values, w, m, normalizer, reduction)
+
+
+def embeddings(call: Call, student: Tensor, teacher: Tensor, *, normalize: bool) -> Tensor:
+    """Solve for the difference of each embedding, or of its direction."""
+    kind, examples = "normalized_mse" if normalize else "mse", student.shape[:-1]
+    s, t, mask = student, teacher, call.row_mask
+    if s.ndim < 3:  # all embeddings are positions of one example
+        s, t = (x.reshape(1, -1, x.shape[-1]) for x in (s, t))
+        mask = mask if mask is None else mask.reshape(1, -1)
+    return solve(call.engine, Moments(s, t, mask, 0.0, kind)).reshape(examples)
+
+
+def attention(call: Call, student: Features, teacher: Features, *, p: Number, kind: str) -> Tensor:
+    """Solve for the maps of both networks, and compare them."""
+
+    def map_of(features: Tensor) -> Tensor:
+        return solve(call.engine, Moments(features, None, None, p, kind))
+
+    return transfer(map_of, student, teacher)
 
 
 def transfer(attention: Callable[[Tensor], Tensor], student: Features, teacher: Features) -> Tensor:

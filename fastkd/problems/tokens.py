@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _checks
+from fastkd._loss import Call, Term, reduce
 from fastkd._op import Number, Op
 
 
@@ -37,6 +38,8 @@ class TokenRelations(NamedTuple):
     causal: bool
     removed: str  # products below 0 that are 0 in "mse": "", "both" or "teacher", as gram_anchoring
 
+
+WIDEST = 128  # head of either network that a tile of the kernels holds
 
 solve = Op(TokenRelations, trained=("student",), per_example=-2)
 
@@ -197,7 +200,103 @@ def check_cka(student: Tensor, teacher: Tensor, *, center: bool, mask: Tensor | 
     _check_tokens(student, teacher, mask, ("student", "teacher"), "example")
 
 
-# ---------------------------------------------------------------------------------- what is shared
+# ------------------------------------------------------------------------------------- statements
+
+
+def relation(
+    call: Call,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    heads: int,
+    normalize: bool,
+    temperature: Number | None,
+    student_temperature: Number | None,
+    teacher_temperature: Number | None,
+    divergence: str,
+    causal: bool,
+    mask: Tensor | None,
+) -> Any:
+    """Solve for the loss of each sequence."""
+    of_student = temperature if student_temperature is None else student_temperature
+    of_teacher = temperature if teacher_temperature is None else teacher_temperature
+    problem = TokenRelations(
+        student=student,
+        teacher=teacher,
+        mask=_counted(as_bool(mask), call.row_mask, student),
+        scale=_scale(of_student, student, heads),
+        teacher_scale=_scale(of_teacher, teacher, heads),
+        heads=heads,
+        divergence=divergence,
+        normalize=normalize,
+        causal=causal,
+        removed="",
+    )
+    return of_sequences(_solved(call, problem), as_bool(mask))
+
+
+def minilm(
+    call: Call,
+    student_qkv: Sequence[Tensor],
+    teacher_qkv: Sequence[Tensor],
+    *,
+    heads: int,
+    relation_weights: Sequence[Number] | None,
+    causal: bool,
+    mask: Tensor | None,
+) -> Any:
+    """Solve for the loss of each sequence in each relation, and add them up."""
+    is_counted = _counted(as_bool(mask), call.row_mask, student_qkv[0])
+    losses = []
+    for student, teacher in zip(student_qkv, teacher_qkv, strict=True):
+        scale, teacher_scale = (_scale(None, x, heads) for x in (student, teacher))
+        problem = TokenRelations(
+            student, teacher, is_counted, scale, teacher_scale, heads, "kl", False, causal, ""
+        )
+        losses.append(_solved(call, problem))
+    return of_sequences(weighted_sum(losses, relation_weights), as_bool(mask))
+
+
+def anchoring(
+    call: Call,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    remove_negative: str | None,
+    per_image: bool,
+    mask: Tensor | None,
+) -> Tensor:
+    """Solve for the loss of each image, or of the batch as one image, and take the mean."""
+    mask = as_bool(mask)
+    if not per_image:
+        student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
+        mask = None if mask is None else mask.flatten()
+    removed = remove_negative or ""
+    problem = TokenRelations(student, teacher, mask, 1.0, 1.0, 1, "mse", True, False, removed)
+    return mean_of_images(_solved(call, problem), mask)
+
+
+def _solved(call: Call, problem: TokenRelations) -> Tensor:
+    """Return the loss of each sequence, by the portable engine where heads are too wide."""
+    width = max(problem.student.shape[-1], problem.teacher.shape[-1]) // problem.heads
+    return solve("portable" if width > WIDEST else call.engine, problem)
+
+
+def _counted(mask: Tensor | None, row_mask: Tensor | None, student: Tensor) -> Tensor | None:
+    """Return which tokens count, in sequences of weight 0 none."""
+    if row_mask is None:
+        return mask
+    if mask is None:
+        return row_mask.unsqueeze(-1).expand(student.shape[:-1])
+    return mask & row_mask.unsqueeze(-1)
+
+
+def _scale(temperature: Number | None, vectors: Tensor, heads: int) -> Number:
+    """Return 1 / T; None is the root of the width of a head."""
+    return (heads / vectors.shape[-1]) ** 0.5 if temperature is None else 1 / temperature
+
+
+# ----------------------------------------------------------- what formulas and statements share
 
 
 def as_bool(mask: Tensor | None) -> Tensor | None:
@@ -205,13 +304,22 @@ def as_bool(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype == torch.bool else mask != 0
 
 
+def of_sequences(losses: Tensor, mask: Tensor | None) -> Any:
+    """Return the losses of sequences; with a mask those without a token are no examples."""
+    return losses if mask is None else [Term(1.0, losses, mask.any(-1))]
+
+
+def mean_of_images(losses: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean over the images with a patch that counts."""
+    return reduce(losses, None, None, None if mask is None else mask.any(-1).sum(), "mean")
+
+
 def weighted_sum(losses: Sequence[Tensor], factors: Sequence[Number] | None) -> Tensor:
     """Return Σ factor · loss without those of factor 0; without factors all are 1."""
-    if factors is None:
-        return torch.stack([*losses]).sum(0)
+    factors = [1.0] * len(losses) if factors is None else factors
     kept = [
-        factor * x
-        for factor, x in zip(factors, losses, strict=True)
+        loss if type(factor) is float and factor == 1 else factor * loss
+        for factor, loss in zip(factors, losses, strict=True)
         if isinstance(factor, Tensor) or factor
     ]
-    return torch.stack(kept).sum(0) if kept else losses[0] * 0
+    return sum(kept[1:], kept[0]) if kept else losses[0] * 0

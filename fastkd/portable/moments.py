@@ -1,0 +1,288 @@
+"""Solve `Moments` in PyTorch, for any device: values of positions from their features.
+
+Positions are taken in chunks that stay in the cache: whole examples, or positions of one of them. A
+chunk is [b, n, C] in whatever strides the features have, and its buffers have the same order of
+dimensions, so that every call goes through memory as it lies. The backward reads the features
+again, because the gradient that it writes is the only tensor of their size then.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd._precision import compute_dtype
+from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
+from fastkd.portable._pages import in_huge_pages
+from fastkd.problems.moments import SHORTEST, Moments, Number
+from fastkd.problems.rows import is_exactly
+
+_ON_CPU, _ELSEWHERE = 1 << 20, 1 << 24  # elements of a chunk
+
+
+class Chunk(NamedTuple):
+    """Some positions: their features [b, n, C] in the compute dtype, and buffers as large."""
+
+    student: Tensor
+    teacher: Tensor  # the student where there is none
+    buffer: Callable[[int], Tensor | None]  # the buffer of that number; None lets PyTorch allocate
+
+
+Places = tuple[slice, slice]  # examples, and positions of each of them
+Values = tuple[Tensor, ...]  # the value of each position [b, n], and its statistics
+
+
+def n_statistics(problem: Moments) -> int:
+    """Return how many numbers of each position `backward` needs besides the features.
+
+    Of a direction they are the factors of teacher and student in the gradient; of a maximum itself
+    and the slope of each feature that has it.
+    """
+    return 2 if problem.kind in ("cosine", "normalized_mse", "max") else 0
+
+
+def forward(problem: Moments, needs_grad: Sequence[bool]) -> tuple[Any, tuple[Tensor]]:
+    """Return the value of each position (..., P), and what `backward` needs."""
+    student, dtype, n = problem.student, _dtype(problem), n_statistics(problem)
+    values = student.new_empty(student.shape[:-1], dtype=dtype)
+    statistics = values.new_empty((*values.shape, n))
+    places = _blocks(student).shape[:2]
+    of_values, of_statistics = values.view(places), statistics.view(*places, n)
+    value_of, number = _VALUES[problem.kind], _number(problem)
+
+    def work(at: Places, chunk: Chunk, out: Tensor | None) -> None:
+        of_values[at], *known = value_of(chunk, number)
+        for i, x in enumerate(known):
+            of_statistics[(*at, i)] = x
+
+    _for_chunks(work, problem, None)
+    if problem.row_mask is not None:
+        values.masked_fill_(~problem.row_mask, 0)
+    return (values,), (statistics,)
+
+
+def backward(problem: Moments, statistics: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
+    """Return Σ upstream · ∂values with respect to the student, laid out as the student is."""
+    (factors,), blocks = upstream, _blocks(problem.student)
+    assert factors is not None  # without an upstream gradient there is no backward
+    places, gradient = blocks.shape[:2], in_huge_pages(torch.empty_like(blocks))
+    factors = factors.reshape(places).to(_dtype(problem))
+    known = (
+        statistics.reshape(*places, -1) if statistics.numel() else factors.new_empty((*places, 0))
+    )
+    mask = None if problem.row_mask is None else problem.row_mask.reshape(places)
+    slope_of, number = _SLOPES[problem.kind], _number(problem)
+
+    def work(at: Places, chunk: Chunk, out: Tensor | None) -> None:
+        assert out is not None
+        slopes = out if out.dtype == factors.dtype else chunk.buffer(1)
+        if slopes is None:
+            slopes = torch.empty_like(out, dtype=factors.dtype)
+        of_chunk = [x[..., None] for x in (factors[at], *known[at].unbind(-1))]
+        slope_of(chunk, number, of_chunk, slopes)
+        if mask is not None:
+            counts = mask[at]
+            # elsewhere than on a CPU a look at the mask would be a host sync
+            if not (counts.is_cpu and counts.all()):
+                slopes.masked_fill_(~counts[..., None], 0)
+        if slopes is not out:
+            out.copy_(slopes)
+
+    _for_chunks(work, problem, gradient)
+    if blocks is problem.student:
+        return gradient
+    return torch.empty_like(problem.student).copy_(gradient.view(problem.student.shape))
+
+
+# ------------------------------------------------------------------------------ values and slopes
+# A slope writes `factor` · ∂value/∂student, the factor being the first of `known` [b, n, 1].
+
+
+def _squares(chunk: Chunk, number: Number) -> Values:
+    d = torch.sub(chunk.student, chunk.teacher, out=chunk.buffer(0))
+    return (d.square_().sum(-1).div_(d.shape[-1]),)
+
+
+def _square_slopes(chunk: Chunk, number: Number, known: Sequence[Tensor], out: Tensor) -> None:
+    torch.sub(chunk.student, chunk.teacher, out=out).mul_(known[0] * (2 / out.shape[-1]))
+
+
+def _penalties(chunk: Chunk, beta: Number) -> Values:
+    d = torch.sub(chunk.student, chunk.teacher, out=chunk.buffer(0))
+    slope = torch.div(d, beta, out=chunk.buffer(1)).clamp_(-1, 1)
+    linear = d.mul_(slope).sum(-1)
+    return ((linear - slope.square_().sum(-1) * (beta / 2)) / d.shape[-1],)
+
+
+def _penalty_slopes(chunk: Chunk, beta: Number, known: Sequence[Tensor], out: Tensor) -> None:
+    torch.sub(chunk.student, chunk.teacher, out=out).div_(beta).clamp_(-1, 1)
+    out.mul_(known[0] / out.shape[-1])
+
+
+def _inverse(features: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    """Return what divides features to directions, and the same with 0 where they have none."""
+    lengths = torch.mul(features, features, out=chunk.buffer(0)).sum(-1).sqrt_()
+    inverse = lengths.clamp(min=SHORTEST).reciprocal_()
+    return inverse, torch.where(lengths > SHORTEST, inverse, 0)
+
+
+def _cosines(chunk: Chunk, number: Number) -> Values:
+    (s, of_slope), (t, _) = _inverse(chunk.student, chunk), _inverse(chunk.teacher, chunk)
+    cosine = torch.mul(chunk.student, chunk.teacher, out=chunk.buffer(0)).sum(-1).mul_(s).mul_(t)
+    return 1 - cosine, t * of_slope, cosine * of_slope.square()
+
+
+def _normalized_squares(chunk: Chunk, number: Number) -> Values:
+    (s, of_slope), (t, direction) = _inverse(chunk.student, chunk), _inverse(chunk.teacher, chunk)
+    d = torch.mul(chunk.student, s[..., None], out=chunk.buffer(0))
+    # a difference of directions keeps the digits that 1 − cosine would lose
+    squares = d.addcmul_(chunk.teacher, t[..., None], value=-1).square_().sum(-1)
+    cosine = torch.where(direction > 0, 1 - squares / 2, 0)
+    n = chunk.student.shape[-1]
+    return squares / n, t * of_slope * (2 / n), cosine * of_slope.square() * (2 / n)
+
+
+def _direction_slopes(chunk: Chunk, number: Number, known: Sequence[Tensor], out: Tensor) -> None:
+    factor, of_teacher, of_student = known
+    torch.mul(chunk.student, factor * of_student, out=out)
+    out.addcmul_(chunk.teacher, factor * of_teacher, value=-1)
+
+
+def _power_sums(chunk: Chunk, p: Number) -> Values:
+    x, buffer = chunk.student, chunk.buffer(0)
+    if is_exactly(p, 2):
+        return (torch.mul(x, x, out=buffer).sum(-1),)
+    return (torch.abs(x, out=buffer).pow_(p).sum(-1),)
+
+
+def _power_slopes(chunk: Chunk, p: Number, known: Sequence[Tensor], out: Tensor) -> None:
+    if is_exactly(p, 2):
+        torch.mul(chunk.student, 2 * known[0], out=out)
+        return
+    powers = torch.abs(chunk.student, out=chunk.buffer(0))
+    # the magnitude is not 0, because below p = 1 the power of that is infinite
+    powers.clamp_(min=torch.finfo(powers.dtype).tiny).pow_(p - 1)
+    torch.sign(chunk.student, out=out).mul_(powers).mul_(p * known[0])
+
+
+def _maxima(chunk: Chunk, p: Number) -> Values:
+    magnitudes = torch.abs(chunk.student, out=chunk.buffer(0))
+    top = magnitudes.amax(-1)
+    n_largest = magnitudes.eq_(top[..., None]).sum(-1)
+    slope = top.clamp(min=torch.finfo(top.dtype).tiny).pow_(p - 1).mul_(p)
+    return top**p, top, slope / n_largest
+
+
+def _maximum_slopes(chunk: Chunk, p: Number, known: Sequence[Tensor], out: Tensor) -> None:
+    factor, top, slope = known
+    are_largest = torch.abs(chunk.student, out=chunk.buffer(0)).eq_(top)
+    torch.sign(chunk.student, out=out).mul_(are_largest).mul_(factor * slope)
+
+
+_VALUES: dict[str, Callable[[Chunk, Number], Values]] = {
+    "mse": _squares,
+    "smooth_l1": _penalties,
+    "cosine": _cosines,
+    "normalized_mse": _normalized_squares,
+    "sum": _power_sums,
+    "max": _maxima,
+}
+_SLOPES: dict[str, Callable[[Chunk, Number, Sequence[Tensor], Tensor], None]] = {
+    "mse": _square_slopes,
+    "smooth_l1": _penalty_slopes,
+    "cosine": _direction_slopes,
+    "normalized_mse": _direction_slopes,
+    "sum": _power_slopes,
+    "max": _maximum_slopes,
+}
+
+
+# ------------------------------------------------------------------------- positions and chunks
+
+
+def _dtype(problem: Moments) -> torch.dtype:
+    teacher = problem.teacher
+    return compute_dtype(problem.student, *([] if teacher is None else [teacher]))
+
+
+def _number(problem: Moments) -> Number:
+    """Return the number in the compute dtype; a beta of 0 as what is next to it."""
+    number, dtype = problem.number, _dtype(problem)
+    if isinstance(number, Tensor):
+        number = number.to(dtype)
+    if problem.kind != "smooth_l1":
+        return number
+    least = torch.finfo(dtype).tiny
+    return number.clamp(min=least) if isinstance(number, Tensor) else max(number, least)
+
+
+def _blocks(features: Tensor) -> Tensor:
+    """Return features [B, P, C]; more dimensions of examples are made one."""
+    return features if features.ndim == 3 else features.reshape(-1, *features.shape[-2:])
+
+
+class _Buffers:
+    """The buffers of a worker, each of which is made when a chunk first asks for it."""
+
+    def __init__(self, features: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.made: dict[int, Tensor] = {}
+        b, n, n_features = shape
+        if features.stride(-1) <= features.stride(-2):
+            self.new = lambda: in_huge_pages(features.new_empty(shape, dtype=dtype))
+        else:  # features of a channel lie together
+            shape = (b, n_features, n)
+            self.new = lambda: in_huge_pages(features.new_empty(shape, dtype=dtype)).mT
+
+    def of(self, chunk: Tensor, i: int) -> Tensor:
+        """Return the part of a buffer that is as large as the chunk."""
+        if i not in self.made:
+            self.made[i] = self.new()
+        return self.made[i][: chunk.shape[0], : chunk.shape[1]]
+
+
+def _for_chunks(
+    work: Callable[[Places, Chunk, Tensor | None], None], problem: Moments, gradient: Tensor | None
+) -> None:
+    """Call `work` with the places of each chunk, the chunk, and its part of the gradient."""
+    student = _blocks(problem.student)
+    teacher = None if problem.teacher is None else _blocks(problem.teacher)
+    n_examples, n_positions, n_features = student.shape
+    if not student.numel():
+        return
+    dtype, most = _dtype(problem), most_elements(student, _ON_CPU, _ELSEWHERE)
+    if student.numel() <= most:
+        s = student.to(dtype)
+        t = s if teacher is None else teacher.to(dtype)
+        work((slice(None), slice(None)), Chunk(s, t, lambda i: None), gradient)
+        return
+    whole = min(n_examples, most // (n_positions * n_features))  # examples that fit into a chunk
+    part = n_positions if whole else max(1, min(n_positions, most // n_features))
+
+    def of_chunk(places: slice, buffers: _Buffers) -> None:
+        if whole:
+            at = (places, slice(None))
+        else:
+            i, first = divmod(places.start, n_positions)
+            at = (slice(i, i + 1), slice(first, first + places.stop - places.start))
+        s = student[at]
+        t = s if teacher is None else teacher[at]
+        if s.dtype != dtype:
+            s = buffers.of(s, 2).copy_(s)
+        if teacher is None:
+            t = s
+        elif t.dtype != dtype:
+            t = buffers.of(t, 3).copy_(t)
+        chunk = Chunk(s, t, functools.partial(buffers.of, s))
+        work(at, chunk, None if gradient is None else gradient[at])
+
+    if whole:
+        chunks = cut(range(n_examples), whole)
+    else:
+        ranges = (range(i * n_positions, (i + 1) * n_positions) for i in range(n_examples))
+        chunks = [chunk for each in ranges for chunk in cut(each, part)]
+    buffers = functools.partial(_Buffers, student, (max(whole, 1), part, n_features), dtype)
+    by_workers(lambda: for_each(of_chunk, chunks, buffers), len(chunks) > 1, student)
