@@ -226,7 +226,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     "dist_kd": {"temperature": T},
     "correlation_congruence": {"form": "kernel"},
     "token_relation": {"heads": 12},
-    "minilm_relation": {"heads": 12},
+    "minilm_relation": {"n_heads": 12},
 }
 
 

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from fastkd import _checks
 from fastkd._loss import Loss
 
-# keyword parameters that belong to a batch
-_OF_A_BATCH = ("labels", "mask", "weights", "normalizer")
 _OF_A_MODULE = ("center", "variance_parameter")  # parameters that a module keeps as its state
 
 
@@ -28,6 +26,8 @@ class LossModule(nn.Module):
     """
 
     function: Any  # a Loss
+    # keyword parameters that belong to a batch
+    of_a_batch: tuple[str, ...] = ("labels", "mask", "weights", "normalizer")
     defaults: dict[str, Any]
     empty_shape: tuple[int, ...] = (0, 1)  # of a tensor of no examples
 
@@ -36,7 +36,8 @@ class LossModule(nn.Module):
         if function is None:  # a user's subclass of a loss
             return
         parameters = inspect.signature(function).parameters.values()
-        options = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _OF_A_BATCH]
+        by_name = (p for p in parameters if p.kind is p.KEYWORD_ONLY)
+        options = [p for p in by_name if p.name not in cls.of_a_batch]
         cls.function = staticmethod(function)
         cls.defaults = {p.name: p.default for p in options}
         batch = [p for p in parameters if p not in options and p.name not in _OF_A_MODULE]

@@ -142,6 +142,8 @@ class MiniLMRelationLoss(LossModule, function=tokens.minilm_relation):
     Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, 2021. arXiv:2012.15828
     """
 
+    of_a_batch = ("mask",)  # the weights are those of the relations
+
     def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
         return [empty]
 

@@ -22,7 +22,7 @@ from fastkd._loss import Term, loss, selected
 from fastkd._op import Number
 from fastkd.problems import tokens
 from fastkd.problems.pairs import directions
-from fastkd.problems.tokens import as_bool, mean_of_images, of_sequences, weighted_sum
+from fastkd.problems.tokens import as_bool, mean_of_sequences, of_sequences, weighted_sum
 
 
 @loss(tokens.check, tokens.relation, per_example=-2)
@@ -95,18 +95,15 @@ def token_relation(
     return of_sequences(losses, mask)
 
 
-@loss(tokens.check_minilm, tokens.minilm, per_example=-2)
+@loss(tokens.check_minilm, tokens.minilm)
 def minilm_relation(
     student_qkv: Sequence[Tensor],
     teacher_qkv: Sequence[Tensor],
     *,
-    heads: int = 48,
-    relation_weights: Sequence[Number] | None = None,
+    n_heads: int = 48,
+    weights: Sequence[Number] | None = None,
     causal: bool = False,
     mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    normalizer: Any = None,
-    reduction: str = "mean",
 ) -> Tensor:
     """Compute Σ_r α_r · token_relation(student_r, teacher_r, heads=A), MiniLMv2's relations.
 
@@ -115,25 +112,22 @@ def minilm_relation(
     have different widths and numbers of heads. Each is scaled by 1 / √d with d = width / A.
 
     MiniLM (v1) compares values among each other and attention itself, as many heads in both:
-    ``minilm_relation([v], [v_t], heads=A) + forward_kl(scores, scores_t).mean()`` with the scores
+    ``minilm_relation([v], [v_t], n_heads=A) + forward_kl(scores, scores_t).mean()`` with the scores
     q kᵀ / √d of attention, [B, A, L, L].
 
     Args:
         student_qkv: A list or tuple of the student's vectors, [B, L, D] each, one at least. One
             tensor of all is `.unbind(0)` or `.chunk(3, -1)`.
         teacher_qkv: As many of the teacher, [B, L, D'] each. They get no gradient.
-        heads: A ≥ 1, the number of relation heads, which must divide all widths: 48 for networks
+        n_heads: A ≥ 1, the number of relation heads, which must divide all widths: 48 for networks
             as wide as BERT-base and 64 for BERT-large in the paper.
-        relation_weights: α ≥ 0 for each relation, numbers or 0-dim tensors; None: all 1.
+        weights: α ≥ 0 for each relation, numbers or 0-dim tensors; None: all 1.
         causal: Whether a token sees those before it and itself only, as in a decoder.
         mask: The tokens that count, [B, L], bool or 1 and 0, as `attention_mask`.
-        weights: One number or bool for each sequence, [B], as in `token_relation`.
-        normalizer: Replaces the divisor Σ weights of the mean.
-        reduction: "mean" (Σ w·l / Σ w over the sequences with a token), "sum" (Σ w·l) or "none"
-            (w·l).
 
     Returns:
-        A scalar or, with reduction "none", one loss for each sequence [B].
+        A scalar, the mean over the sequences with a token that counts; float64 if an input is, else
+        float32.
 
     Raises:
         TypeError: Student or teacher are no sequences of floating-point tensors.
@@ -146,10 +140,10 @@ def minilm_relation(
     """
     mask = as_bool(mask)
     losses = [
-        _relation(s, t, mask, heads, False, None, None, "kl", causal)
+        _relation(s, t, mask, n_heads, False, None, None, "kl", causal)
         for s, t in zip(student_qkv, teacher_qkv, strict=True)
     ]
-    return of_sequences(weighted_sum(losses, relation_weights), mask)
+    return mean_of_sequences(weighted_sum(losses, weights), mask)
 
 
 @loss(tokens.check_anchoring, tokens.anchoring)
@@ -198,7 +192,7 @@ def gram_anchoring(
         removed = (s < 0) & (t < 0) if remove_negative == "teacher" else s < 0
         s, t = s.masked_fill(removed, 0), t.relu()
     losses = _mean_square(s, t, _pairs(s, mask, False))
-    return mean_of_images(losses, mask)
+    return mean_of_sequences(losses, mask)
 
 
 @loss(tokens.check_cka, per_example=-2)

@@ -319,9 +319,12 @@ def _of_layers(student, teacher, student_2, teacher_2, **options):
 
 
 def _tokens(loss: Callable, inputs: Inputs, *last: str, **options: Any) -> Case:
-    """Return a case of tokens, a loss of each sequence but for anchoring; the last are options."""
+    """Return a case of tokens, the last tensors of which are options."""
     name, has_kernels = loss.__name__, loss.has_kernels
-    as_published, per_example = _last(getattr(published, name), *last), name != "gram_anchoring"
+    as_published, per_example = (
+        _last(getattr(published, name), *last),
+        name in ("token_relation", "cka"),
+    )
     return Case(
         _last(loss, *last), "tokens", inputs, as_published, options, None, per_example,
         has_kernels, "-".join(last),
@@ -433,7 +436,7 @@ CASES = [
     _tokens(fastkd.token_relation, tokens(), causal=True, normalize=True, temperature=0.1),
     _tokens(fastkd.token_relation, tokens(), divergence="mse", normalize=True, temperature=1.0),
     _tokens(fastkd.token_relation, tokens(masked=True), "mask", divergence="mse", causal=True),
-    _tokens(_minilm, tokens(2), heads=2, relation_weights=[1.0, 0.5]),
+    _tokens(_minilm, tokens(2), n_heads=2, weights=[1.0, 0.5]),
     _tokens(fastkd.gram_anchoring, tokens()),
     _tokens(fastkd.gram_anchoring, tokens(), remove_negative="teacher", per_image=False),
     _tokens(fastkd.gram_anchoring, tokens(masked=True), "mask", remove_negative=None),

@@ -406,12 +406,12 @@ def token_relation(
     return torch.stack(losses).mean()
 
 
-def minilm_relation(*vectors, heads=48, relation_weights=None, mask=None, **options):
+def minilm_relation(*vectors, n_heads=48, weights=None, mask=None, **options):
     """Take the vectors of the student and then as many of the teacher."""
     n = len(vectors) // 2
-    factors = relation_weights or [1.0] * n
+    factors = weights or [1.0] * n
     return sum(
-        a * token_relation(s, t, heads=heads, mask=mask, **options)
+        a * token_relation(s, t, heads=n_heads, mask=mask, **options).mean()
         for a, s, t in zip(factors, vectors[:n], vectors[n:], strict=True)
     )
 

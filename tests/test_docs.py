@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -49,6 +50,10 @@ def loop_of_the_reader():
     def normalized(width):
         return F.normalize(torch.randn(batch, width)).requires_grad_()
 
+    def convolutional(width):
+        layers = dict(stem=torch.nn.Conv2d(3, width, 3), body=torch.nn.Conv2d(width, width, 3))
+        return torch.nn.Sequential(OrderedDict(layers))
+
     inputs = torch.randint(n_classes, (2, length))
     return dict(
         torch=torch, F=F, fastkd=fastkd, T=2.0, alpha=0.3,
@@ -64,6 +69,18 @@ def loop_of_the_reader():
         micro_batches=[(inputs, inputs), (inputs[:1], inputs[:1])],
         student_head=torch.nn.Linear(width, 64), crops=torch.randn(10 * batch, width),
         teacher_head=torch.nn.Linear(width, 64),
+        images=torch.randn(batch, 3, 8, 8), student_net=convolutional(4),
+        teacher_net=convolutional(6),
+        student_maps=leaf(batch, 4, 6, 6), teacher_maps=torch.randn(batch, 6, 6, 6),
+        teacher_scores=torch.rand(batch, 6, 6),
+        student_tokens=leaf(2, length, width), teacher_tokens=torch.randn(2, length, width),
+        wide_tokens=torch.randn(2, length, 24),
+        attention_mask=torch.tensor([5 * [1], [1, 1, 0, 0, 0]]),
+        student_qkv=[leaf(2, length, width) for _ in range(3)],
+        teacher_qkv=[torch.randn(2, length, 24) for _ in range(3)],
+        student_classes=leaf(2, 5, 6, 6), teacher_classes=torch.randn(2, 5, 6, 6),
+        student_edges=leaf(7, 4, 16), teacher_edges=torch.randn(7, 4, 16),
+        teacher_edge_scores=torch.rand(7, 4),
     )  # fmt: skip
 
 

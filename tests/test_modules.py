@@ -57,7 +57,7 @@ OPTIONS = {  # none of them a default
         divergence="mse",
         reduction="sum",
     ),
-    fastkd.MiniLMRelationLoss: dict(heads=2, relation_weights=[0.5, 2.0], causal=True),
+    fastkd.MiniLMRelationLoss: dict(n_heads=2, weights=[0.5, 2.0], causal=True),
     fastkd.GramAnchoringLoss: dict(remove_negative="teacher", per_image=False),
     fastkd.CKALoss: dict(center=False, reduction="sum"),
 }
@@ -175,7 +175,7 @@ def test_every_loss_has_one_module_and_all_are_exported():
 def test_signatures_are_those_of_the_function(module):
     of_function = inspect.signature(module.function).parameters
     options = [p for name, p in of_function.items() if p.kind == p.KEYWORD_ONLY]
-    options = [p for p in options if p.name not in OF_A_BATCH | KEYS | {"labels", "mask"}]
+    options = [p for p in options if p.name not in {*module.of_a_batch} | KEYS]
     shown = inspect.signature(module).parameters.values()
     assert [p for p in shown if p in options or p.name not in OF_A_MODULE] == options
     assert set(OPTIONS[module]) <= {p.name for p in options}

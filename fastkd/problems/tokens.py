@@ -95,13 +95,13 @@ def _check_mask(mask: Any, student: Tensor, name: str) -> None:
     _checks.same_device(**{name: student, "mask": mask})
 
 
-def _check_heads(student: Tensor, teacher: Tensor, heads: Any) -> None:
-    _checks.at_least_1(heads=heads)
+def _check_heads(student: Tensor, teacher: Tensor, heads: Any, name: str = "heads") -> None:
+    _checks.at_least_1(**{name: heads})
     widths = student.shape[-1], teacher.shape[-1]
     # a module checks its options with an empty batch, the width of which says nothing
     if student.numel() and any(width % heads for width in widths):
         raise ValueError(
-            f"heads must divide the widths of student and teacher, {widths[0]} and {widths[1]}, "
+            f"{name} must divide the widths of student and teacher, {widths[0]} and {widths[1]}, "
             f"got {heads}: pass a divisor of {math.gcd(*widths)}"
         )
 
@@ -137,8 +137,8 @@ def check_minilm(
     student_qkv: Sequence[Tensor],
     teacher_qkv: Sequence[Tensor],
     *,
-    heads: int,
-    relation_weights: Sequence[Number] | None,
+    n_heads: int,
+    weights: Sequence[Number] | None,
     causal: bool,
     mask: Tensor | None,
 ) -> None:
@@ -161,22 +161,21 @@ def check_minilm(
     for i, (student, teacher) in enumerate(zip(student_qkv, teacher_qkv, strict=True)):
         names = f"student_qkv[{i}]", f"teacher_qkv[{i}]"
         _check_tokens(student, teacher, mask, names, "sequence")
-        _check_heads(student, teacher, heads)
+        _check_heads(student, teacher, n_heads, "n_heads")
         if student.shape[:-1] != first.shape[:-1]:
             raise ValueError(
                 f"all relations need the same tokens, one B and L, got {_checks.shape(first)} in "
                 f"student_qkv[0] and {_checks.shape(student)} in {names[0]}"
             )
-    if relation_weights is not None:
-        if not isinstance(relation_weights, (list, tuple)) or (
-            len(relation_weights) != len(student_qkv) and first.numel()
+    if weights is not None:
+        if not isinstance(weights, (list, tuple)) or (
+            len(weights) != len(student_qkv) and first.numel()
         ):
             raise ValueError(
-                f"relation_weights need a number for each of {len(student_qkv)} relations, got "
-                f"{relation_weights!r}"
+                f"weights need a number for each of {len(student_qkv)} relations, got {weights!r}"
             )
-        for weight in relation_weights:
-            _checks.at_least_0(relation_weights=weight)
+        for weight in weights:
+            _checks.at_least_0(weights=weight)
 
 
 def check_anchoring(
@@ -240,21 +239,21 @@ def minilm(
     student_qkv: Sequence[Tensor],
     teacher_qkv: Sequence[Tensor],
     *,
-    heads: int,
-    relation_weights: Sequence[Number] | None,
+    n_heads: int,
+    weights: Sequence[Number] | None,
     causal: bool,
     mask: Tensor | None,
-) -> Any:
-    """Solve for the loss of each sequence in each relation, and add them up."""
+) -> Tensor:
+    """Solve for the loss of each sequence in each relation, add them up, and take the mean."""
     is_counted = _counted(as_bool(mask), call.row_mask, student_qkv[0])
     losses = []
     for student, teacher in zip(student_qkv, teacher_qkv, strict=True):
-        scale, teacher_scale = (_scale(None, x, heads) for x in (student, teacher))
+        scale, teacher_scale = (_scale(None, x, n_heads) for x in (student, teacher))
         problem = TokenRelations(
-            student, teacher, is_counted, scale, teacher_scale, heads, "kl", False, causal, ""
+            student, teacher, is_counted, scale, teacher_scale, n_heads, "kl", False, causal, ""
         )
         losses.append(_solved(call, problem))
-    return of_sequences(weighted_sum(losses, relation_weights), as_bool(mask))
+    return mean_of_sequences(weighted_sum(losses, weights), as_bool(mask))
 
 
 def anchoring(
@@ -273,7 +272,7 @@ def anchoring(
         mask = None if mask is None else mask.flatten()
     removed = remove_negative or ""
     problem = TokenRelations(student, teacher, mask, 1.0, 1.0, 1, "mse", True, False, removed)
-    return mean_of_images(_solved(call, problem), mask)
+    return mean_of_sequences(_solved(call, problem), mask)
 
 
 def _solved(call: Call, problem: TokenRelations) -> Tensor:
@@ -309,8 +308,8 @@ def of_sequences(losses: Tensor, mask: Tensor | None) -> Any:
     return losses if mask is None else [Term(1.0, losses, mask.any(-1))]
 
 
-def mean_of_images(losses: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean over the images with a patch that counts."""
+def mean_of_sequences(losses: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean over the sequences, or images, with a token that counts."""
     return reduce(losses, None, None, None if mask is None else mask.any(-1).sum(), "mean")
 
 
