@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("fastkd-demo"), help="folder for the results"
     )
     demo.add_argument("--seeds", type=_count, help="students for each loss (5, or 3 of the others)")
-    demo.add_argument("--steps", type=_count, help="training steps of a student (250)")
+    demo.add_argument("--steps", type=_count, help="training steps of a student (250, or 200)")
     demo.add_argument(
         "--device", type=_device, default="cpu", help="cpu (the default) or for example cuda"
     )
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _demo(**options) if options.pop("command") == "demo" else _doctor()
 
 
-_DEMOS = {"digits": (5, 250), "text": (3, 250), "segmentation": (3, 250)}  # seeds and steps
+_DEMOS = {"digits": (5, 250), "text": (3, 200), "segmentation": (3, 250)}  # seeds and steps
 
 
 def _complain(sentence: str) -> int:

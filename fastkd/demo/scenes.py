@@ -255,7 +255,8 @@ STUDY = Study(
         "intersection over union of the classes, and of the predicted boxes at places with a "
         "digit. Gain: points over no teacher, seed by seed. Wins: seeds with a gain."
     ),
-    measures=("mIoU, %", "box IoU, %"),
+    measures=("mIoU, %", "boxes, %"),
+    n_gains=2,
     teacher=TEACHER,
     methods=METHODS,
     experiment=experiment,

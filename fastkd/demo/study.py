@@ -42,6 +42,7 @@ class Study(NamedTuple):
     about: str
     legend: str
     measures: tuple[str, ...]
+    n_gains: int  # of how many measures, the first ones, gains are told
     teacher: Method
     methods: tuple[Method, ...]  # the first has no teacher
     experiment: Callable[[int, int, str], Iterator[Fit]]  # of seeds, steps and a device
@@ -75,13 +76,10 @@ def run(study: Study, out: Path, seeds: int, steps: int, device: str) -> int:
 
 
 def header_of(study: Study) -> list[str]:
-    """Return the names of the columns: each measure and its gain, and the wins of the first."""
-    first, *others = study.measures
-    return [
-        "student learns from",
-        *(first, "gain", "wins"),
-        *(x for name in others for x in (name, "gain")),
-    ]
+    """Return the names of the columns: the measures and their gains, and the wins of the first."""
+    columns = [[name, "gain"][: 1 + (i < study.n_gains)] for i, name in enumerate(study.measures)]
+    columns[0].append("wins")
+    return ["student learns from", *(x for of_measure in columns for x in of_measure)]
 
 
 def table(study: Study, fits: Sequence[Fit]) -> list[list[str]]:
@@ -95,7 +93,7 @@ def table(study: Study, fits: Sequence[Fit]) -> list[list[str]]:
             gain = wins = ""
             if method in study.methods[1:]:
                 gain, wins = gain_and_wins(values, baseline)
-            row += [spread(values, ".1f"), gain, *([wins] if i == 0 else [])]
+            row += [spread(values, ".1f"), gain, wins][: (i < study.n_gains) + (i == 0) + 1]
         rows.append(row)
     return rows
 

@@ -233,6 +233,7 @@ STUDY = Study(
         "gain. Every method but the first has KD's loss too."
     ),
     measures=("accuracy, %", "agrees, %"),
+    n_gains=1,
     teacher=TEACHER,
     methods=METHODS,
     experiment=experiment,
