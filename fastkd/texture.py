@@ -176,7 +176,7 @@ def vid(
 
     μ is what a regressor makes of the student's maps, and σ² = softplus(α) + ε is a variance for
     each channel, whose α is learnt. `VIDLoss` owns both. Sizes are pooled to the smaller one by
-    averages. The constant ½ log 2π is left out, as in all implementations:
+    averages. There is no constant ½ log 2π, as in no implementation:
 
         RepDistiller, torchdistill VIDLoss    the same number
 

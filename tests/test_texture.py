@@ -52,7 +52,7 @@ def test_pooling_is_that_of_torch(length, n):
 
 
 def test_both_ways_through_the_channels_agree():
-    """By Gram matrices of channels and of positions; each is taken where it is less work."""
+    """Gram matrices of channels or of positions are taken, whichever are less work."""
     for n_s, n_t, size in itertools.product((2, 30), (3, 40), (2, 9)):
         inputs = maps((2, n_s, size, size), (2, n_t, size, size))
         assert_same(results(fastkd.nst, inputs), results(published.nst, inputs), 1e-11)
