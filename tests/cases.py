@@ -230,7 +230,7 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
 def _batch(problem: str, loss: Callable, inputs: Inputs, note: str = "", **options: Any) -> Case:
     as_published, has_kernels = (
         getattr(published, loss.__name__),
-        problem not in ("gram", "moments"),
+        problem != "gram",
     )
     return Case(loss, problem, inputs, as_published, options, None, False, has_kernels, note)
 
