@@ -23,7 +23,22 @@ from fastkd.divergence import (
     total_variation,
 )
 from fastkd.feature import attention_transfer, embedding_mse, hint
-from fastkd.feature_modules import AttentionTransferLoss, EmbeddingMSELoss
+from fastkd.feature_modules import (
+    AttentionMSELoss,
+    AttentionTransferLoss,
+    ChannelWiseLoss,
+    CKALoss,
+    EmbeddingMSELoss,
+    FSPLoss,
+    GramAnchoringLoss,
+    HintLoss,
+    LocalizationLoss,
+    MiniLMRelationLoss,
+    NSTLoss,
+    TokenRelationLoss,
+    VIDLoss,
+)
+from fastkd.layers import LayerPairs
 from fastkd.modules import (
     ClipLoss,
     CorrelationCongruenceLoss,
@@ -52,20 +67,33 @@ from fastkd.modules import (
 )
 from fastkd.relational import rkd, rkd_angle, rkd_distance
 from fastkd.self_distillation import dino
+from fastkd.spatial import channel_wise, localization
+from fastkd.texture import attention_mse, fsp, nst, vid
+from fastkd.tokens import cka, gram_anchoring, minilm_relation, token_relation
 from fastkd.vanilla import kd
 
 __all__ = [
+    "AttentionMSELoss",
     "AttentionTransferLoss",
+    "CKALoss",
+    "ChannelWiseLoss",
     "ClipLoss",
     "CorrelationCongruenceLoss",
     "DINOLoss",
     "DISTLoss",
     "EmbeddingMSELoss",
+    "FSPLoss",
     "ForwardKLLoss",
+    "GramAnchoringLoss",
+    "HintLoss",
     "InfoNCELoss",
     "JensenShannonLoss",
     "KDLoss",
+    "LayerPairs",
+    "LocalizationLoss",
     "LogitMSELoss",
+    "MiniLMRelationLoss",
+    "NSTLoss",
     "NTXentLoss",
     "PKTLoss",
     "RKDAngleLoss",
@@ -80,21 +108,31 @@ __all__ = [
     "SoftCrossEntropyLoss",
     "SupConLoss",
     "SymmetricKLLoss",
+    "TokenRelationLoss",
     "TotalVariationLoss",
+    "VIDLoss",
     "__version__",
+    "attention_mse",
     "attention_transfer",
     "backend",
+    "channel_wise",
+    "cka",
     "clip_contrastive",
     "correlation_congruence",
     "dino",
     "dist_kd",
     "embedding_mse",
     "forward_kl",
+    "fsp",
+    "gram_anchoring",
     "hint",
     "info_nce",
     "jensen_shannon",
     "kd",
+    "localization",
     "logit_mse",
+    "minilm_relation",
+    "nst",
     "nt_xent",
     "pkt",
     "reverse_kl",
@@ -109,5 +147,7 @@ __all__ = [
     "soft_cross_entropy",
     "sup_con",
     "symmetric_kl",
+    "token_relation",
     "total_variation",
+    "vid",
 ]

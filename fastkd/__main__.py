@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fastkd
 from fastkd import _backend
@@ -130,12 +131,34 @@ def _crops(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [*crops, teacher[0]]
 
 
-def _maps(device: str, dtype: torch.dtype) -> list[Tensor]:
+def _maps(device: str, dtype: torch.dtype) -> list[Any]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(7, n, 12, 13, generator=generator).to(device, dtype) for n in (33, 65)]
 
 
-Inputs = Callable[[str, torch.dtype], list[Tensor]]
+def _maps_of_one_width(device: str, dtype: torch.dtype) -> list[Any]:
+    return [maps[:, :33] for maps in _maps(device, dtype)]
+
+
+def _maps_of_layers(device: str, dtype: torch.dtype) -> list[Any]:
+    student, teacher = _maps_of_one_width(device, dtype)
+    return [(student, teacher.sin()), (teacher, student.sin())]
+
+
+def _maps_and_variances(device: str, dtype: torch.dtype) -> list[Any]:
+    return [*_maps_of_one_width(device, dtype), torch.linspace(-1, 5, 33, device=device)]
+
+
+def _tokens(device: str, dtype: torch.dtype) -> list[Any]:
+    return [maps[:, :32, 0].mT for maps in _maps(device, dtype)]
+
+
+def _tokens_of_relations(device: str, dtype: torch.dtype) -> list[Any]:
+    student, teacher = (x.repeat(1, 1, 3) for x in _tokens(device, dtype))
+    return [(student, teacher.sin()), (teacher, student.sin())]
+
+
+Inputs = Callable[[str, torch.dtype], list[Any]]
 _BY_FIRST_PARAMETER: dict[str, Inputs] = {
     "student_logits": _logits,
     "student": _embeddings,
@@ -148,9 +171,18 @@ _BY_NAME: dict[str, Inputs] = {
     "kd": _logits_and_labels,
     "correlation_congruence": _embeddings_of_one_width,
     "dino": _crops,
+    "channel_wise": _maps_of_one_width,
+    "nst": _maps,
+    "fsp": _maps_of_layers,
+    "vid": _maps_and_variances,
+    "attention_mse": _maps_of_one_width,
     "hint": _embeddings_of_one_width,
     "embedding_mse": _embeddings_of_one_width,
     "attention_transfer": _maps,
+    "token_relation": _tokens,
+    "minilm_relation": _tokens_of_relations,
+    "gram_anchoring": _tokens,
+    "cka": _tokens,
 }
 
 
@@ -229,6 +261,8 @@ def _engine_and_reason(loss: Loss[..., Any], device: str) -> tuple[str | None, s
         return engine, f"triton, but not of bfloat16: {obstacle}" if obstacle else ""
     if _backend.chosen() == engine:
         return engine, f'{engine}: FASTKD_BACKEND asks for it; "auto" takes the best engine'
+    if not loss.has_engines:
+        return engine, "formula: the best engine of losses that are few products and sweeps"
     if engine == "formula":
         return engine, "formula: it has fewer launches there than the portable engine"
     if not has_kernels:
@@ -250,7 +284,7 @@ def _wrong(loss: Loss[..., Any], inputs: Inputs, device: str) -> str | None:
         try:
             got = _value_and_gradient(loss, inputs(device, dtype))
             with fastkd.backend("formula"):
-                true = [x.double() if x.is_floating_point() else x for x in inputs("cpu", dtype)]
+                true = tree_map(_exact, inputs("cpu", dtype))
                 expected = _value_and_gradient(loss, true)
         except Exception as error:  # any, so that the other losses are still examined
             return f"{dtype}: {type(error).__name__}: {error}"
@@ -261,9 +295,14 @@ def _wrong(loss: Loss[..., Any], inputs: Inputs, device: str) -> str | None:
     return None
 
 
-def _value_and_gradient(loss: Loss[..., Any], tensors: list[Tensor]) -> list[Tensor]:
-    student, *others = tensors
-    value = loss(student.requires_grad_(), *others)
+def _exact(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def _value_and_gradient(loss: Loss[..., Any], tensors: list[Any]) -> list[Tensor]:
+    student, *_ = tree_leaves(tensors)
+    tensors = tree_map(lambda x: x.detach() if x is not student else x.requires_grad_(), tensors)
+    value = loss(*tensors)
     (gradient,) = torch.autograd.grad(value, student)
     return [x.detach().cpu().double() for x in (value, gradient)]
 

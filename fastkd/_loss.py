@@ -46,6 +46,7 @@ class Loss(Protocol[P, R]):
 
     __name__: str
     formula: Callable[..., Any]
+    has_engines: bool  # whether it is more than its formula
     has_kernels: bool
     engine_for: Callable[[Sequence[Tensor]], str]  # "triton", "portable" or "formula"
     check: Callable[..., None]  # (batch by name, options): raises the errors of a call
@@ -76,8 +77,9 @@ def loss(
             and returns what the formula returns, or NotImplemented for options that no engine
             takes. Without it the loss is its formula everywhere.
         per_example: True if the formula returns one loss for each row of the first tensor
-            (..., V), a number if for each entry of so many leading dimensions. It may return a list
-            of `Term` instead, of which the loss is the sum.
+            (..., V), a number if for each entry of so many leading dimensions, or below 0 of all
+            but so many last ones. It may return a list of `Term` instead, of which the loss is the
+            sum.
         has_kernels: Whether the kernels solve the problem; otherwise the portable engine does.
         on_cpu_alone: Whether other devices compute the formula, which has fewer launches.
         same_on_ranks: Parameters of the batch that are no part of it, matrices: all ranks hold the
@@ -105,8 +107,8 @@ def loss(
         ) -> Any:
             dtype = compute_dtype(*_tensors(arguments[:2]))
             tensors = [
-                _prepared(x, dtype, mask, is_constant)
-                for x, is_constant in zip(arguments, constant, strict=True)
+                _prepared(x, dtype, mask if is_spread else None, is_constant)
+                for x, is_constant, is_spread in zip(arguments, constant, spread, strict=True)
             ]
             if not ranks or is_mean:
                 return formula(*tensors, **options)  # type: ignore[arg-type]
@@ -157,9 +159,10 @@ def loss(
                     normalizer = normalizer.reshape(())
             check(*arguments, **options)
             if weights is not None:
-                n_dims = arguments[0].ndim - 1 if per_example is True else per_example
-                logits = arguments[0]
-                _checks.weights(weights, logits.shape[:n_dims], logits.device, logits)
+                (first, *_), of_rows = _tensors(arguments[:1]), per_example is True
+                n_dims = first.ndim - 1 if of_rows else per_example
+                logits = first if of_rows else None
+                _checks.weights(weights, first.shape[:n_dims], first.device, logits)
             if labels is not None:
                 _checks.labels(labels, arguments[0], ignore_index)
                 labelled = labels.long() != ignore_index  # −100 is 156 in uint8
@@ -187,8 +190,9 @@ def loss(
             check(*arguments, **options)
 
         public: Any = compute
-        public.formula, public.has_kernels, public.engine_for = formula, has_kernels, engine_for
-        public.check = check_only
+        public.formula, public.engine_for, public.check = formula, engine_for, check_only
+        public.has_engines = statement is not None
+        public.has_kernels = has_kernels and public.has_engines
         return public
 
     return decorate

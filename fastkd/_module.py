@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from fastkd import _checks
 from fastkd._loss import Loss
 
-_OF_A_BATCH = ("labels", "weights", "normalizer")  # keyword parameters that belong to a batch
-_OF_A_MODULE = ("center",)  # parameters that a module keeps as its state
+# keyword parameters that belong to a batch
+_OF_A_BATCH = ("labels", "mask", "weights", "normalizer")
+_OF_A_MODULE = ("center", "variance_parameter")  # parameters that a module keeps as its state
 
 
 class LossModule(nn.Module):
@@ -109,16 +110,20 @@ class LossModule(nn.Module):
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Let the function check options now, on an empty batch, not in the first step."""
         numbers = [option for option in options.values() if isinstance(option, Tensor)]
-        device = numbers[0].device if numbers else "cpu"
-        other: dict[str, Any] = {"labels": torch.empty(0, dtype=torch.int64, device=device)}
-        other |= dict.fromkeys(("logit_scale", "logit_bias"), 1.0)
+        empty = torch.empty(self.empty_shape, device=numbers[0].device if numbers else "cpu")
         needed = [
             p.name
             for p in inspect.signature(self.function).parameters.values()
             if p.kind is p.POSITIONAL_OR_KEYWORD and self._is_in_empty_batch(p, options)
         ]
-        empty = torch.empty(self.empty_shape, device=device)
-        self.function.check({name: other.get(name, empty) for name in needed}, options)
+        batch = {name: self._of_empty_batch(name, empty, options) for name in needed}
+        self.function.check(batch, options)
+
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
+        """Return what stands for a parameter of the function where its options are checked."""
+        if name == "labels":
+            return empty.new_empty(0, dtype=torch.int64)
+        return 1.0 if name in ("logit_scale", "logit_bias") else empty
 
     def _is_in_empty_batch(self, parameter: inspect.Parameter, options: Mapping[str, Any]) -> bool:
         """Return whether options are checked with a tensor for this parameter of the function."""

@@ -74,7 +74,7 @@ class Op:
             loss whose field is None has the shape (..., 0).
         per_example: Whether a loss has one value for each example. All tensors of the problem then
             start with the example dimensions, which are those of the first trained field but its
-            last one.
+            last one, or with a number −n but its last n.
         recomputes: Whether the engines have `forward` and `backward`, with one trained field.
         keeps_strides: Whether the gradient of `backward` is laid out as `torch.empty_like` lays out
             what is like the field; otherwise it is contiguous.
@@ -86,13 +86,14 @@ class Op:
         *,
         trained: Sequence[str],
         losses: Sequence[str | None] = (None,),
-        per_example: bool = False,
+        per_example: bool | int = False,
         recomputes: bool = False,
         keeps_strides: bool = False,
     ) -> None:
         kinds = typing.get_type_hints(problem)
         fields: tuple[str, ...] = problem._fields  # type: ignore[attr-defined]
-        self.problem, self.recomputes, self.per_example = problem, recomputes, per_example
+        self.problem, self.recomputes, self.per_example = problem, recomputes, bool(per_example)
+        self.examples = slice(-1 if per_example is True else int(per_example))  # of the dimensions
         self.keeps_strides = keeps_strides
         self.losses = [None if name is None else fields.index(name) for name in losses]
         self.n_losses, self.n_fields = len(losses), len(fields)
@@ -101,7 +102,7 @@ class Op:
         self.trained = [fields.index(name) for name in trained]
         self.numbers = [i for i, name in enumerate(fields) if kinds[name] == Number]
         self.tensors = [i for i, x in enumerate(fields) if kinds[x] in (Tensor, Tensor | None)]
-        self.rowwise = [per_example and i in self.tensors for i in range(self.n_arguments)]
+        self.rowwise = [self.per_example and i in self.tensors for i in range(self.n_arguments)]
         self.opaque = OpaqueOps(self, {name: kinds[name] for name in fields}, trained)
         _ops[self.name] = self
         self._eager, self._mapped, self._traced = _differentiable(self.name)

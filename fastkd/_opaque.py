@@ -75,7 +75,7 @@ class OpaqueOps:
             n = op.n_fields
             arguments = (*arguments[:n], *[False] * len(op.trained), arguments[-1])
         outputs = op.forward(*arguments)
-        examples = arguments[op.trained[0]].shape[:-1] if op.per_example else ()
+        examples = arguments[op.trained[0]].shape[op.examples]
         return tuple(
             outputs[0].new_empty((*examples, 0) if i < op.n_losses else 0) if x is None else x
             for i, x in enumerate(outputs)
@@ -98,7 +98,7 @@ class OpaqueOps:
         like = problem[op.trained[0]]
         wide = [x for x in problem if isinstance(x, Tensor) and x.ndim]
         new = functools.partial(like.new_empty, dtype=compute_dtype(*wide))
-        examples = like.shape[:-1] if op.per_example else like.shape[:0]
+        examples = like.shape[op.examples]
         absent = [field is not None and problem[field] is None for field in op.losses]
         losses = [new((*examples, 0) if gone else examples) for gone in absent]
         if op.recomputes:

@@ -5,6 +5,7 @@ table knows each loss independently of fastkd, as its paper or its users write i
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -146,21 +147,59 @@ def crops(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     return [student.to(dtype).requires_grad_(), teacher.to(dtype), center.to(wide)]
 
 
-def maps(wider: int = 0, weighted: bool = False) -> Inputs:
-    """Return feature maps of 3 × 2 positions; the teacher's have `wider` channels more."""
+def maps(wider: int = 0, weighted: bool = False, size: tuple[int, ...] = (3, 2)) -> Inputs:
+    """Return feature maps; the teacher's have `wider` channels more."""
 
     def inputs(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
         tensors = [
-            normal(*examples, width + i * wider, 3, 2, dtype=dtype, seed=seed + i, device=device)
+            normal(*examples, width + i * wider, *size, dtype=dtype, seed=seed + i, device=device)
             for i in range(2)
         ]
         if weighted:
-            weights = normal(*examples, 1, 3, 2, seed=seed + 4, device=device).square()
+            weights = normal(*examples, 1, *size, seed=seed + 4, device=device).square()
             weights[..., :1] = 0
             tensors.append(weights.float())
         return [x.requires_grad_(i < 1) for i, x in enumerate(tensors)]
 
     return inputs
+
+
+def tokens(n_relations: int = 1, masked: bool = False) -> Inputs:
+    """Return sequences of 6 tokens of two networks of an even width; the first may be masked."""
+
+    def inputs(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+        widths = [2 * width] * n_relations + [2 * width + 4] * n_relations
+        tensors = [
+            normal(*examples, 6, x, dtype=dtype, seed=seed + i, device=device)
+            for i, x in enumerate(widths)
+        ]
+        tensors = [x.requires_grad_(i < n_relations) for i, x in enumerate(tensors)]
+        if not masked:
+            return tensors
+        mask = normal(*examples, 6, seed=seed + 5, device=device) > -0.5
+        mask[..., -1] = True  # where a NaN must show
+        mask[..., : examples[-1] // 3, :] = False
+        return [*tensors, mask]
+
+    return inputs
+
+
+def maps_of_layers(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return maps of a layer and, with one channel more, of another one, for both networks."""
+    first = maps()(examples, width, dtype, seed, device)
+    return [*first, *maps()(examples, width + 1, dtype, seed + 2, device)]
+
+
+def with_variances(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    alpha = normal(*examples[:-1], width, dtype=dtype, seed=seed + 3, device=device)
+    return [*maps()(examples, width, dtype, seed, device), alpha.requires_grad_()]
+
+
+def scores(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return scores of 3 heads of `width` tokens; some exclude a key."""
+    tensors = normal(2, *examples, 3, width, width, seed=seed, device=device)
+    tensors[..., width // 2] -= 200 * (tensors[..., 0] > 1)
+    return [x.to(dtype).requires_grad_(i < 1) for i, x in enumerate(tensors)]
 
 
 # ------------------------------------------------------------------------------------------ table
@@ -171,7 +210,7 @@ class Case:
     """A loss with options, and what is known of it independently of fastkd."""
 
     loss: Callable[..., Any]
-    problem: str  # that engines solve
+    problem: str | None  # that engines solve; without one the loss is its formula
     inputs: Inputs
     published: Callable[..., Tensor]  # (*inputs, **options): for each example, or of the batch
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -227,11 +266,10 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
     return Case(fastkd.kd, "rows", logits_and_labels, eager, options, by_hand, per_example=True)
 
 
-def _batch(problem: str, loss: Callable, inputs: Inputs, note: str = "", **options: Any) -> Case:
-    as_published, has_kernels = (
-        getattr(published, loss.__name__),
-        problem != "gram",
-    )
+def _batch(
+    problem: str | None, loss: Callable, inputs: Inputs, note: str = "", **options: Any
+) -> Case:
+    as_published, has_kernels = getattr(published, loss.__name__), problem not in ("gram", None)
     return Case(loss, problem, inputs, as_published, options, None, False, has_kernels, note)
 
 
@@ -260,6 +298,44 @@ def _option(loss: Callable, inputs: Inputs, *names: str, **options: Any) -> Case
     return Case(_last(loss, *names), "pairs", inputs, as_published, options, note="-".join(names))
 
 
+def _channels(student, teacher, weights=None, **options):
+    """Return the loss of rows as of channels of maps [B, C, L], as they are or with one channel."""
+    examples, n_cols = student.shape[:-1], student.shape[-1]
+    n_rows = math.prod(examples)
+    if student.ndim != 3 or not n_rows:
+        student, teacher = (x.reshape(n_rows, 1, n_cols) for x in (student, teacher))
+        weights = weights.reshape(n_rows, 1) if isinstance(weights, Tensor) else weights
+    losses = fastkd.channel_wise(student, teacher, weights=weights, **options)
+    return losses.view(examples) if losses.ndim else losses
+
+
+_channels.__name__ = "channel_wise"
+
+
+@functools.wraps(fastkd.fsp)
+def _of_layers(student, teacher, student_2, teacher_2, **options):
+    return fastkd.fsp((student, student_2), (teacher, teacher_2), **options)
+
+
+def _tokens(loss: Callable, inputs: Inputs, *last: str, **options: Any) -> Case:
+    """Return a case of tokens, a loss of each sequence but for anchoring; the last are options."""
+    name, has_kernels = loss.__name__, loss.has_kernels
+    as_published, per_example = _last(getattr(published, name), *last), name != "gram_anchoring"
+    return Case(
+        _last(loss, *last), "tokens", inputs, as_published, options, None, per_example,
+        has_kernels, "-".join(last),
+    )  # fmt: skip
+
+
+def _minilm(*tensors: Tensor, **options: Any) -> Tensor:
+    """Return the loss of relations whose vectors come one after the other."""
+    n = len(tensors) // 2
+    return fastkd.minilm_relation(tensors[:n], tensors[n:], **options)
+
+
+_minilm.__name__, _minilm.has_kernels = "minilm_relation", fastkd.minilm_relation.has_kernels
+
+
 _with_weights = _last(fastkd.hint, "weights")
 ONE_WIDTH, TWO_WIDTHS, UNIT = embeddings(), embeddings(wider=2), embeddings(trained=2, unit=True)
 VIEWS = embeddings(trained=2)
@@ -282,6 +358,9 @@ CASES = [
     _rows(fastkd.total_variation, textbook.TOTAL_VARIATION),
     _rows(fastkd.soft_cross_entropy, textbook.SOFT_CROSS_ENTROPY, temperature=4.0),
     _rows(fastkd.logit_mse, textbook.LOGIT_MSE, scale_t2=False, has_kernels=False),
+    _rows(_channels, textbook.FORWARD_KL, temperature=4.0),
+    _rows(fastkd.localization, textbook.LOCALIZATION, temperature=4.0, bins="mean"),
+    _rows(fastkd.localization, textbook.LOCALIZATION, scale_t2=False, bins="sum"),
     _kd("forward_kl", textbook.FORWARD_KL),
     _kd("jensen_shannon", textbook.JENSEN_SHANNON, beta=0.1),
     _kd("total_variation", textbook.TOTAL_VARIATION),
@@ -306,6 +385,11 @@ CASES = [
     _batch("gram", fastkd.correlation_congruence, ONE_WIDTH),
     _batch("gram", fastkd.dist_kd, logits),
     _batch("gram", fastkd.dist_kd, logits, beta=2.0, gamma=0.5, temperature=4.0, epsilon=0.1),
+    _batch(None, fastkd.nst, maps(wider=2)),
+    _batch(None, fastkd.nst, maps(wider=2, size=(90,)), "few channels"),
+    _batch(None, _of_layers, maps_of_layers),
+    _batch(None, fastkd.vid, with_variances, epsilon=0.01),
+    _batch(None, fastkd.attention_mse, scores),
     _batch("moments", _with_weights, maps(weighted=True), "weights"),
     _batch("moments", fastkd.hint, maps()),
     _batch("moments", _with_weights, maps(weighted=True), "weights", kind="cosine"),
@@ -343,6 +427,17 @@ CASES = [
     _batch("pairs", fastkd.similarity_kl, TWO_WIDTHS, mask_self=True, symmetric=True),
     _batch("pairs", _with_keys, with_keys, "keys", teacher_temperature=0.03),
     _batch("pairs", _with_keys, with_keys, "keys", symmetric=True),
+    _tokens(fastkd.token_relation, tokens(), heads=2),
+    _tokens(fastkd.token_relation, tokens(masked=True), "mask", heads=2, student_temperature=2.0),
+    _tokens(fastkd.token_relation, tokens(), causal=True, normalize=True, temperature=0.1),
+    _tokens(fastkd.token_relation, tokens(), divergence="mse", normalize=True, temperature=1.0),
+    _tokens(fastkd.token_relation, tokens(masked=True), "mask", divergence="mse", causal=True),
+    _tokens(_minilm, tokens(2), heads=2, relation_weights=[1.0, 0.5]),
+    _tokens(fastkd.gram_anchoring, tokens()),
+    _tokens(fastkd.gram_anchoring, tokens(), remove_negative="teacher", per_image=False),
+    _tokens(fastkd.gram_anchoring, tokens(masked=True), "mask", remove_negative=None),
+    _tokens(fastkd.cka, tokens()),
+    _tokens(fastkd.cka, tokens(masked=True), "mask", center=False),
 ]
 # further options of contrasts, whose numbers test_pairs.py compares
 _NCE, _MASK, _EACH = fastkd.info_nce, "false_negatives", with_negatives_of_each

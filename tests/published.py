@@ -250,6 +250,52 @@ def dino(
     return torch.stack(terms).mean()
 
 
+# --------------------------------------------------------------------------------------- textures
+
+
+def nst(student, teacher):
+    """Return RepDistiller's mean over channels of channels, one example after the other."""
+    student, teacher = of_one_size(student, teacher)
+    losses = [0 * student.sum()]
+    for s, t in zip(student, teacher, strict=True):
+        s, t = (F.normalize(x.flatten(1), dim=1) for x in (s, t))
+        kernels = [(a[None] * b[:, None]).sum(-1).pow(2) for a, b in ((s, s), (t, t), (s, t))]
+        losses.append(kernels[0].mean() + kernels[1].mean() - 2 * kernels[2].mean())
+    return torch.stack(losses).sum() / max(len(student), 1)
+
+
+def of_one_size(*maps):
+    sizes = [min(pair) for pair in zip(*(x.shape[2:] for x in maps), strict=True)]
+    pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(sizes) - 1]
+    return [x if [*x.shape[2:]] == sizes else pool(x, sizes) for x in maps]
+
+
+def fsp(student, teacher, student_2, teacher_2):
+    """Return RepDistiller's, whose products of channels are made position by position."""
+
+    def flow(first, second):
+        first, second = of_one_size(first, second)
+        return (first[:, :, None] * second[:, None]).flatten(3).mean(-1)
+
+    squares = (flow(student, student_2) - flow(teacher, teacher_2)).pow(2)
+    return squares.mean() if squares.numel() else squares.sum()
+
+
+def vid(mean, teacher, alpha, epsilon=1e-5):
+    """Return RepDistiller's."""
+    mean, teacher = of_one_size(mean, teacher)
+    variance = torch.log(1.0 + torch.exp(alpha)) + epsilon
+    variance = variance.view(1, -1, *[1] * (mean.ndim - 2))
+    losses = 0.5 * ((mean - teacher) ** 2 / variance + torch.log(variance))
+    return losses.mean() if losses.numel() else losses.sum()
+
+
+def attention_mse(student, teacher):
+    """Return TinyBERT's."""
+    s, t = (torch.where(x <= -1e2, torch.zeros_like(x), x) for x in (student, teacher))
+    return F.mse_loss(s, t) if s.numel() else s.sum()
+
+
 # --------------------------------------------------------------------------------------- features
 
 
@@ -309,3 +355,94 @@ def attention_transfer(student, teacher, p=2, kind="sum"):
     sizes = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)]
     student, teacher = (F.adaptive_avg_pool2d(x, sizes) for x in (student, teacher))
     return (attention(student) - attention(teacher)).square().mean()
+
+
+# ----------------------------------------------------------------------------------------- tokens
+
+
+def of_sequences(function):
+    """Return a loss of one sequence as one of [..., L, D], with the tokens of the mask alone."""
+
+    def of_each(student, teacher, mask=None, **options):
+        if mask is None:
+            mask = torch.ones_like(student[..., 0])
+        if student.ndim > 2:
+            batch = zip(student, teacher, mask, strict=True)
+            losses = [of_each(s, t, mask=m, **options) for s, t, m in batch]
+            return torch.stack(losses) if losses else student.sum((1, 2))
+        kept = mask != 0
+        if not kept.any():
+            return 0 * student[:1].nan_to_num(0).sum()
+        return function(student[kept], teacher[kept], **options)
+
+    return of_each
+
+
+@of_sequences
+def token_relation(
+    student, teacher, heads=1, normalize=False, temperature=None, student_temperature=None,
+    teacher_temperature=None, divergence="kl", causal=False,
+):  # fmt: skip
+    def scores(x, own_temperature):
+        parts = x.chunk(heads, -1)
+        parts = [F.normalize(part, dim=-1) for part in parts] if normalize else parts
+        scale = own_temperature or temperature or math.sqrt(x.shape[-1] / heads)
+        return [part @ part.T / scale for part in parts]
+
+    losses, n = [], len(student)
+    pairs = zip(
+        scores(student, student_temperature), scores(teacher, teacher_temperature), strict=True
+    )
+    for s, t in pairs:
+        rows = [(s[i, : i + 1], t[i, : i + 1]) if causal else (s[i], t[i]) for i in range(n)]
+        if divergence == "mse":
+            losses.append(torch.cat([(a - b) ** 2 for a, b in rows]).mean())
+            continue
+        of_rows = [
+            F.kl_div(a.log_softmax(0), b.log_softmax(0), reduction="sum", log_target=True)
+            for a, b in rows
+        ]
+        losses.append(torch.stack(of_rows).mean())
+    return torch.stack(losses).mean()
+
+
+def minilm_relation(*vectors, heads=48, relation_weights=None, mask=None, **options):
+    """Take the vectors of the student and then as many of the teacher."""
+    n = len(vectors) // 2
+    factors = relation_weights or [1.0] * n
+    return sum(
+        a * token_relation(s, t, heads=heads, mask=mask, **options)
+        for a, s, t in zip(factors, vectors[:n], vectors[n:], strict=True)
+    )
+
+
+def gram_anchoring(student, teacher, remove_negative="both", per_image=True, mask=None):
+    @of_sequences
+    def of_one(student, teacher):
+        s, t = (F.normalize(x, dim=-1) for x in (student, teacher))
+        s, t = torch.einsum("id,jd->ij", s, s), torch.einsum("id,jd->ij", t, t)
+        if remove_negative == "both":
+            s = torch.where(s < 0, 0, s)
+        if remove_negative == "teacher":
+            s = torch.where((s < 0) & (t < 0), 0, s)
+        if remove_negative is not None:
+            t = torch.where(t < 0, 0, t)
+        return F.mse_loss(s, t)
+
+    if not per_image:
+        mask = None if mask is None else mask.flatten()
+        student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
+        return of_one(student, teacher, mask=mask)
+    losses = of_one(student, teacher, mask=mask)
+    counted = losses.numel() if mask is None else int((mask != 0).any(-1).sum())
+    return losses.sum() / max(counted, 1)
+
+
+@of_sequences
+def cka(student, teacher, center=True):
+    n = len(student)
+    if n < 1 + center:
+        return 0 * student.sum()
+    centring = torch.eye(n, dtype=student.dtype, device=student.device) - center / n
+    s, t = (centring @ x @ x.T @ centring for x in (student, teacher))
+    return 1 - (s * t).sum() / (torch.linalg.matrix_norm(s) * torch.linalg.matrix_norm(t))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed.checkpoint as checkpoint
+from torch.utils._pytree import tree_leaves
 
 import fastkd
 from fastkd import _module, feature_modules, modules
@@ -40,10 +41,28 @@ OPTIONS = {  # none of them a default
     fastkd.SupConLoss: dict(temperature=0.3, anchors="all"),
     fastkd.SimilarityKLLoss: dict(student_temperature=0.3, teacher_temperature=0.2, mask_self=True),
     fastkd.DINOLoss: dict(student_temperature=0.3, teacher_temperature=0.2, skip_same_view=False),
+    fastkd.ChannelWiseLoss: dict(temperature=2.0, scale_t2=False),
+    fastkd.LocalizationLoss: dict(temperature=2.0, bins="mean"),
+    fastkd.NSTLoss: dict(reduction="sum"),
+    fastkd.FSPLoss: dict(reduction="sum"),
+    fastkd.AttentionMSELoss: dict(masked_below=-0.5),
     fastkd.EmbeddingMSELoss: dict(normalize=True, reduction="sum"),
     fastkd.AttentionTransferLoss: dict(p=3.0, kind="max"),
+    fastkd.TokenRelationLoss: dict(
+        heads=2,
+        normalize=True,
+        temperature=0.5,
+        teacher_temperature=0.4,
+        causal=True,
+        divergence="mse",
+        reduction="sum",
+    ),
+    fastkd.MiniLMRelationLoss: dict(heads=2, relation_weights=[0.5, 2.0], causal=True),
+    fastkd.GramAnchoringLoss: dict(remove_negative="teacher", per_image=False),
+    fastkd.CKALoss: dict(center=False, reduction="sum"),
 }
 OF_A_BATCH = {"weights", "normalizer"}
+OWNERS = {fastkd.VIDLoss}  # modules with parameters of their own, see test_projectors.py
 KEYS = {"student_keys", "teacher_keys"}
 OF_A_MODULE = {"queue_size", "n_prototypes", "center_momentum", "center"}
 
@@ -68,9 +87,22 @@ def batch(module):
         return [student, torch.tensor([3, 0, 3, 0, 5])]
     if module is fastkd.DINOLoss:
         return [x.unflatten(0, (5, 1)) for x in tensors]
+    if module in (fastkd.NSTLoss, fastkd.AttentionMSELoss):
+        return [x[:, None] for x in tensors]
+    if module is fastkd.ChannelWiseLoss:
+        return [x.unflatten(1, (1, 11)) for x in tensors]
+    if module is fastkd.FSPLoss:
+        return [(x[:, None], x[:, None].sin()) for x in tensors]
     if module is fastkd.AttentionTransferLoss:
         maps = torch.randn(2, 5, 11, 4, generator=generator)
         return [maps[0].requires_grad_(), maps[1]]
+    if module in (fastkd.TokenRelationLoss, fastkd.GramAnchoringLoss, fastkd.CKALoss):
+        return [x[:, :8].unflatten(1, (2, 4)) for x in tensors]
+    if module is fastkd.MiniLMRelationLoss:
+        student, teacher = (
+            x.detach()[:, :8].unflatten(1, (2, 4)).repeat(1, 1, 12) for x in tensors
+        )
+        return [(student.requires_grad_(), student.sin().detach()), (teacher, teacher.sin())]
     if module is fastkd.ClipLoss:
         return [*tensors, 0.5]
     if module is fastkd.SigLipLoss:
@@ -80,7 +112,8 @@ def batch(module):
 
 def value_and_gradient(loss, tensors, **options):
     value = loss(*tensors, **options)
-    return value, *torch.autograd.grad(value.sum(), tensors[0])
+    trained = [x for x in tree_leaves(tensors) if getattr(x, "requires_grad", False)]
+    return value, *torch.autograd.grad(value.sum(), trained)
 
 
 def assert_same(got, expected):
@@ -98,6 +131,8 @@ def test_a_module_is_its_function(module, of_the_batch):
     if of_the_batch and not takes_weights(module):
         return  # one number for the batch as a whole
     options = dict(OPTIONS[module])
+    if module is fastkd.ChannelWiseLoss and "weights" in of_the_batch:
+        of_the_batch = {"weights": of_the_batch["weights"][:, None]}
     if "normalizer" in of_the_batch:
         options.pop("reduction", None)
     tensors = batch(module)
@@ -121,7 +156,7 @@ def test_defaults_are_those_of_the_function(module):
 def test_every_loss_has_one_module_and_all_are_exported():
     classes = [
         value
-        for value in [*vars(modules).values(), *vars(feature_modules).values()]
+        for value in (vars(modules) | vars(feature_modules)).values()
         if inspect.isclass(value)
         and issubclass(value, _module.LossModule)
         and value is not _module.LossModule
@@ -129,7 +164,7 @@ def test_every_loss_has_one_module_and_all_are_exported():
     functions = [module.function for module in classes]
     names = (name for name in fastkd.__all__ if name.islower() and name != "__version__")
     public = [getattr(fastkd, name) for name in names if name != "backend"]
-    assert len(public) == len(OPTIONS) == len(classes) == 27
+    assert len(public) == len(classes) == 30 and {*classes} == {*OPTIONS} | OWNERS
     assert all(functions.count(function) == 1 for function in public)
     assert all(getattr(fastkd, module.__name__, None) is module for module in classes)
     assert {module.__name__ for module in classes} <= set(fastkd.__all__)
@@ -140,9 +175,9 @@ def test_every_loss_has_one_module_and_all_are_exported():
 def test_signatures_are_those_of_the_function(module):
     of_function = inspect.signature(module.function).parameters
     options = [p for name, p in of_function.items() if p.kind == p.KEYWORD_ONLY]
-    options = [p for p in options if p.name not in OF_A_BATCH | KEYS | {"labels"}]
+    options = [p for p in options if p.name not in OF_A_BATCH | KEYS | {"labels", "mask"}]
     shown = inspect.signature(module).parameters.values()
-    assert [p for p in shown if p.name not in OF_A_MODULE] == options
+    assert [p for p in shown if p in options or p.name not in OF_A_MODULE] == options
     assert set(OPTIONS[module]) <= {p.name for p in options}
     of_call = inspect.signature(make(module).forward).parameters
     of_a_batch = [p for p in of_function.values() if p.name not in OF_A_MODULE and p not in options]

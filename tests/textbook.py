@@ -131,6 +131,16 @@ def _mse(student, teacher, *, temperature, scale_t2=True):
 LOGIT_MSE = (_mse_by_hand, _mse)
 
 
+LOCALIZATION = (
+    lambda student, teacher, bins="sum", **options: (
+        FORWARD_KL[0](student, teacher, **options) / (len(student) if bins == "mean" else 1)
+    ),
+    lambda student, teacher, bins="sum", **options: (
+        FORWARD_KL[1](student, teacher, **options) / (student.shape[-1] if bins == "mean" else 1)
+    ),
+)
+
+
 def with_labels(divergence):
     """Return alpha · cross-entropy with the labels + (1 − alpha) · the divergence."""
     divergence_by_hand, divergence_eager = divergence

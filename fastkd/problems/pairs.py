@@ -119,7 +119,7 @@ def units(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     """Return rows divided by their lengths, and these, [n, 1], or None if not `normalize`."""
     if not normalize:
         return rows, None
-    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=SHORTEST)
+    lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_(min=SHORTEST)
     return rows / lengths, lengths
 
 
@@ -138,7 +138,7 @@ def of_lengths(gradients: Tensor, rows: Tensor, lengths: Tensor | None) -> Tenso
     """Return the gradients in x from those in `rows` = x / ‖x‖, in place."""
     if lengths is None:
         return gradients
-    along = torch.linalg.vecdot(gradients, rows)[:, None]
+    along = torch.linalg.vecdot(gradients, rows).unsqueeze(-1)
     return gradients.addcmul_(rows, along, value=-1).div_(divisors(lengths))
 
 

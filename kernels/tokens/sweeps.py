@@ -1,0 +1,328 @@
+"""Sweeps over tiles of S and T, the products of the tokens of a sequence in two networks, by heads.
+
+S = scale · f_i f_j ⟨x_i, x_j⟩ is never stored and is symmetric. With q_ij = exp(S_ij − a_i) and
+a_i the log-sum-exp of a row, p and b those of T, the divergence of the rows has the gradient
+
+    scale · Σ_j (q_ij + q_ji − p_ij − p_ji) f_j x_j        q_ji = exp(S_ij − a_j)
+
+so that a program which owns the tokens i needs no tile but its own, and no atomics. The squares of
+S − T have the gradient 4 scale · Σ_j (S_ij − T_ij) f_j x_j.
+
+S comes in units of log2 for softmaxes. Per tile a program reads COLUMNS · (DEPTH + DEPTH_T) tokens'
+elements, mostly from the L2 cache: 4 bytes in half precision for 4 · ROWS FLOPs of S and T.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from fastkd.kernels.tiles import INFINITY, LN2, LOG2E
+
+# finite, since it stands for a maximum of no numbers, and −inf − (−inf) would be NaN
+_LOWEST = tl.constexpr(-3.0e38)
+# of a length so short that it has no direction; lengths of at least 1e-12 divide
+_NO_DIRECTION = tl.constexpr(9.99e11)
+
+
+class Tile(NamedTuple):
+    """The constants of a tile; each is a tl.constexpr."""
+
+    ROWS: Any
+    COLUMNS: Any
+    DEPTH: Any  # the width of a head of the student, rounded up to a power of two
+    DEPTH_T: Any  # that of the teacher
+    PRECISION: Any  # of products of float32: "tf32" or "ieee"
+    DTYPE: Any  # of sums
+    EDGES: Any  # whether a tile may hold tokens that do not count
+    CAUSAL: Any
+
+
+class Network(NamedTuple):
+    """The tokens of a network in memory."""
+
+    ptr: Any  # [B, L, heads · width], with the strides below
+    factors_ptr: Any  # f, [B · heads, L]; None: all 1
+    scale_ptr: Any  # 0-dim
+    sequence_stride: Any
+    token_stride: Any
+    width: Any  # of a head
+
+
+class Place(NamedTuple):
+    """A head of a sequence, and which of its tokens count."""
+
+    sequence: Any
+    head: Any
+    unit: Any  # sequence · heads + head
+    n_tokens: Any
+    mask_ptr: Any  # [B, L], 1 or 0; None: all tokens count
+
+
+@triton.jit
+def _place(unit, n_tokens, n_heads, mask_ptr):
+    sequence = unit // n_heads
+    return Place(sequence, unit - sequence * n_heads, unit, n_tokens, mask_ptr)
+
+
+@triton.jit
+def _counted(place, tokens):
+    """Return which of the tokens count."""
+    counted = tokens < place.n_tokens
+    if place.mask_ptr is not None:
+        start = place.mask_ptr + place.sequence.to(tl.int64) * place.n_tokens
+        counted &= tl.load(start + tokens, mask=counted, other=0) != 0
+    return counted
+
+
+@triton.jit
+def _load(network, place, tokens, counted, DEPTH: tl.constexpr, EDGES: tl.constexpr):
+    """Load tokens, [TOKENS, DEPTH], zeros for those that do not count."""
+    columns = tl.arange(0, DEPTH)
+    start = place.sequence.to(tl.int64) * network.sequence_stride + place.head * network.width
+    places = tokens[:, None].to(tl.int64) * network.token_stride + columns[None, :]
+    exists = (columns < network.width)[None, :]
+    if EDGES:
+        exists &= counted[:, None]
+    return tl.load(network.ptr + start + places, mask=exists, other=0)
+
+
+@triton.jit
+def _factors(network, place, tokens, counted):
+    """Return f of the tokens, [TOKENS]."""
+    start = place.unit.to(tl.int64) * place.n_tokens
+    return tl.load(network.factors_ptr + start + tokens, mask=counted, other=0)
+
+
+@triton.jit
+def _scales(network, place, tokens, counted, UNIT: tl.constexpr, TILE):
+    """Return scale · f of the tokens in the unit, [TOKENS]."""
+    scale = tl.load(network.scale_ptr).to(TILE.DTYPE) * UNIT
+    scales = tl.full([TILE.ROWS], 1.0, TILE.DTYPE) * scale
+    if network.factors_ptr is not None:
+        scales *= _factors(network, place, tokens, counted)
+    return scales
+
+
+@triton.jit
+def _products(network, place, x, scales, tokens, counted, DEPTH: tl.constexpr, TILE):
+    """Return tokens, [COLUMNS, DEPTH], and their products with the rows, [ROWS, COLUMNS]."""
+    y = _load(network, place, tokens, counted, DEPTH, TILE.EDGES)
+    s = tl.dot(x, tl.trans(y), input_precision=TILE.PRECISION, out_dtype=TILE.DTYPE)
+    if network.factors_ptr is not None:
+        s *= _factors(network, place, tokens, counted)[None, :]
+    return y, s * scales[:, None]
+
+
+@triton.jit
+def _add_weighted(total, slopes, student, place, y, tokens, counted, TILE):
+    """Return total + Σ_j slopes_ij f_j y_j, [ROWS, DEPTH]."""
+    if student.factors_ptr is not None:
+        slopes *= _factors(student, place, tokens, counted)[None, :]
+    if y.dtype == tl.float16:
+        # small slopes would vanish in float16; tokens of float16 are exact in TF32
+        return tl.dot(slopes, y.to(tl.float32), total, input_precision=TILE.PRECISION)
+    return tl.dot(
+        slopes.to(y.dtype), y, total, input_precision=TILE.PRECISION, out_dtype=TILE.DTYPE
+    )
+
+
+@triton.jit
+def _store_gradient(
+    gradient_ptr, total, student, place, x, rows, counted, weights_ptr, n_heads, TILE
+):
+    """Store the gradient in the rows, of Σ_j G_ij f_j y_j, in [B, L, heads · width]."""
+    weight = tl.load(weights_ptr + place.sequence) * tl.load(student.scale_ptr).to(TILE.DTYPE)
+    total *= weight
+    if student.factors_ptr is not None:
+        factors = _factors(student, place, rows, counted)
+        unit = x.to(TILE.DTYPE) * factors[:, None]
+        total -= unit * tl.sum(unit * total, 1)[:, None]
+        total *= tl.where(factors < _NO_DIRECTION, factors, 0)[:, None]
+    total = tl.where(counted[:, None], total, 0)
+    columns = tl.arange(0, TILE.DEPTH)
+    width = student.width * n_heads
+    start = place.sequence.to(tl.int64) * place.n_tokens * width + place.head * student.width
+    places = rows[:, None].to(tl.int64) * width + columns[None, :]
+    exists = (rows < place.n_tokens)[:, None] & (columns < student.width)[None, :]
+    tl.store(gradient_ptr + start + places, total, mask=exists)
+
+
+class _Statistics(NamedTuple):
+    largest: Any  # [ROWS], of S, and below the same of T
+    total: Any  # [ROWS], Σ_j exp2(S_ij − largest_i)
+    largest_t: Any
+    total_t: Any
+    differences: Any  # [ROWS], Σ_j exp2(T_ij − largest_t_i)(T_ij − S_ij)
+
+
+@triton.jit(do_not_specialize=["n_heads", "n_blocks"])
+def relation_divergences(
+    student,  # Network
+    teacher,
+    mask_ptr,  # [B, L], 1 or 0; or None
+    losses_ptr,  # [B · heads, n_blocks]
+    shifts_ptr,  # [2, B · heads, L], the log-sum-exps of S and of T in units of log2
+    n_units,
+    n_tokens,
+    n_heads,
+    n_blocks,
+    TILE,
+):
+    """Compute Σ KL over the rows of a block, and the log-sum-exps of rows, ∞ where none counts."""
+    unit = tl.program_id(0) // n_blocks
+    block = tl.program_id(0) - unit * n_blocks
+    place = _place(unit, n_tokens, n_heads, mask_ptr)
+    rows = block * TILE.ROWS + tl.arange(0, TILE.ROWS)
+    row_counted = _counted(place, rows)
+    x = _load(student, place, rows, row_counted, TILE.DEPTH, TILE.EDGES)
+    x_t = _load(teacher, place, rows, row_counted, TILE.DEPTH_T, TILE.EDGES)
+    scales = _scales(student, place, rows, row_counted, LOG2E, TILE)
+    scales_t = _scales(teacher, place, rows, row_counted, LOG2E, TILE)
+    largest = tl.full([TILE.ROWS], _LOWEST, TILE.DTYPE)
+    zeros = tl.zeros([TILE.ROWS], TILE.DTYPE)
+    sums = _Statistics(largest, zeros, largest, zeros, zeros)
+    end = n_tokens
+    if TILE.CAUSAL:
+        end = tl.minimum(n_tokens, (block + 1) * TILE.ROWS)
+    for column in range(0, end, TILE.COLUMNS):
+        tokens = column + tl.arange(0, TILE.COLUMNS)
+        counted = _counted(place, tokens)
+        _, s = _products(student, place, x, scales, tokens, counted, TILE.DEPTH, TILE)
+        _, t = _products(teacher, place, x_t, scales_t, tokens, counted, TILE.DEPTH_T, TILE)
+        # before they are masked, because −inf − (−inf) would be NaN
+        difference = t - s
+        if TILE.EDGES or TILE.CAUSAL:
+            kept = counted[None, :]
+            if TILE.CAUSAL:
+                kept = kept & (tokens[None, :] <= rows[:, None])
+            s, t = tl.where(kept, s, -INFINITY), tl.where(kept, t, -INFINITY)
+        risen = tl.maximum(sums.largest, tl.max(s, 1))
+        risen_t = tl.maximum(sums.largest_t, tl.max(t, 1))
+        shrunk_t = tl.exp2(sums.largest_t - risen_t)
+        total = sums.total * tl.exp2(sums.largest - risen) + tl.sum(tl.exp2(s - risen[:, None]), 1)
+        e_t = tl.exp2(t - risen_t[:, None])
+        total_t = sums.total_t * shrunk_t + tl.sum(e_t, 1)
+        differences = sums.differences * shrunk_t + tl.sum(e_t * difference, 1)
+        sums = _Statistics(risen, total, risen_t, total_t, differences)
+    # maxima are subtracted before the logarithms are added, because they are large and alike
+    losses = sums.differences / sums.total_t + (sums.largest - sums.largest_t)
+    losses = (losses + tl.log2(sums.total / sums.total_t)) * LN2
+    tl.store(losses_ptr + tl.program_id(0), tl.sum(tl.where(row_counted, losses, 0), 0))
+    if shifts_ptr is not None:
+        shifts = tl.where(row_counted, sums.largest + tl.log2(sums.total), INFINITY)
+        shifts_t = tl.where(row_counted, sums.largest_t + tl.log2(sums.total_t), INFINITY)
+        shifts_ptr += unit.to(tl.int64) * n_tokens
+        of_teacher = n_units.to(tl.int64) * n_tokens
+        tl.store(shifts_ptr + rows, shifts, mask=rows < n_tokens)
+        tl.store(shifts_ptr + of_teacher + rows, shifts_t, mask=rows < n_tokens)
+
+
+@triton.jit(do_not_specialize=["n_heads", "n_blocks"])
+def relation_gradients(
+    student,  # Network
+    teacher,
+    mask_ptr,  # [B, L], or None
+    shifts_ptr,  # [2, B · heads, L], as from `relation_divergences`
+    weights_ptr,  # [B], what multiplies the divergences of the rows of a sequence
+    gradient_ptr,  # [B, L, heads · width]
+    n_units,
+    n_tokens,
+    n_heads,
+    n_blocks,
+    TILE,
+):
+    """Compute the gradient of Σ_i KL_i in the tokens of a block."""
+    unit = tl.program_id(0) // n_blocks
+    block = tl.program_id(0) - unit * n_blocks
+    place = _place(unit, n_tokens, n_heads, mask_ptr)
+    rows = block * TILE.ROWS + tl.arange(0, TILE.ROWS)
+    row_counted = _counted(place, rows)
+    x = _load(student, place, rows, row_counted, TILE.DEPTH, TILE.EDGES)
+    x_t = _load(teacher, place, rows, row_counted, TILE.DEPTH_T, TILE.EDGES)
+    scales = _scales(student, place, rows, row_counted, LOG2E, TILE)
+    scales_t = _scales(teacher, place, rows, row_counted, LOG2E, TILE)
+    shifts_ptr += unit.to(tl.int64) * n_tokens
+    shifts_t_ptr = shifts_ptr + n_units.to(tl.int64) * n_tokens
+    exists = rows < n_tokens
+    row_shifts = tl.load(shifts_ptr + rows, mask=exists, other=INFINITY)[:, None]
+    row_shifts_t = tl.load(shifts_t_ptr + rows, mask=exists, other=INFINITY)[:, None]
+    values = tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE)
+    for column in range(0, n_tokens, TILE.COLUMNS):
+        tokens = column + tl.arange(0, TILE.COLUMNS)
+        counted = _counted(place, tokens)
+        y, s = _products(student, place, x, scales, tokens, counted, TILE.DEPTH, TILE)
+        _, t = _products(teacher, place, x_t, scales_t, tokens, counted, TILE.DEPTH_T, TILE)
+        exists = tokens < n_tokens
+        shifts = tl.load(shifts_ptr + tokens, mask=exists, other=INFINITY)[None, :]
+        shifts_t = tl.load(shifts_t_ptr + tokens, mask=exists, other=INFINITY)[None, :]
+        slopes = tl.exp2(s - row_shifts) - tl.exp2(t - row_shifts_t)
+        of_columns = tl.exp2(s - shifts) - tl.exp2(t - shifts_t)
+        if TILE.CAUSAL:
+            slopes = tl.where(tokens[None, :] <= rows[:, None], slopes, 0)
+            of_columns = tl.where(rows[:, None] <= tokens[None, :], of_columns, 0)
+        slopes += of_columns
+        if TILE.EDGES:
+            slopes = tl.where(counted[None, :], slopes, 0)
+        values = _add_weighted(values, slopes, student, place, y, tokens, counted, TILE)
+    _store_gradient(
+        gradient_ptr, values, student, place, x, rows, row_counted, weights_ptr, n_heads, TILE
+    )
+
+
+@triton.jit(do_not_specialize=["n_heads", "n_blocks"])
+def relation_squares(
+    student,  # Network
+    teacher,
+    mask_ptr,  # [B, L], or None
+    losses_ptr,  # [B · heads, n_blocks]
+    weights_ptr,  # [B], what multiplies the squares of a sequence
+    gradient_ptr,  # [B, L, heads · width], or None
+    n_tokens,
+    n_heads,
+    n_blocks,
+    REMOVED: tl.constexpr,
+    TILE,
+):
+    """Compute Σ (S − T)² over the rows of a block, and its gradient in the block's tokens.
+
+    Tokens that do not count are 0, so that their products are 0 in both networks.
+    """
+    unit = tl.program_id(0) // n_blocks
+    block = tl.program_id(0) - unit * n_blocks
+    place = _place(unit, n_tokens, n_heads, mask_ptr)
+    rows = block * TILE.ROWS + tl.arange(0, TILE.ROWS)
+    row_counted = _counted(place, rows)
+    x = _load(student, place, rows, row_counted, TILE.DEPTH, TILE.EDGES)
+    x_t = _load(teacher, place, rows, row_counted, TILE.DEPTH_T, TILE.EDGES)
+    scales = _scales(student, place, rows, row_counted, 1.0, TILE)
+    scales_t = _scales(teacher, place, rows, row_counted, 1.0, TILE)
+    loss = tl.zeros([TILE.ROWS], TILE.DTYPE)
+    values = tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE)
+    for column in range(0, n_tokens, TILE.COLUMNS):
+        tokens = column + tl.arange(0, TILE.COLUMNS)
+        counted = _counted(place, tokens)
+        y, s = _products(student, place, x, scales, tokens, counted, TILE.DEPTH, TILE)
+        _, t = _products(teacher, place, x_t, scales_t, tokens, counted, TILE.DEPTH_T, TILE)
+        difference = s - t
+        slopes = 4 * difference
+        if REMOVED:
+            removed = s < 0
+            if REMOVED == "teacher":
+                removed &= t < 0
+            # NaN is no number below 0 and stays
+            difference = tl.where(removed, 0, s) - tl.where(t < 0, 0, t)
+            slopes = tl.where(removed, 0, 4 * difference)
+        if TILE.CAUSAL:
+            before, after = tokens[None, :] <= rows[:, None], rows[:, None] <= tokens[None, :]
+            # a pair is met from both of its tokens, and counts for the later one
+            slopes = tl.where(before & after, slopes, 0.5 * slopes)
+            difference = tl.where(before, difference, 0)
+        loss += tl.sum(difference * difference, 1)
+        if gradient_ptr is not None:
+            values = _add_weighted(values, slopes, student, place, y, tokens, counted, TILE)
+    tl.store(losses_ptr + tl.program_id(0), tl.sum(loss, 0))
+    if gradient_ptr is not None:
+        _store_gradient(
+            gradient_ptr, values, student, place, x, rows, row_counted, weights_ptr, n_heads, TILE
+        )
