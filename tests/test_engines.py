@@ -231,8 +231,12 @@ def test_slopes_that_are_small_survive_float16(solver, engine):
 
     def gradients(module, dtype, kind):
         numbers = [x.to(dtype) for x in (*half, torch.ones((), device=DEVICE), positive, weights)]
-        problem = Pairs(*numbers, *[None] * 7, False, "pairs", -1, False, True, kind, "")
-        return module.value_and_gradients(problem, (True, True, False, False))[1][:2]
+        *embeddings, positive_logits, of_examples = numbers
+        problem = Pairs(
+            *embeddings, positive_logits, None, of_examples, *[None] * 7,
+            False, "pairs", -1, False, True, kind, "",
+        )  # fmt: skip
+        return module.value_and_gradients(problem, (True, True, False, False, False))[1][:2]
 
     found = gradients(solver("pairs"), torch.float32, "float16")
     for x, y in zip(found, gradients(twin, torch.float64, ""), strict=True):
