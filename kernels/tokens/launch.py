@@ -27,6 +27,8 @@ from fastkd.kernels.tokens.sweeps import (
 from fastkd.problems.pairs import SHORTEST
 from fastkd.problems.tokens import TokenRelations
 
+_WIDEST_HALF, _WIDEST_TF32 = 128, 64  # heads whose sums stay in registers
+
 
 class _Tiling(NamedTuple):
     """The sides of a tile, and the options with which Triton compiles a kernel over it."""
@@ -35,6 +37,23 @@ class _Tiling(NamedTuple):
     columns: int
     stages: int
     warps: int
+
+
+def takes(problem: TokenRelations) -> bool:
+    """Return whether the products of a problem are those of tensor cores, and fit on chip.
+
+    Otherwise chunks through cuBLAS are the better way: wide heads, and float32 that must not be
+    rounded to TF32.
+    """
+    if INTERPRETED:  # there, the kernels can be compared with the formulas to all digits
+        return True
+    student, teacher = problem.student, problem.teacher
+    width = max(student.shape[-1], teacher.shape[-1]) // problem.heads
+    halves = (torch.float16, torch.bfloat16)
+    if student.dtype in halves and teacher.dtype in halves:
+        return width <= _WIDEST_HALF
+    is_double = torch.float64 in (student.dtype, teacher.dtype)
+    return width <= _WIDEST_TF32 and not is_double and _may_be_rounded()
 
 
 def value_and_gradients(
@@ -151,23 +170,22 @@ def _depth(width: int) -> int:
 def _tiling(student: Tensor, teacher: Tensor, heads: int) -> tuple[_Tiling, str]:
     """Return the tiles whose sums stay in registers, found by compiling, and the precision."""
     depth = max(_depth(x.shape[-1] // heads) for x in (student, teacher))
-    dtypes = {student.dtype, teacher.dtype}
-    is_rounded = _may_be_rounded(student)
-    if torch.float64 in dtypes:
+    if torch.float64 in (student.dtype, teacher.dtype):  # in the interpreter
         return _Tiling(32, 16, 1, 4), "ieee"
-    if torch.float32 not in dtypes:
-        # products of float16 weights are TF32, in which float16 is exact
-        precision = "tf32" if INTERPRETED or device_of(student).nvidia else "ieee"
-        return _Tiling(64, 64 if depth <= 64 else 32, 2, 4), precision
-    if is_rounded:
-        return _Tiling(64, 32, 2, 4 if depth > 64 else 8), "tf32"
-    return _Tiling(32, 32, 1, 4), "ieee"
+    device = device_of(student)
+    # products of float16 weights are TF32, in which float16 is exact
+    precision = "tf32" if INTERPRETED or device.nvidia else "ieee"
+    is_wide = depth > 64 and student.dtype == torch.float16
+    if is_wide or torch.float32 in (student.dtype, teacher.dtype):
+        return _Tiling(32, 32, 2, 4), precision
+    is_narrow = depth > 64 or device.generation == 8
+    return _Tiling(64, 32 if is_narrow else 64, 2, 4), precision
 
 
-def _may_be_rounded(x: Tensor) -> bool:
+def _may_be_rounded() -> bool:
     """Return whether the user allows matmuls of float32 to use TF32."""
     matmul = torch.backends.cuda.matmul
-    if not (INTERPRETED or device_of(x).nvidia):
+    if torch.version.hip is not None:
         return False
     if hasattr(matmul, "fp32_precision"):  # because reading the older name may then be an error
         return matmul.fp32_precision == "tf32"

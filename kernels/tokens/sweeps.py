@@ -218,6 +218,12 @@ def relation_divergences(
         tl.store(shifts_ptr + of_teacher + rows, shifts_t, mask=rows < n_tokens)
 
 
+@triton.jit
+def _load_shifts(shifts_ptr, tokens, n_tokens):
+    """Return the log-sum-exps of tokens; those of tokens that do not count are ∞."""
+    return tl.load(shifts_ptr + tokens, mask=tokens < n_tokens, other=INFINITY)
+
+
 @triton.jit(do_not_specialize=["n_heads", "n_blocks"])
 def relation_gradients(
     student,  # Network
@@ -244,18 +250,16 @@ def relation_gradients(
     scales_t = _scales(teacher, place, rows, row_counted, LOG2E, TILE)
     shifts_ptr += unit.to(tl.int64) * n_tokens
     shifts_t_ptr = shifts_ptr + n_units.to(tl.int64) * n_tokens
-    exists = rows < n_tokens
-    row_shifts = tl.load(shifts_ptr + rows, mask=exists, other=INFINITY)[:, None]
-    row_shifts_t = tl.load(shifts_t_ptr + rows, mask=exists, other=INFINITY)[:, None]
+    row_shifts = _load_shifts(shifts_ptr, rows, n_tokens)[:, None]
+    row_shifts_t = _load_shifts(shifts_t_ptr, rows, n_tokens)[:, None]
     values = tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE)
     for column in range(0, n_tokens, TILE.COLUMNS):
         tokens = column + tl.arange(0, TILE.COLUMNS)
         counted = _counted(place, tokens)
         y, s = _products(student, place, x, scales, tokens, counted, TILE.DEPTH, TILE)
         _, t = _products(teacher, place, x_t, scales_t, tokens, counted, TILE.DEPTH_T, TILE)
-        exists = tokens < n_tokens
-        shifts = tl.load(shifts_ptr + tokens, mask=exists, other=INFINITY)[None, :]
-        shifts_t = tl.load(shifts_t_ptr + tokens, mask=exists, other=INFINITY)[None, :]
+        shifts = _load_shifts(shifts_ptr, tokens, n_tokens)[None, :]
+        shifts_t = _load_shifts(shifts_t_ptr, tokens, n_tokens)[None, :]
         slopes = tl.exp2(s - row_shifts) - tl.exp2(t - row_shifts_t)
         of_columns = tl.exp2(s - shifts) - tl.exp2(t - shifts_t)
         if TILE.CAUSAL:
@@ -306,7 +310,7 @@ def relation_squares(
         _, t = _products(teacher, place, x_t, scales_t, tokens, counted, TILE.DEPTH_T, TILE)
         difference = s - t
         slopes = 4 * difference
-        if REMOVED:
+        if REMOVED != "":
             removed = s < 0
             if REMOVED == "teacher":
                 removed &= t < 0
