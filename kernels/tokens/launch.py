@@ -89,7 +89,7 @@ def _launch(
     """Return sums of divergences or squares, several for each sequence, and their weights, [B]."""
     n, length, _ = student.shape
     heads = problem.heads
-    tiles, precision = _tiling(student, teacher, heads)
+    tiles, precision = _tiling(problem)
     n_units, n_blocks = n * heads, triton.cdiv(length, tiles.rows)
     networks = (
         _network(student, heads, problem.scale, problem.normalize, dtype),
@@ -167,18 +167,20 @@ def _depth(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _tiling(student: Tensor, teacher: Tensor, heads: int) -> tuple[_Tiling, str]:
+def _tiling(problem: TokenRelations) -> tuple[_Tiling, str]:
     """Return the tiles whose sums stay in registers, found by compiling, and the precision."""
-    depth = max(_depth(x.shape[-1] // heads) for x in (student, teacher))
+    student, teacher = problem.student, problem.teacher
+    depth = max(_depth(x.shape[-1] // problem.heads) for x in (student, teacher))
     if torch.float64 in (student.dtype, teacher.dtype):  # in the interpreter
         return _Tiling(32, 16, 1, 4), "ieee"
     device = device_of(student)
     # products of float16 weights are TF32, in which float16 is exact
     precision = "tf32" if INTERPRETED or device.nvidia else "ieee"
-    is_wide = depth > 64 and student.dtype == torch.float16
-    if is_wide or torch.float32 in (student.dtype, teacher.dtype):
+    if torch.float32 in (student.dtype, teacher.dtype):
         return _Tiling(32, 32, 2, 4), precision
-    is_narrow = depth > 64 or device.generation == 8
+    if depth > 64 and student.dtype == torch.float16:
+        return _Tiling(64, 32, 2, 8), precision
+    is_narrow = depth > 64 or device.generation == 8 or problem.causal or problem.normalize
     return _Tiling(64, 32 if is_narrow else 64, 2, 4), precision
 
 
