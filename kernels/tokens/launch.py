@@ -178,7 +178,8 @@ def _tiling(problem: TokenRelations) -> tuple[_Tiling, str]:
     precision = "tf32" if INTERPRETED or device.nvidia else "ieee"
     if torch.float32 in (student.dtype, teacher.dtype):
         return _Tiling(32, 32, 2, 4), precision
-    if depth > 64 and student.dtype == torch.float16 and problem.normalize:
+    is_half = student.dtype == torch.float16
+    if depth > 64 and is_half and problem.normalize and device.generation < 10:
         return _Tiling(32, 32, 2, 4), precision
     is_narrow = depth > 64 or device.generation == 8 or problem.causal or problem.normalize
     return _Tiling(64, 32 if is_narrow else 64, 2, 4), precision
