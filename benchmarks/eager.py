@@ -164,3 +164,41 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
         return F.normalize(features.pow(2).mean(1).flatten(1))
 
     return (attention(student) - attention(teacher)).pow(2).mean()
+
+
+def channel_wise(student: Tensor, teacher: Tensor) -> Tensor:
+    n, n_channels = student.shape[:2]
+    s, t = (x.reshape(n * n_channels, -1) / T for x in (student, teacher))
+    terms = t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))
+    return terms.sum() * T**2 / (n * n_channels)
+
+
+localization = forward_kl
+
+
+def vid(mean: Tensor, teacher: Tensor, alpha: Tensor) -> Tensor:
+    variance = torch.log(1.0 + torch.exp(alpha)) + 1e-5
+    variance = variance.view(1, -1, *[1] * (mean.ndim - 2))
+    return torch.mean(0.5 * ((mean - teacher) ** 2 / variance + torch.log(variance)))
+
+
+def nst(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the loss as RepDistiller has it, with B·C·C numbers for each position."""
+    s, t = (F.normalize(x.flatten(2), dim=2) for x in (student, teacher))
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a.unsqueeze(1) * b.unsqueeze(2)).sum(-1).pow(2)
+
+    return kernel(t, t).mean().detach() + kernel(s, s).mean() - 2 * kernel(s, t).mean()
+
+
+def fsp(student: Tensor, teacher: Tensor, student_2: Tensor, teacher_2: Tensor) -> Tensor:
+    def flow(first: Tensor, second: Tensor) -> Tensor:
+        return (first.flatten(2).unsqueeze(2) * second.flatten(2).unsqueeze(1)).mean(-1)
+
+    return (flow(student, student_2) - flow(teacher, teacher_2)).pow(2).mean()
+
+
+def attention_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    s, t = (torch.where(x <= -1e2, torch.zeros_like(x), x) for x in (student, teacher))
+    return F.mse_loss(s, t)

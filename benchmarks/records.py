@@ -129,7 +129,7 @@ def sources(case: Any, engine: str) -> str:
     """Return the hash of the code that computes a loss: its problem and the engine that solves it.
 
     A comment, a docstring, another layout or the text of an error leaves it as it is. Of a loss
-    without a problem the code is its formula.
+    without a problem the code is the module of its formula.
     """
     return _sources(case.loss, case.problem, engine if case.has_kernels else "portable")
 
@@ -137,9 +137,8 @@ def sources(case: Any, engine: str) -> str:
 @functools.cache
 def _sources(loss: Any, problem: str | None, engine: str) -> str:
     if problem is None:
-        formula = inspect.unwrap(loss)
-        tree = ast.parse(Path(str(inspect.getsourcefile(formula))).read_text())
-        code = [x for x in tree.body if getattr(x, "name", None) == formula.__name__]
+        file = inspect.getsourcefile(inspect.unwrap(loss))
+        code = [ast.parse(Path(str(file)).read_text())]
     else:
         code = [ast.parse(file.read_text()) for file in modules(problem, engine)]
     return hashlib.sha256("\n".join(map(structure, code)).encode()).hexdigest()[:16]

@@ -127,7 +127,7 @@ def page(record: dict[str, Any]) -> str:
     of_problem: dict[str, list[Row]] = {}
     for row in rows:
         problem = BY_NAME[row["loss"]].problem if row["loss"] in BY_NAME else "losses that are gone"
-        of_problem.setdefault(problem or "rows", []).append(row)
+        of_problem.setdefault(problem or "formulas", []).append(row)
     tables = [f"#### {problem}\n\n{table(of_it)}" for problem, of_it in of_problem.items()]
     return "\n".join([f"### {record['device']}\n", f"{'; '.join(facts)}.\n", legend, *tables])
 

@@ -18,6 +18,8 @@ from cases import LOSSES, Case
 from eager import T
 from torch import Tensor
 
+import fastkd
+
 Shape = tuple[int, ...]
 Inputs = Callable[[Shape, torch.dtype, str], list[Tensor]]  # the first is trained
 N_CROPS = (10, 2)  # of the student and of the teacher
@@ -51,6 +53,18 @@ _PAIRS = Family(
 # a small layer; layers of a ResNet and of a detector; tokens are rows with their features last
 _MAPS = [(16, 64, 8, 8), (64, 512, 28, 28), (16, 256, 64, 64)]
 _TOKENS = [(256, 768), (4096, 768)]
+# layers of a small network, of a segmenter's logits and of a detector
+_CHANNELS = [(4, 32, 16, 16), (16, 256, 64, 64), (8, 19, 128, 256)]
+_EDGES = [(4096, 17), (65536, 17)]  # of boxes, with the bins of a detector
+# maps whose channels are multiplied with one another, position by position where it is published
+_TEXTURES = [(4, 32, 8, 8), (2, 256, 32, 32), (16, 256, 14, 14)]
+_SCORES = [(4, 4, 32, 32), (32, 12, 128, 128)]  # of all heads of a layer
+_CROSSED = Family(
+    lambda shape: math.prod(shape) * shape[1],  # the products of two channels at each position
+    _TEXTURES,
+    [*_TEXTURES, (64, 512, 14, 14)],
+    [],
+)
 # sequences of a BERT with 12 heads; patches of ViTs
 _TOKENS_BY_HEADS = Family(
     lambda shape: shape[0] * 12 * shape[1] ** 2,
@@ -83,7 +97,15 @@ FAMILIES = {  # by problem, or by loss where a loss differs
     "gram": Family(lambda shape: shape[0] * max(shape), _GRAMS, _GRAMS, []),
     "moments": Family(math.prod, _MAPS, [*_MAPS, (64, 256, 128, 128)], [], independent=True),
     "embedding_mse": Family(math.prod, _TOKENS, [*_TOKENS, (65536, 1024)], [], independent=True),
-    "formula": Family(math.prod, [(64, 128)], [(64, 128)], []),
+    # the kernels are those of "rows"
+    "channel_wise": Family(
+        math.prod, _CHANNELS, [*_CHANNELS, (64, 256, 128, 128)], [], independent=True
+    ),
+    "localization": Family(math.prod, _EDGES, [*_EDGES, (1 << 20, 17)], [], independent=True),
+    "nst": _CROSSED,
+    "fsp": _CROSSED,
+    "vid": Family(math.prod, _MAPS, _MAPS, []),
+    "attention_mse": Family(math.prod, _SCORES, [*_SCORES, (8, 32, 1024, 1024)], []),
     "tokens": _TOKENS_BY_HEADS,
     # heads that are wider than the kernels' tiles, by the portable engine
     "gram_anchoring": _PATCHES,
@@ -168,6 +190,17 @@ def crops(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]
     return [student, teacher, normal(shape[1:], dtype, device, seed=2)]
 
 
+def maps_of_layers(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Return the maps of two layers, for each the student's and the teacher's."""
+    networks = [normal(shape, dtype, device, seed) for seed in range(4)]
+    return [x.requires_grad_(i % 2 == 0) for i, x in enumerate(networks)]
+
+
+def maps_and_variances(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    alpha = normal(shape[1:2], dtype, device, seed=2).requires_grad_()
+    return [*two_networks(shape, dtype, device), alpha]
+
+
 def relations(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     """Return queries, keys and values of the student, all trained, and then the teacher's."""
     vectors = [normal(shape, dtype, device, seed) for seed in range(6)]
@@ -175,6 +208,8 @@ def relations(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Ten
 
 
 INPUTS: dict[str, Inputs] = {
+    "fsp": maps_of_layers,
+    "vid": maps_and_variances,
     "minilm_relation": relations,
     "kd": with_labels,
     "dino": crops,
@@ -185,6 +220,8 @@ INPUTS: dict[str, Inputs] = {
     "nt_xent": views,
     "sup_con": with_classes,
 }
+# what the tests call with rows and is measured with maps
+PUBLIC = {"channel_wise": fastkd.channel_wise}
 OPTIONS: dict[str, Mapping[str, Any]] = {
     "dist_kd": {"temperature": T},
     "correlation_congruence": {"form": "kernel"},
@@ -211,7 +248,7 @@ class Workload(NamedTuple):
         return self.case.problem
 
     def fastkd(self, *inputs: Tensor) -> Tensor:
-        return self.case.loss(*inputs, **self.options)
+        return PUBLIC.get(self.name, self.case.loss)(*inputs, **self.options)
 
 
 def inputs_of(case: Case) -> Inputs:

@@ -69,11 +69,11 @@ def nst(
     if n_positions * (n_s + n_t) < n_s * n_s + n_s * n_t + n_t * n_t:
         return (_of_positions(s) - _of_positions(t)).square().sum(2).sum(1)
     own, others, between = (a @ b.mT for a, b in ((s, s), (t, t), (s, t)))
-    s_squares, t_squares = (torch.diagonal(x, dim1=1, dim2=2) for x in (own, others))
+    of_s, of_t = (_reciprocal_lengths(torch.diagonal(x, dim1=1, dim2=2)) for x in (own, others))
     losses = (
-        _mean_squared_cosine(own, s_squares, s_squares)
-        + _mean_squared_cosine(others, t_squares, t_squares)
-        - 2 * _mean_squared_cosine(between, s_squares, t_squares)
+        _mean_squared_cosine(own, of_s, of_s)
+        + _mean_squared_cosine(others, of_t, of_t)
+        - 2 * _mean_squared_cosine(between, of_s, of_t)
     )
     # the terms cancel where the networks agree, and a distance below 0 is rounding
     return torch.where(losses < 0, losses - losses.detach(), losses)
@@ -85,14 +85,14 @@ def _of_positions(channels: Tensor) -> Tensor:
     return directions.mT @ directions / channels.shape[1]
 
 
-def _mean_squared_cosine(products: Tensor, squares: Tensor, other_squares: Tensor) -> Tensor:
-    """Return [B], from products of channels and their squared lengths."""
-    cosines = products * _reciprocal_lengths(squares)[:, :, None]
-    return (cosines * _reciprocal_lengths(other_squares)[:, None]).square().mean(2).mean(1)
+def _mean_squared_cosine(products: Tensor, of_rows: Tensor, of_columns: Tensor) -> Tensor:
+    """Return [B], from products of channels and the reciprocal lengths of either side."""
+    cosines = products * of_rows[:, :, None] * of_columns[:, None]
+    return cosines.square().mean(2).mean(1)
 
 
 def _reciprocal_lengths(squares: Tensor) -> Tensor:
-    """Return 1 / length, and 0 without a gradient for a channel without a direction."""
+    """Return 1 / length, and 0 without a gradient where there is no direction."""
     is_zero = squares < LEAST_LENGTH**2
     return torch.where(is_zero, 0, torch.where(is_zero, 1, squares).rsqrt())
 

@@ -210,7 +210,7 @@ class Case:
     """A loss with options, and what is known of it independently of fastkd."""
 
     loss: Callable[..., Any]
-    problem: str  # that engines solve
+    problem: str | None  # that engines solve; without one the loss is its formula
     inputs: Inputs
     published: Callable[..., Tensor]  # (*inputs, **options): for each example, or of the batch
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -266,9 +266,11 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
     return Case(fastkd.kd, "rows", logits_and_labels, eager, options, by_hand, per_example=True)
 
 
-def _batch(problem: str, loss: Callable, inputs: Inputs, note: str = "", **options: Any) -> Case:
+def _batch(
+    problem: str | None, loss: Callable, inputs: Inputs, note: str = "", **options: Any
+) -> Case:
     as_published = getattr(published, loss.__name__)
-    has_kernels = problem not in ("gram", "moments", "formula")
+    has_kernels = problem not in ("gram", "moments", None)
     return Case(loss, problem, inputs, as_published, options, None, False, has_kernels, note)
 
 
@@ -311,11 +313,9 @@ def _channels(student, teacher, weights=None, **options):
 _channels.__name__ = "channel_wise"
 
 
+@functools.wraps(fastkd.fsp)
 def _of_layers(student, teacher, student_2, teacher_2, **options):
     return fastkd.fsp((student, student_2), (teacher, teacher_2), **options)
-
-
-_of_layers.__name__ = "fsp"
 
 
 def _tokens(loss: Callable, inputs: Inputs, *last: str, **options: Any) -> Case:
@@ -386,11 +386,11 @@ CASES = [
     _batch("gram", fastkd.correlation_congruence, ONE_WIDTH),
     _batch("gram", fastkd.dist_kd, logits),
     _batch("gram", fastkd.dist_kd, logits, beta=2.0, gamma=0.5, temperature=4.0, epsilon=0.1),
-    _batch("formula", fastkd.nst, maps(wider=2)),
-    _batch("formula", fastkd.nst, maps(wider=2, size=(90,)), "few channels"),
-    _batch("formula", _of_layers, maps_of_layers),
-    _batch("formula", fastkd.vid, with_variances, epsilon=0.01),
-    _batch("formula", fastkd.attention_mse, scores),
+    _batch(None, fastkd.nst, maps(wider=2)),
+    _batch(None, fastkd.nst, maps(wider=2, size=(90,)), "few channels"),
+    _batch(None, _of_layers, maps_of_layers),
+    _batch(None, fastkd.vid, with_variances, epsilon=0.01),
+    _batch(None, fastkd.attention_mse, scores),
     _batch("moments", _with_weights, maps(weighted=True), "weights"),
     _batch("moments", fastkd.hint, maps()),
     _batch("moments", _with_weights, maps(weighted=True), "weights", kind="cosine"),

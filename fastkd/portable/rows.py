@@ -94,7 +94,7 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
 def backward(problem: Rows, statistics: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
     """Return Σ upstream · ∂losses + Σ upstream · ∂cross-entropies with respect to the student."""
     problem = _in_compute_dtype(problem)
-    gradient = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
+    gradient = torch.empty_like(problem.student)  # in the order of the student's strides
     _fill(gradient, problem, statistics, *_factors(problem, *upstream))
     return gradient
 
@@ -162,6 +162,8 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
         return None
     if student.ndim != 2:
         slopes = slopes.view(student.shape)
+    if not student.is_contiguous():  # the gradient is laid out as in `backward`
+        slopes = torch.empty_like(student, dtype=dtype).copy_(slopes)
     return (losses.view(examples), cross_entropies), (None, slopes, ce_slopes)
 
 
@@ -193,7 +195,8 @@ def _fill(
 ) -> None:
     """Write the gradient, which may be the student itself."""
     dtype, labels = statistics.dtype, _column(problem.labels)
-    in_scratch = gradient.dtype != dtype or gradient is problem.student
+    is_strided = gradient.stride(-1) != 1 and gradient.shape[-1] > 1
+    in_scratch = gradient.dtype != dtype or gradient is problem.student or is_strided
     n_rows, width = problem.student.shape[:-1].numel(), statistics.shape[-1]
     table = statistics.reshape(n_rows, width, 1)
     unit = problem.scale / problem.student_temperature

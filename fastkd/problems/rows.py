@@ -30,7 +30,14 @@ class Rows(NamedTuple):
     divergence: str
 
 
-solve = Op(Rows, trained=("student",), losses=(None, "labels"), per_example=True, recomputes=True)
+solve = Op(
+    Rows,
+    trained=("student",),
+    losses=(None, "labels"),
+    per_example=True,
+    recomputes=True,
+    keeps_strides=True,
+)
 
 # the name of the option that is `Rows.weight`
 OPTIONS = {

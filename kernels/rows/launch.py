@@ -77,16 +77,19 @@ def backward(problem: Rows, statistics: Tensor, upstream: Sequence[Tensor | None
         upstream: Upstream gradients (...) of the losses and of the cross-entropies; None for 0.
 
     Returns:
-        The gradient with respect to the student, in its shape and dtype, contiguous.
+        The gradient with respect to the student, in its shape and dtype, and in the order of its
+        strides, for which one that the kernels write contiguously is copied.
     """
-    gradient = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
+    found = gradient = torch.empty_like(problem.student)
+    if not found.is_contiguous():
+        gradient = torch.empty_like(found, memory_format=torch.contiguous_format)
     if not gradient.numel():
         pass
     elif statistics.numel():
         _launch_gradient(problem, statistics, gradient, upstream)
     else:
         _launch_whole_rows(problem, None, gradient, upstream)
-    return gradient
+    return found if gradient is found else found.copy_(gradient)
 
 
 def value_and_gradients(
