@@ -318,3 +318,28 @@ def test_intermediate_layers_of_automodel(kind):
             loss = F.mse_loss(s, t)
         losses.append(weight * loss)
     assert_same(found, torch.stack(losses).mean(), *student.layers[0].parameters())
+
+
+# ------------------------------------------------------------------------------------- transformers
+
+
+def test_layers_of_transformers(tiny_llama):
+    """The states that hooks catch are those of `output_hidden_states`."""
+    student, teacher = tiny_llama(0, width=16), tiny_llama(1, width=32)
+    tokens = torch.randint(1, 32, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    pairs = fastkd.LayerPairs(
+        {"model.embed_tokens": "model.embed_tokens", "model.layers.0.mlp": "model.layers.0.mlp"},
+        [fastkd.HintLoss(16, 32), fastkd.TokenRelationLoss(heads=2)],
+    )
+    batch = dict(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
+    with pairs.attach(student, teacher):
+        states = student(**batch).hidden_states
+        with torch.no_grad():
+            targets = teacher(**batch).hidden_states
+        found, hint, _ = pairs(return_parts=True, mask=mask)
+    expected = fastkd.hint(pairs.losses[0].projector(states[0]), targets[0], mask=mask)
+    torch.testing.assert_close(hint, expected)
+    found.backward()
+    assert student.model.layers[0].mlp.down_proj.weight.grad.any()
+    assert all(x.grad is None for x in teacher.parameters())
