@@ -106,6 +106,27 @@ def test_nst_takes_no_more_than_its_gram_matrices(size):
     assert peak(published.nst) > 2 * peak(fastkd.nst)
 
 
+OF_ONE_EXAMPLE = {
+    "nst": (fastkd.nst, 2, (64, 40, 40)),
+    "fsp": (lambda s, t, s2, t2: fastkd.fsp((s, s2), (t, t2)), 4, (16, 200, 200)),
+    "vid": (lambda s, t: fastkd.vid(s, t, torch.zeros(1)), 2, (1, 300, 300)),
+    "attention_mse": (fastkd.attention_mse, 2, (1, 300, 300)),
+}
+
+
+@pytest.mark.parametrize("name", OF_ONE_EXAMPLE)
+def test_one_example_is_the_same_for_any_number_of_threads(name):
+    """A sum of all its numbers at once would be cut by the number of threads."""
+    loss, n_maps, shape = OF_ONE_EXAMPLE[name]
+    student, *others = (normal(1, *shape, seed=i, device="cpu").float() for i in range(n_maps))
+    found = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        found.append(results(loss, [student.requires_grad_(), *others]))
+    torch.set_num_threads(1)
+    assert all(torch.equal(*x) for y in found[1:] for x in zip(y, found[0], strict=True))
+
+
 # --------------------------------------------------------------------------- weights and masks
 
 
