@@ -109,8 +109,8 @@ def test_nst_takes_no_more_than_its_gram_matrices(size):
 OF_ONE_EXAMPLE = {
     "nst": (fastkd.nst, 2, (64, 40, 40)),
     "fsp": (lambda s, t, s2, t2: fastkd.fsp((s, s2), (t, t2)), 4, (16, 200, 200)),
-    "vid": (lambda s, t: fastkd.vid(s, t, torch.zeros(1)), 2, (1, 300, 300)),
-    "attention_mse": (fastkd.attention_mse, 2, (1, 300, 300)),
+    "vid": (lambda s, t: fastkd.vid(s, t, torch.zeros(1)), 2, (1, 512, 512)),
+    "attention_mse": (fastkd.attention_mse, 2, (1, 512, 512)),
 }
 
 
