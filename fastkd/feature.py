@@ -28,7 +28,7 @@ from fastkd.problems.pairs import directions
 # ------------------------------------------------------------------------------------------- hints
 
 
-@loss(features.check_hint, moments.hint, has_kernels=False)
+@loss(features.check_hint, moments.hint)
 def hint(
     student: Tensor,
     teacher: Tensor,
@@ -115,7 +115,7 @@ def _of_positions(s: Tensor, t: Tensor, kind: str, beta: Number) -> Tensor:
 # -------------------------------------------------------------------------------------- embeddings
 
 
-@loss(features.check_embeddings, moments.embeddings, per_example=True, has_kernels=False)
+@loss(features.check_embeddings, moments.embeddings, per_example=True)
 def embedding_mse(
     student: Tensor,
     teacher: Tensor,
@@ -161,7 +161,7 @@ def embedding_mse(
 # ------------------------------------------------------------------------------- attention transfer
 
 
-@loss(features.check_maps, moments.attention, has_kernels=False)
+@loss(features.check_maps, moments.attention)
 def attention_transfer(
     student: Features, teacher: Features, *, p: Number = 2.0, kind: str = "sum"
 ) -> Tensor:

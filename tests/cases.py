@@ -269,8 +269,7 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
 def _batch(
     problem: str | None, loss: Callable, inputs: Inputs, note: str = "", **options: Any
 ) -> Case:
-    as_published = getattr(published, loss.__name__)
-    has_kernels = problem not in ("gram", "moments", None)
+    as_published, has_kernels = getattr(published, loss.__name__), problem not in ("gram", None)
     return Case(loss, problem, inputs, as_published, options, None, False, has_kernels, note)
 
 

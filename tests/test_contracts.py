@@ -32,6 +32,7 @@ SMALL = {"rows": [((2, 3), 7), ((33,), 2)], "pairs": [((7,), 5)], "relations": [
 LARGE = {"rows": [((3,), 8999)], "pairs": [((67,), 33)], "relations": [((40,), 35)]}
 OTHERS = {"rows": [((2,), 20011)], "pairs": [((2,), 3), ((150,), 5)]}
 OTHERS["relations"] = [((2,), 3), ((5,), 1)]
+SMALL["moments"], LARGE["moments"], OTHERS["moments"] = [((7,), 5)], [((3,), 140)], [((21,), 2)]
 SHAPES = [
     pytest.param(case, shape, id=f"{case}-{shape}", marks=marks)
     for shapes, marks in ((SMALL, ()), (LARGE, ()), (OTHERS, full))

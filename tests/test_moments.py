@@ -6,11 +6,15 @@ import published
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE, maps, normal
+from cases import DEVICE, INTERPRETED, maps, normal
 from choice import pairwise
 from exactness import assert_same, results
+from force import in_chunks_of, on_device_of
+from meter import PeakMemory
 
 import fastkd
+from fastkd.portable import moments as portable
+from fastkd.problems.moments import Moments
 
 KINDS = ["mse", "smooth_l1", "cosine", "normalized_mse"]
 
@@ -390,3 +394,137 @@ def test_errors_of_maps():
             transfer(x, x, p=p)
     with says(ValueError, "on cpu, teacher on meta"):
         transfer(x, x.to("meta"))
+
+
+# ------------------------------------------------------------------------------------------ engines
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+ONES = ["sum", "max"]  # kinds of one network
+# positions and features that are several tiles, with rests, or less than one
+DIVISIONS = {"walks": (2, 11, 300), "long rows": (1, 3, 1100), "many": (3, 150, 5)}
+
+
+def laid_out(x, layout):
+    """Return [B, P, C] with the features, the positions or nothing contiguous."""
+    if layout == "features":
+        return x.contiguous()
+    if layout == "positions":
+        return x.mT.contiguous().mT
+    return x.repeat_interleave(2, 2)[..., ::2]
+
+
+@interpreted
+@pairwise(
+    kind=[*KINDS, *ONES], division=DIVISIONS, student=["features", "positions", "neither"],
+    teacher=["features", "positions", "neither"], number=[2.0, 2.5, torch.tensor(0.5)],
+    masked=[False, True],
+)  # fmt: skip
+def test_the_kernels_are_the_twin_of_the_portable_engine(
+    kind, division, student, teacher, number, masked, monkeypatch
+):
+    from fastkd.kernels.moments import launch
+
+    shape = DIVISIONS[division]
+    if division == "many":  # which share programs on a small device
+        on_device_of(1, monkeypatch)
+    s, t = laid_out(normal(*shape), student), laid_out(normal(*shape, seed=1), teacher)
+    mask = normal(*shape[:2], seed=2) > 0 if masked else None
+    if masked:
+        s, t = (x.masked_fill(~mask[..., None], torch.nan) for x in (s, t))
+        s, t = laid_out(s, student), laid_out(t, teacher)
+    problem = Moments(s, None if kind in ONES else t, mask, number, kind)
+    upstream, found = normal(*shape[:2], seed=3), []
+    if division == "many":  # as the gradient of a plain mean comes
+        upstream = upstream[:1, :1].expand(shape[:2])
+    for engine in (launch, portable):
+        (values,), (statistics,) = engine.forward(problem, (True,))
+        assert statistics.shape == (*shape[:2], engine.n_statistics(problem))
+        gradient = engine.backward(problem, statistics, (upstream,))
+        assert gradient.stride() == torch.empty_like(s).stride()
+        found.append([values, gradient])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+@interpreted
+@pytest.mark.parametrize("layout", ["features", "positions"])
+@pytest.mark.parametrize("kind", [*KINDS, *ONES])
+def test_bytes_that_the_kernels_move(kind, layout):
+    """Each network is read once by each launch, and the gradient is written once."""
+    from meter import Meter
+
+    from fastkd.kernels.moments import launch
+
+    n_networks = 1 if kind in ONES else 2
+    s, t = (laid_out(normal(2, 16, 48, seed=i).bfloat16(), layout) for i in range(2))
+    problem = Moments(s, None if kind in ONES else t, None, 2.0, kind)
+    with Meter() as forward:
+        (values,), (statistics,) = launch.forward(problem, (True,))
+    with Meter() as backward:
+        launch.backward(problem, statistics, (torch.ones_like(values),))
+    assert len(forward.launches) == len(backward.launches) == 1
+    assert not forward.races and not backward.races
+    for launched, n_written in ((forward.launches[0], 0), (backward.launches[0], 1)):
+        moved = [x for name, x in launched.arguments.items() if name.endswith(".ptr")]
+        assert sum(x.loaded for x in moved) == n_networks * s.nbytes
+        assert sum(x.stored for x in moved) == n_written * s.nbytes
+    # for each position a value, two statistics where there are some, and what the backward reads
+    numbers = 4 * values.numel() * launch.n_statistics(problem)
+    assert forward.traffic == n_networks * s.nbytes + 4 * values.numel() + numbers
+
+
+@interpreted
+def test_masked_positions_are_not_read_where_features_are_last():
+    from meter import Meter
+
+    from fastkd.kernels.moments import launch
+
+    s, t = (normal(2, 6, 40, dtype=torch.float32, seed=i) for i in range(2))
+    mask = torch.zeros(2, 6, dtype=torch.bool, device=DEVICE)
+    mask[0, 2] = mask[1, 5] = True
+    with Meter() as meter:
+        launch.forward(Moments(s, t, mask, 0.0, "mse"), (True,))
+    assert meter.launches[0].arguments["student.ptr"].loaded == 2 * 40 * 4
+
+
+@pytest.mark.parametrize("layout", ["features", "positions"])
+def test_memory_is_the_gradient_and_a_chunk(layout, monkeypatch):
+    """Besides the gradient: at most four buffers of a chunk, and eight numbers a position."""
+    n, chunk = 64, 1 << 13
+    in_chunks_of(chunk, monkeypatch)
+    inputs = [normal(n, 32, 8, 8, dtype=torch.float32, seed=i) for i in range(2)]
+    if layout == "features":
+        inputs = [channels_last(x) for x in inputs]
+    inputs[0].requires_grad_()
+    size, few = inputs[0].nbytes, 8 * 8 * n * 64
+
+    def peak(loss):
+        with PeakMemory() as memory:
+            torch.autograd.grad(loss(*inputs), inputs[0])
+        return memory.peak_bytes
+
+    losses = [partial(fastkd.hint, kind=kind) for kind in KINDS]
+    losses += [partial(fastkd.attention_transfer, p=p, kind=kind) for p in (2, 3) for kind in ONES]
+    for loss in losses:
+        with fastkd.backend("portable"):
+            assert size < peak(loss) <= size + 4 * 4 * chunk + few
+        with fastkd.backend("formula"):
+            assert peak(loss) >= 2 * size
+
+
+def test_workers_and_chunks_change_no_bit(monkeypatch):
+    """Chunks depend on the sizes alone, whatever takes them."""
+    in_chunks_of(1 << 10, monkeypatch)
+    found, n_threads = [], torch.get_num_threads()
+    inputs = [normal(5, 24, 7, 9, dtype=torch.float32, seed=i) for i in range(2)]
+    inputs[0].requires_grad_()
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            with fastkd.backend("portable"):
+                found.append(
+                    results(partial(fastkd.hint, kind="cosine"), inputs)
+                    + results(fastkd.attention_transfer, inputs)
+                )
+    finally:
+        torch.set_num_threads(n_threads)
+    assert all(map(torch.equal, *found))

@@ -124,26 +124,31 @@ def _penalty_slopes(chunk: Chunk, beta: Number, known: Sequence[Tensor], out: Te
 
 
 def _inverse(features: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    """Return what divides features to directions, and the same with 0 where they have none."""
+    """Return the lengths of features, and what divides them to directions."""
     lengths = torch.mul(features, features, out=chunk.buffer(0)).sum(-1).sqrt_()
-    inverse = lengths.clamp(min=SHORTEST).reciprocal_()
-    return inverse, torch.where(lengths > SHORTEST, inverse, 0)
+    return lengths, lengths.clamp(min=SHORTEST).reciprocal_()
+
+
+def _factors(length: Tensor, s: Tensor, t: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of −teacher and of student in ∂(1 − cosine), 0 without a direction."""
+    s = torch.where(length > SHORTEST, s, 0)
+    return t * s, cosine * s.square()
 
 
 def _cosines(chunk: Chunk, number: Number) -> Values:
-    (s, of_slope), (t, _) = _inverse(chunk.student, chunk), _inverse(chunk.teacher, chunk)
+    (length, s), (_, t) = _inverse(chunk.student, chunk), _inverse(chunk.teacher, chunk)
     cosine = torch.mul(chunk.student, chunk.teacher, out=chunk.buffer(0)).sum(-1).mul_(s).mul_(t)
-    return 1 - cosine, t * of_slope, cosine * of_slope.square()
+    return 1 - cosine, *_factors(length, s, t, cosine)
 
 
 def _normalized_squares(chunk: Chunk, number: Number) -> Values:
-    (s, of_slope), (t, direction) = _inverse(chunk.student, chunk), _inverse(chunk.teacher, chunk)
+    (length, s), (of_teacher, t) = _inverse(chunk.student, chunk), _inverse(chunk.teacher, chunk)
     d = torch.mul(chunk.student, s[..., None], out=chunk.buffer(0))
     # a difference of directions keeps the digits that 1 − cosine would lose
     squares = d.addcmul_(chunk.teacher, t[..., None], value=-1).square_().sum(-1)
-    cosine = torch.where(direction > 0, 1 - squares / 2, 0)
-    n = chunk.student.shape[-1]
-    return squares / n, t * of_slope * (2 / n), cosine * of_slope.square() * (2 / n)
+    cosine = (1 + of_teacher.mul_(t).square_() - squares) / 2
+    of_slope, n = _factors(length, s, t, cosine), chunk.student.shape[-1]
+    return squares / n, *(x * (2 / n) for x in of_slope)
 
 
 def _direction_slopes(chunk: Chunk, number: Number, known: Sequence[Tensor], out: Tensor) -> None:

@@ -23,6 +23,8 @@ from fastkd.kernels.tiles import INFINITY, LN2, LOG2E
 _LOWEST = tl.constexpr(-3.0e38)
 # of a length so short that it has no direction; lengths of at least 1e-12 divide
 _NO_DIRECTION = tl.constexpr(9.99e11)
+# of slopes that are at most 2 and would vanish in float16 where they are small
+_LIFT = tl.constexpr(4096.0)
 
 
 class Tile(NamedTuple):
@@ -115,12 +117,15 @@ def _products(network, place, x, scales, tokens, counted, DEPTH: tl.constexpr, T
 
 
 @triton.jit
-def _add_weighted(total, slopes, student, place, y, tokens, counted, TILE):
-    """Return total + Σ_j slopes_ij f_j y_j, [ROWS, DEPTH]."""
+def _add_weighted(total, slopes, student, place, y, tokens, counted, IS_LIFTED: tl.constexpr, TILE):
+    """Return total + Σ_j slopes_ij f_j y_j, [ROWS, DEPTH]; IS_LIFTED: slopes are times _LIFT."""
+    if y.dtype == tl.float16 and IS_LIFTED:
+        if student.factors_ptr is not None:  # which could be too large for float16
+            y = y * _factors(student, place, tokens, counted)[:, None]
+        return tl.dot((slopes * _LIFT).to(tl.float16), y.to(tl.float16), total)
     if student.factors_ptr is not None:
         slopes *= _factors(student, place, tokens, counted)[None, :]
-    if y.dtype == tl.float16:
-        # small slopes would vanish in float16; tokens of float16 are exact in TF32
+    if y.dtype == tl.float16:  # slopes have no bounds; tokens of float16 are exact in TF32
         return tl.dot(slopes, y.to(tl.float32), total, input_precision=TILE.PRECISION)
     return tl.dot(
         slopes.to(y.dtype), y, total, input_precision=TILE.PRECISION, out_dtype=TILE.DTYPE
@@ -129,10 +134,22 @@ def _add_weighted(total, slopes, student, place, y, tokens, counted, TILE):
 
 @triton.jit
 def _store_gradient(
-    gradient_ptr, total, student, place, x, rows, counted, weights_ptr, n_heads, TILE
+    gradient_ptr,
+    total,
+    student,
+    place,
+    x,
+    rows,
+    counted,
+    weights_ptr,
+    n_heads,
+    IS_LIFTED: tl.constexpr,
+    TILE,
 ):
     """Store the gradient in the rows, of Σ_j G_ij f_j y_j, in [B, L, heads · width]."""
     weight = tl.load(weights_ptr + place.sequence) * tl.load(student.scale_ptr).to(TILE.DTYPE)
+    if x.dtype == tl.float16 and IS_LIFTED:
+        weight *= 1 / _LIFT
     total *= weight
     if student.factors_ptr is not None:
         factors = _factors(student, place, rows, counted)
@@ -218,6 +235,12 @@ def relation_divergences(
         tl.store(shifts_ptr + of_teacher + rows, shifts_t, mask=rows < n_tokens)
 
 
+@triton.jit
+def _load_shifts(shifts_ptr, tokens, n_tokens):
+    """Return the log-sum-exps of tokens; those of tokens that do not count are ∞."""
+    return tl.load(shifts_ptr + tokens, mask=tokens < n_tokens, other=INFINITY)
+
+
 @triton.jit(do_not_specialize=["n_heads", "n_blocks"])
 def relation_gradients(
     student,  # Network
@@ -244,18 +267,16 @@ def relation_gradients(
     scales_t = _scales(teacher, place, rows, row_counted, LOG2E, TILE)
     shifts_ptr += unit.to(tl.int64) * n_tokens
     shifts_t_ptr = shifts_ptr + n_units.to(tl.int64) * n_tokens
-    exists = rows < n_tokens
-    row_shifts = tl.load(shifts_ptr + rows, mask=exists, other=INFINITY)[:, None]
-    row_shifts_t = tl.load(shifts_t_ptr + rows, mask=exists, other=INFINITY)[:, None]
+    row_shifts = _load_shifts(shifts_ptr, rows, n_tokens)[:, None]
+    row_shifts_t = _load_shifts(shifts_t_ptr, rows, n_tokens)[:, None]
     values = tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE)
     for column in range(0, n_tokens, TILE.COLUMNS):
         tokens = column + tl.arange(0, TILE.COLUMNS)
         counted = _counted(place, tokens)
         y, s = _products(student, place, x, scales, tokens, counted, TILE.DEPTH, TILE)
         _, t = _products(teacher, place, x_t, scales_t, tokens, counted, TILE.DEPTH_T, TILE)
-        exists = tokens < n_tokens
-        shifts = tl.load(shifts_ptr + tokens, mask=exists, other=INFINITY)[None, :]
-        shifts_t = tl.load(shifts_t_ptr + tokens, mask=exists, other=INFINITY)[None, :]
+        shifts = _load_shifts(shifts_ptr, tokens, n_tokens)[None, :]
+        shifts_t = _load_shifts(shifts_t_ptr, tokens, n_tokens)[None, :]
         slopes = tl.exp2(s - row_shifts) - tl.exp2(t - row_shifts_t)
         of_columns = tl.exp2(s - shifts) - tl.exp2(t - shifts_t)
         if TILE.CAUSAL:
@@ -264,9 +285,9 @@ def relation_gradients(
         slopes += of_columns
         if TILE.EDGES:
             slopes = tl.where(counted[None, :], slopes, 0)
-        values = _add_weighted(values, slopes, student, place, y, tokens, counted, TILE)
+        values = _add_weighted(values, slopes, student, place, y, tokens, counted, True, TILE)
     _store_gradient(
-        gradient_ptr, values, student, place, x, rows, row_counted, weights_ptr, n_heads, TILE
+        gradient_ptr, values, student, place, x, rows, row_counted, weights_ptr, n_heads, True, TILE
     )
 
 
@@ -306,7 +327,7 @@ def relation_squares(
         _, t = _products(teacher, place, x_t, scales_t, tokens, counted, TILE.DEPTH_T, TILE)
         difference = s - t
         slopes = 4 * difference
-        if REMOVED:
+        if REMOVED != "":
             removed = s < 0
             if REMOVED == "teacher":
                 removed &= t < 0
@@ -320,9 +341,10 @@ def relation_squares(
             difference = tl.where(before, difference, 0)
         loss += tl.sum(difference * difference, 1)
         if gradient_ptr is not None:
-            values = _add_weighted(values, slopes, student, place, y, tokens, counted, TILE)
+            values = _add_weighted(values, slopes, student, place, y, tokens, counted, False, TILE)
     tl.store(losses_ptr + tl.program_id(0), tl.sum(loss, 0))
     if gradient_ptr is not None:
         _store_gradient(
-            gradient_ptr, values, student, place, x, rows, row_counted, weights_ptr, n_heads, TILE
-        )
+            gradient_ptr, values, student, place, x, rows, row_counted, weights_ptr, n_heads,
+            False, TILE,
+        )  # fmt: skip
