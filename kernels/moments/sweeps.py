@@ -30,7 +30,7 @@ class Features(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a thread adds up of a tile [R, K]; a maximum and how often it is there of `max`."""
+    """The sums of a thread over tiles [R, K]; of `max` a maximum, and how often it is there."""
 
     a: tl.tensor
     b: tl.tensor
