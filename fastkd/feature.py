@@ -200,7 +200,8 @@ def attention_transfer(
     Reference:
         Zagoruyko and Komodakis, Paying More Attention to Attention, 2017. arXiv:1612.03928
     """
-    return moments.transfer(functools.partial(_attention, p=p, kind=kind), student, teacher)
+    attention = functools.partial(_attention, p=p, kind=kind)
+    return moments.transfer(attention, moments.map_difference, student, teacher)
 
 
 def _attention(maps: Tensor, p: Number, kind: str) -> Tensor:

@@ -18,10 +18,12 @@ from torch import Tensor
 from fastkd._precision import compute_dtype
 from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
 from fastkd.portable._pages import in_huge_pages
-from fastkd.problems.moments import SHORTEST, Moments, Number
+from fastkd.problems.moments import SHORTEST, Maps, Moments, Number, difference_and_gradient
 from fastkd.problems.rows import is_exactly
 
 _ON_CPU, _ELSEWHERE = 1 << 20, 1 << 24  # elements of a chunk
+
+_OF_MAPS = 1 << 15  # of maps, of which each example is one row
 
 
 class Chunk(NamedTuple):
@@ -96,6 +98,26 @@ def backward(problem: Moments, statistics: Tensor, upstream: Sequence[Tensor | N
     if blocks is problem.student:
         return gradient
     return torch.empty_like(problem.student).copy_(gradient.view(problem.student.shape))
+
+
+def value_and_gradients(
+    problem: Maps, needs_grad: Sequence[bool]
+) -> tuple[Tensor, tuple[Tensor | None]]:
+    """Return the difference of two maps, and its gradient in the student's."""
+    student, teacher = problem
+    n, n_positions = student.numel(), student.shape[1]
+    gradient = torch.empty_like(student) if needs_grad[0] else None
+
+    def work(rows: slice, scratch: None) -> Tensor:
+        loss, slopes = difference_and_gradient(student[rows], teacher[rows], n, needs_grad[0])
+        if gradient is not None and slopes is not None:
+            gradient[rows] = slopes
+        return loss
+
+    chunks = cut(range(len(student)), most_elements(student, _OF_MAPS, n) // n_positions)
+    # a call of PyTorch is spread over threads from as many elements on
+    losses = by_workers(lambda: for_each(work, chunks, lambda: None), n > _OF_MAPS, student)
+    return torch.stack(losses).sum(), (gradient,)
 
 
 # ------------------------------------------------------------------------------ values and slopes

@@ -44,7 +44,15 @@ class Moments(NamedTuple):
     kind: str
 
 
+class Maps(NamedTuple):
+    """The mean of (A/‖A‖ − T/‖T‖)² over all positions of two maps, each example with its length."""
+
+    student: Tensor  # [B, P], in the compute dtype
+    teacher: Tensor  # [B, P], in the compute dtype
+
+
 solve = Op(Moments, trained=("student",), per_example=True, recomputes=True, keeps_strides=True)
+compare = Op(Maps, trained=("student",))
 
 
 def hint(
@@ -86,32 +94,61 @@ def attention(call: Call, student: Features, teacher: Features, *, p: Number, ki
     def map_of(features: Tensor) -> Tensor:
         return solve(call.engine, Moments(features, None, None, p, kind))
 
-    return transfer(map_of, student, teacher)
+    def difference(student: Tensor, teacher: Tensor) -> Tensor:
+        if not student.numel():
+            return student.sum()
+        return compare(call.engine, Maps(student, teacher))
+
+    return transfer(map_of, difference, student, teacher)
 
 
-def transfer(attention: Callable[[Tensor], Tensor], student: Features, teacher: Features) -> Tensor:
-    """Return the sum over the layers of the mean squared difference of their normalised maps.
+def transfer(
+    attention: Callable[[Tensor], Tensor],
+    difference: Callable[[Tensor, Tensor], Tensor],
+    student: Features,
+    teacher: Features,
+) -> Tensor:
+    """Return the sum over the layers of the differences of their maps.
 
     Args:
         attention: Returns the map [B, P] of features [B, P, C].
+        difference: Returns the loss of two maps.
         student: Features [B, C, ...] of one layer, or of several.
         teacher: The same of the teacher, a constant.
     """
     terms = []
     for s, t in zip(list_of(student), list_of(teacher), strict=True):
-        of_student, of_teacher = (
-            _normalised(attention(positions(x, 1, 0)))
-            for x in of_one_size(s, t.detach(), compute_dtype(s, t))
-        )
-        squares = (of_student - of_teacher).square()
-        terms.append(squares.sum() / max(squares.numel(), 1))
+        pair = of_one_size(s, t.detach(), compute_dtype(s, t))
+        of_student, of_teacher = (attention(positions(x, 1, 0)) for x in pair)
+        dtype = compute_dtype(of_student, of_teacher)
+        terms.append(difference(of_student.to(dtype), of_teacher.to(dtype)))
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
 
-def _normalised(maps: Tensor) -> Tensor:
-    """Return maps [B, P] divided by their lengths; those of zeros stay, and get no gradient."""
-    # in units of its largest entry the square of a map neither overflows nor vanishes
+def map_difference(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared difference of normalised maps [B, P], for autograd."""
+    squares = (normalised(student)[0] - normalised(teacher)[0]).square()
+    return squares.sum() / max(squares.numel(), 1)
+
+
+def normalised(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return maps [B, P] divided by their lengths, and 1 / length; of a map of zeros both are 0."""
     top = maps.detach().amax(1, keepdim=True)
-    maps = maps / torch.where(top > 0, top, 1)
-    squares = maps.square().sum(1, keepdim=True)
-    return maps * torch.where(squares == 0, 1, squares).rsqrt()
+    is_zero = top == 0
+    # in units of its largest entry the square of a map neither overflows nor vanishes
+    maps = maps / torch.where(is_zero, 1, top)
+    inverse = torch.where(is_zero, 1, maps.square().sum(1, keepdim=True)).rsqrt()
+    return maps * inverse, torch.where(is_zero, 0, inverse / top)
+
+
+def difference_and_gradient(
+    student: Tensor, teacher: Tensor, n: int, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return Σ (A/‖A‖ − T/‖T‖)² / n of maps [B, P], and the student's gradient, for engines."""
+    (s, inverse), (t, _) = normalised(student), normalised(teacher)
+    d = t.neg_().add_(s)
+    loss = d.square().sum() / n
+    if not needs_grad:
+        return loss, None
+    along = (d * s).sum(1, keepdim=True)
+    return loss, d.addcmul_(s, along, value=-1).mul_(inverse.mul_(2 / n))

@@ -19,7 +19,7 @@ from fastkd._op import Number
 from fastkd._precision import compute_dtype
 from fastkd.kernels.device import device_of, on_device
 from fastkd.kernels.moments import sweeps
-from fastkd.problems.moments import Moments
+from fastkd.problems.moments import Maps, Moments, difference_and_gradient
 from fastkd.problems.rows import is_exactly
 
 _WIDEST_VECTOR = 16  # elements
@@ -88,6 +88,15 @@ def backward(problem: Moments, statistics: Tensor, upstream: Sequence[Tensor | N
     if blocks.untyped_storage()._cdata != gradient.untyped_storage()._cdata:
         gradient.copy_(blocks.view(gradient.shape))  # mapped examples that are no one dimension
     return gradient
+
+
+def value_and_gradients(
+    problem: Maps, needs_grad: Sequence[bool]
+) -> tuple[Tensor, tuple[Tensor | None]]:
+    """Compute the difference of two maps, and its gradient in the student's, as PyTorch does."""
+    student, teacher = problem
+    loss, gradient = difference_and_gradient(student, teacher, student.numel(), needs_grad[0])
+    return loss, (gradient,)
 
 
 def _arguments(
