@@ -57,13 +57,17 @@ def forward(problem: Moments, needs_grad: Sequence[bool]) -> tuple[Any, tuple[Te
     value_of, number = _VALUES[problem.kind], _number(problem)
 
     def work(at: Places, chunk: Chunk, out: Tensor | None) -> None:
-        of_values[at], *known = value_of(chunk, number)
+        value, *known = value_of(chunk, number)
+        counts, weights = _weights(problem, at, dtype)
+        if weights is not None:
+            value.mul_(weights)
+        if counts is not None:
+            value.masked_fill_(~counts, 0)
+        of_values[at] = value
         for i, x in enumerate(known):
             of_statistics[(*at, i)] = x
 
     _for_chunks(work, problem, None)
-    if problem.row_mask is not None:
-        values.masked_fill_(~problem.row_mask, 0)
     return (values,), (statistics,)
 
 
@@ -76,7 +80,6 @@ def backward(problem: Moments, statistics: Tensor, upstream: Sequence[Tensor | N
     known = (
         statistics.reshape(*places, -1) if statistics.numel() else factors.new_empty((*places, 0))
     )
-    mask = None if problem.row_mask is None else problem.row_mask.reshape(places)
     slope_of, number = _SLOPES[problem.kind], _number(problem)
 
     def work(at: Places, chunk: Chunk, out: Tensor | None) -> None:
@@ -84,13 +87,13 @@ def backward(problem: Moments, statistics: Tensor, upstream: Sequence[Tensor | N
         slopes = out if out.dtype == factors.dtype else chunk.buffer(1)
         if slopes is None:
             slopes = torch.empty_like(out, dtype=factors.dtype)
-        of_chunk = [x[..., None] for x in (factors[at], *known[at].unbind(-1))]
+        counts, weights = _weights(problem, at, factors.dtype)
+        factor = factors[at] if weights is None else factors[at] * weights
+        of_chunk = [x[..., None] for x in (factor, *known[at].unbind(-1))]
         slope_of(chunk, number, of_chunk, slopes)
-        if mask is not None:
-            counts = mask[at]
-            # elsewhere than on a CPU a look at the mask would be a host sync
-            if not (counts.is_cpu and counts.all()):
-                slopes.masked_fill_(~counts[..., None], 0)
+        # elsewhere than on a CPU a look at the mask would be a host sync
+        if counts is not None and not (counts.is_cpu and counts.all()):
+            slopes.masked_fill_(~counts[..., None], 0)
         if slopes is not out:
             out.copy_(slopes)
 
@@ -245,6 +248,19 @@ def _number(problem: Moments) -> Number:
         return number
     least = torch.finfo(dtype).tiny
     return number.clamp(min=least) if isinstance(number, Tensor) else max(number, least)
+
+
+def _weights(problem: Moments, at: Places, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Return which positions of a chunk [b, n] count, and their weights."""
+    mask, weights = (
+        x if x is None or x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        for x in (problem.row_mask, problem.weights)
+    )
+    counts = None if mask is None else mask[at]
+    if weights is None:
+        return counts, None
+    weights = weights[at].to(dtype)
+    return weights != 0 if counts is None else counts & (weights != 0), weights
 
 
 def _blocks(features: Tensor) -> Tensor:

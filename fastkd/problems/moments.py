@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd._loss import Call
-from fastkd._op import Number, Op
+from fastkd._op import Number, Op, is_differentiated
 from fastkd._precision import compute_dtype
 from fastkd.problems._features import (
     Features,
@@ -20,6 +20,7 @@ from fastkd.problems._features import (
     of_positions,
     positions,
     reduced,
+    weighted,
 )
 
 SHORTEST = 1e-12  # F.normalize divides by at least this length; what is as short has no direction
@@ -40,6 +41,7 @@ class Moments(NamedTuple):
     student: Tensor  # (..., P, C), in any strides
     teacher: Tensor | None  # (..., P, C)
     row_mask: Tensor | None  # (..., P), bool: positions that count
+    weights: Tensor | None  # (..., P), what values are multiplied by; those of 0 do not count
     number: Number
     kind: str
 
@@ -69,13 +71,16 @@ def hint(
     normalizer: Any,
     reduction: str,
 ) -> Tensor:
-    """Solve for the differences of all positions, and reduce them."""
+    """Solve for the weighted differences of all positions, and reduce them."""
     places = dimensions(student, feature_dim, batch_dim)
-    w, m = (of_positions(x, student, *places) for x in (weights, mask))
-    w, m = counted(w, m)
+    w, m = counted(*(of_positions(x, student, *places) for x in (weights, mask)))
     s, t = (positions(x, *places) for x in (student, teacher))
-    values = solve(call.engine, Moments(s, t, m, beta, kind))
-    return reduced(values, w, m, normalizer, reduction)
+    if w is not None and is_differentiated(w):  # the engines take weights as constants
+        values = solve(call.engine, Moments(s, t, w.detach() != 0, None, beta, kind))
+        values = weighted(values, w)
+    else:
+        values = solve(call.engine, Moments(s, t, m, w, beta, kind))
+    return reduced(values, m if w is None else w, normalizer, reduction)
 
 
 def embeddings(call: Call, student: Tensor, teacher: Tensor, *, normalize: bool) -> Tensor:
@@ -85,14 +90,14 @@ def embeddings(call: Call, student: Tensor, teacher: Tensor, *, normalize: bool)
     if s.ndim < 3:  # all embeddings are positions of one example
         s, t = (x.reshape(1, -1, x.shape[-1]) for x in (s, t))
         mask = mask if mask is None else mask.reshape(1, -1)
-    return solve(call.engine, Moments(s, t, mask, 0.0, kind)).reshape(examples)
+    return solve(call.engine, Moments(s, t, mask, None, 0.0, kind)).reshape(examples)
 
 
 def attention(call: Call, student: Features, teacher: Features, *, p: Number, kind: str) -> Tensor:
     """Solve for the maps of both networks, and compare them."""
 
     def map_of(features: Tensor) -> Tensor:
-        return solve(call.engine, Moments(features, None, None, p, kind))
+        return solve(call.engine, Moments(features, None, None, None, p, kind))
 
     def difference(student: Tensor, teacher: Tensor) -> Tensor:
         if not student.numel():

@@ -106,7 +106,7 @@ def _arguments(
     one = problem.teacher is None
     student = _blocks(problem.student)
     teacher = student if problem.teacher is None else _blocks(problem.teacher)
-    tensors, mask = [student, teacher, *gradients], problem.row_mask
+    tensors = [student, teacher, *gradients]
     unit = _unit(student)
     # the positions of all examples are those of one where their distance is the same everywhere
     if unit == 2 and all(x.stride(0) == x.shape[1] * x.stride(1) for x in tensors):
@@ -120,7 +120,8 @@ def _arguments(
     arguments = dict(
         student=_features(tensors[0]),
         teacher=_features(tensors[1]),
-        row_mask_ptr=None if mask is None else mask.reshape(-1).contiguous(),
+        row_mask_ptr=_flat(problem.row_mask),
+        weights_ptr=_flat(problem.weights),
         option=_on_device(problem.number, student) if on_device else float(problem.number),
         n_positions=n_positions,
         n_features=n_features,
@@ -170,6 +171,10 @@ def _alignment(tensors: Sequence[Tensor], unit: int) -> int:
         for stride, size, dim in zip(x.stride(), x.shape, range(3), strict=True):
             together |= stride if size > 1 and dim != _unit(x) else 0
     return together & -together
+
+
+def _flat(of_positions: Tensor | None) -> Tensor | None:
+    return None if of_positions is None else of_positions.reshape(-1).contiguous()
 
 
 def _features(x: Tensor) -> sweeps.Features:
