@@ -50,7 +50,7 @@ def channel_wise(
         scale_t2: Whether the loss is multiplied by T².
         weights: One number or bool for each channel of each example, [B, C]. A channel of weight 0
             contributes exactly 0 to loss and gradient, whatever it holds.
-        normalizer, reduction: As in `forward_kl`, with a channel [b, c] in place of a row.
+        normalizer, reduction: Those of `forward_kl`, with a channel [b, c] in place of a row.
 
     Returns:
         A scalar or, with reduction "none", one loss for each channel, [B, C]; float64 if an input
@@ -100,7 +100,7 @@ def localization(
         temperature: T > 0, which divides both networks' logits. A number or a 0-dim tensor.
         bins: Whether the terms of the n_bins are summed or averaged: "sum" or "mean".
         scale_t2: Whether the loss is multiplied by T².
-        weights, normalizer, reduction: As in `forward_kl`, with an edge in place of a row.
+        weights, normalizer, reduction: Those of `forward_kl`, with an edge in place of a row.
 
     Returns:
         A scalar or, with reduction "none", one loss for each edge (...); float64 if an input is,

@@ -50,7 +50,7 @@ def nst(
         teacher: Maps [B, C', ...] of the same examples. They get no gradient.
         weights: One number or bool for each example, [B]. An example of weight 0 contributes
             exactly 0 to loss and gradient, whatever it holds.
-        normalizer, reduction: As in `forward_kl`, with an example in place of a row.
+        normalizer, reduction: Those of `forward_kl`, with an example in place of a row.
 
     Returns:
         A scalar or, with reduction "none", one loss for each example, [B]; float64 if an input is,
@@ -130,7 +130,7 @@ def fsp(
             False contributes exactly 0 to loss and gradient and is not counted in P.
         weights: One number or bool for each example, [B]. An example of weight 0 contributes
             exactly 0 to loss and gradient, whatever it holds.
-        normalizer, reduction: As in `forward_kl`, with an example in place of a row.
+        normalizer, reduction: Those of `forward_kl`, with an example in place of a row.
 
     Returns:
         A scalar or, with reduction "none", one loss for each example, [B]; float64 if an input is,
@@ -187,7 +187,7 @@ def vid(
         epsilon: ε > 0, the smallest variance. A number or a 0-dim tensor.
         weights: One number or bool for each example, [B]. An example of weight 0 contributes
             exactly 0 to loss and gradient, whatever it holds.
-        normalizer, reduction: As in `forward_kl`, with an example in place of a row.
+        normalizer, reduction: Those of `forward_kl`, with an example in place of a row.
 
     Returns:
         A scalar or, with reduction "none", one loss for each example, [B]; float64 if an input is,
