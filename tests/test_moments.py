@@ -113,6 +113,17 @@ def test_the_normalizer_replaces_the_divisor(engine):
         torch.testing.assert_close(found, total / float(normalizer))
 
 
+def test_weights_that_are_learnt_get_a_gradient(engine):
+    inputs, weights = pair(3, 5, 4), normal(3, 5, seed=2).abs().requires_grad_()
+    for reduction in ("mean", "sum", "none"):
+        options = dict(reduction=reduction)
+        found, truth = (
+            torch.autograd.grad(loss(*inputs, weights, **options).sum(), [inputs[0], weights])
+            for loss in (lambda s, t, w, **o: fastkd.hint(s, t, weights=w, **o), published.hint)
+        )
+        assert_same(found, truth)
+
+
 def test_what_users_write(engine):
     """The detector trainer's score, a tokenizer's mask, and the plain mean."""
     student, teacher = pair(3, 4, 2, 5)
@@ -432,7 +443,8 @@ def test_the_kernels_are_the_twin_of_the_portable_engine(
     if masked:
         s, t = (x.masked_fill(~mask[..., None], torch.nan) for x in (s, t))
         s, t = laid_out(s, student), laid_out(t, teacher)
-    problem = Moments(s, None if kind in ONES else t, mask, number, kind)
+    weights = normal(*shape[:2], seed=4) if masked and student == teacher else None
+    problem = Moments(s, None if kind in ONES else t, mask, weights, number, kind)
     upstream, found = normal(*shape[:2], seed=3), []
     if division == "many":  # as the gradient of a plain mean comes
         upstream = upstream[:1, :1].expand(shape[:2])
@@ -456,7 +468,7 @@ def test_bytes_that_the_kernels_move(kind, layout):
 
     n_networks = 1 if kind in ONES else 2
     s, t = (laid_out(normal(2, 16, 48, seed=i).bfloat16(), layout) for i in range(2))
-    problem = Moments(s, None if kind in ONES else t, None, 2.0, kind)
+    problem = Moments(s, None if kind in ONES else t, None, None, 2.0, kind)
     with Meter() as forward:
         (values,), (statistics,) = launch.forward(problem, (True,))
     with Meter() as backward:
@@ -482,7 +494,7 @@ def test_masked_positions_are_not_read_where_features_are_last():
     mask = torch.zeros(2, 6, dtype=torch.bool, device=DEVICE)
     mask[0, 2] = mask[1, 5] = True
     with Meter() as meter:
-        launch.forward(Moments(s, t, mask, 0.0, "mse"), (True,))
+        launch.forward(Moments(s, t, mask, None, 0.0, "mse"), (True,))
     assert meter.launches[0].arguments["student.ptr"].loaded == 2 * 40 * 4
 
 

@@ -19,7 +19,7 @@ from fastkd._op import Number
 from fastkd._precision import compute_dtype
 from fastkd.kernels.device import device_of, on_device
 from fastkd.kernels.moments import sweeps
-from fastkd.problems.moments import Moments
+from fastkd.problems.moments import Maps, Moments, difference_and_gradient
 from fastkd.problems.rows import is_exactly
 
 _WIDEST_VECTOR = 16  # elements
@@ -90,6 +90,15 @@ def backward(problem: Moments, statistics: Tensor, upstream: Sequence[Tensor | N
     return gradient
 
 
+def value_and_gradients(
+    problem: Maps, needs_grad: Sequence[bool]
+) -> tuple[Tensor, tuple[Tensor | None]]:
+    """Compute the difference of two maps, and its gradient in the student's, as PyTorch does."""
+    student, teacher = problem
+    loss, gradient = difference_and_gradient(student, teacher, student.numel(), needs_grad[0])
+    return loss, (gradient,)
+
+
 def _arguments(
     problem: Moments, gradients: list[Tensor]
 ) -> tuple[dict[str, Any], int, list[sweeps.Features]]:
@@ -97,7 +106,7 @@ def _arguments(
     one = problem.teacher is None
     student = _blocks(problem.student)
     teacher = student if problem.teacher is None else _blocks(problem.teacher)
-    tensors, mask = [student, teacher, *gradients], problem.row_mask
+    tensors = [student, teacher, *gradients]
     unit = _unit(student)
     # the positions of all examples are those of one where their distance is the same everywhere
     if unit == 2 and all(x.stride(0) == x.shape[1] * x.stride(1) for x in tensors):
@@ -111,7 +120,8 @@ def _arguments(
     arguments = dict(
         student=_features(tensors[0]),
         teacher=_features(tensors[1]),
-        row_mask_ptr=None if mask is None else mask.reshape(-1).contiguous(),
+        row_mask_ptr=_flat(problem.row_mask),
+        weights_ptr=_flat(problem.weights),
         option=_on_device(problem.number, student) if on_device else float(problem.number),
         n_positions=n_positions,
         n_features=n_features,
@@ -161,6 +171,10 @@ def _alignment(tensors: Sequence[Tensor], unit: int) -> int:
         for stride, size, dim in zip(x.stride(), x.shape, range(3), strict=True):
             together |= stride if size > 1 and dim != _unit(x) else 0
     return together & -together
+
+
+def _flat(of_positions: Tensor | None) -> Tensor | None:
+    return None if of_positions is None else of_positions.reshape(-1).contiguous()
 
 
 def _features(x: Tensor) -> sweeps.Features:

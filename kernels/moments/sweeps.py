@@ -30,7 +30,7 @@ class Features(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a thread adds up of a tile [R, K]; a maximum and how often it is there of `max`."""
+    """The sums of a thread over tiles [R, K]; of `max` a maximum, and how often it is there."""
 
     a: tl.tensor
     b: tl.tensor
@@ -118,6 +118,18 @@ def _inside(exists, counts, columns, n_features, UNIT: tl.constexpr, ALIGNMENT: 
 
 
 @triton.jit
+def _weights(row_mask_ptr, weights_ptr, places, exists, DTYPE: tl.constexpr):
+    """Return which positions count, and their weights."""
+    counts, weights = exists, tl.full(places.shape, 1, DTYPE)
+    if row_mask_ptr is not None:
+        counts &= tl.load(row_mask_ptr + places, mask=exists, other=0) != 0
+    if weights_ptr is not None:
+        weights = tl.load(weights_ptr + places, mask=exists, other=0.0).to(DTYPE)
+        counts &= weights != 0
+    return counts, weights
+
+
+@triton.jit
 def _statistics(statistics_ptr, places):
     """Return where the statistics [R, N_STATISTICS] of positions are."""
     return statistics_ptr + (places[:, None] * N_STATISTICS + tl.arange(0, N_STATISTICS)[None, :])
@@ -128,6 +140,7 @@ def values(
     student,  # Features
     teacher,  # Features, not read of one network
     row_mask_ptr,  # (B, P) or None
+    weights_ptr,  # (B, P) or None
     values_ptr,  # (B, P)
     statistics_ptr,  # (B, P, N_STATISTICS), or of no elements
     option,  # beta or p: a number, or ON_DEVICE a pointer to it
@@ -148,9 +161,7 @@ def values(
     positions = block * POSITIONS + tl.arange(0, POSITIONS)
     exists = positions < n_positions
     places = example.to(tl.int64) * n_positions + positions
-    counts = exists
-    if row_mask_ptr is not None:
-        counts = tl.load(row_mask_ptr + places, mask=exists, other=0) != 0
+    counts, weights = _weights(row_mask_ptr, weights_ptr, places, exists, DTYPE)
     option = number(option, ON_DEVICE, DTYPE)
     if KIND == "smooth_l1":
         option = tl.maximum(option, LEAST_BETA)
@@ -218,7 +229,7 @@ def values(
         value = tl.sum(sums.a, 1)
         if KIND != "sum":
             value /= n
-    tl.store(values_ptr + places, tl.where(counts, value, 0.0), mask=exists)
+    tl.store(values_ptr + places, tl.where(counts, value * weights, 0.0), mask=exists)
 
 
 @triton.jit
@@ -227,6 +238,7 @@ def slopes(
     teacher,  # Features, not read of one network
     gradient,  # Features
     row_mask_ptr,  # (B, P) or None
+    weights_ptr,  # (B, P) or None
     statistics_ptr,  # (B, P, N_STATISTICS), or of no elements
     upstream_ptr,  # (B, P), or one number for all if IS_EXPANDED
     option,  # beta or p: a number, or ON_DEVICE a pointer to it
@@ -247,13 +259,11 @@ def slopes(
     columns = part * COLUMNS + tl.arange(0, COLUMNS)
     exists = positions < n_positions
     places = example.to(tl.int64) * n_positions + positions
-    counts = exists
-    if row_mask_ptr is not None:
-        counts = tl.load(row_mask_ptr + places, mask=exists, other=0) != 0
+    counts, weights = _weights(row_mask_ptr, weights_ptr, places, exists, DTYPE)
     option = number(option, ON_DEVICE, DTYPE)
     of_upstream = places * 0 if IS_EXPANDED else places
     factor = tl.load(upstream_ptr + of_upstream, mask=exists, other=0.0).to(DTYPE)
-    factor = tl.where(counts, factor, 0.0)
+    factor = tl.where(counts, factor * weights, 0.0)
     inside = _inside(exists, counts, columns, n_features, STUDENT_UNIT, ALIGNMENT)
     x, y = _tile(
         student, teacher, example, positions, columns, inside, ONE, STUDENT_UNIT, TEACHER_UNIT,
