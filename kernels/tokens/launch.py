@@ -174,10 +174,10 @@ def _tiling(problem: TokenRelations) -> tuple[_Tiling, str]:
     if torch.float64 in (student.dtype, teacher.dtype):  # in the interpreter
         return _Tiling(32, 16, 1, 4), "ieee"
     device = device_of(student)
-    # of float32, and of float16 in `relation_squares`
-    precision = "tf32" if INTERPRETED or device.nvidia else "ieee"
     if torch.float32 in (student.dtype, teacher.dtype):
-        return _Tiling(32, 32, 2, 4), precision
+        return _Tiling(32, 32, 2, 4), "tf32" if _may_be_rounded() else "ieee"
+    # of float16 times slopes in `relation_squares`
+    precision = "tf32" if INTERPRETED or device.nvidia else "ieee"
     is_half = student.dtype == torch.float16
     if depth > 64 and is_half and problem.normalize and device.generation < 10:
         return _Tiling(32, 32, 2, 4), precision
