@@ -175,8 +175,8 @@ def _tiling(problem: TokenRelations) -> tuple[_Tiling, str]:
         return _Tiling(32, 16, 1, 4), "ieee"
     device = device_of(student)
     if torch.float32 in (student.dtype, teacher.dtype):
-        columns = 16 if problem.normalize and problem.causal else 32
-        return _Tiling(32, columns, 2, 4), "tf32" if _may_be_rounded() else "ieee"
+        warps = 8 if problem.normalize else 4
+        return _Tiling(32, 32, 2, warps), "tf32" if _may_be_rounded() else "ieee"
     # of float16 times slopes in `relation_squares`
     precision = "tf32" if INTERPRETED or device.nvidia else "ieee"
     has_most = problem.normalize and (problem.causal or student.dtype == torch.float16)

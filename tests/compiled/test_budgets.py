@@ -18,6 +18,7 @@ QUICK = {
     ("forward_kl", (4096, 151669)), ("jensen_shannon", (8192, 8192)), ("kd", (256, 1000)),
     ("rkd", (256, 512)), ("clip_contrastive", (4096, 64)), ("similarity_kl", (4096, 64)),
     ("siglip", (4096, 64)), ("sup_con", (4096, 64)), ("info_nce", (4096, 64)),
+    ("token_relation", (8, 512, 768)),
 }  # fmt: skip
 SAME_KERNELS = ("clip_contrastive", "sup_con")  # as info_nce and siglip launch
 POINTS = [
