@@ -14,7 +14,7 @@ from meter import PeakMemory
 
 import fastkd
 from fastkd.portable import moments as portable
-from fastkd.problems.moments import Moments
+from fastkd.problems.moments import Maps, Moments
 
 KINDS = ["mse", "smooth_l1", "cosine", "normalized_mse"]
 
@@ -455,6 +455,26 @@ def test_the_kernels_are_the_twin_of_the_portable_engine(
         assert gradient.stride() == torch.empty_like(s).stride()
         found.append([values, gradient])
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(3, 6), (1, 1), (2, 5003)])
+def test_maps_are_compared_as_by_the_portable_engine(shape):
+    from fastkd.kernels.moments import launch
+
+    maps_of_two = Maps(*(1e30 * normal(*shape, seed=i).abs() for i in range(2)))
+    maps_of_two.student[0] = 0
+    for needs_grad in ((True,), (False,)):
+        found, expected = (
+            [
+                x
+                for x in tree_leaves(engine.value_and_gradients(maps_of_two, needs_grad))
+                if x is not None
+            ]
+            for engine in (launch, portable)
+        )
+        assert len(found) == 1 + needs_grad[0]
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
 
 
 @interpreted
