@@ -225,7 +225,7 @@ class Chunks:
         pairs_of_chunk[len(part), n_splits](
             self.in_memory(rows, part), positive_logits, weights, sums, self.slopes_out(part),
             **self.sizes(rows), m=len(self.k), n_trained=self.n_trained, n_blocks=n_blocks,
-            TWO_VIEWS=self.two_views, COLUMNS=COLUMNS,
+            TWO_VIEWS=self.two_views, COLUMNS=COLUMNS, NEEDS_GRAD=self.trains,
         )  # fmt: skip
         if self.trains:
             self.add_stored(rows, part)
