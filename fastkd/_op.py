@@ -17,6 +17,9 @@ whose gradient is as large as its input and cheap to compute again has besides
     backward(problem, statistics, upstream) -> gradient of the trained field
     n_statistics(problem) -> how many numbers for each example the statistics have; without
         needs_grad there are statistics
+
+Kernels that are no gain for some problems have `takes(problem)`, which is False for those that the
+portable engine solves.
 """
 
 from __future__ import annotations
@@ -161,7 +164,10 @@ class Op:
     def read(self, arguments: Sequence[Any]) -> tuple[Any, Sequence[bool], types.ModuleType]:
         """Return the problem, which trained fields need a gradient, and the engine."""
         n = self.n_fields
-        return self.problem(*arguments[:n]), arguments[n:-1], _engine(self.module, arguments[-1])
+        problem, engine = self.problem(*arguments[:n]), _engine(self.module, arguments[-1])
+        if hasattr(engine, "takes") and not engine.takes(problem):
+            engine = _engine(self.module, "portable")
+        return problem, arguments[n:-1], engine
 
 
 @functools.cache

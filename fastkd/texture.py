@@ -176,7 +176,7 @@ def vid(
 
     μ is what a regressor makes of the student's maps, and σ² = softplus(α) + ε is a variance for
     each channel, whose α is learnt. `VIDLoss` owns both. Sizes are pooled to the smaller one by
-    averages. The constant ½ log 2π is left out, as in all implementations:
+    averages. There is no constant ½ log 2π, as in no implementation:
 
         RepDistiller, torchdistill VIDLoss    the same number
 
@@ -204,7 +204,9 @@ def vid(
     student, teacher = maps.of_the_smaller_size(student, teacher)
     zero = variance_parameter.new_zeros(())
     variance = torch.logaddexp(variance_parameter, zero) + epsilon
-    squares = (student - teacher).square().flatten(2).mean(2)
+    squares = (student - teacher).square()
+    while squares.ndim > 2:  # at once the sum of one channel would depend on the threads
+        squares = squares.mean(-1)
     return (squares / variance + variance.log()).mean(1) / 2
 
 

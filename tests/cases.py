@@ -322,8 +322,8 @@ def _tokens(loss: Callable, inputs: Inputs, *last: str, **options: Any) -> Case:
     name, has_kernels = loss.__name__, loss.has_kernels
     as_published, per_example = _last(getattr(published, name), *last), name != "gram_anchoring"
     return Case(
-        _last(loss, *last), "tokens", inputs, as_published, options, None, per_example,
-        has_kernels, "-".join(last),
+        _last(loss, *last), "tokens" if loss.has_engines else None, inputs, as_published,
+        options, None, per_example, has_kernels, "-".join(last),
     )  # fmt: skip
 
 
@@ -333,7 +333,8 @@ def _minilm(*tensors: Tensor, **options: Any) -> Tensor:
     return fastkd.minilm_relation(tensors[:n], tensors[n:], **options)
 
 
-_minilm.__name__, _minilm.has_kernels = "minilm_relation", fastkd.minilm_relation.has_kernels
+_minilm.__name__ = "minilm_relation"
+_minilm.has_kernels = _minilm.has_engines = True
 
 
 _with_weights = _last(fastkd.hint, "weights")
@@ -504,4 +505,5 @@ WAYS = named(
     "info_nce", "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",
     "siglip-logit_scale=5.0-logit_bias=-2.0", "sup_con", "similarity_kl-keys-symmetric=True",
     "hint-weights-kind=cosine", "attention_transfer-p=3.0-kind=max",
+    "token_relation-mask-heads=2-student_temperature=2.0", "gram_anchoring",
 )  # fmt: skip

@@ -93,9 +93,11 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
 def backward(problem: Rows, statistics: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
     """Return Σ upstream · ∂losses + Σ upstream · ∂cross-entropies with respect to the student."""
     problem = _in_compute_dtype(problem)
-    gradient = torch.empty_like(problem.student)  # in the order of the student's strides
+    found = gradient = torch.empty_like(problem.student)  # in the order of the student's strides
+    if found.ndim > 3 and not found.is_contiguous():  # chunks may be no views of it
+        gradient = torch.empty_like(found, memory_format=torch.contiguous_format)
     _fill(gradient, problem, statistics, *_factors(problem, *upstream))
-    return gradient
+    return found if gradient is found else found.copy_(gradient)
 
 
 def value_and_gradients(

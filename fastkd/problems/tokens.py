@@ -39,8 +39,6 @@ class TokenRelations(NamedTuple):
     removed: str  # products below 0 that are 0 in "mse": "", "both" or "teacher", as gram_anchoring
 
 
-WIDEST = 128  # head of either network that a tile of the kernels holds
-
 solve = Op(TokenRelations, trained=("student",), per_example=-2)
 
 
@@ -232,7 +230,7 @@ def relation(
         causal=causal,
         removed="",
     )
-    return of_sequences(_solved(call, problem), as_bool(mask))
+    return of_sequences(solve(call.engine, problem), as_bool(mask))
 
 
 def minilm(
@@ -253,7 +251,7 @@ def minilm(
         problem = TokenRelations(
             student, teacher, is_counted, scale, teacher_scale, heads, "kl", False, causal, ""
         )
-        losses.append(_solved(call, problem))
+        losses.append(solve(call.engine, problem))
     return of_sequences(weighted_sum(losses, relation_weights), as_bool(mask))
 
 
@@ -273,13 +271,7 @@ def anchoring(
         mask = None if mask is None else mask.flatten()
     removed = remove_negative or ""
     problem = TokenRelations(student, teacher, mask, 1.0, 1.0, 1, "mse", True, False, removed)
-    return mean_of_images(_solved(call, problem), mask)
-
-
-def _solved(call: Call, problem: TokenRelations) -> Tensor:
-    """Return the loss of each sequence, by the portable engine where heads are too wide."""
-    width = max(problem.student.shape[-1], problem.teacher.shape[-1]) // problem.heads
-    return solve("portable" if width > WIDEST else call.engine, problem)
+    return mean_of_images(solve(call.engine, problem), mask)
 
 
 def _counted(mask: Tensor | None, row_mask: Tensor | None, student: Tensor) -> Tensor | None:

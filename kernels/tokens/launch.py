@@ -1,8 +1,8 @@
 """Solve `TokenRelations` on a GPU, by tiles of S and T that never leave a multiprocessor.
 
-One sweep over the tiles of both gives the divergence and the log-sum-exps of rows, a second one the
+One sweep over the tiles of both gives the divergence and the normalizers of rows, a second one the
 gradient; the squares of S − T need one sweep for both. Work, in products of 2 L² d FLOPs for each
-head: 2 and 3, or 3 for squares. Memory: two numbers for each token and head.
+head: 2 and 3, or 3 for squares. Memory: four numbers for each token and head.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from fastkd.kernels.tokens.sweeps import (
 from fastkd.problems.pairs import SHORTEST
 from fastkd.problems.tokens import TokenRelations
 
+_WIDEST_HALF, _WIDEST_TF32 = 128, 64  # heads whose sums stay in registers
+
 
 class _Tiling(NamedTuple):
     """The sides of a tile, and the options with which Triton compiles a kernel over it."""
@@ -35,6 +37,23 @@ class _Tiling(NamedTuple):
     columns: int
     stages: int
     warps: int
+
+
+def takes(problem: TokenRelations) -> bool:
+    """Return whether the products of a problem are those of tensor cores, and fit on chip.
+
+    Otherwise chunks through cuBLAS are the better way: wide heads, and float32 that must not be
+    rounded to TF32.
+    """
+    if INTERPRETED:  # there, the kernels can be compared with the formulas to all digits
+        return True
+    student, teacher = problem.student, problem.teacher
+    width = max(student.shape[-1], teacher.shape[-1]) // problem.heads
+    halves = (torch.float16, torch.bfloat16)
+    if student.dtype in halves and teacher.dtype in halves:
+        return width <= _WIDEST_HALF
+    is_double = torch.float64 in (student.dtype, teacher.dtype)
+    return width <= _WIDEST_TF32 and not is_double and _may_be_rounded()
 
 
 def value_and_gradients(
@@ -70,7 +89,7 @@ def _launch(
     """Return sums of divergences or squares, several for each sequence, and their weights, [B]."""
     n, length, _ = student.shape
     heads = problem.heads
-    tiles, precision = _tiling(student, teacher, heads)
+    tiles, precision = _tiling(problem)
     n_units, n_blocks = n * heads, triton.cdiv(length, tiles.rows)
     networks = (
         _network(student, heads, problem.scale, problem.normalize, dtype),
@@ -101,11 +120,11 @@ def _launch(
             **constants,
         )  # fmt: skip
         return losses, weights
-    shifts = None if gradient is None else losses.new_empty((2, n_units, length))
-    relation_divergences[grid](*networks, bits, losses, shifts, n_units, **sizes, **constants)
+    normalizers = None if gradient is None else losses.new_empty((4, n_units, length))
+    relation_divergences[grid](*networks, bits, losses, normalizers, n_units, **sizes, **constants)
     if gradient is not None:
         relation_gradients[grid](
-            *networks, bits, shifts, weights, gradient, n_units, **sizes, **constants
+            *networks, bits, normalizers, weights, gradient, n_units, **sizes, **constants
         )
     return losses, weights
 
@@ -148,26 +167,29 @@ def _depth(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _tiling(student: Tensor, teacher: Tensor, heads: int) -> tuple[_Tiling, str]:
+def _tiling(problem: TokenRelations) -> tuple[_Tiling, str]:
     """Return the tiles whose sums stay in registers, found by compiling, and the precision."""
-    depth = max(_depth(x.shape[-1] // heads) for x in (student, teacher))
-    dtypes = {student.dtype, teacher.dtype}
-    is_rounded = _may_be_rounded(student)
-    if torch.float64 in dtypes:
+    student, teacher = problem.student, problem.teacher
+    depth = max(_depth(x.shape[-1] // problem.heads) for x in (student, teacher))
+    if torch.float64 in (student.dtype, teacher.dtype):  # in the interpreter
         return _Tiling(32, 16, 1, 4), "ieee"
-    if torch.float32 not in dtypes:
-        # products of float16 weights are TF32, in which float16 is exact
-        precision = "tf32" if INTERPRETED or device_of(student).nvidia else "ieee"
-        return _Tiling(64, 64 if depth <= 64 else 32, 2, 4), precision
-    if is_rounded:
-        return _Tiling(64, 32, 2, 4 if depth > 64 else 8), "tf32"
-    return _Tiling(32, 32, 1, 4), "ieee"
+    device = device_of(student)
+    if torch.float32 in (student.dtype, teacher.dtype):
+        warps = 8 if problem.normalize else 4
+        return _Tiling(32, 32, 2, warps), "tf32" if _may_be_rounded() else "ieee"
+    # of float16 times slopes in `relation_squares`
+    precision = "tf32" if INTERPRETED or device.nvidia else "ieee"
+    has_most = problem.normalize and (problem.causal or student.dtype == torch.float16)
+    if depth > 64 and has_most and device.generation < 10:
+        return _Tiling(32, 32, 2, 4), precision
+    is_narrow = depth > 64 or device.generation == 8 or problem.causal or problem.normalize
+    return _Tiling(64, 32 if is_narrow else 64, 2, 4), precision
 
 
-def _may_be_rounded(x: Tensor) -> bool:
+def _may_be_rounded() -> bool:
     """Return whether the user allows matmuls of float32 to use TF32."""
     matmul = torch.backends.cuda.matmul
-    if not (INTERPRETED or device_of(x).nvidia):
+    if torch.version.hip is not None:
         return False
     if hasattr(matmul, "fp32_precision"):  # because reading the older name may then be an error
         return matmul.fp32_precision == "tf32"
