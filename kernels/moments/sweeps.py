@@ -261,9 +261,11 @@ def slopes(
     places = example.to(tl.int64) * n_positions + positions
     counts, weights = _weights(row_mask_ptr, weights_ptr, places, exists, DTYPE)
     option = number(option, ON_DEVICE, DTYPE)
-    of_upstream = places * 0 if IS_EXPANDED else places
-    factor = tl.load(upstream_ptr + of_upstream, mask=exists, other=0.0).to(DTYPE)
-    factor = tl.where(counts, factor * weights, 0.0)
+    if IS_EXPANDED:
+        factor = weights * tl.load(upstream_ptr).to(DTYPE)
+    else:
+        factor = weights * tl.load(upstream_ptr + places, mask=exists, other=0.0).to(DTYPE)
+    factor = tl.where(counts, factor, 0.0)
     inside = _inside(exists, counts, columns, n_features, STUDENT_UNIT, ALIGNMENT)
     x, y = _tile(
         student, teacher, example, positions, columns, inside, ONE, STUDENT_UNIT, TEACHER_UNIT,
