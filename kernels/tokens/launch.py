@@ -66,6 +66,8 @@ def value_and_gradients(
     student, teacher = (
         _tokens(x.reshape(n, *x.shape[-2:])) for x in (problem.student, problem.teacher)
     )
+    if dtype == torch.float64:  # in the interpreter
+        student, teacher = student.double(), teacher.double()
     mask = None if problem.mask is None else problem.mask.reshape(n, length).contiguous()
     with on_device(student):
         gradient = student.new_empty((n, length, width), dtype=dtype) if needs_grad[0] else None
