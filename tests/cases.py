@@ -269,7 +269,10 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
 def _batch(
     problem: str | None, loss: Callable, inputs: Inputs, note: str = "", **options: Any
 ) -> Case:
-    as_published, has_kernels = getattr(published, loss.__name__), problem not in ("gram", None)
+    as_published, has_kernels = (
+        getattr(published, loss.__name__),
+        getattr(loss, "has_kernels", True),
+    )
     return Case(loss, problem, inputs, as_published, options, None, False, has_kernels, note)
 
 
@@ -325,8 +328,8 @@ def _tokens(loss: Callable, inputs: Inputs, *last: str, **options: Any) -> Case:
         name in ("token_relation", "cka"),
     )
     return Case(
-        _last(loss, *last), "tokens", inputs, as_published, options, None, per_example,
-        has_kernels, "-".join(last),
+        _last(loss, *last), "tokens" if loss.has_engines else None, inputs, as_published,
+        options, None, per_example, has_kernels, "-".join(last),
     )  # fmt: skip
 
 
@@ -336,7 +339,8 @@ def _minilm(*tensors: Tensor, **options: Any) -> Tensor:
     return fastkd.minilm_relation(tensors[:n], tensors[n:], **options)
 
 
-_minilm.__name__, _minilm.has_kernels = "minilm_relation", fastkd.minilm_relation.has_kernels
+_minilm.__name__ = "minilm_relation"
+_minilm.has_kernels = _minilm.has_engines = True
 
 
 _with_weights = _last(fastkd.hint, "weights")
@@ -391,7 +395,7 @@ CASES = [
     _batch(None, fastkd.nst, maps(wider=2)),
     _batch(None, fastkd.nst, maps(wider=2, size=(90,)), "few channels"),
     _batch(None, _of_layers, maps_of_layers),
-    _batch(None, fastkd.vid, with_variances, epsilon=0.01),
+    _batch("rows", fastkd.vid, with_variances, epsilon=0.01),
     _batch(None, fastkd.attention_mse, scores),
     _batch("moments", _with_weights, maps(weighted=True), "weights"),
     _batch("moments", fastkd.hint, maps()),
@@ -507,4 +511,5 @@ WAYS = named(
     "info_nce", "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",
     "siglip-logit_scale=5.0-logit_bias=-2.0", "sup_con", "similarity_kl-keys-symmetric=True",
     "hint-weights-kind=cosine", "attention_transfer-p=3.0-kind=max",
+    "token_relation-mask-heads=2-student_temperature=2.0", "gram_anchoring",
 )  # fmt: skip

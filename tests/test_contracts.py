@@ -104,7 +104,7 @@ def test_the_error_is_that_of_the_formula(case, engine, dtypes, n):
     # few pairs have an error of luck, and rows are programs of their own
     inputs = case.inputs(({"pairs": 67, "rows": 5}.get(case.problem, n),), 33 if n == 5 else 37)
     inputs[:2] = [in_dtype(d, [x])[0] for d, x in zip(dtypes, inputs[:2], strict=True)]
-    if len(inputs) > 2 and case.problem == "pairs":
+    if len(inputs) > 2 and (case.problem == "pairs" or case.name == "vid"):
         inputs[2:] = in_dtype(dtypes[0], inputs[2:])
     if len(inputs) > 2 and case.name == "dino":
         inputs[2] = inputs[2].float()
@@ -376,6 +376,8 @@ def test_autocast_changes_nothing(case, dtype, engine):
         inside = results(case, inputs)
         losses = case(*inputs)
     outside = torch.autograd.grad(losses.sum(), trained(inputs))
+    if case.problem is None:  # whose backward is PyTorch's, which autocast reaches
+        inside, expected = inside[:1], expected[:1]
     assert all(map(torch.equal, inside, expected))
     assert_same(outside, torch.autograd.grad(case(*inputs).sum(), trained(inputs)), 0)
 
@@ -414,10 +416,12 @@ def test_func_grad_and_vmap(case, engine):
 @of_ops
 def test_jacrev_of_several_losses(case, engine):
     """Examples and their number of classes must not be taken for what an engine keeps."""
-    inputs = case.inputs((2, 4) if case.per_example else (4,), 6)
+    of_rows = case.per_example and case.problem == "rows"
+    inputs = case.inputs((2, 4) if of_rows else (4,), 6)
 
     def losses(x):
-        return case(x, *inputs[1:]).sum(-1) if case.per_example else case(x, *inputs[1:]) * factors
+        found = case(x, *inputs[1:])
+        return found.sum(-1) if case.per_example else found * factors
 
     factors = normal(3, seed=5)
     found = torch.func.jacrev(losses)(inputs[0].detach())

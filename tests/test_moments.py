@@ -13,8 +13,9 @@ from force import in_chunks_of, on_device_of
 from meter import PeakMemory
 
 import fastkd
+from fastkd.portable import _pages
 from fastkd.portable import moments as portable
-from fastkd.problems.moments import Moments
+from fastkd.problems.moments import Maps, Moments
 
 KINDS = ["mse", "smooth_l1", "cosine", "normalized_mse"]
 
@@ -458,6 +459,24 @@ def test_the_kernels_are_the_twin_of_the_portable_engine(
 
 
 @interpreted
+@pytest.mark.parametrize("shape", [(3, 6), (1, 1), (2, 5003)])
+def test_maps_are_compared_as_by_the_portable_engine(shape):
+    from fastkd.kernels.moments import launch
+
+    maps_of_two = Maps(*(1e30 * normal(*shape, seed=i).abs() for i in range(2)))
+    maps_of_two.student[0] = 0
+    for needs_grad in ((True,), (False,)):
+        (loss, (gradient,)), (expected, (slopes,)) = (
+            engine.value_and_gradients(maps_of_two, needs_grad) for engine in (launch, portable)
+        )
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+        assert (gradient is None) == (slopes is None) == (not needs_grad[0])
+        if needs_grad[0]:
+            torch.testing.assert_close(gradient, slopes, rtol=1e-9, atol=1e-45)
+            assert shape == (1, 1) or gradient.any()
+
+
+@interpreted
 @pytest.mark.parametrize("layout", ["features", "positions"])
 @pytest.mark.parametrize("kind", [*KINDS, *ONES])
 def test_bytes_that_the_kernels_move(kind, layout):
@@ -521,6 +540,29 @@ def test_memory_is_the_gradient_and_a_chunk(layout, monkeypatch):
             assert size < peak(loss) <= size + 4 * 4 * chunk + few
         with fastkd.backend("formula"):
             assert peak(loss) >= 2 * size
+
+
+def test_large_tensors_ask_for_huge_pages(monkeypatch):
+    """Advice is for whole pages inside the tensor, and for nothing that has no such page."""
+    asked, page = [], 1 << 21
+    monkeypatch.setattr(_pages, "_advise", lambda: lambda *arguments: asked.append(arguments))
+    fresh = torch.empty(3 * page, dtype=torch.uint8)
+    assert _pages.in_huge_pages(fresh) is fresh
+    ((start, size, _),) = asked
+    assert start % page == size % page == 0 and size >= 2 * page
+    assert fresh.data_ptr() <= start and start + size <= fresh.data_ptr() + fresh.nbytes
+    for other in (torch.empty(page), fresh.to("meta")):
+        _pages.in_huge_pages(other[: page // 4])
+    assert len(asked) == 1
+    monkeypatch.setattr(_pages, "_advise", lambda: None)  # as other systems have it
+    assert _pages.in_huge_pages(fresh) is fresh
+
+
+def test_a_small_layer_is_one_chunk():
+    inputs = [normal(4, 8, 6, 6, dtype=torch.float32, seed=i) for i in range(2)]
+    with fastkd.backend("portable"), PeakMemory() as memory:
+        fastkd.hint(*inputs)
+    assert memory.operations <= 10
 
 
 def test_workers_and_chunks_change_no_bit(monkeypatch):

@@ -1,8 +1,8 @@
 """The work of kernels that walk over points or tiles in a trip, which their bytes do not tell.
 
 Of relations each thread has some pairs of its program's tile, whose parts it loads for itself. A
-trip handles one point of every pair (of `squares`: DEPTH features). Of similarities a trip handles
-a tile of pairs, in products of tiles on tensor cores.
+trip handles one point of every pair (of `squares`: DEPTH features). Of similarities, and of tokens,
+a trip handles a tile of pairs, in products of tiles on tensor cores.
 """
 
 from collections.abc import Callable, Mapping
@@ -78,12 +78,26 @@ def of_two(x: Mapping[str, Any], grid: tuple[int, ...], n: int) -> Work:
     return tiles(x, grid, ("student", "TILE", n), ("teacher", "TILE_T", 1))
 
 
+def of_tokens(x: Mapping[str, Any], grid: tuple[int, ...], n: int) -> Work:
+    """`n`: the products of the student; a program meets every tile of its head."""
+    rows, columns = x["TILE"].ROWS, x["TILE"].COLUMNS
+    trips = prod(grid) * -(-x["n_tokens"] // columns)
+    depths = x["TILE"].DEPTH, x["TILE"].DEPTH_T
+    sizes = [x[name].ptr.dtype.itemsize for name in NETWORKS]
+    moved = sum(columns * depth * size for depth, size in zip(depths, sizes, strict=True))
+    flops = 2 * rows * columns * (n * depths[0] + depths[1])
+    return Work(rows * columns, trips, prod(grid), moved, trips * flops)
+
+
 SWEEPS: dict[str, Callable[..., Work]] = {
     "log_sums": with_values,
     "softplus_sums": with_values,
     "weighed_sums": with_values,
     "divergences": lambda x, grid: of_two(x, grid, 1),
     "weighed_differences": lambda x, grid: of_two(x, grid, 2),
+    "relation_divergences": lambda x, grid: of_tokens(x, grid, 1),
+    "relation_gradients": lambda x, grid: of_tokens(x, grid, 2),
+    "relation_squares": lambda x, grid: of_tokens(x, grid, 2 - (x["gradient_ptr"] is None)),
 }
 NETWORKS = ("student", "teacher")
 KERNELS: dict[str, Callable[..., Work]] = {

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastkd._precision import compute_dtype
 from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
 from fastkd.portable._pages import in_huge_pages
-from fastkd.problems.moments import SHORTEST, Maps, Moments, Number, difference_and_gradient
+from fastkd.problems.moments import SHORTEST, Maps, Moments, Number, normalised
 from fastkd.problems.rows import is_exactly
 
 _ON_CPU, _ELSEWHERE = 1 << 20, 1 << 24  # elements of a chunk
@@ -112,15 +112,23 @@ def value_and_gradients(
     gradient = torch.empty_like(student) if needs_grad[0] else None
 
     def work(rows: slice, scratch: None) -> Tensor:
-        loss, slopes = difference_and_gradient(student[rows], teacher[rows], n, needs_grad[0])
-        if gradient is not None and slopes is not None:
-            gradient[rows] = slopes
-        return loss
+        slopes = None if gradient is None else gradient[rows]
+        return _difference(student[rows], teacher[rows], n, slopes)
 
     chunks = cut(range(len(student)), most_elements(student, _OF_MAPS, n) // n_positions)
     # a call of PyTorch is spread over threads from as many elements on
     losses = by_workers(lambda: for_each(work, chunks, lambda: None), n > _OF_MAPS, student)
     return torch.stack(losses).sum(), (gradient,)
+
+
+def _difference(student: Tensor, teacher: Tensor, n: int, gradient: Tensor | None) -> Tensor:
+    """Return Σ (A/‖A‖ − T/‖T‖)² / n of maps [B, P], and write its gradient if there is a place."""
+    (s, inverse), (t, _) = normalised(student), normalised(teacher)
+    d = t.neg_().add_(s)
+    if gradient is not None:
+        along = (d * s).sum(1, keepdim=True)
+        torch.addcmul(d, s, along, value=-1, out=gradient).mul_(inverse.mul_(2 / n))
+    return d.square_().sum() / n
 
 
 # ------------------------------------------------------------------------------ values and slopes

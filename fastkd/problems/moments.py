@@ -144,16 +144,3 @@ def normalised(maps: Tensor) -> tuple[Tensor, Tensor]:
     maps = maps / torch.where(is_zero, 1, top)
     inverse = torch.where(is_zero, 1, maps.square().sum(1, keepdim=True)).rsqrt()
     return maps * inverse, torch.where(is_zero, 0, inverse / top)
-
-
-def difference_and_gradient(
-    student: Tensor, teacher: Tensor, n: int, needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return Σ (A/‖A‖ − T/‖T‖)² / n of maps [B, P], and the student's gradient, for engines."""
-    (s, inverse), (t, _) = normalised(student), normalised(teacher)
-    d = t.neg_().add_(s)
-    loss = d.square().sum() / n
-    if not needs_grad:
-        return loss, None
-    along = (d * s).sum(1, keepdim=True)
-    return loss, d.addcmul_(s, along, value=-1).mul_(inverse.mul_(2 / n))

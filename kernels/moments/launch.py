@@ -1,8 +1,9 @@
 """Values of the positions of feature maps, solved on a GPU.
 
 Bytes for each feature of bf16 maps, forward + backward: 4 + 6 with a teacher, 2 + 4 of one network,
-each one launch. Features [B, P, C] are read in vectors along the dimension that is contiguous,
-channels of channels_last maps and of sequences, positions of other maps, so that neither is copied.
+each one launch, and one more where maps are compared. Features [B, P, C] are read in vectors along
+the dimension that is contiguous, channels of channels_last maps and of sequences, positions of
+other maps, so that neither is copied.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fastkd._op import Number
 from fastkd._precision import compute_dtype
 from fastkd.kernels.device import device_of, on_device
 from fastkd.kernels.moments import sweeps
-from fastkd.problems.moments import Maps, Moments, difference_and_gradient
+from fastkd.problems.moments import Maps, Moments
 from fastkd.problems.rows import is_exactly
 
 _WIDEST_VECTOR = 16  # elements
@@ -93,10 +94,35 @@ def backward(problem: Moments, statistics: Tensor, upstream: Sequence[Tensor | N
 def value_and_gradients(
     problem: Maps, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, tuple[Tensor | None]]:
-    """Compute the difference of two maps, and its gradient in the student's, as PyTorch does."""
-    student, teacher = problem
-    loss, gradient = difference_and_gradient(student, teacher, student.numel(), needs_grad[0])
-    return loss, (gradient,)
+    """Compute the difference of two maps, and its gradient in the student's.
+
+    Args:
+        problem: Maps (B, P), of one dtype.
+        needs_grad: Whether the student's map needs a gradient.
+
+    Returns:
+        (loss, (gradient,)): a 0-dim tensor and (B, P), or None where it is not needed.
+    """
+    student, teacher = (x.contiguous() for x in problem)
+    n_examples, n_positions = student.shape
+    losses = student.new_empty(n_examples)
+    gradient = torch.empty_like(student) if needs_grad[0] else None
+    is_wide = student.dtype == torch.float64
+    block = min(1024 if is_wide else 4096, triton.next_power_of_2(n_positions))
+    with on_device(student):
+        sweeps.map_differences[(n_examples,)](
+            student_ptr=student,
+            teacher_ptr=teacher,
+            losses_ptr=losses,
+            gradient_ptr=gradient,
+            n_positions=n_positions,
+            n_examples=n_examples,
+            DTYPE=tl.float64 if is_wide else tl.float32,
+            ALIGNMENT=min(_WIDEST_VECTOR, n_positions & -n_positions),
+            BLOCK=block,
+            num_warps=max(1, min(8, block // 256)),
+        )
+    return losses.sum() / student.numel(), (gradient,)
 
 
 def _arguments(

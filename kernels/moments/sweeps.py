@@ -4,7 +4,7 @@ A program has a tile of positions and features, in vectors along whichever of th
 make values it walks over the features, and each thread keeps what it adds up until the end. For
 each feature of bf16 maps `values` reads 2 bytes of each network, and `slopes` reads as much and
 writes 2. Only directions of features that do not stay on chip are read twice, for their lengths
-first.
+first. `map_differences` has a few sweeps over maps, which are as small as one feature.
 """
 
 from typing import NamedTuple
@@ -261,9 +261,11 @@ def slopes(
     places = example.to(tl.int64) * n_positions + positions
     counts, weights = _weights(row_mask_ptr, weights_ptr, places, exists, DTYPE)
     option = number(option, ON_DEVICE, DTYPE)
-    of_upstream = places * 0 if IS_EXPANDED else places
-    factor = tl.load(upstream_ptr + of_upstream, mask=exists, other=0.0).to(DTYPE)
-    factor = tl.where(counts, factor * weights, 0.0)
+    if IS_EXPANDED:
+        factor = weights * tl.load(upstream_ptr).to(DTYPE)
+    else:
+        factor = weights * tl.load(upstream_ptr + places, mask=exists, other=0.0).to(DTYPE)
+    factor = tl.where(counts, factor, 0.0)
     inside = _inside(exists, counts, columns, n_features, STUDENT_UNIT, ALIGNMENT)
     x, y = _tile(
         student, teacher, example, positions, columns, inside, ONE, STUDENT_UNIT, TEACHER_UNIT,
@@ -298,3 +300,56 @@ def slopes(
         slope.to(gradient.ptr.dtype.element_ty),
         mask=exists[:, None] & (columns < n_features)[None, :],
     )
+
+
+@triton.jit
+def _scale(map_row, n_positions, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the largest entry of a map, 1 for 0, and what brings it to length 1 in these units."""
+    top, squares = tl.zeros([BLOCK], DTYPE), tl.zeros([BLOCK], DTYPE)
+    places = tl.arange(0, BLOCK)
+    for start in range(0, n_positions, BLOCK):
+        inside = start + places < n_positions
+        top = tl.maximum(top, tl.load(map_row + start + places, mask=inside, other=0.0))
+    unit = tl.max(top, 0)
+    is_zero = unit == 0
+    unit = tl.where(is_zero, 1.0, unit)
+    for start in range(0, n_positions, BLOCK):
+        inside = start + places < n_positions
+        x = tl.load(map_row + start + places, mask=inside, other=0.0) / unit
+        squares += x * x
+    return unit, tl.where(is_zero, 0.0, 1 / tl.sqrt(tl.sum(squares, 0)))
+
+
+@triton.jit
+def map_differences(
+    student_ptr,  # (B, P), maps of at least 0
+    teacher_ptr,  # (B, P)
+    losses_ptr,  # (B,)
+    gradient_ptr,  # (B, P), or None
+    n_positions,
+    n_examples,
+    DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute Σ (A/‖A‖ − T/‖T‖)² of an example and its gradient over B · P: program (example)."""
+    n_positions = n_positions // ALIGNMENT * ALIGNMENT  # unchanged; the compiler learns it
+    row = tl.program_id(0).to(tl.int64) * n_positions
+    student, teacher = student_ptr + row, teacher_ptr + row
+    unit, s = _scale(student, n_positions, DTYPE, BLOCK)
+    unit_of_teacher, t = _scale(teacher, n_positions, DTYPE, BLOCK)
+    loss, along = tl.zeros([BLOCK], DTYPE), tl.zeros([BLOCK], DTYPE)
+    places = tl.arange(0, BLOCK)
+    for start in range(0, n_positions, BLOCK):
+        inside = start + places < n_positions
+        x = tl.load(student + start + places, mask=inside, other=0.0) / unit * s
+        y = tl.load(teacher + start + places, mask=inside, other=0.0) / unit_of_teacher * t
+        loss += (x - y) * (x - y)
+        along += (x - y) * x
+    tl.store(losses_ptr + tl.program_id(0), tl.sum(loss, 0))
+    if gradient_ptr is not None:
+        n = tl.zeros([], DTYPE) + n_positions  # of both the product may need 64 bits
+        factor, part = 2 / n / (tl.zeros([], DTYPE) + n_examples) * s / unit, tl.sum(along, 0)
+        for start in range(0, n_positions, BLOCK):
+            inside = start + places < n_positions
+            x = tl.load(student + start + places, mask=inside, other=0.0) / unit * s
+            y = tl.load(teacher + start + places, mask=inside, other=0.0) / unit_of_teacher * t
+            tl.store(gradient_ptr + row + start + places, (x - y - x * part) * factor, mask=inside)

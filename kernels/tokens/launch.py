@@ -1,8 +1,8 @@
 """Solve `TokenRelations` on a GPU, by tiles of S and T that never leave a multiprocessor.
 
-One sweep over the tiles of both gives the divergence and the log-sum-exps of rows, a second one the
+One sweep over the tiles of both gives the divergence and the normalizers of rows, a second one the
 gradient; the squares of S − T need one sweep for both. Work, in products of 2 L² d FLOPs for each
-head: 2 and 3, or 3 for squares. Memory: two numbers for each token and head.
+head: 2 and 3, or 3 for squares. Memory: four numbers for each token and head.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ def value_and_gradients(
     student, teacher = (
         _tokens(x.reshape(n, *x.shape[-2:])) for x in (problem.student, problem.teacher)
     )
+    if dtype == torch.float64:  # in the interpreter
+        student, teacher = student.double(), teacher.double()
     mask = None if problem.mask is None else problem.mask.reshape(n, length).contiguous()
     with on_device(student):
         gradient = student.new_empty((n, length, width), dtype=dtype) if needs_grad[0] else None
@@ -120,11 +122,11 @@ def _launch(
             **constants,
         )  # fmt: skip
         return losses, weights
-    shifts = None if gradient is None else losses.new_empty((2, n_units, length))
-    relation_divergences[grid](*networks, bits, losses, shifts, n_units, **sizes, **constants)
+    normalizers = None if gradient is None else losses.new_empty((4, n_units, length))
+    relation_divergences[grid](*networks, bits, losses, normalizers, n_units, **sizes, **constants)
     if gradient is not None:
         relation_gradients[grid](
-            *networks, bits, shifts, weights, gradient, n_units, **sizes, **constants
+            *networks, bits, normalizers, weights, gradient, n_units, **sizes, **constants
         )
     return losses, weights
 
@@ -174,12 +176,13 @@ def _tiling(problem: TokenRelations) -> tuple[_Tiling, str]:
     if torch.float64 in (student.dtype, teacher.dtype):  # in the interpreter
         return _Tiling(32, 16, 1, 4), "ieee"
     device = device_of(student)
-    # of float32, and of float16 in `relation_squares`
-    precision = "tf32" if INTERPRETED or device.nvidia else "ieee"
     if torch.float32 in (student.dtype, teacher.dtype):
-        return _Tiling(32, 32, 2, 4), precision
-    is_half = student.dtype == torch.float16
-    if depth > 64 and is_half and problem.normalize and device.generation < 10:
+        warps = 8 if problem.normalize else 4
+        return _Tiling(32, 32, 2, warps), "tf32" if _may_be_rounded() else "ieee"
+    # of float16 times slopes in `relation_squares`
+    precision = "tf32" if INTERPRETED or device.nvidia else "ieee"
+    has_most = problem.normalize and (problem.causal or student.dtype == torch.float16)
+    if depth > 64 and has_most and device.generation < 10:
         return _Tiling(32, 32, 2, 4), precision
     is_narrow = depth > 64 or device.generation == 8 or problem.causal or problem.normalize
     return _Tiling(64, 32 if is_narrow else 64, 2, 4), precision

@@ -1,9 +1,9 @@
 """Sweeps over tiles of S and T, the products of the tokens of a sequence in two networks, by heads.
 
-S = scale · f_i f_j ⟨x_i, x_j⟩ is never stored and is symmetric. With q_ij = exp(S_ij − a_i) and
-a_i the log-sum-exp of a row, p and b those of T, the divergence of the rows has the gradient
+S = scale · f_i f_j ⟨x_i, x_j⟩ is never stored and is symmetric. With q_ij = exp(S_ij − m_i) / Z_i
+the softmax of a row, and p that of T, the divergence of the rows has the gradient
 
-    scale · Σ_j (q_ij + q_ji − p_ij − p_ji) f_j x_j        q_ji = exp(S_ij − a_j)
+    scale · Σ_j (q_ij + q_ji − p_ij − p_ji) f_j x_j        q_ji = exp(S_ij − m_j) / Z_j
 
 so that a program which owns the tokens i needs no tile but its own, and no atomics. The squares of
 S − T have the gradient 4 scale · Σ_j (S_ij − T_ij) f_j x_j.
@@ -179,14 +179,14 @@ def relation_divergences(
     teacher,
     mask_ptr,  # [B, L], 1 or 0; or None
     losses_ptr,  # [B · heads, n_blocks]
-    shifts_ptr,  # [2, B · heads, L], the log-sum-exps of S and of T in units of log2
+    normalizers_ptr,  # [4, B · heads, L], as in _Normalizers; or None
     n_units,
     n_tokens,
     n_heads,
     n_blocks,
     TILE,
 ):
-    """Compute Σ KL over the rows of a block, and the log-sum-exps of rows, ∞ where none counts."""
+    """Compute Σ KL over the rows of a block, and the normalizers of rows, ∞ and 0 if masked."""
     unit = tl.program_id(0) // n_blocks
     block = tl.program_id(0) - unit * n_blocks
     place = _place(unit, n_tokens, n_heads, mask_ptr)
@@ -226,19 +226,50 @@ def relation_divergences(
     losses = sums.differences / sums.total_t + (sums.largest - sums.largest_t)
     losses = (losses + tl.log2(sums.total / sums.total_t)) * LN2
     tl.store(losses_ptr + tl.program_id(0), tl.sum(tl.where(row_counted, losses, 0), 0))
-    if shifts_ptr is not None:
-        shifts = tl.where(row_counted, sums.largest + tl.log2(sums.total), INFINITY)
-        shifts_t = tl.where(row_counted, sums.largest_t + tl.log2(sums.total_t), INFINITY)
-        shifts_ptr += unit.to(tl.int64) * n_tokens
-        of_teacher = n_units.to(tl.int64) * n_tokens
-        tl.store(shifts_ptr + rows, shifts, mask=rows < n_tokens)
-        tl.store(shifts_ptr + of_teacher + rows, shifts_t, mask=rows < n_tokens)
+    if normalizers_ptr is not None:
+        found = _normalizers(normalizers_ptr, unit, n_units, n_tokens)
+        exists = rows < n_tokens
+        largest = tl.where(row_counted, sums.largest, INFINITY)
+        largest_t = tl.where(row_counted, sums.largest_t, INFINITY)
+        tl.store(found.largest_ptr + rows, largest, mask=exists)
+        tl.store(found.inverse_ptr + rows, tl.where(row_counted, 1 / sums.total, 0), mask=exists)
+        tl.store(found.largest_t_ptr + rows, largest_t, mask=exists)
+        tl.store(
+            found.inverse_t_ptr + rows, tl.where(row_counted, 1 / sums.total_t, 0), mask=exists
+        )
+
+
+class _Normalizers(NamedTuple):
+    """The softmaxes of some tokens as rows: exp2(S − largest) · inverse, in memory."""
+
+    largest_ptr: Any  # [L]
+    inverse_ptr: Any
+    largest_t_ptr: Any  # the same of T
+    inverse_t_ptr: Any
 
 
 @triton.jit
-def _load_shifts(shifts_ptr, tokens, n_tokens):
-    """Return the log-sum-exps of tokens; those of tokens that do not count are ∞."""
-    return tl.load(shifts_ptr + tokens, mask=tokens < n_tokens, other=INFINITY)
+def _normalizers(normalizers_ptr, unit, n_units, n_tokens):
+    first = normalizers_ptr + unit.to(tl.int64) * n_tokens
+    step = n_units.to(tl.int64) * n_tokens
+    return _Normalizers(first, first + step, first + 2 * step, first + 3 * step)
+
+
+@triton.jit
+def _differences(s, t, normalizers, tokens, n_tokens, OF_ROWS: tl.constexpr):
+    """Return the softmax of S less that of T, both with the normalizers of rows or of columns."""
+    exists = tokens < n_tokens
+    largest = tl.load(normalizers.largest_ptr + tokens, mask=exists, other=INFINITY)
+    inverse = tl.load(normalizers.inverse_ptr + tokens, mask=exists, other=0)
+    largest_t = tl.load(normalizers.largest_t_ptr + tokens, mask=exists, other=INFINITY)
+    inverse_t = tl.load(normalizers.inverse_t_ptr + tokens, mask=exists, other=0)
+    if OF_ROWS:
+        largest, inverse = largest[:, None], inverse[:, None]
+        largest_t, inverse_t = largest_t[:, None], inverse_t[:, None]
+    else:
+        largest, inverse = largest[None, :], inverse[None, :]
+        largest_t, inverse_t = largest_t[None, :], inverse_t[None, :]
+    return tl.exp2(s - largest) * inverse - tl.exp2(t - largest_t) * inverse_t
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_blocks"])
@@ -246,7 +277,7 @@ def relation_gradients(
     student,  # Network
     teacher,
     mask_ptr,  # [B, L], or None
-    shifts_ptr,  # [2, B · heads, L], as from `relation_divergences`
+    normalizers_ptr,  # [4, B · heads, L], as from `relation_divergences`
     weights_ptr,  # [B], what multiplies the divergences of the rows of a sequence
     gradient_ptr,  # [B, L, heads · width]
     n_units,
@@ -265,20 +296,15 @@ def relation_gradients(
     x_t = _load(teacher, place, rows, row_counted, TILE.DEPTH_T, TILE.EDGES)
     scales = _scales(student, place, rows, row_counted, LOG2E, TILE)
     scales_t = _scales(teacher, place, rows, row_counted, LOG2E, TILE)
-    shifts_ptr += unit.to(tl.int64) * n_tokens
-    shifts_t_ptr = shifts_ptr + n_units.to(tl.int64) * n_tokens
-    row_shifts = _load_shifts(shifts_ptr, rows, n_tokens)[:, None]
-    row_shifts_t = _load_shifts(shifts_t_ptr, rows, n_tokens)[:, None]
+    normalizers = _normalizers(normalizers_ptr, unit, n_units, n_tokens)
     values = tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE)
     for column in range(0, n_tokens, TILE.COLUMNS):
         tokens = column + tl.arange(0, TILE.COLUMNS)
         counted = _counted(place, tokens)
         y, s = _products(student, place, x, scales, tokens, counted, TILE.DEPTH, TILE)
         _, t = _products(teacher, place, x_t, scales_t, tokens, counted, TILE.DEPTH_T, TILE)
-        shifts = _load_shifts(shifts_ptr, tokens, n_tokens)[None, :]
-        shifts_t = _load_shifts(shifts_t_ptr, tokens, n_tokens)[None, :]
-        slopes = tl.exp2(s - row_shifts) - tl.exp2(t - row_shifts_t)
-        of_columns = tl.exp2(s - shifts) - tl.exp2(t - shifts_t)
+        slopes = _differences(s, t, normalizers, rows, n_tokens, True)
+        of_columns = _differences(s, t, normalizers, tokens, n_tokens, False)
         if TILE.CAUSAL:
             slopes = tl.where(tokens[None, :] <= rows[:, None], slopes, 0)
             of_columns = tl.where(rows[:, None] <= tokens[None, :], of_columns, 0)

@@ -15,7 +15,9 @@ import fastkd
 from fastkd.kernels.pairs import chunks, tiling
 from fastkd.kernels.relations import launch as relations
 from fastkd.kernels.relations.tiles import TILE
+from fastkd.kernels.tokens import launch as tokens
 from fastkd.problems.relations import Relations
+from fastkd.problems.tokens import TokenRelations
 
 HAS_LINKER = tuple(map(int, VERSION.split("."))) >= (3, 5)  # which gfx942 needs
 LONG, ODD = (4096, 128256), (4096, 151669)
@@ -288,3 +290,59 @@ def test_the_work_of_a_launch():
     assert laplacian.trips * laplacian.per_trip == 256 * 256 * 512
     n_splits = run.launches[2].grid[2]
     assert sum_splits.trips * sum_splits.per_trip == 256 * 256 * (n_splits - 1)
+
+
+# ------------------------------------------------------------------------------------------ tokens
+
+HALVES = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)]
+TF32 = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
+WIDTHS_OF_HEADS = [
+    *((dtypes, width) for dtypes in HALVES for width in (24, 64, 128)),
+    *((dtypes, width) for dtypes in TF32 for width in (16, 64)),
+]
+OPTIONS_OF_TOKENS = [  # masked, normalize, causal
+    (False, False, False), (True, False, True), (True, True, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtypes, width", WIDTHS_OF_HEADS)
+@pytest.mark.parametrize("masked, normalize, causal", OPTIONS_OF_TOKENS)
+@quick_if(
+    lambda target, dtypes, width, masked, normalize, causal: (
+        (target, dtypes[0], width) == ("sm_90", torch.bfloat16, 64) and causal and not normalize
+    )
+)
+def test_tokens_compile_without_spills(
+    target, dtypes, width, masked, normalize, causal, monkeypatch
+):
+    if target == "gfx942" and (dtypes in TF32 or not HAS_LINKER):
+        pytest.skip("has no TF32, and needs an external linker before triton 3.5")
+    monkeypatch.setattr(tokens, "_may_be_rounded", lambda: dtypes in TF32)
+    student, teacher = (torch.empty(2, 100, 3 * width, dtype=x, device="meta") for x in dtypes)
+    mask = torch.empty(2, 100, dtype=torch.bool, device="meta") if masked else None
+    for divergence, removed, needs_grad in (
+        ("kl", "", True), ("kl", "", False), ("mse", "teacher", True), ("mse", "both", False),
+    ):  # fmt: skip
+        problem = TokenRelations(
+            student, teacher, mask, 1.0, 1.0, 3, divergence, normalize, causal, removed
+        )
+        assert tokens.takes(problem)
+        with capture(target) as found:
+            tokens.value_and_gradients(problem, (needs_grad,))
+        assert len(found) == 1 + (divergence == "kl" and needs_grad)
+        for launch in found:
+            assert not resources(launch, 1)["spills"], launch.name
+
+
+@pytest.mark.parametrize("shape", [(8, 512, 768), (32, 128, 768)], ids=str)
+def test_products_launches_and_memory_of_tokens(shape):
+    """Two numbers of the gradient for one of half precision, four for each token and head."""
+    run, (n, length, width) = compiled(the("token_relation"), shape, torch.bfloat16, "sm_90"), shape
+    works = [work_of(launch) for launch in run.launches]
+    assert [x.name for x in run.launches] == ["relation_divergences", "relation_gradients"]
+    assert sum(work.flops for work in works) == 5 * 2 * n * length**2 * width
+    assert run.forward_bytes <= 4 * n * length * (width + 5 * 12) + MIB
+    for launch in run.launches:
+        walks = [loop for loop in analyse(launch).loops if loop["tensor"]]
+        assert walks and all(loop["HGMMA"] == loop["tensor"] for loop in walks)
