@@ -164,7 +164,7 @@ def test_every_loss_has_one_module_and_all_are_exported():
     functions = [module.function for module in classes]
     names = (name for name in fastkd.__all__ if name.islower() and name != "__version__")
     public = [getattr(fastkd, name) for name in names if name != "backend"]
-    assert len(public) == len(classes) == 30 and {*classes} == {*OPTIONS} | OWNERS
+    assert len(public) == len(classes) == 37 and {*classes} == {*OPTIONS} | OWNERS
     assert all(functions.count(function) == 1 for function in public)
     assert all(getattr(fastkd, module.__name__, None) is module for module in classes)
     assert {module.__name__ for module in classes} <= set(fastkd.__all__)
