@@ -86,7 +86,7 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
 
     _for_chunks(work, _n_scratch(problem), student, problem.teacher)
     losses.view(-1).copy_(table[:, 0])
-    statistics = table[:, 1:].reshape(*examples, width)
+    statistics = table[:, 1:].contiguous().view(*examples, width)
     return _masked(problem, losses, cross_entropies), (statistics,)
 
 
