@@ -28,6 +28,9 @@ test-all: $(ENVIRONMENT)
 test-integrations: $(INTEGRATIONS)/.installed
 	$(INTEGRATIONS)/bin/pytest -q tests/integrations
 
+# Their losses are compared; three of them want torchvision, which is refused: hence --no-deps.
+PEERS = lightly textbrewer timm torchdistill
+
 # On a CPU, for example `make bench ARGUMENTS="--loss kd --threads 1"`; a GPU has gpu_run.py.
 bench: $(ENVIRONMENT)
 	$(BIN)/python benchmarks/bench.py $(ARGUMENTS)
@@ -65,4 +68,5 @@ $(ENVIRONMENT): pyproject.toml constraints.txt
 $(INTEGRATIONS)/.installed: pyproject.toml constraints-integrations.txt
 	$(PYTHON) -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-integrations.txt --editable ".[integrations]"
+	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-integrations.txt --no-deps $(PEERS)
 	touch $@

@@ -95,8 +95,22 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         [(2048, 1024), (1024, 512), (256, 512), (64, 128)],
     ),
     "gram": Family(lambda shape: shape[0] * max(shape), _GRAMS, _GRAMS, []),
-    "moments": Family(math.prod, _MAPS, [*_MAPS, (64, 256, 128, 128)], [], independent=True),
-    "embedding_mse": Family(math.prod, _TOKENS, [*_TOKENS, (65536, 1024)], [], independent=True),
+    "moments": Family(
+        math.prod,
+        _MAPS,
+        [*_MAPS, (64, 256, 128, 128)],
+        # a walk over the channels, positions that are no whole vectors, and one tile of each map
+        [(16, 256, 64, 64), (64, 512, 14, 14), (16, 64, 8, 8)],
+        independent=True,
+    ),
+    "embedding_mse": Family(
+        math.prod,
+        _TOKENS,
+        [*_TOKENS, (65536, 1024)],
+        # rows that are one tile, and longer ones
+        [(4096, 768), (512, 8192)],
+        independent=True,
+    ),
     # the kernels are those of "rows"
     "channel_wise": Family(
         math.prod, _CHANNELS, [*_CHANNELS, (64, 256, 128, 128)], [], independent=True

@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
     # Material announces its successor on every build: CONTRIBUTING.md says why it is used
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     subprocess.run([*build, "--site-dir", folder], cwd=ROOT, check=True, env=environment)
-    for name in ("losses.html", "modules.html"):
+    for name in ("losses.html", "modules.html", "layers.html"):
         page = folder / name
         page.write_text(typeset(page.read_text(encoding="utf-8")), encoding="utf-8")
 

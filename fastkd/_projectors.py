@@ -1,4 +1,4 @@
-"""What brings the features of one network to the width and the size of the other's."""
+"""Projectors and resizing, which bring features to the width and the size of the other network."""
 
 from __future__ import annotations
 

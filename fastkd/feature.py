@@ -28,7 +28,7 @@ from fastkd.problems.pairs import directions
 # ------------------------------------------------------------------------------------------- hints
 
 
-@loss(features.check_hint, moments.hint, has_kernels=False)
+@loss(features.check_hint, moments.hint)
 def hint(
     student: Tensor,
     teacher: Tensor,
@@ -95,11 +95,11 @@ def hint(
         Romero et al., FitNets: Hints for Thin Deep Nets, 2015. arXiv:1412.6550
     """
     places = features.dimensions(student, feature_dim, batch_dim)
-    w, m = (features.of_positions(x, student, *places) for x in (weights, mask))
-    w, m = features.counted(w, m)
-    s, t = (selected(features.positions(x, *places), m) for x in (student, teacher))
-    values = _of_positions(s, t, kind, beta)
-    return features.reduced(values, w, m, normalizer, reduction)
+    w, m = features.counted(*(features.of_positions(x, student, *places) for x in (weights, mask)))
+    counts = m if w is None else w.detach() != 0
+    s, t = (selected(features.positions(x, *places), counts) for x in (student, teacher))
+    values = features.weighted(selected(_of_positions(s, t, kind, beta), counts), w)
+    return features.reduced(values, m if w is None else w, normalizer, reduction)
 
 
 def _of_positions(s: Tensor, t: Tensor, kind: str, beta: Number) -> Tensor:
@@ -115,7 +115,7 @@ def _of_positions(s: Tensor, t: Tensor, kind: str, beta: Number) -> Tensor:
 # -------------------------------------------------------------------------------------- embeddings
 
 
-@loss(features.check_embeddings, moments.embeddings, per_example=True, has_kernels=False)
+@loss(features.check_embeddings, moments.embeddings, per_example=True)
 def embedding_mse(
     student: Tensor,
     teacher: Tensor,
@@ -161,7 +161,7 @@ def embedding_mse(
 # ------------------------------------------------------------------------------- attention transfer
 
 
-@loss(features.check_maps, moments.attention, has_kernels=False)
+@loss(features.check_maps, moments.attention)
 def attention_transfer(
     student: Features, teacher: Features, *, p: Number = 2.0, kind: str = "sum"
 ) -> Tensor:
@@ -200,7 +200,8 @@ def attention_transfer(
     Reference:
         Zagoruyko and Komodakis, Paying More Attention to Attention, 2017. arXiv:1612.03928
     """
-    return moments.transfer(functools.partial(_attention, p=p, kind=kind), student, teacher)
+    attention = functools.partial(_attention, p=p, kind=kind)
+    return moments.transfer(attention, moments.map_difference, student, teacher)
 
 
 def _attention(maps: Tensor, p: Number, kind: str) -> Tensor:

@@ -43,7 +43,7 @@ class LayerPairs(nn.Module):
     is compiled: the compiler takes the hooks into its graph, without a graph break, but does not
     notice later ones. The networks may share layers; they may be one network, whose forwards under
     `torch.no_grad()` are the teacher's. Inside reentrant checkpointing a layer has no gradient;
-    take `use_reentrant=False`.
+    take `use_reentrant=False`. Replicas of torch.nn.DataParallel are not seen.
 
     The losses are submodules: give `pairs.parameters()` to the optimizer where they have any. Under
     DistributedDataParallel wrap these pairs as well, which are called without inputs.
@@ -326,16 +326,13 @@ def _selected(output: Any, select: Select, name: str) -> Any:
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
     if not isinstance(output, Tensor):
-        keys = f" with the keys {', '.join(map(str, output))}" if _has_keys(output) else ""
+        has_keys = isinstance(output, Mapping)
+        keys = f" with the keys {', '.join(map(str, output))}" if has_keys else ""
         raise TypeError(
             f"the layer {name!r} returns {type(output).__name__}{keys} and no tensor: say by "
             "select= which, an index, a key or a function of the output"
         )
     return output
-
-
-def _has_keys(output: Any) -> bool:
-    return isinstance(output, Mapping)
 
 
 def _is_in_backward() -> bool:

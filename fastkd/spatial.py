@@ -34,11 +34,13 @@ def channel_wise(
 
     Implementations agree in the sum over positions and the mean over B and C, but not in T:
 
-        irfanICMLL/TorchDistiller    temperature=1.0 or 4.0
-        mmrazor ChannelWiseDivergence    temperature=1.0, times its loss_weight
+        TorchDistiller, its authors'    temperature=4.0
+        mmrazor ChannelWiseDivergence   temperature=1.0, times its loss_weight
 
-    Contiguous maps are read as they lie. The portable engine reads channels-last ones so, too; the
-    kernels, which want positions side by side, copy both and write a contiguous gradient.
+    The gradient has the layout of the maps. Contiguous maps are read as they lie, and by the
+    portable engine so are channels-last ones. The kernels want the positions of a channel side by
+    side: for each direction they copy channels-last maps of both networks, and the gradient, which
+    moves three times the bytes, 30 in place of 10 for each number in bfloat16.
 
     Args:
         student: Maps of the student, [B, C, H, W], [B, C, L] or with more positions.

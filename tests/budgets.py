@@ -1,4 +1,4 @@
-"""The counts that the kernels must keep to: python tests/budgets.py [--write]
+"""The counts that the kernels must keep to: python tests/budgets.py [--write] [LOSS ...]
 
 Prints what differs from budgets.json, and exits with 1 if anything is worse than recorded there;
 `--write` records the present counts. Instructions, special functions (mufu) and bytes are for each
@@ -143,16 +143,17 @@ def text(tree: Tree, indent: int = 0) -> str:
     return "{\n" + ",\n".join(lines) + "\n" + " " * indent + "}"
 
 
-def count() -> Tree:
-    """Count everything that the file records, by loss and by shape and dtype."""
+def count(*losses: str) -> Tree:
+    """Count all that the file records of all losses or of these, by loss and by shape and dtype."""
+    chosen = [case for case in FUSED if case.name in losses or not losses]
     # the interpreter decides at import: its part needs a process of its own
     interpreted = subprocess.Popen(
-        [sys.executable, "-W", "ignore", __file__, "--traffic"],
+        [sys.executable, "-W", "ignore", __file__, "--traffic", *losses],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         stdout=subprocess.PIPE,
     )
-    found: Tree = {case.name: defaultdict(dict) for case in FUSED}
-    for case in FUSED:
+    found: Tree = {case.name: defaultdict(dict) for case in chosen}
+    for case in chosen:
         for target in TARGETS:
             for shape, dtype in points(case, target):
                 run = compiled(case, shape, dtype, target)
@@ -167,7 +168,7 @@ def count() -> Tree:
     return found
 
 
-def print_traffic() -> None:
+def print_traffic(losses: list[str]) -> None:
     from interpreter import correct
 
     correct()
@@ -177,6 +178,7 @@ def print_traffic() -> None:
             for shape in case.family.compiled_sizes
         }
         for case in FUSED
+        if case.name in losses or not losses
     }
     print(json.dumps(found))
 
@@ -185,19 +187,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="record the present counts")
     parser.add_argument("--traffic", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("losses", nargs="*", help="those that are counted; by default all")
     options = parser.parse_args()
     if options.traffic:
-        print_traffic()
+        print_traffic(options.losses)
         return 0
-    record, present = read(), count()
-    found = changes(record["counts"], present)
+    record, present = read(), count(*options.losses)
+    others = {
+        name: x for name, x in record["counts"].items() if options.losses and name not in present
+    }
+    found = changes(record["counts"], {**others, **present})
     for change in found:
         print(change)
     n_worse = sum(change.is_worse for change in found)
     print(f"{len(found)} counts differ, {n_worse} for the worse", end="")
     print(f": recorded with Triton {record['triton']}, counted with {VERSION}")
     if options.write:
-        FILE.write_text(text({**record, "triton": VERSION, "counts": present}) + "\n")
+        FILE.write_text(text({**record, "triton": VERSION, "counts": {**others, **present}}) + "\n")
         return 0
     return 1 if n_worse else 0
 

@@ -123,13 +123,15 @@ FORMS = {
     "classes": {},
     "softplus": dict(columns=True),
     "softplus of two views": dict(two_views=True),
+    "softplus with further negatives": dict(further=3),
+    "linear with further negatives": dict(further=3),
     "pairs": {},
 }
 NEEDS = [(True, True, True, True), (True, False, False, False), (False, True, True, False)]
 NEEDS += [(False, False, True, True), (False, False, False, False)]
 
 
-def pairs(form, first, n=34, n_keys=85, columns=False, two_views=False):
+def pairs(form, first, n=34, n_keys=85, columns=False, two_views=False, further=0):
     """Return queries of one rank, whose positive keys are somewhere among those of all ranks."""
     scale = torch.tensor(3.0, dtype=torch.float64, device=DEVICE)
     positive = normal(n, seed=3)
@@ -143,6 +145,7 @@ def pairs(form, first, n=34, n_keys=85, columns=False, two_views=False):
         key=normal(n_keys, 5, seed=1),
         scale=scale,
         positive_logits=positive,
+        further_logits=normal(n, further, seed=7) if further else None,
         weights=positive.square(),
         bank=bank,
         masked_pairs=None,
@@ -208,7 +211,8 @@ def test_queries_of_one_rank(form, first, way, request):
     problem = pairs(form, first, **FORMS[form])
     is_quick = "portable" in request.node.name
     for needs_grad in NEEDS if is_quick else NEEDS[0:3:2] if first == 37 else NEEDS[:1]:
-        assert_twins_agree(way, problem, needs_grad)
+        needs_further = needs_grad[3] and problem.further_logits is not None
+        assert_twins_agree(way, problem, (*needs_grad, needs_further))
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
@@ -227,8 +231,12 @@ def test_slopes_that_are_small_survive_float16(solver, engine):
 
     def gradients(module, dtype, kind):
         numbers = [x.to(dtype) for x in (*half, torch.ones((), device=DEVICE), positive, weights)]
-        problem = Pairs(*numbers, *[None] * 7, False, "pairs", -1, False, True, kind, "")
-        return module.value_and_gradients(problem, (True, True, False, False))[1][:2]
+        *embeddings, positive_logits, of_examples = numbers
+        problem = Pairs(
+            *embeddings, positive_logits, None, of_examples, *[None] * 7,
+            False, "pairs", -1, False, True, kind, "",
+        )  # fmt: skip
+        return module.value_and_gradients(problem, (True, True, False, False, False))[1][:2]
 
     found = gradients(solver("pairs"), torch.float32, "float16")
     for x, y in zip(found, gradients(twin, torch.float64, ""), strict=True):

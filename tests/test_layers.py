@@ -485,7 +485,7 @@ def test_networks_that_share_layers():
 
 
 def test_a_network_may_be_its_own_teacher():
-    """As an adapter that is switched off; the forward without a graph is the teacher's."""
+    """Its adapter may be switched off; the forward without a graph is the teacher's."""
     network = Network(4)
     pairs = fastkd.LayerPairs({"embed": "blocks.1"}, F.mse_loss)
     with pairs.attach(network, network):

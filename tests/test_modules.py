@@ -62,7 +62,7 @@ OPTIONS = {  # none of them a default
     fastkd.CKALoss: dict(center=False, reduction="sum"),
 }
 OF_A_BATCH = {"weights", "normalizer"}
-OWNERS = {fastkd.VIDLoss}  # modules with parameters of their own, see test_projectors.py
+OWNERS = {fastkd.HintLoss, fastkd.VIDLoss}  # of parameters, see test_projectors.py
 KEYS = {"student_keys", "teacher_keys"}
 OF_A_MODULE = {"queue_size", "n_prototypes", "center_momentum", "center"}
 

@@ -105,6 +105,20 @@ def test_views_that_are_alike_keep_their_gradient(temperature, engine):
     assert_as_exact(results(loss, narrow), by_formula(loss, narrow), truth)
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("temperature", [0.2, 0.07])
+def test_far_negatives_of_each_query_keep_their_gradient(temperature, decoupled, engine):
+    """The negatives of the batch are so close that theirs is a small share of the loss."""
+    n, width = 64, 32
+    query = normal(1, width, seed=1) + 0.5 * normal(n, width)
+    inputs = [query, query + 0.25 * normal(n, width, seed=2), normal(n, 3, width, seed=3)]
+    inputs = in_dtype(torch.float32, [x.requires_grad_() for x in inputs])
+    loss = partial(fastkd.info_nce, temperature=temperature, decoupled=decoupled)
+    assert_as_exact(
+        results(loss, inputs), by_formula(loss, inputs), by_formula(loss, exact(inputs))
+    )
+
+
 @pytest.mark.parametrize("spread", [1e-3, 0.1, pytest.param(1.0, marks=full)])
 @pytest.mark.parametrize("n_centres", [1, 10])
 @quick_if(lambda n_centres, spread, engine: engine != "triton" or (n_centres, spread) == (10, 1e-3))

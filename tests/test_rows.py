@@ -62,6 +62,16 @@ def test_one_row_without_a_batch(case, n_cols, engine):
     assert_same([losses, gradient], [case(*batch)[0], results(case, batch)[1][0]])
 
 
+@pytest.mark.parametrize("order", [(2, 1, 0, 3), (1, 2, 0, 3), (3, 2, 1, 0), (0, 3, 1, 2)], ids=str)
+def test_dimensions_in_any_order(order, engine):
+    """The gradient has the strides of the student, in whichever order its chunks are taken."""
+    inverse = [order.index(i) for i in range(4)]
+    inputs = logits((3, 4, 5), 6)
+    moved = [x.detach().permute(order).contiguous().permute(inverse) for x in inputs]
+    found = results(fastkd.forward_kl, [moved[0].requires_grad_(), moved[1]])
+    assert_same(found, results(fastkd.forward_kl, inputs))
+
+
 @each_loss
 def test_no_rows(case, engine):
     for examples in ((0,), (0, 3), (3, 0)):

@@ -52,7 +52,7 @@ def test_channel_wise_of_sequences_and_volumes(shape, engine):
 
 @pytest.mark.parametrize("n", [1 << 12, 1 << 19])
 def test_gradients_have_the_layout_of_the_maps(n, engine):
-    """In one chunk and in many; a gradient in another layout would be copied by what follows."""
+    """Small and large ones; a gradient in another layout would be copied by what follows."""
     size = {1 << 12: 8, 1 << 19: 64}[n]
     if engine == "triton" and size == 64:
         return  # many programs, one for each channel
@@ -87,7 +87,7 @@ def test_channel_wise_makes_no_copy(channels_last):
 
 
 def test_weights_of_channels(engine):
-    """Those of weight 0 may hold anything; the mean is over those that are left."""
+    """A channel of weight 0 may hold anything; the mean is over those that are left."""
     student, teacher = maps(3, 4, 5, 6)
     weights = normal(3, 4, seed=3).square()
     weights[0, 1] = weights[2] = 0

@@ -43,6 +43,8 @@ def value_and_gradients(
     query, key, bank = problem.query, problem.key, problem.bank
     n_keys = (query if key is None else key).shape[0] + (0 if bank is None else bank.shape[0])
     n_pairs = query.shape[0] * n_keys
+    if problem.further_logits is not None:
+        return None
     if not query.is_cpu or not 0 < n_pairs <= _chunks.most_elements(query, 1 << 20, 0):
         return None
     scale = problem.scale.item()
@@ -60,7 +62,7 @@ def value_and_gradients(
     if slopes is None or not math.isfinite(slopes.loss.item()):
         return None
     loss, g, of_logits = slopes
-    needs_query, needs_key, needs_scale, needs_logits = needs_grad
+    needs_query, needs_key, needs_scale, needs_logits, _ = needs_grad
     in_query = in_key = in_scale = None
     if needs_query or needs_scale:
         # the first tensor is not read, because beta is 0
@@ -73,7 +75,7 @@ def value_and_gradients(
         of_keys = g if bank is None else g[:, : k.shape[0]]
         in_key = torch.addmm(k, of_keys.T, q, beta=0, alpha=scale)
         in_key = of_lengths(in_key, k, k_lengths)
-    return loss, (in_query, in_key, in_scale, of_logits if needs_logits else None)
+    return loss, (in_query, in_key, in_scale, of_logits if needs_logits else None, None)
 
 
 def _similarities(q: Tensor, keys: Tensor, scale: float, less: Tensor | None = None) -> Tensor:

@@ -300,8 +300,8 @@ def _weighted(centred: Tensor, q: Softmax, out: Tensor, ratio: Tensor, factor: N
 
     The NaN of an input, which the sums drop, comes back from the ratio.
     """
-    torch.mul(centred, q.e, out=out)
-    out.mul_(_each(q, factor).add_(ratio - ratio))
+    # `out` is written once, because it lies in memory and the others in the cache
+    torch.mul(centred.mul_(q.e), _each(q, factor).add_(ratio - ratio), out=out)
 
 
 def _in_units_of(p: Softmax, q: Softmax) -> Softmax:

@@ -18,10 +18,12 @@ from torch import Tensor
 from fastkd._precision import compute_dtype
 from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
 from fastkd.portable._pages import in_huge_pages
-from fastkd.problems.moments import SHORTEST, Moments, Number
+from fastkd.problems.moments import SHORTEST, Maps, Moments, Number, normalised
 from fastkd.problems.rows import is_exactly
 
 _ON_CPU, _ELSEWHERE = 1 << 20, 1 << 24  # elements of a chunk
+
+_OF_MAPS = 1 << 15  # of maps, of which each example is one row
 
 
 class Chunk(NamedTuple):
@@ -55,13 +57,17 @@ def forward(problem: Moments, needs_grad: Sequence[bool]) -> tuple[Any, tuple[Te
     value_of, number = _VALUES[problem.kind], _number(problem)
 
     def work(at: Places, chunk: Chunk, out: Tensor | None) -> None:
-        of_values[at], *known = value_of(chunk, number)
+        value, *known = value_of(chunk, number)
+        counts, weights = _weights(problem, at, dtype)
+        if weights is not None:
+            value.mul_(weights)
+        if counts is not None:
+            value.masked_fill_(~counts, 0)
+        of_values[at] = value
         for i, x in enumerate(known):
             of_statistics[(*at, i)] = x
 
     _for_chunks(work, problem, None)
-    if problem.row_mask is not None:
-        values.masked_fill_(~problem.row_mask, 0)
     return (values,), (statistics,)
 
 
@@ -74,7 +80,6 @@ def backward(problem: Moments, statistics: Tensor, upstream: Sequence[Tensor | N
     known = (
         statistics.reshape(*places, -1) if statistics.numel() else factors.new_empty((*places, 0))
     )
-    mask = None if problem.row_mask is None else problem.row_mask.reshape(places)
     slope_of, number = _SLOPES[problem.kind], _number(problem)
 
     def work(at: Places, chunk: Chunk, out: Tensor | None) -> None:
@@ -82,13 +87,13 @@ def backward(problem: Moments, statistics: Tensor, upstream: Sequence[Tensor | N
         slopes = out if out.dtype == factors.dtype else chunk.buffer(1)
         if slopes is None:
             slopes = torch.empty_like(out, dtype=factors.dtype)
-        of_chunk = [x[..., None] for x in (factors[at], *known[at].unbind(-1))]
+        counts, weights = _weights(problem, at, factors.dtype)
+        factor = factors[at] if weights is None else factors[at] * weights
+        of_chunk = [x[..., None] for x in (factor, *known[at].unbind(-1))]
         slope_of(chunk, number, of_chunk, slopes)
-        if mask is not None:
-            counts = mask[at]
-            # elsewhere than on a CPU a look at the mask would be a host sync
-            if not (counts.is_cpu and counts.all()):
-                slopes.masked_fill_(~counts[..., None], 0)
+        # elsewhere than on a CPU a look at the mask would be a host sync
+        if counts is not None and not (counts.is_cpu and counts.all()):
+            slopes.masked_fill_(~counts[..., None], 0)
         if slopes is not out:
             out.copy_(slopes)
 
@@ -96,6 +101,34 @@ def backward(problem: Moments, statistics: Tensor, upstream: Sequence[Tensor | N
     if blocks is problem.student:
         return gradient
     return torch.empty_like(problem.student).copy_(gradient.view(problem.student.shape))
+
+
+def value_and_gradients(
+    problem: Maps, needs_grad: Sequence[bool]
+) -> tuple[Tensor, tuple[Tensor | None]]:
+    """Return the difference of two maps, and its gradient in the student's."""
+    student, teacher = problem
+    n, n_positions = student.numel(), student.shape[1]
+    gradient = torch.empty_like(student) if needs_grad[0] else None
+
+    def work(rows: slice, scratch: None) -> Tensor:
+        slopes = None if gradient is None else gradient[rows]
+        return _difference(student[rows], teacher[rows], n, slopes)
+
+    chunks = cut(range(len(student)), most_elements(student, _OF_MAPS, n) // n_positions)
+    # a call of PyTorch is spread over threads from as many elements on
+    losses = by_workers(lambda: for_each(work, chunks, lambda: None), n > _OF_MAPS, student)
+    return torch.stack(losses).sum(), (gradient,)
+
+
+def _difference(student: Tensor, teacher: Tensor, n: int, gradient: Tensor | None) -> Tensor:
+    """Return Σ (A/‖A‖ − T/‖T‖)² / n of maps [B, P], and write its gradient if there is a place."""
+    (s, inverse), (t, _) = normalised(student), normalised(teacher)
+    d = t.neg_().add_(s)
+    if gradient is not None:
+        along = (d * s).sum(1, keepdim=True)
+        torch.addcmul(d, s, along, value=-1, out=gradient).mul_(inverse.mul_(2 / n))
+    return d.square_().sum() / n
 
 
 # ------------------------------------------------------------------------------ values and slopes
@@ -124,26 +157,31 @@ def _penalty_slopes(chunk: Chunk, beta: Number, known: Sequence[Tensor], out: Te
 
 
 def _inverse(features: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    """Return what divides features to directions, and the same with 0 where they have none."""
+    """Return the lengths of features, and what divides them to directions."""
     lengths = torch.mul(features, features, out=chunk.buffer(0)).sum(-1).sqrt_()
-    inverse = lengths.clamp(min=SHORTEST).reciprocal_()
-    return inverse, torch.where(lengths > SHORTEST, inverse, 0)
+    return lengths, lengths.clamp(min=SHORTEST).reciprocal_()
+
+
+def _factors(length: Tensor, s: Tensor, t: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of −teacher and of student in ∂(1 − cosine), 0 without a direction."""
+    s = torch.where(length > SHORTEST, s, 0)
+    return t * s, cosine * s.square()
 
 
 def _cosines(chunk: Chunk, number: Number) -> Values:
-    (s, of_slope), (t, _) = _inverse(chunk.student, chunk), _inverse(chunk.teacher, chunk)
+    (length, s), (_, t) = _inverse(chunk.student, chunk), _inverse(chunk.teacher, chunk)
     cosine = torch.mul(chunk.student, chunk.teacher, out=chunk.buffer(0)).sum(-1).mul_(s).mul_(t)
-    return 1 - cosine, t * of_slope, cosine * of_slope.square()
+    return 1 - cosine, *_factors(length, s, t, cosine)
 
 
 def _normalized_squares(chunk: Chunk, number: Number) -> Values:
-    (s, of_slope), (t, direction) = _inverse(chunk.student, chunk), _inverse(chunk.teacher, chunk)
+    (length, s), (of_teacher, t) = _inverse(chunk.student, chunk), _inverse(chunk.teacher, chunk)
     d = torch.mul(chunk.student, s[..., None], out=chunk.buffer(0))
     # a difference of directions keeps the digits that 1 − cosine would lose
     squares = d.addcmul_(chunk.teacher, t[..., None], value=-1).square_().sum(-1)
-    cosine = torch.where(direction > 0, 1 - squares / 2, 0)
-    n = chunk.student.shape[-1]
-    return squares / n, t * of_slope * (2 / n), cosine * of_slope.square() * (2 / n)
+    cosine = (1 + of_teacher.mul_(t).square_() - squares) / 2
+    of_slope, n = _factors(length, s, t, cosine), chunk.student.shape[-1]
+    return squares / n, *(x * (2 / n) for x in of_slope)
 
 
 def _direction_slopes(chunk: Chunk, number: Number, known: Sequence[Tensor], out: Tensor) -> None:
@@ -218,6 +256,19 @@ def _number(problem: Moments) -> Number:
         return number
     least = torch.finfo(dtype).tiny
     return number.clamp(min=least) if isinstance(number, Tensor) else max(number, least)
+
+
+def _weights(problem: Moments, at: Places, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Return which positions of a chunk [b, n] count, and their weights."""
+    mask, weights = (
+        x if x is None or x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        for x in (problem.row_mask, problem.weights)
+    )
+    counts = None if mask is None else mask[at]
+    if weights is None:
+        return counts, None
+    weights = weights[at].to(dtype)
+    return weights != 0 if counts is None else counts & (weights != 0), weights
 
 
 def _blocks(features: Tensor) -> Tensor:

@@ -81,8 +81,14 @@ class _Solver:
 
     def solve(self) -> tuple[Tensor, Gradients]:
         """Return the loss and its gradients."""
-        loss, of_logits = self._pairs() if self.problem.form == "pairs" else self._log_sum_exps()
-        return loss, (*self.chunks.gradients(), of_logits if self.needs_grad[3] else None)
+        of_further = None
+        if self.problem.form == "pairs":
+            loss, of_logits = self._pairs()
+        else:
+            loss, of_logits, of_further = self._log_sum_exps()
+        *_, needs_logits, needs_further = self.needs_grad
+        of_numbers = of_logits if needs_logits else None, of_further if needs_further else None
+        return loss, (*self.chunks.gradients(), *of_numbers)
 
     def _read_positives(self, rows: slice, part: Tensor) -> None:
         """Copy the positive logits of these rows from S, unless they are given."""
@@ -99,8 +105,8 @@ class _Solver:
 
     # ------------------------------------------------------------ the forms of log-sum-exps
 
-    def _log_sum_exps(self) -> tuple[Tensor, Tensor]:
-        """Return the loss and its gradient in the positive logits."""
+    def _log_sum_exps(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the loss and its gradient in the positive and in the further logits."""
         solve = self._rows if self.problem.key_weights is None else self._rows_and_columns
         shift = self.chunks.shift()
         if shift is not None:
@@ -110,24 +116,30 @@ class _Solver:
                 self.chunks.reset()
         return solve(None)
 
-    def _rows(self, shift: float | None) -> tuple[Tensor, Tensor]:
+    def _rows(self, shift: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Solve in one pass, with exp(S − shift) or with maxima."""
         chunks, of_logits = self.chunks, self.buffer.new_empty(len(self.chunks.q))
+        of_further = self.problem.further_logits
+        if of_further is not None:
+            of_further = torch.empty_like(of_further, dtype=of_logits.dtype)
 
         def of_chunk(rows: slice, part: Tensor, spare: Tensor) -> Tensor:
             self._read_positives(rows, part)
             largest, sums = chunks.exponentials(rows, part, shift)
             if shift is not None:
                 _check_size(sums)
-            share, slopes = penalty(self.problem, sums.log(), rows, largest)
-            torch.neg(slopes, out=of_logits[rows])
+            share, slopes, of_logits[rows], of_others = penalty(
+                self.problem, sums.log(), rows, largest
+            )
+            if of_further is not None and of_others is not None:
+                of_further[rows] = of_others
             if any(self.needs_grad):
                 self._write_positives(rows, part, -sums)
                 self._add_softmax(rows, part, spare, _over_sums(slopes, sums))
             return share
 
         shares = chunks.for_each(self.buffer, of_chunk, self.add_to_keys)
-        return _total(of_logits, shares), of_logits
+        return _total(of_logits, shares), of_logits, of_further
 
     def _add_softmax(self, rows: slice, part: Tensor, spare: Tensor, slopes: Tensor) -> None:
         """Add slopes_i `part`_ij as slopes in S, less what attracts the others of a class."""
@@ -143,7 +155,7 @@ class _Solver:
         part.mul_(slopes[:, None]).addcmul_(alike, attractions, value=-1)
         chunks.add(rows, part)
 
-    def _rows_and_columns(self, shift: float | None) -> tuple[Tensor, Tensor]:
+    def _rows_and_columns(self, shift: float | None) -> tuple[Tensor, Tensor, None]:
         """Solve in two passes, or one where exp(S − shift) of all rows fits into the buffer."""
         problem, chunks, buffer = self.problem, self.chunks, self.buffer
         assert problem.key_weights is not None
@@ -175,11 +187,11 @@ class _Solver:
             if shift is None:
                 column_largest = of_columns.clamp(min=lowest(buffer))
             column_sums = (of_columns - column_largest).exp_()
-        loss, slopes = penalty(problem, sums.log(), slice(0, n), largest)
+        loss, slopes, _, _ = penalty(problem, sums.log(), slice(0, n), largest)
         share, column_slopes = column_penalty(problem, column_sums.log(), column_largest)
         of_logits = -slopes - column_slopes[own_columns(problem)]
         if not any(self.needs_grad):
-            return loss + share, of_logits
+            return loss + share, of_logits, None
         u, v = _over_sums(slopes, sums), buffer.new_zeros(buffer.shape[1])
         v[:n_columns] = _over_sums(column_slopes, column_sums)
 
@@ -198,7 +210,7 @@ class _Solver:
 
         is_solved = shift is not None and len(buffer) == n
         chunks.for_each(buffer, add_slopes, self.add_to_keys, is_solved=is_solved)
-        return loss + share, of_logits
+        return loss + share, of_logits, None
 
     # --------------------------------------------------------------------- the form of single pairs
 

@@ -10,7 +10,6 @@ again, which costs less in the cache than a tensor of the logits' size costs in 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,8 +64,7 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
             return solved
     losses, cross_entropies = _empty_losses(problem)
     examples, width = student.shape[:-1], n_statistics(problem)
-    statistics = losses.new_empty((*examples, width))
-    labels, table = _column(problem.labels), statistics.view(examples.numel(), width)
+    labels, table = _column(problem.labels), losses.new_empty(examples.numel(), 1 + width)
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teacher = chunks
@@ -84,19 +82,22 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
             terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
             means = [] if terms.mean is None else [terms.mean]
             known = [q.top, q.total, p.top, p.total, *means, *totals]
-        torch.cat(known, 1, out=table[rows])
-        losses.view(-1, 1)[rows] = terms.value(problem.scale)
+        torch.cat([terms.value(problem.scale), *known], 1, out=table[rows])
 
     _for_chunks(work, _n_scratch(problem), student, problem.teacher)
+    losses.view(-1).copy_(table[:, 0])
+    statistics = table[:, 1:].reshape(*examples, width)
     return _masked(problem, losses, cross_entropies), (statistics,)
 
 
 def backward(problem: Rows, statistics: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
     """Return Σ upstream · ∂losses + Σ upstream · ∂cross-entropies with respect to the student."""
     problem = _in_compute_dtype(problem)
-    gradient = torch.empty_like(problem.student)  # in the order of the student's strides
+    found = gradient = torch.empty_like(problem.student)  # in the order of the student's strides
+    if found.ndim > 3 and not found.is_contiguous():  # chunks may be no views of it
+        gradient = torch.empty_like(found, memory_format=torch.contiguous_format)
     _fill(gradient, problem, statistics, *_factors(problem, *upstream))
-    return gradient
+    return found if gradient is found else found.copy_(gradient)
 
 
 def value_and_gradients(
@@ -200,6 +201,7 @@ def _fill(
     n_rows, width = problem.student.shape[:-1].numel(), statistics.shape[-1]
     table = statistics.reshape(n_rows, width, 1)
     unit = problem.scale / problem.student_temperature
+    scaled = None if factors is None else factors * unit
     # elsewhere than on a CPU a look at the factors would be a host sync
     has_masked = factors is not None and not (factors.is_cpu and factors.all())
 
@@ -209,7 +211,7 @@ def _fill(
         if slope is None:
             slope = torch.empty_like(z, dtype=dtype)
         known = table[rows].unbind(1)
-        if factors is None:
+        if factors is None or scaled is None:
             slope.zero_()
         else:
             if problem.divergence == "logit_mse":
@@ -222,7 +224,7 @@ def _fill(
                 )  # fmt: skip
                 mean = known[4] if problem.divergence in CENTRED else None
                 terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:], mean)
-            terms.slope(slope, factors[rows] * unit)
+            terms.slope(slope, scaled[rows])
             if has_masked:
                 _select(slope, factors[rows])
         if ce_factors is not None and labels is not None:
@@ -320,14 +322,21 @@ def _for_chunks(
     if all(x.is_contiguous() for x in blocks):
         blocks = [x.reshape(1, -1, n_cols) for x in blocks]
     n_blocks, inner, _ = blocks[0].shape
-    size = min(inner, max(1, most // n_cols))
+    size = max(1, most // n_cols)
+    # the cache holds more rows where they need less scratch, but many threads want a chunk each
+    size = min(inner, max(size, min(size * N_SCRATCH // n_scratch, inner // 64)))
     shape, dtype = (n_scratch, size, n_cols), compute_dtype(student, teacher)
+    matrices = list(zip(*blocks, strict=True))
 
-    def of_chunk(places: slice, scratch: Tensor) -> None:
+    def of_chunk(places: slice, scratch: Sequence[Tensor]) -> None:
         i, n = places.start // inner, places.stop - places.start
         rows = slice(places.start - i * inner, places.stop - i * inner)
-        work(places, [x[i, rows] for x in blocks], scratch[:, :n].unbind())
+        if n < size:
+            scratch = [x[:n] for x in scratch]
+        work(places, [x[rows] for x in matrices[i]], scratch)
+
+    def scratch() -> Sequence[Tensor]:
+        return student.new_empty(shape, dtype=dtype).unbind()
 
     chunks = [x for i in range(n_blocks) for x in cut(range(i * inner, (i + 1) * inner), size)]
-    scratch = functools.partial(student.new_empty, shape, dtype=dtype)
     by_workers(lambda: for_each(of_chunk, chunks, scratch), len(chunks) > 1, student)

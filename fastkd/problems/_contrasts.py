@@ -7,7 +7,6 @@ returns NotImplemented, so that the formula is computed, where the losses of exa
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._loss import Call
@@ -25,7 +24,6 @@ from fastkd.problems._embeddings import (
     zero_loss,
 )
 from fastkd.problems.pairs import (
-    LINEAR,
     Number,
     Pairs,
     SoftPairs,
@@ -81,29 +79,27 @@ def info_nce(
     if not n or not n_further + (n - 1 if in_batch_negatives else 0):
         return zero_loss(query, key, negatives, temperature, negative_weight, margin)
     factors = _factors(call, weights, n, reduction, query)
-    form, of_negatives, bank = "linear" if decoupled else "softplus", None, negatives
+    further_logits, bank = None, negatives
     if of_each:
-        assert negatives is not None and logits is not None
-        bank, further = None, _similarities_of_each(query, negatives, normalize) * scale
+        assert negatives is not None
+        bank, further_logits = None, _similarities_of_each(query, negatives, normalize) * scale
         if false_negatives is not None:
             # finite, because log-sum-exps of −inf alone have the gradient NaN
-            least = torch.finfo(further.dtype).min / 4
-            further = further.masked_fill(false_negatives[:, n:], least)
+            least = torch.finfo(further_logits.dtype).min / 4
+            further_logits = further_logits.masked_fill(false_negatives[:, n:], least)
             false_negatives = false_negatives[:, :n]
-        (logits, of_negatives), form = _beside(form, logits, further), "softplus"
     elif not in_batch_negatives:
         keys, bank, first = negatives, None, -1
     elif bank is not None and is_differentiated(bank):
         keys, bank = torch.cat([keys, bank]), None
     share = _solve(
-        call, query, keys, scale, factors * 0.5 if symmetric else factors, form=form, first=first,
+        call, query, keys, scale, factors * 0.5 if symmetric else factors,
+        form="linear" if decoupled else "softplus", first=first,
         normalize=normalize, half=half, bank=bank, masked_pairs=false_negatives,
-        positive_logits=logits,
+        positive_logits=logits, further_logits=further_logits,
         key_positive_logits=of_keys[0] if of_keys and n > 1 else None,
         n_columns=n if symmetric and n > 1 else 0,
     )  # fmt: skip
-    if of_negatives is not None:
-        share = share + (of_negatives * factors).sum()
     return call.ranks.total(share)
 
 
@@ -112,19 +108,6 @@ def _similarities_of_each(query: Tensor, negatives: Tensor, normalize: bool) -> 
     if normalize:
         query, negatives = directions(query), directions(negatives)
     return (negatives @ query[:, :, None])[:, :, 0]
-
-
-def _beside(form: str, logits: Tensor, further: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the positive logits with which an engine adds its negatives to others.
-
-    The second tensor is the part of the losses that it does not compute. With b the log-sum-exps of
-    the others, [N, M], log(e^a + e^b + e^n) − a is softplus(n − c) + (c − a), where
-    c = log(e^a + e^b), or b if the loss is decoupled.
-    """
-    losses = (further - logits[:, None]).logsumexp(1)  # b − a, because both may be large and alike
-    if form == "softplus":
-        losses = F.softplus(losses, threshold=LINEAR)  # type: ignore[call-arg]
-    return logits + losses, losses
 
 
 def clip_contrastive(
@@ -385,6 +368,7 @@ def _solve(
     first: int,
     half: str,
     positive_logits: Tensor | None = None,
+    further_logits: Tensor | None = None,
     bank: Tensor | None = None,
     masked_pairs: Tensor | None = None,
     n_columns: int = 0,
@@ -410,7 +394,8 @@ def _solve(
         (key_weights,), _ = call.ranks.gather(weights)
     problem = Pairs(
         query=query, key=apart(key, query), scale=scale, positive_logits=positive_logits,
-        weights=weights, bank=apart(bank, query, key), masked_pairs=masked_pairs,
+        further_logits=further_logits, weights=weights,
+        bank=apart(bank, query, key), masked_pairs=masked_pairs,
         key_positive_logits=key_positive_logits, key_weights=apart(key_weights, weights),
         classes=classes, query_classes=apart(query_classes, classes), attractions=attractions,
         attractions_differ=attractions_differ, form=form, first=first, two_views=two_views,

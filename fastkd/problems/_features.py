@@ -257,34 +257,45 @@ def of_positions(x: Tensor | None, features: Tensor, feature: int, batch: int) -
 
 
 def counted(weights: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return the weights of all positions, and a mask of those whose weight is not 0."""
-    if mask is not None:
-        mask = mask if mask.dtype == torch.bool else mask != 0
+    """Return the weights of positions, 0 of those that are masked, or else the mask, or neither."""
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask != 0
     if weights is None:
-        return mask, mask
+        return None, mask
     if mask is None:
-        return weights, weights if weights.dtype == torch.bool else weights.detach() != 0
-    weights = torch.where(mask, weights, 0)
-    return weights, weights.detach() != 0
+        return (None, weights) if weights.dtype == torch.bool else (weights, None)
+    return torch.where(mask, weights, 0), None
 
 
-def reduced(
-    values: Tensor,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    normalizer: Any,
-    reduction: str,
-) -> Tensor:
-    """Return Σ w·v / Σ w of "mean", or / normalizer, Σ w·v of "sum", one mean [B] of "none"."""
-    if reduction != "none":
-        if isinstance(normalizer, Tensor):
-            normalizer = normalizer.reshape(())
-        return reduce(values, weights, mask, normalizer, reduction)
-    if weights is None:
-        return values.sum(1) / max(values.shape[1], 1)
-    weights = weights.to(values.dtype)
-    total = weights.sum(1)
-    return selected(values * weights, mask).sum(1) / torch.where(total == 0, 1, total)
+def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Return w·v, which is 0 where w is, whatever v is."""
+    return values if weights is None else selected(values * weights, weights.detach() != 0)
+
+
+def reduced(values: Tensor, weights: Tensor | None, normalizer: Any, reduction: str) -> Tensor:
+    """Return Σ x / Σ w of "mean", or / normalizer, Σ x of "sum", a mean of each example of "none".
+
+    Args:
+        values: x, the weighted values of positions [B, P].
+        weights: w, numbers or bools [B, P]; None for 1.
+        normalizer: As in `hint`.
+        reduction: As in `hint`.
+    """
+    if weights is not None and weights.dtype != torch.bool:
+        weights = weights.to(values.dtype)
+    if reduction == "none":
+        total = values.shape[1] if weights is None else weights.sum(1)
+        return _quotient(values.sum(1), total)
+    if reduction == "mean" and normalizer is None and weights is not None:
+        normalizer = weights.sum()
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.reshape(())
+    return reduce(values, None, None, normalizer, reduction)
+
+
+def _quotient(sums: Tensor, total: Any) -> Tensor:
+    """Return sums / total, and the sums where the total is 0."""
+    return sums / (torch.where(total == 0, 1, total) if isinstance(total, Tensor) else total or 1)
 
 
 # -------------------------------------------------------------------------------------------- maps

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd._loss import Call
-from fastkd._op import Number, Op
+from fastkd._op import Number, Op, is_differentiated
 from fastkd._precision import compute_dtype
 from fastkd.problems._features import (
     Features,
@@ -20,6 +20,7 @@ from fastkd.problems._features import (
     of_positions,
     positions,
     reduced,
+    weighted,
 )
 
 SHORTEST = 1e-12  # F.normalize divides by at least this length; what is as short has no direction
@@ -40,11 +41,20 @@ class Moments(NamedTuple):
     student: Tensor  # (..., P, C), in any strides
     teacher: Tensor | None  # (..., P, C)
     row_mask: Tensor | None  # (..., P), bool: positions that count
+    weights: Tensor | None  # (..., P), what values are multiplied by; those of 0 do not count
     number: Number
     kind: str
 
 
+class Maps(NamedTuple):
+    """The mean of (A/‖A‖ − T/‖T‖)² over all positions of two maps, each example with its length."""
+
+    student: Tensor  # [B, P], in the compute dtype
+    teacher: Tensor  # [B, P], in the compute dtype
+
+
 solve = Op(Moments, trained=("student",), per_example=True, recomputes=True, keeps_strides=True)
+compare = Op(Maps, trained=("student",))
 
 
 def hint(
@@ -61,13 +71,16 @@ def hint(
     normalizer: Any,
     reduction: str,
 ) -> Tensor:
-    """Solve for the differences of all positions, and reduce them."""
+    """Solve for the weighted differences of all positions, and reduce them."""
     places = dimensions(student, feature_dim, batch_dim)
-    w, m = (of_positions(x, student, *places) for x in (weights, mask))
-    w, m = counted(w, m)
+    w, m = counted(*(of_positions(x, student, *places) for x in (weights, mask)))
     s, t = (positions(x, *places) for x in (student, teacher))
-    values = solve(call.engine, Moments(s, t, m, beta, kind))
-    return reduced(values, w, m, normalizer, reduction)
+    if w is not None and is_differentiated(w):  # the engines take weights as constants
+        values = solve(call.engine, Moments(s, t, w.detach() != 0, None, beta, kind))
+        values = weighted(values, w)
+    else:
+        values = solve(call.engine, Moments(s, t, m, w, beta, kind))
+    return reduced(values, m if w is None else w, normalizer, reduction)
 
 
 def embeddings(call: Call, student: Tensor, teacher: Tensor, *, normalize: bool) -> Tensor:
@@ -77,41 +90,57 @@ def embeddings(call: Call, student: Tensor, teacher: Tensor, *, normalize: bool)
     if s.ndim < 3:  # all embeddings are positions of one example
         s, t = (x.reshape(1, -1, x.shape[-1]) for x in (s, t))
         mask = mask if mask is None else mask.reshape(1, -1)
-    return solve(call.engine, Moments(s, t, mask, 0.0, kind)).reshape(examples)
+    return solve(call.engine, Moments(s, t, mask, None, 0.0, kind)).reshape(examples)
 
 
 def attention(call: Call, student: Features, teacher: Features, *, p: Number, kind: str) -> Tensor:
     """Solve for the maps of both networks, and compare them."""
 
     def map_of(features: Tensor) -> Tensor:
-        return solve(call.engine, Moments(features, None, None, p, kind))
+        return solve(call.engine, Moments(features, None, None, None, p, kind))
 
-    return transfer(map_of, student, teacher)
+    def difference(student: Tensor, teacher: Tensor) -> Tensor:
+        if not student.numel():
+            return student.sum()
+        return compare(call.engine, Maps(student, teacher))
+
+    return transfer(map_of, difference, student, teacher)
 
 
-def transfer(attention: Callable[[Tensor], Tensor], student: Features, teacher: Features) -> Tensor:
-    """Return the sum over the layers of the mean squared difference of their normalised maps.
+def transfer(
+    attention: Callable[[Tensor], Tensor],
+    difference: Callable[[Tensor, Tensor], Tensor],
+    student: Features,
+    teacher: Features,
+) -> Tensor:
+    """Return the sum over the layers of the differences of their maps.
 
     Args:
         attention: Returns the map [B, P] of features [B, P, C].
+        difference: Returns the loss of two maps.
         student: Features [B, C, ...] of one layer, or of several.
         teacher: The same of the teacher, a constant.
     """
     terms = []
     for s, t in zip(list_of(student), list_of(teacher), strict=True):
-        of_student, of_teacher = (
-            _normalised(attention(positions(x, 1, 0)))
-            for x in of_one_size(s, t.detach(), compute_dtype(s, t))
-        )
-        squares = (of_student - of_teacher).square()
-        terms.append(squares.sum() / max(squares.numel(), 1))
+        pair = of_one_size(s, t.detach(), compute_dtype(s, t))
+        of_student, of_teacher = (attention(positions(x, 1, 0)) for x in pair)
+        dtype = compute_dtype(of_student, of_teacher)
+        terms.append(difference(of_student.to(dtype), of_teacher.to(dtype)))
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
 
-def _normalised(maps: Tensor) -> Tensor:
-    """Return maps [B, P] divided by their lengths; those of zeros stay, and get no gradient."""
-    # in units of its largest entry the square of a map neither overflows nor vanishes
+def map_difference(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared difference of normalised maps [B, P], for autograd."""
+    squares = (normalised(student)[0] - normalised(teacher)[0]).square()
+    return squares.sum() / max(squares.numel(), 1)
+
+
+def normalised(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return maps [B, P] divided by their lengths, and 1 / length; of a map of zeros both are 0."""
     top = maps.detach().amax(1, keepdim=True)
-    maps = maps / torch.where(top > 0, top, 1)
-    squares = maps.square().sum(1, keepdim=True)
-    return maps * torch.where(squares == 0, 1, squares).rsqrt()
+    is_zero = top == 0
+    # in units of its largest entry the square of a map neither overflows nor vanishes
+    maps = maps / torch.where(is_zero, 1, top)
+    inverse = torch.where(is_zero, 1, maps.square().sum(1, keepdim=True)).rsqrt()
+    return maps * inverse, torch.where(is_zero, 0, inverse / top)

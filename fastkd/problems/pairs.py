@@ -32,13 +32,14 @@ class Pairs(NamedTuple):
     the other view of the example is; the rest are its negatives. With sums over the negatives j the
     loss is, by its form,
 
-    softplus  Σ_i w_i softplus(n_i − a_i)   n_i = log Σ_j exp S_ij
+    softplus  Σ_i w_i softplus(n_i − a_i)   n_i = log (Σ_j exp S_ij + Σ_m exp f_im)
     linear    Σ_i w_i (n_i − a_i)
     pairs     Σ_i w_i (softplus(a_i − s_i) + Σ_j softplus(S_ij − a_i))
 
     where s are the similarities to the positive keys and a the positive logits, which equal s if
     they are None. "pairs" needs them. With weights of keys the first two forms have the same sums
-    over the columns of those keys besides. Classes go with "linear": all keys of a query's class
+    over the columns of those keys besides. Without them, and with positive logits, f are the logits
+    of further negatives of each query alone. Classes go with "linear": all keys of a query's class
     are its positive ones, and r_i S_ij is subtracted for each such pair.
 
     The gradient in the positive logits includes that in the positive logits of the queries' keys.
@@ -48,6 +49,7 @@ class Pairs(NamedTuple):
     key: Tensor | None  # [M, D]; None: the queries are the keys
     scale: Tensor  # 0-dim
     positive_logits: Tensor | None  # a, [n]; None: s, or by classes
+    further_logits: Tensor | None  # f, [n, M']; None: there are none
     weights: Tensor  # w, [n]
     bank: Tensor | None  # [B, D], further keys, which get no gradient
     masked_pairs: Tensor | None  # [n, M + B], bool: further masked pairs; kernels do not read it
@@ -85,7 +87,7 @@ class SoftPairs(NamedTuple):
     teacher_half: str
 
 
-solve = Op(Pairs, trained=("query", "key", "scale", "positive_logits"))
+solve = Op(Pairs, trained=("query", "key", "scale", "positive_logits", "further_logits"))
 solve_soft = Op(SoftPairs, trained=("query", "key", "scale"))
 
 
@@ -153,20 +155,37 @@ def own_columns(problem: Pairs) -> slice:
     return slice(problem.first, problem.first + len(problem.query))
 
 
-def penalty(
-    problem: Pairs, log_sums: Tensor, rows: slice, shift: Tensor | float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Return the share of these rows in the loss, and the slopes in their log-sum-exps.
+class Penalty(NamedTuple):
+    """The share of rows in the loss, and its slopes."""
+
+    loss: Tensor
+    slopes: Tensor  # in the log-sum-exps of S
+    of_positive: Tensor  # in the positive logits
+    of_further: Tensor | None  # in the further logits, [n, M']
+
+
+def penalty(problem: Pairs, log_sums: Tensor, rows: slice, shift: Tensor | float = 0.0) -> Penalty:
+    """Return the share of these rows in the loss, and its slopes.
 
     The log-sum-exps are those of S − shift. It is added to them after the positive logits are
     subtracted, because both may be large and alike.
     """
     assert problem.positive_logits is not None
     dtype = problem.query.dtype
-    odds = log_sums + (shift - problem.positive_logits[rows].to(dtype))
+    positive, weights = problem.positive_logits[rows].to(dtype), problem.weights[rows].to(dtype)
+    odds = log_sums + (shift - positive)
+    if problem.further_logits is not None:
+        further = problem.further_logits[rows].to(dtype)
+        odds = torch.cat([odds[:, None], further - positive[:, None]], 1).logsumexp(1)
+        loss, slopes = _of_form(problem.form, odds, weights)
+        # from the logits themselves, because odds are rounded once more
+        shares = torch.cat([(log_sums + shift)[:, None], further], 1).softmax(1)
+        shares.mul_(slopes[:, None])
+        return Penalty(loss, shares[:, 0].contiguous(), -slopes, shares[:, 1:])
     if problem.classes is not None:  # the positive pairs are among all: rounding alone is below 0
         odds = odds.relu()
-    return _of_form(problem.form, odds, problem.weights[rows].to(dtype))
+    loss, slopes = _of_form(problem.form, odds, weights)
+    return Penalty(loss, slopes, -slopes, None)
 
 
 def column_penalty(
@@ -230,11 +249,12 @@ def with_positives(solve_negatives: Solve) -> Solve:
                 positive_logits=positive,
                 key_positive_logits=None if problem.key_weights is None else positive,
             )
-            loss, gradients = solve_negatives(given, (*needs_grad[:3], any(needs_grad[:3])))
+            needs_slopes = any(needs_grad[:3])
+            loss, gradients = solve_negatives(given, (*needs_grad[:3], needs_slopes, False))
             of_logits, slopes = None, gradients[3]
         if slopes is not None and any(needs_grad[:3]):
             _add_positive_pairs(problem, gradients, slopes, positives)
-        return loss, (*gradients[:3], of_logits)
+        return loss, (*gradients[:3], of_logits, None)
 
     return value_and_gradients
 

@@ -201,11 +201,12 @@ def pairs_of_chunk(
     products, positive_logits_ptr, weights_ptr, sums_ptr, out,
     n_rows, m, n_trained, first, start, n, n_blocks,
     DIAGONAL: tl.constexpr, TWO_VIEWS: tl.constexpr, COLUMNS: tl.constexpr,
+    NEEDS_GRAD: tl.constexpr,
 ):  # fmt: skip
     """Compute Σ_j softplus(S_ij − a_i) and Σ_j of its slopes σ; program (row, split).
 
     positive_logits: a, [n_rows]; weights: w, [n_rows]; sums: [n_splits, 2, n_rows]; out: SlopesOut
-    of G_ij = w_i σ(S_ij − a_i), or None.
+    of G_ij = w_i σ(S_ij − a_i), or None unless NEEDS_GRAD.
     """
     DTYPE: tl.constexpr = products.DTYPE
     rows = tl.program_id(0) + tl.arange(0, 1)
@@ -221,7 +222,7 @@ def pairs_of_chunk(
         penalty, slopes = softplus((s - positive_logits[:, None]) * LOG2E, DTYPE)
         total += penalty
         total_slopes += slopes
-        if out is not None:
+        if NEEDS_GRAD:
             _store_slopes(
                 weights[:, None] * slopes, products, out, tl.program_id(0), column, n_trained,
                 COLUMNS,

@@ -225,7 +225,7 @@ class Chunks:
         pairs_of_chunk[len(part), n_splits](
             self.in_memory(rows, part), positive_logits, weights, sums, self.slopes_out(part),
             **self.sizes(rows), m=len(self.k), n_trained=self.n_trained, n_blocks=n_blocks,
-            TWO_VIEWS=self.two_views, COLUMNS=COLUMNS,
+            TWO_VIEWS=self.two_views, COLUMNS=COLUMNS, NEEDS_GRAD=self.trains,
         )  # fmt: skip
         if self.trains:
             self.add_stored(rows, part)
@@ -272,19 +272,22 @@ class Chunks:
 def pairs_by_chunks(
     problem: Pairs, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Return the loss and its gradients in query, key, scale and positive_logits."""
+    """Return the loss and its gradients in the trained fields."""
     chunks = Chunks(
         problem.query, problem.key, problem.scale, bank=problem.bank, first=problem.first,
         two_views=problem.two_views, normalize=problem.normalize, half=problem.half,
         weights=problem.weights, needs_grad=needs_grad[:3],
     )  # fmt: skip
+    of_further = None
     if problem.form == "pairs":
         loss, of_logits = _sum_of_pairs(problem, chunks)
     elif problem.key_positive_logits is None:
-        loss, of_logits = _log_sum_exps(problem, chunks)
+        loss, of_logits, of_further = _log_sum_exps(problem, chunks)
     else:
         loss, of_logits = _log_sum_exps_of_both(problem, chunks)
-    return loss, (*chunks.gradients(), of_logits if needs_grad[3] else None)
+    *_, needs_logits, needs_further = needs_grad
+    of_numbers = of_logits if needs_logits else None, of_further if needs_further else None
+    return loss, (*chunks.gradients(), *of_numbers)
 
 
 def _sum_of_pairs(problem: Pairs, chunks: Chunks) -> tuple[Tensor, Tensor]:
@@ -299,22 +302,26 @@ def _sum_of_pairs(problem: Pairs, chunks: Chunks) -> tuple[Tensor, Tensor]:
     return losses @ weights, -slopes * weights
 
 
-def _log_sum_exps(problem: Pairs, chunks: Chunks) -> tuple[Tensor, Tensor]:
-    """Return Σ_i w_i φ(n_i − a_i), and its gradient in a, in one pass."""
+def _log_sum_exps(problem: Pairs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return Σ_i w_i φ(n_i − a_i), and its gradients in a and f, in one pass."""
     n = len(problem.query)
     loss, of_logits = problem.query.new_zeros(()), problem.query.new_empty(n)
+    of_further = problem.further_logits
+    if of_further is not None:
+        of_further = torch.empty_like(of_further, dtype=of_logits.dtype)
     column_classes = None if problem.classes is None else chunks.padded(problem.classes)
     for rows, part in chunks.chunks(chunks.buffer()):
         log_sums = chunks.log_sums(rows, part)
-        share, slopes = penalty(problem, log_sums, rows)
+        share, slopes, of_logits[rows], of_others = penalty(problem, log_sums, rows)
         loss += share
-        torch.neg(slopes, out=of_logits[rows])
+        if of_further is not None and of_others is not None:
+            of_further[rows] = of_others
         if chunks.trains:
             of_class, classes = None, problem.query_classes
             if classes is not None and problem.attractions is not None:
                 of_class = Classes(classes[rows], column_classes, problem.attractions[rows])
             chunks.add_exponentials(rows, part, LogSums(log_sums, slopes), classes=of_class)
-    return loss, of_logits
+    return loss, of_logits, of_further
 
 
 def _log_sum_exps_of_both(problem: Pairs, chunks: Chunks) -> tuple[Tensor, Tensor]:
@@ -329,7 +336,7 @@ def _log_sum_exps_of_both(problem: Pairs, chunks: Chunks) -> tuple[Tensor, Tenso
         log_sums[rows] = chunks.log_sums(rows, part)
         chunks.fold(rows, part, largest, total)
     column_sums = over_ranks(largest + total.log(), problem.group)
-    loss, slopes = penalty(problem, log_sums, slice(0, n))
+    loss, slopes, _, _ = penalty(problem, log_sums, slice(0, n))
     share, column_slopes = column_penalty(problem, column_sums)
     of_logits = -slopes - column_slopes[own_columns(problem)]
     if chunks.trains:

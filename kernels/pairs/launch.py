@@ -66,7 +66,7 @@ def value_and_gradients(
 ) -> tuple[Tensor, Gradients]:
     """Return the loss of these queries, 0-dim, and its gradients in the trained fields.
 
-    needs_grad and gradients: query, key, scale and, of Pairs, positive_logits.
+    needs_grad and gradients: query, key, scale and, of Pairs, positive_logits and further_logits.
     """
     with on_device(problem.query):
         if isinstance(problem, SoftPairs):
@@ -120,14 +120,14 @@ class _Sweeps:
             if self.x is not self.y:
                 assert problem.query_classes is not None
                 self.classes[id(self.x)] = self.x.pad(problem.query_classes.to(dtype), -1)
-        needs_query, needs_key, needs_scale, _ = needs_grad
+        needs_query, needs_key, needs_scale = needs_grad[:3]
         self.trains_rows = needs_query or needs_scale
         self.trains_columns = problem.key is not None and needs_key
 
     def value_and_gradients(self) -> tuple[Tensor, Gradients]:
         solve = self._pairs if self.problem.form == "pairs" else self._log_sum_exps
-        loss, of_logits, row_sums, column_sums = solve()
-        needs_query, _, needs_scale, needs_logits = self.needs_grad
+        loss, of_logits, of_further, row_sums, column_sums = solve()
+        needs_query, _, needs_scale, needs_logits, needs_further = self.needs_grad
         of_query = of_key = of_scale = None
         if row_sums is not None:
             gradient, along = self.x.gradient(row_sums, self.scale)
@@ -138,12 +138,15 @@ class _Sweeps:
                 of_scale = along.sum() * (1.0 if self.problem.key is not None else 0.5)
         if column_sums is not None:
             of_key, _ = self.trained_y.gradient(column_sums, self.scale)
-        return loss, (of_query, of_key, of_scale, of_logits if needs_logits else None)
+        of_numbers = of_logits if needs_logits else None, of_further if needs_further else None
+        return loss, (of_query, of_key, of_scale, *of_numbers)
 
     # ------------------------------------------------------------------------------- the losses
 
-    def _log_sum_exps(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return the loss, its gradient in the positive logits, Σ_j G_ij k_j and Σ_i G_ij q_i."""
+    def _log_sum_exps(
+        self,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Return the loss, its gradients in a and f, Σ_j G_ij k_j and Σ_i G_ij q_i."""
         problem, x, y = self.problem, self.x, self.y
         n, n_columns = len(x.rows), 0
         if problem.key_positive_logits is not None:
@@ -152,14 +155,14 @@ class _Sweeps:
         row_sums, values, column_sums = self._log_sums(
             n_columns, self.trains_rows and not needs_sweep
         )
-        loss, u = penalty(problem, row_sums, slice(0, n))
-        of_logits, v = -u, u
+        loss, u, of_logits, of_further = penalty(problem, row_sums, slice(0, n))
+        v = u
         if n_columns:
             column_sums = over_ranks(column_sums, problem.group)
             share, v = column_penalty(problem, column_sums)
             loss, of_logits = loss + share, of_logits - v[own_columns(problem)]
         if not (self.trains_rows or self.trains_columns):
-            return loss, of_logits, None, None
+            return loss, of_logits, of_further, None, None
         if values is not None:
             values = values[:n] * u[:, None]
         most = u.amax() if v is u else torch.maximum(u.amax(), v.amax())
@@ -189,9 +192,9 @@ class _Sweeps:
                 columns_attract=True,
             )  # fmt: skip
             sums = sums * most
-        return loss, of_logits, values, sums
+        return loss, of_logits, of_further, values, sums
 
-    def _pairs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def _pairs(self) -> tuple[Tensor, Tensor, None, Tensor | None, Tensor | None]:
         """Return the same of Σ_i w_i Σ_j softplus(S_ij − a_i)."""
         problem, x = self.problem, self.x
         assert problem.positive_logits is not None
@@ -216,7 +219,7 @@ class _Sweeps:
             column_sums = column_sums * most
         if values is not None:
             row_sums = sum_of_splits(values)[: len(weights)] * weights[:, None]
-        return penalties @ weights, -slopes * weights, row_sums, column_sums
+        return penalties @ weights, -slopes * weights, None, row_sums, column_sums
 
     # ------------------------------------------------------------------------------- the sweeps
 

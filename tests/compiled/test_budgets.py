@@ -18,6 +18,8 @@ QUICK = {
     ("forward_kl", (4096, 151669)), ("jensen_shannon", (8192, 8192)), ("kd", (256, 1000)),
     ("rkd", (256, 512)), ("clip_contrastive", (4096, 64)), ("similarity_kl", (4096, 64)),
     ("siglip", (4096, 64)), ("sup_con", (4096, 64)), ("info_nce", (4096, 64)),
+    ("hint", (16, 256, 64, 64)), ("attention_transfer", (16, 64, 8, 8)),
+    ("embedding_mse", (4096, 768)),
     ("token_relation", (8, 512, 768)),
 }  # fmt: skip
 SAME_KERNELS = ("clip_contrastive", "sup_con")  # as info_nce and siglip launch
