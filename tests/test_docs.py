@@ -83,7 +83,6 @@ def loop_of_the_reader():
         teacher_edge_scores=torch.rand(7, 4),
         **{name: leaf(batch, length, 48) for name in "qkv"},
         **{f"{name}_t": torch.randn(batch, length, 96) for name in "qkv"},
-        attention_mask=torch.ones(batch, length, dtype=torch.int64),
         patches=leaf(batch, length, width), teacher_patches=torch.randn(batch, length, 24),
         earlier_patches=torch.randn(batch, length, width),
     )  # fmt: skip

@@ -182,7 +182,7 @@ def _tiling(problem: TokenRelations) -> tuple[_Tiling, str]:
     # of float16 times slopes in `relation_squares`
     precision = "tf32" if INTERPRETED or device.nvidia else "ieee"
     has_most = problem.normalize and (problem.causal or student.dtype == torch.float16)
-    if depth > 64 and has_most and device.generation < 10:
+    if has_most and device.generation < 10:
         return _Tiling(32, 32, 2, 8), precision
     is_narrow = depth > 64 or device.generation == 8 or problem.causal or problem.normalize
     return _Tiling(64, 32 if is_narrow else 64, 2, 4), precision
