@@ -89,13 +89,13 @@ def test_one_sequence_needs_no_batch(engine):
 
 def test_relations_are_added_up(engine):
     (q, q_t), (v, v_t) = tokens(3, 5, 8, wider=4), tokens(3, 5, 8, wider=4, seed=2)
-    found = results(lambda *x: fastkd.minilm_relation(x, [q_t, v_t], heads=4), [q, v])
+    found = results(lambda *x: fastkd.minilm_relation(x, [q_t, v_t], n_heads=4), [q, v])
     one = results(lambda x: fastkd.token_relation(x, q_t, heads=4), [q])
     other = results(lambda x: fastkd.token_relation(x, v_t, heads=4), [v])
     assert_same(found, [one[0] + other[0], one[1], other[1]])
-    options = dict(heads=4, relation_weights=[0, torch.tensor(2.0, device=DEVICE)])
+    options = dict(n_heads=4, weights=[0, torch.tensor(2.0, device=DEVICE)])
     assert_same([fastkd.minilm_relation([q, v], [q_t, v_t], **options)], [2 * other[0]])
-    nothing = fastkd.minilm_relation([q], [q_t], heads=4, relation_weights=[0])
+    nothing = fastkd.minilm_relation([q], [q_t], n_heads=4, weights=[0])
     assert nothing == 0 and not torch.autograd.grad(nothing, q)[0].any()
 
 
@@ -414,19 +414,22 @@ CALLS = [
     (lambda: fastkd.minilm_relation([], []), "one at least, got 0 and 0"),
     (lambda: fastkd.minilm_relation([X], [W]), "heads must divide .*got 48: pass a divisor of 2"),
     (
-        lambda: fastkd.minilm_relation([X, X[:1]], [W, W[:1]], heads=2),
+        lambda: fastkd.minilm_relation([X, X[:1]], [W, W[:1]], n_heads=2),
         r"all relations need the same tokens.*\[1, 3, 4\] in student_qkv\[1\]",
     ),
-    (lambda: fastkd.minilm_relation([X], [W[:1]], heads=2), r"student_qkv\[0\] and teacher_qkv\[0"),
     (
-        lambda: fastkd.minilm_relation([X], [W], heads=2, relation_weights=[1, 1]),
+        lambda: fastkd.minilm_relation([X], [W[:1]], n_heads=2),
+        r"student_qkv\[0\] and teacher_qkv\[0",
+    ),
+    (
+        lambda: fastkd.minilm_relation([X], [W], n_heads=2, weights=[1, 1]),
         r"a number for each of 1 relations, got \[1, 1\]",
     ),
     (
-        lambda: fastkd.minilm_relation([X], [W], heads=2, relation_weights=[-1]),
-        "relation_weights must be a finite number of at least 0",
+        lambda: fastkd.minilm_relation([X], [W], n_heads=2, weights=[-1]),
+        "weights must be a finite number of at least 0",
     ),
-    (lambda: fastkd.MiniLMRelationLoss(heads=0), "heads must be a whole number"),
+    (lambda: fastkd.MiniLMRelationLoss(n_heads=0), "n_heads must be a whole number"),
     (lambda: fastkd.TokenRelationLoss(mask=MASK), "has no option 'mask'"),
 ]
 
@@ -444,7 +447,7 @@ def test_the_teachers_of_relations_are_constants(engine):
 
     _checks._warn_once.cache_clear()
     with pytest.warns(UserWarning, match=r"teacher_qkv\[0\] requires grad"):
-        loss = fastkd.minilm_relation([q, v], [q_t, v_t], heads=2)
+        loss = fastkd.minilm_relation([q, v], [q_t, v_t], n_heads=2)
     gradients = torch.autograd.grad(loss, [q, v, q_t], allow_unused=True)
     assert [x is None for x in gradients] == [False, False, True]
 
