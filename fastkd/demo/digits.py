@@ -231,14 +231,15 @@ def fit(
     model: Classifier, loss: Loss | type[nn.Module], data: Data, steps: int, seed: int
 ) -> Tensor:
     """Train the model and return the loss of each step."""
+    compute: Any = loss
     trained = nn.ModuleList([model])
     if isinstance(loss, type):
-        loss = loss().to(data.images.device)
-        trained.append(loss)
+        compute = loss().to(data.images.device)
+        trained.append(compute)
 
     def of_batch(rows: Tensor) -> Tensor:
         images, labels, teacher = data.take(rows)
-        return loss(model(images), teacher, labels)
+        return compute(model(images), teacher, labels)
 
     return train(trained, of_batch, len(data.images), steps, seed)
 
