@@ -2,7 +2,9 @@
 
 `nst` and `fsp` compare Gram matrices of channels, `vid` the likelihood of a teacher's maps, and
 `attention_mse` the scores of attention. The teacher is a constant. They are computed as their
-formulas stand here, whose work is matrix products and few sweeps over the maps.
+formulas stand here, whose work is matrix products and few sweeps over the maps, but for the squares
+of `vid`: they are rows to the portable engine, which keeps no tensor of the maps' size but the
+gradient.
 """
 
 from __future__ import annotations
@@ -161,7 +163,13 @@ def _flow(layers: Sequence[Tensor], mask: Tensor | None) -> Tensor:
 # ------------------------------------------------------------- variational information distillation
 
 
-@loss(maps.check_variational, per_example=1, same_on_ranks=("variance_parameter",))
+@loss(
+    maps.check_variational,
+    maps.variational,
+    per_example=1,
+    has_kernels=False,
+    same_on_ranks=("variance_parameter",),
+)
 def vid(
     student: Tensor,
     teacher: Tensor,
@@ -202,12 +210,10 @@ def vid(
         arXiv:1904.05835
     """
     student, teacher = maps.of_the_smaller_size(student, teacher)
-    zero = variance_parameter.new_zeros(())
-    variance = torch.logaddexp(variance_parameter, zero) + epsilon
     squares = (student - teacher).square()
     while squares.ndim > 2:  # at once the sum of one channel would depend on the threads
         squares = squares.mean(-1)
-    return (squares / variance + variance.log()).mean(1) / 2
+    return maps.likelihoods(squares, variance_parameter, epsilon)
 
 
 # ---------------------------------------------------------------------------------------- attention

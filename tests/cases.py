@@ -269,7 +269,10 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
 def _batch(
     problem: str | None, loss: Callable, inputs: Inputs, note: str = "", **options: Any
 ) -> Case:
-    as_published, has_kernels = getattr(published, loss.__name__), problem not in ("gram", None)
+    as_published, has_kernels = (
+        getattr(published, loss.__name__),
+        getattr(loss, "has_kernels", True),
+    )
     return Case(loss, problem, inputs, as_published, options, None, False, has_kernels, note)
 
 
@@ -389,7 +392,7 @@ CASES = [
     _batch(None, fastkd.nst, maps(wider=2)),
     _batch(None, fastkd.nst, maps(wider=2, size=(90,)), "few channels"),
     _batch(None, _of_layers, maps_of_layers),
-    _batch(None, fastkd.vid, with_variances, epsilon=0.01),
+    _batch("rows", fastkd.vid, with_variances, epsilon=0.01),
     _batch(None, fastkd.attention_mse, scores),
     _batch("moments", _with_weights, maps(weighted=True), "weights"),
     _batch("moments", fastkd.hint, maps()),

@@ -98,7 +98,7 @@ def assert_exact(
             losses = [found(*reordered(inputs, shift)).detach() for shift in range(8)]
         yardstick[0] = max(losses, key=lambda loss: float((loss.double() - truth[0]).abs()))
     losses, *gradients = results(found, inputs)
-    if rounds_halves and case.problem == "pairs" and inputs[0].dtype in HALVES:
+    if rounds_halves and case.problem in ("pairs", "tokens") and inputs[0].dtype in HALVES:
         assert_as_exact([losses], yardstick[:1], truth[:1], times)
         for x, true in zip(gradients, truth[1:], strict=True):
             assert (x.double() - true).abs().max() <= torch.finfo(x.dtype).eps * true.abs().max()

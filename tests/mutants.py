@@ -38,7 +38,7 @@ TEST_SECONDS, BYTES = 60, 8 << 30  # of CPU, and of memory: so that endless loop
 IGNORED = ("compiled", "integrations", "test_docs.py")  # which quotes the code as it is laid out
 INTERPRETED = ["tests", *(f"--ignore=tests/{name}" for name in IGNORED)]
 COMPILED = ["tests/compiled"]
-PROBLEMS = {"rows", "pairs", "relations", "gram", "moments"}
+PROBLEMS = {"rows", "pairs", "relations", "gram", "moments", "tokens"}
 # a part of a file's path, and the tests that cover it: those of its problem, what else is about it
 TOPICS = [
     ("kernels/rows|_row_terms", "rows reduction kernels"),
@@ -46,6 +46,8 @@ TOPICS = [
     ("kernels/pairs", "pairs kernels"),
     ("kernels/relations", "relations mirrored_angles kernels"),
     ("moments|_features|_pages|feature.py", "moments moment_engines"),
+    ("kernels/tokens", "tokens"),
+    ("tokens", "tokens"),
     ("kernels/", "kernels rows pairs relations traffic"),
     ("portable/relations|relational", "relations memory mirrored_angles"),
     ("relations", "relations mirrored_angles errors"),
@@ -66,6 +68,7 @@ TOPICS = [
 EVERYWHERE = ["test_contracts", "test_engines", "test_any_input"]
 COMPILED_LOSSES = {"rows": "forward_kl or jensen_shannon or kd", "relations": "rkd"}
 COMPILED_LOSSES["moments"] = "hint or attention_transfer or embedding_mse"
+COMPILED_LOSSES["tokens"] = "token_relation"
 COMPILED_LOSSES["pairs"] = "info_nce or clip_contrastive or siglip or sup_con or similarity_kl"
 # a copy is found by PYTHONPATH, where the folder kernels/ is a package too
 DESELECTED = "tests/test_backend.py::test_importing_fastkd_is_light_and_shadows_nothing"

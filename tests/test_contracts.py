@@ -104,7 +104,7 @@ def test_the_error_is_that_of_the_formula(case, engine, dtypes, n):
     # few pairs have an error of luck, and rows are programs of their own
     inputs = case.inputs(({"pairs": 67, "rows": 5}.get(case.problem, n),), 33 if n == 5 else 37)
     inputs[:2] = [in_dtype(d, [x])[0] for d, x in zip(dtypes, inputs[:2], strict=True)]
-    if len(inputs) > 2 and case.problem == "pairs":
+    if len(inputs) > 2 and (case.problem == "pairs" or case.name == "vid"):
         inputs[2:] = in_dtype(dtypes[0], inputs[2:])
     if len(inputs) > 2 and case.name == "dino":
         inputs[2] = inputs[2].float()

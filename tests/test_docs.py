@@ -68,6 +68,10 @@ def loop_of_the_reader():
         micro_batches=[(inputs, inputs), (inputs[:1], inputs[:1])],
         student_head=torch.nn.Linear(width, 64), crops=torch.randn(10 * batch, width),
         teacher_head=torch.nn.Linear(width, 64),
+        **{name: leaf(batch, length, 48) for name in "qkv"},
+        **{f"{name}_t": torch.randn(batch, length, 96) for name in "qkv"},
+        patches=leaf(batch, length, width), teacher_patches=torch.randn(batch, length, 24),
+        earlier_patches=torch.randn(batch, length, width),
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def test_a_healthy_cpu(monkeypatch, capsys):
     engines = {x.__name__: "portable" if x.has_engines else "formula" for x in program.LOSSES}
     assert lines_of(page) == {name: [engine, "ok"] for name, engine in engines.items()}
     formulas = {name for name, engine in engines.items() if engine == "formula"}
-    assert {"attention_mse", "fsp", "nst", "vid"} <= formulas
+    assert {"attention_mse", "fsp", "nst"} <= formulas
     assert torch.__version__ in page
     assert fastkd.__version__ in page
     assert page.count("not triton") == 1  # the reason that all share, once
@@ -93,7 +93,7 @@ def test_a_wrong_value_fails(monkeypatch, capsys):
     assert status == 1
     assert "float32: its value is" in lines_of(page)["reverse_kl"][1]
     assert lines_of(page)["rkd"] == ["portable", "ok"]
-    assert "13 wrong" in page
+    assert "14 wrong" in page
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

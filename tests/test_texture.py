@@ -260,4 +260,5 @@ def test_formulas_compile_and_differentiate_twice(case):
     compiled = torch.compile(case, backend="aot_eager", fullgraph=True)
     assert_same(results(compiled, inputs), results(case, inputs))
     small = case.inputs((2,), 3)
-    assert torch.autograd.gradgradcheck(lambda x: case(x, *small[1:]), small[:1])
+    with fastkd.backend("formula"):
+        assert torch.autograd.gradgradcheck(lambda x: case(x, *small[1:]), small[:1])

@@ -263,6 +263,27 @@ def localization(
     return _forward_kl(call, student, teacher, temperature, scale)
 
 
+def variational(
+    call: Call, student: Tensor, teacher: Tensor, variance_parameter: Tensor, *, epsilon: Number
+) -> Tensor:
+    """Solve for the mean squares of each channel, and return their likelihoods [B]."""
+    means, targets = (x.flatten(2) for x in of_the_smaller_size(student, teacher))
+    mask = call.row_mask
+    if mask is not None:
+        mask = mask[:, None].expand(means.shape[:2])
+    squares, _ = rows.solve(
+        call.engine, rows.Rows(means, targets, None, mask, 1.0, 1.0, 0.0, 1.0, "logit_mse")
+    )
+    return likelihoods(squares, variance_parameter.to(squares.dtype), epsilon)
+
+
+def likelihoods(squares: Tensor, variance_parameter: Tensor, epsilon: Number) -> Tensor:
+    """Return ½ mean_c (squares / σ² + log σ²) of each example, [B]."""
+    zero = variance_parameter.new_zeros(())
+    variance = torch.logaddexp(variance_parameter, zero) + epsilon
+    return (squares / variance + variance.log()).mean(1) / 2
+
+
 def divisor(logits: Tensor, bins: str) -> int:
     """Return what the sum over the bins is divided by."""
     return logits.shape[-1] if bins == "mean" else 1

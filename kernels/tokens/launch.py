@@ -66,6 +66,8 @@ def value_and_gradients(
     student, teacher = (
         _tokens(x.reshape(n, *x.shape[-2:])) for x in (problem.student, problem.teacher)
     )
+    if dtype == torch.float64:  # in the interpreter
+        student, teacher = student.double(), teacher.double()
     mask = None if problem.mask is None else problem.mask.reshape(n, length).contiguous()
     with on_device(student):
         gradient = student.new_empty((n, length, width), dtype=dtype) if needs_grad[0] else None
@@ -180,8 +182,8 @@ def _tiling(problem: TokenRelations) -> tuple[_Tiling, str]:
     # of float16 times slopes in `relation_squares`
     precision = "tf32" if INTERPRETED or device.nvidia else "ieee"
     has_most = problem.normalize and (problem.causal or student.dtype == torch.float16)
-    if depth > 64 and has_most and device.generation < 10:
-        return _Tiling(32, 32, 2, 4), precision
+    if has_most and device.generation < 10:
+        return _Tiling(32, 32, 2, 8), precision
     is_narrow = depth > 64 or device.generation == 8 or problem.causal or problem.normalize
     return _Tiling(64, 32 if is_narrow else 64, 2, 4), precision
 
