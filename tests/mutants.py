@@ -45,7 +45,7 @@ TOPICS = [
     ("portable/rows", "rows reduction memory"),
     ("kernels/pairs", "pairs kernels"),
     ("kernels/relations", "relations mirrored_angles kernels"),
-    ("moments|_features|_pages|feature.py", "moments"),
+    ("moments|_features|_pages|feature.py", "moments moment_engines"),
     ("kernels/tokens", "tokens"),
     ("tokens", "tokens"),
     ("kernels/", "kernels rows pairs relations traffic"),
