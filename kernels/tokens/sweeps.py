@@ -52,27 +52,26 @@ class Network(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A head of a sequence, and which of its tokens count."""
+    """A head of a sequence, and how many tokens that has."""
 
     sequence: Any
     head: Any
     unit: Any  # sequence · heads + head
     n_tokens: Any
-    mask_ptr: Any  # [B, L], 1 or 0; None: all tokens count
 
 
 @triton.jit
-def _place(unit, n_tokens, n_heads, mask_ptr):
+def _place(unit, n_tokens, n_heads):
     sequence = unit // n_heads
-    return Place(sequence, unit - sequence * n_heads, unit, n_tokens, mask_ptr)
+    return Place(sequence, unit - sequence * n_heads, unit, n_tokens)
 
 
 @triton.jit
-def _counted(place, tokens):
+def _counted(place, mask_ptr, tokens):
     """Return which of the tokens count."""
     counted = tokens < place.n_tokens
-    if place.mask_ptr is not None:
-        start = place.mask_ptr + place.sequence.to(tl.int64) * place.n_tokens
+    if mask_ptr is not None:  # not in the place, because older compilers return no None
+        start = mask_ptr + place.sequence.to(tl.int64) * place.n_tokens
         counted &= tl.load(start + tokens, mask=counted, other=0) != 0
     return counted
 
@@ -189,9 +188,9 @@ def relation_divergences(
     """Compute Σ KL over the rows of a block, and the normalizers of rows, ∞ and 0 if masked."""
     unit = tl.program_id(0) // n_blocks
     block = tl.program_id(0) - unit * n_blocks
-    place = _place(unit, n_tokens, n_heads, mask_ptr)
+    place = _place(unit, n_tokens, n_heads)
     rows = block * TILE.ROWS + tl.arange(0, TILE.ROWS)
-    row_counted = _counted(place, rows)
+    row_counted = _counted(place, mask_ptr, rows)
     x = _load(student, place, rows, row_counted, TILE.DEPTH, TILE.EDGES)
     x_t = _load(teacher, place, rows, row_counted, TILE.DEPTH_T, TILE.EDGES)
     scales = _scales(student, place, rows, row_counted, LOG2E, TILE)
@@ -204,7 +203,7 @@ def relation_divergences(
         end = tl.minimum(n_tokens, (block + 1) * TILE.ROWS)
     for column in range(0, end, TILE.COLUMNS):
         tokens = column + tl.arange(0, TILE.COLUMNS)
-        counted = _counted(place, tokens)
+        counted = _counted(place, mask_ptr, tokens)
         _, s = _products(student, place, x, scales, tokens, counted, TILE.DEPTH, TILE)
         _, t = _products(teacher, place, x_t, scales_t, tokens, counted, TILE.DEPTH_T, TILE)
         # before they are masked, because −inf − (−inf) would be NaN
@@ -289,9 +288,9 @@ def relation_gradients(
     """Compute the gradient of Σ_i KL_i in the tokens of a block."""
     unit = tl.program_id(0) // n_blocks
     block = tl.program_id(0) - unit * n_blocks
-    place = _place(unit, n_tokens, n_heads, mask_ptr)
+    place = _place(unit, n_tokens, n_heads)
     rows = block * TILE.ROWS + tl.arange(0, TILE.ROWS)
-    row_counted = _counted(place, rows)
+    row_counted = _counted(place, mask_ptr, rows)
     x = _load(student, place, rows, row_counted, TILE.DEPTH, TILE.EDGES)
     x_t = _load(teacher, place, rows, row_counted, TILE.DEPTH_T, TILE.EDGES)
     scales = _scales(student, place, rows, row_counted, LOG2E, TILE)
@@ -300,7 +299,7 @@ def relation_gradients(
     values = tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE)
     for column in range(0, n_tokens, TILE.COLUMNS):
         tokens = column + tl.arange(0, TILE.COLUMNS)
-        counted = _counted(place, tokens)
+        counted = _counted(place, mask_ptr, tokens)
         y, s = _products(student, place, x, scales, tokens, counted, TILE.DEPTH, TILE)
         _, t = _products(teacher, place, x_t, scales_t, tokens, counted, TILE.DEPTH_T, TILE)
         slopes = _differences(s, t, normalizers, rows, n_tokens, True)
@@ -337,9 +336,9 @@ def relation_squares(
     """
     unit = tl.program_id(0) // n_blocks
     block = tl.program_id(0) - unit * n_blocks
-    place = _place(unit, n_tokens, n_heads, mask_ptr)
+    place = _place(unit, n_tokens, n_heads)
     rows = block * TILE.ROWS + tl.arange(0, TILE.ROWS)
-    row_counted = _counted(place, rows)
+    row_counted = _counted(place, mask_ptr, rows)
     x = _load(student, place, rows, row_counted, TILE.DEPTH, TILE.EDGES)
     x_t = _load(teacher, place, rows, row_counted, TILE.DEPTH_T, TILE.EDGES)
     scales = _scales(student, place, rows, row_counted, 1.0, TILE)
@@ -348,7 +347,7 @@ def relation_squares(
     values = tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE)
     for column in range(0, n_tokens, TILE.COLUMNS):
         tokens = column + tl.arange(0, TILE.COLUMNS)
-        counted = _counted(place, tokens)
+        counted = _counted(place, mask_ptr, tokens)
         y, s = _products(student, place, x, scales, tokens, counted, TILE.DEPTH, TILE)
         _, t = _products(teacher, place, x_t, scales_t, tokens, counted, TILE.DEPTH_T, TILE)
         difference = s - t
