@@ -70,6 +70,8 @@ def test_every_access_is_inside_and_every_output_written_once(case, shape, poiso
     (n, *columns), device = scaled_down(case, shape, n=3)
     with device:
         odd = (n, *((min(size, 10244) - 1) | 1 for size in columns))
+        if case.problem == "tokens":
+            odd = (*odd[:-1], 12 * 5)  # of heads with an odd width
         forward, backward, results = metered(case, odd, torch.bfloat16, lay_out)
     for launch in forward.launches + backward.launches:
         assert not launch.races

@@ -35,7 +35,7 @@ class Fit(NamedTuple):
 
 
 class Study(NamedTuple):
-    """What is compared, and how it is told."""
+    """A comparison of methods, and how it is told."""
 
     name: str  # of its files
     title: str

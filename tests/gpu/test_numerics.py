@@ -13,6 +13,9 @@ SHAPES = {"rows": [((33,), 10), ((5,), 1000), ((3,), 20011), ((150,), 8999)]}
 SHAPES["relations"] = [((33,), 17), ((130,), 64), ((512,), 100)]
 # by tiles, the widest ones, and by chunks in half precision; float32 goes by chunks
 SHAPES["pairs"] = [((67,), 33), ((150,), 256), ((300,), 512)]
+# positions in one block and in several; one tile of tokens, and heads of several widths
+SHAPES["moments"] = [((7,), 5), ((33,), 140)]
+SHAPES["tokens"] = [((3,), 16), ((2,), 60)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 KERNELS = [case for case in LOSSES if case.has_kernels]
 
