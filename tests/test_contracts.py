@@ -22,9 +22,11 @@ each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_loss = pytest.mark.parametrize("case", LOSSES, ids=str)
 each_way = pytest.mark.parametrize("case", WAYS, ids=str)
 # kernels are slow in the interpreter: what they have in common is tried with some of them, and
-# dino, whose kernels are those of other rows, with its value alone
+# dino and minilm_relation, whose kernels are those of other losses, with their value alone
 with_some_kernels = quick_if(
-    lambda case, engine: engine != "triton" or (case in LOSSES and case.name != "dino")
+    lambda case, engine: (
+        engine != "triton" or (case in LOSSES and case.name not in ("dino", "minilm_relation"))
+    )
 )
 of_ops = quick_if(lambda case, engine: engine != "triton" or case.name in ("kd", "rkd", "sup_con"))
 # one block of a kernel, several with tails, and for rows many rows in one program
@@ -33,6 +35,7 @@ LARGE = {"rows": [((3,), 8999)], "pairs": [((67,), 33)], "relations": [((40,), 3
 OTHERS = {"rows": [((2,), 20011)], "pairs": [((2,), 3), ((150,), 5)]}
 OTHERS["relations"] = [((2,), 3), ((5,), 1)]
 SMALL["moments"], LARGE["moments"], OTHERS["moments"] = [((7,), 5)], [((3,), 140)], [((21,), 2)]
+SMALL["tokens"], LARGE["tokens"], OTHERS["tokens"] = [((3,), 5)], [((9,), 33)], [((5,), 2)]
 SHAPES = [
     pytest.param(case, shape, id=f"{case}-{shape}", marks=marks)
     for shapes, marks in ((SMALL, ()), (LARGE, ()), (OTHERS, full))
@@ -190,7 +193,7 @@ LAYOUTS = {
 
 
 @pairwise(
-    case=[case for case in LOSSES if case.name != "dino"],
+    case=[case for case in LOSSES if case.name not in ("dino", "minilm_relation")],
     engine=ENGINES,
     layout=LAYOUTS,
     which=[(0, 1), (0,), (1,)],
