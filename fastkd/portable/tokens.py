@@ -12,7 +12,7 @@ that its products are 0 in both networks; a softmax gives it a finite, lowest ex
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,7 +162,7 @@ class _Solver:
     def _weights(self, mask: Tensor | None) -> Tensor | float:
         """Return what multiplies the divergence of a query, or the square of a pair."""
         is_kl, heads = self.problem.divergence == "kl", self.problem.heads
-        n = self.length if mask is None else mask.sum(1).to(self.dtype)[:, None, None]
+        n: Any = self.length if mask is None else mask.sum(1).to(self.dtype)[:, None, None]
         if not is_kl:
             n = n * (n + 1) / 2 if self.problem.causal else n * n
         if mask is None:

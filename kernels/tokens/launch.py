@@ -148,7 +148,7 @@ def _network(
         scale = scale.to(dtype)
     else:
         scale = x.new_full((), scale, dtype=dtype)
-    return Network(x, factors, scale, *x.stride()[:2], x.shape[-1] // heads)
+    return Network(x, factors, scale, x.stride(0), x.stride(1), x.shape[-1] // heads)
 
 
 def _weights(
@@ -182,8 +182,8 @@ def _tiling(problem: TokenRelations) -> tuple[_Tiling, str]:
     # of float16 times slopes in `relation_squares`
     precision = "tf32" if INTERPRETED or device.nvidia else "ieee"
     has_most = problem.normalize and (problem.causal or student.dtype == torch.float16)
-    if has_most and device.generation < 10:
-        return _Tiling(32, 32, 2, 8), precision
+    if has_most:
+        return _Tiling(32, 32, 2, 8 if device.nvidia else 4), precision
     is_narrow = depth > 64 or device.generation == 8 or problem.causal or problem.normalize
     return _Tiling(64, 32 if is_narrow else 64, 2, 4), precision
 
