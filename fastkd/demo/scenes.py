@@ -38,7 +38,7 @@ class Scenes(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a network makes of N scenes."""
+    """The results of a network for N scenes."""
 
     features: Tensor  # [N, width, G, G]
     classes: Tensor  # logits [N, N_CLASSES, G, G]

@@ -35,7 +35,7 @@ class Fit(NamedTuple):
 
 
 class Study(NamedTuple):
-    """What is compared, and how it is told."""
+    """The comparison of a demo, and how it is told."""
 
     name: str  # of its files
     title: str

@@ -29,7 +29,7 @@ TEMPERATURE = 2.0
 
 
 class Output(NamedTuple):
-    """What an encoder makes of N texts of L tokens."""
+    """The results of an encoder for N texts of L tokens."""
 
     logits: Tensor  # [N, subjects]
     embeddings: Tensor  # [N, L, width]

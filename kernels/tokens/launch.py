@@ -183,7 +183,8 @@ def _tiling(problem: TokenRelations) -> tuple[_Tiling, str]:
     precision = "tf32" if INTERPRETED or device.nvidia else "ieee"
     has_most = problem.normalize and (problem.causal or student.dtype == torch.float16)
     if has_most:
-        return _Tiling(32, 32, *((1, 8) if device.nvidia else (2, 4))), precision
+        stages = 1 if device.nvidia and device.generation > 8 else 2
+        return _Tiling(32, 32, stages, 8 if device.nvidia else 4), precision
     is_narrow = depth > 64 or device.generation == 8 or problem.causal or problem.normalize
     return _Tiling(64, 32 if is_narrow else 64, 2, 4), precision
 
