@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("fastkd-demo"), help="folder for the results"
     )
     demo.add_argument("--seeds", type=_count, help="students for each loss (5, or 3 of the others)")
-    demo.add_argument("--steps", type=_count, help="training steps of a student (250, or 200)")
+    demo.add_argument("--steps", type=_count, help="training steps of a student (250, of text 200)")
     demo.add_argument(
         "--device", type=_device, default="cpu", help="cpu (the default) or for example cuda"
     )

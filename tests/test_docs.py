@@ -75,6 +75,7 @@ def loop_of_the_reader():
         teacher_scores=torch.rand(batch, 6, 6),
         student_tokens=leaf(batch, length, width),
         teacher_tokens=torch.randn(batch, length, width),
+        attention_mask=torch.arange(length) < torch.arange(batch)[:, None],
         wide_tokens=torch.randn(batch, length, 24),
         student_qkv=[leaf(batch, length, width) for _ in range(3)],
         teacher_qkv=[torch.randn(batch, length, 24) for _ in range(3)],
@@ -194,6 +195,27 @@ def test_the_readme_has_one_row_for_each_public_name():
         documented = getattr(fastkd, function).__doc__
         for number in re.findall(r"arxiv.org/abs/(\d+\.\d+)", paper):
             assert number in documented, f"{function}: the README names another paper"
+
+
+def test_the_page_of_losses_tells_the_engines_of_each():
+    text = (ROOT / "docs/losses.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (kernels|portable|formula) \| (.*) \| (.+) \|$", text, re.M)
+    told = [(name, engine) for engine, names, _ in rows for name in re.findall(r"`(\w+)`", names)]
+
+    def best_of(loss):
+        return "kernels" if loss.has_kernels else "portable" if loss.has_engines else "formula"
+
+    assert sorted(told) == [(name, best_of(getattr(fastkd, name))) for name in sorted(FUNCTIONS)]
+
+
+def test_the_readme_tells_of_every_demo_and_method():
+    from fastkd.__main__ import _DEMOS
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in set(_DEMOS) - {"digits"}:
+        assert f"`fastkd demo {name}`" in text
+    for method in ("Vanilla", "Feature", "Relational", "Contrastive"):
+        assert f"\n| **{method}**" in text
 
 
 def test_the_numbers_of_the_readme_are_those_of_the_records():

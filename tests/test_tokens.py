@@ -206,6 +206,24 @@ def test_large_tokens(engine):
     assert all(x.isfinite().all() for x in found)
 
 
+@pytest.mark.parametrize("student_temperature, teacher_temperature", [(3.0, 1e-2), (1e-2, 3.0)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_products_of_sizes_far_apart(student_temperature, teacher_temperature, causal, engine):
+    """Maxima are subtracted from each network's own products before these are compared."""
+    inputs = tokens(2, 70, 8, wider=8, dtype=torch.float32)
+    options = dict(causal=causal, mask=normal(2, 70, seed=3) > -0.5)
+    options |= dict(
+        student_temperature=student_temperature, teacher_temperature=teacher_temperature
+    )
+
+    def loss(*inputs):
+        return fastkd.token_relation(*inputs, **options)
+
+    (value, gradient), truth = results(loss, inputs), by_formula(loss, exact(inputs))
+    assert (value.double() - truth[0]).abs() <= 1e-6 * truth[0]
+    assert (gradient.double() - truth[1]).abs().max() <= 1e-5 * truth[1].abs().max()
+
+
 @pytest.mark.parametrize("loss", [fastkd.gram_anchoring, fastkd.token_relation])
 def test_tokens_without_a_direction_get_no_gradient(loss, engine):
     options = dict(normalize=True) if loss is fastkd.token_relation else {}

@@ -177,13 +177,14 @@ def _tiling(problem: TokenRelations) -> tuple[_Tiling, str]:
         return _Tiling(32, 16, 1, 4), "ieee"
     device = device_of(student)
     if torch.float32 in (student.dtype, teacher.dtype):
-        warps = 8 if problem.normalize else 4
+        warps = 8 if problem.normalize or problem.divergence == "mse" else 4
         return _Tiling(32, 32, 2, warps), "tf32" if _may_be_rounded() else "ieee"
     # of float16 times slopes in `relation_squares`
     precision = "tf32" if INTERPRETED or device.nvidia else "ieee"
     has_most = problem.normalize and (problem.causal or student.dtype == torch.float16)
     if has_most:
-        return _Tiling(32, 32, 2, 8 if device.nvidia else 4), precision
+        stages = 1 if device.nvidia and device.generation > 8 else 2
+        return _Tiling(32, 32, stages, 8 if device.nvidia else 4), precision
     is_narrow = depth > 64 or device.generation == 8 or problem.causal or problem.normalize
     return _Tiling(64, 32 if is_narrow else 64, 2, 4), precision
 

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from fastkd.kernels.tiles import INFINITY, LN2, LOG2E
 
-# finite, since it stands for a maximum of no numbers, and −inf − (−inf) would be NaN
+# of a pair that does not count; finite, since −inf − (−inf) would be NaN
 _LOWEST = tl.constexpr(-3.0e38)
 # of a length so short that it has no direction; lengths of at least 1e-12 divide
 _NO_DIRECTION = tl.constexpr(9.99e11)
@@ -169,7 +169,7 @@ class _Statistics(NamedTuple):
     total: Any  # [ROWS], Σ_j exp2(S_ij − largest_i)
     largest_t: Any
     total_t: Any
-    differences: Any  # [ROWS], Σ_j exp2(T_ij − largest_t_i)(T_ij − S_ij)
+    differences: Any  # [ROWS], Σ_j exp2(T') (T' − S'), both less their largest
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_blocks"])
@@ -206,24 +206,24 @@ def relation_divergences(
         counted = _counted(place, mask_ptr, tokens)
         _, s = _products(student, place, x, scales, tokens, counted, TILE.DEPTH, TILE)
         _, t = _products(teacher, place, x_t, scales_t, tokens, counted, TILE.DEPTH_T, TILE)
-        # before they are masked, because −inf − (−inf) would be NaN
-        difference = t - s
         if TILE.EDGES or TILE.CAUSAL:
             kept = counted[None, :]
             if TILE.CAUSAL:
                 kept = kept & (tokens[None, :] <= rows[:, None])
-            s, t = tl.where(kept, s, -INFINITY), tl.where(kept, t, -INFINITY)
+            s, t = tl.where(kept, s, _LOWEST), tl.where(kept, t, _LOWEST)
         risen = tl.maximum(sums.largest, tl.max(s, 1))
         risen_t = tl.maximum(sums.largest_t, tl.max(t, 1))
-        shrunk_t = tl.exp2(sums.largest_t - risen_t)
-        total = sums.total * tl.exp2(sums.largest - risen) + tl.sum(tl.exp2(s - risen[:, None]), 1)
-        e_t = tl.exp2(t - risen_t[:, None])
+        shift, shift_t = sums.largest - risen, sums.largest_t - risen_t
+        shrunk_t = tl.exp2(shift_t)
+        # first, because S and T may be large and far apart where what is left of them is small
+        s, t = s - risen[:, None], t - risen_t[:, None]
+        e_t = tl.exp2(t)
+        total = sums.total * tl.exp2(shift) + tl.sum(tl.exp2(s), 1)
         total_t = sums.total_t * shrunk_t + tl.sum(e_t, 1)
-        differences = sums.differences * shrunk_t + tl.sum(e_t * difference, 1)
+        differences = (sums.differences + sums.total_t * (shift_t - shift)) * shrunk_t
+        differences += tl.sum(e_t * (t - s), 1)
         sums = _Statistics(risen, total, risen_t, total_t, differences)
-    # maxima are subtracted before the logarithms are added, because they are large and alike
-    losses = sums.differences / sums.total_t + (sums.largest - sums.largest_t)
-    losses = (losses + tl.log2(sums.total / sums.total_t)) * LN2
+    losses = (sums.differences / sums.total_t + tl.log2(sums.total / sums.total_t)) * LN2
     tl.store(losses_ptr + tl.program_id(0), tl.sum(tl.where(row_counted, losses, 0), 0))
     if normalizers_ptr is not None:
         found = _normalizers(normalizers_ptr, unit, n_units, n_tokens)
