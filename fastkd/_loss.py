@@ -22,6 +22,7 @@ _REDUCTION = ("weights", "normalizer", "reduction")  # parameters that a formula
 _ROW_LABELS = ("labels", "ignore_index")  # these too, where labels are an option
 _PARTS = "return_parts"
 _THIS_PROCESS = Ranks()
+_LONG, _PART = 1 << 15, 1 << 12  # numbers of a sum that PyTorch cuts, and of a part of ours
 
 
 class Call(NamedTuple):
@@ -276,17 +277,38 @@ def reduce(
     if reduction == "none":
         return losses
     if reduction == "sum":
-        return losses.sum()
+        return total(losses)
     if normalizer is None:
         if weights is None:
-            return losses.mean() if losses.numel() else losses.sum()
-        normalizer = weights.sum()
+            n = losses.numel()
+            return losses.mean() if n and not _is_cut(losses, n) else total(losses) / (n or 1)
+        normalizer = total(weights)
     if isinstance(normalizer, Tensor):
         whole = not normalizer.is_floating_point()
-        return losses.sum() / (
+        return total(losses) / (
             normalizer.clamp(min=1) if whole else torch.where(normalizer == 0, 1, normalizer)
         )
-    return losses.sum() / (normalizer or 1)
+    return total(losses) / (normalizer or 1)
+
+
+def total(x: Tensor) -> Tensor:
+    """Return the sum of all numbers, with the same bits for any number of threads."""
+    return totals(x.flatten()) if _is_cut(x, x.numel()) else x.sum()
+
+
+def totals(x: Tensor) -> Tensor:
+    """Return the sums over the last dimension, with the same bits for any number of threads."""
+    n = x.shape[-1]
+    if not _is_cut(x, n):
+        return x.sum(-1)
+    whole = n // _PART * _PART
+    found = totals(x[..., :whole].unflatten(-1, (-1, _PART)).sum(-1))
+    return found if whole == n else found + x[..., whole:].sum(-1)
+
+
+def _is_cut(x: Tensor, n: int) -> bool:
+    """Return whether PyTorch cuts a sum of n of these numbers, a part for each thread."""
+    return not torch.compiler.is_compiling() and n >= _LONG and x.is_cpu
 
 
 def _sum_of_terms(

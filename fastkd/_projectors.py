@@ -81,7 +81,20 @@ def freeze(module: nn.Module) -> None:
 
 def project(module: nn.Module, features: Tensor, dim: int) -> Tensor:
     """Return projected features; modules but our own know themselves where features lie."""
-    return module(features, dim) if isinstance(module, Pointwise) else module(features)
+    if isinstance(module, Pointwise):
+        return module(features, dim)
+    first = module
+    while isinstance(first, nn.Sequential) and len(first):
+        first = first[0]
+    # it would take three dimensions for one map of one example
+    if isinstance(first, nn.Conv2d) and (features.ndim != 4 or dim % 4 != 1):
+        raise ValueError(
+            "the projector is a convolution of maps [B, C, H, W], got features in dimension "
+            f"{dim} of {_checks.shape(features)}: tokens [B, L, C] of a grid are maps by "
+            '.mT.unflatten(-1, (H, W)), and a linear layer, as projector="linear" of '
+            "fastkd.HintLoss is, takes others"
+        )
+    return module(features)
 
 
 def check_width(features: Tensor, dim: int, width: int | None, side: str) -> None:
@@ -107,6 +120,11 @@ def of_one_size(
         return student, teacher
     if resize == "pool":
         s, t = maps.of_the_smaller_size(s, t)
+    elif s.ndim > 5:
+        raise ValueError(
+            "features of more than three dimensions of positions are not interpolated, got "
+            f'{_checks.shape(student)} and {_checks.shape(teacher)}: take resize="pool"'
+        )
     else:
         s = F.interpolate(s, t.shape[2:], mode=_INTERPOLATIONS[s.ndim - 3])
     s, t = (x.movedim((0, 1), (batch, feature)) for x in (s, t))

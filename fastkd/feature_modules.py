@@ -75,8 +75,8 @@ class HintLoss(LossModule, function=feature.hint):
         self, student: Tensor, teacher: Tensor, **of_a_batch: Any
     ) -> Tensor:
         """Return the loss of the projected and resized features."""
-        if isinstance(student, Tensor) and isinstance(teacher, Tensor):  # else the function says it
-            student, teacher = self._brought_together(student, teacher)
+        features.check_layers(student, teacher)
+        student, teacher = self._brought_together(student, teacher)
         return super().forward(student, teacher, **of_a_batch)
 
     def _brought_together(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,7 +263,8 @@ class VIDLoss(LossModule, function=texture.vid):
                 nn.Conv2d(teacher_channels, teacher_channels, 1, bias=False),
             )
         self.regressor = regressor
-        alpha = math.log(math.expm1(initial_variance - epsilon))
+        softplus = initial_variance - epsilon
+        alpha = softplus + math.log(-math.expm1(-softplus))  # its inverse, without an overflow
         parameter = nn.Parameter(torch.full((teacher_channels,), alpha))
         self.register_parameter("variance_parameter", parameter)
 
@@ -273,7 +274,7 @@ class VIDLoss(LossModule, function=texture.vid):
         """Return the loss of the regressed maps with the present variances."""
         maps.same_examples(student, teacher)
         student, teacher = maps.of_the_smaller_size(student, teacher)
-        mean = self.regressor(student)
+        mean = _projectors.project(self.regressor, student, 1)
         return super().forward(mean, teacher, self.variance_parameter, **of_a_batch)
 
     def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fastkd import _checks
 
@@ -78,6 +79,8 @@ class LayerPairs(nn.Module):
             raise ValueError('pairs are empty: name layers, as in {"layer3": "layer5"}')
         losses = [*loss] if isinstance(loss, (list, tuple, nn.ModuleList)) else [loss] * n
         for name, values in (("loss", losses), ("weights", weights)):
+            if isinstance(values, (int, float)):
+                raise TypeError(f"{name} must be one for each of the {n} pairs, got {values!r}")
             if values is not None and len(values) != n:
                 raise ValueError(
                     f"{name} must be one for all, or one for each of the {n} pairs, "
@@ -285,9 +288,12 @@ def _unwrapped(network: nn.Module) -> nn.Module:
         raise TypeError(f"a network must be a torch.nn.Module, got {type(network).__name__}")
     while True:
         children = dict(network.named_children())
-        if [*children] not in (["module"], ["_orig_mod"]):
+        if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            network = children["module"]
+        elif [*children] == ["_orig_mod"]:
+            network = children["_orig_mod"]
+        else:
             return network
-        (network,) = children.values()
 
 
 def _cleaned(name: str) -> str:
@@ -304,7 +310,7 @@ def _layers(network: nn.Module) -> dict[str, nn.Module]:
 
 def _named(name: str, layers: Mapping[str, nn.Module], side: str) -> nn.Module:
     cleaned = _cleaned(name)
-    for candidate in (cleaned, cleaned.removeprefix("module.")):
+    for candidate in (cleaned, cleaned.removeprefix("module."), f"module.{cleaned}"):
         if candidate in layers:
             return layers[candidate]
     near = difflib.get_close_matches(cleaned, layers, n=3, cutoff=0.4)
@@ -343,9 +349,7 @@ def _is_in_backward() -> bool:
 def _detached(output: Any) -> Any:
     if isinstance(output, Tensor):
         return output.detach()
-    if isinstance(output, (tuple, list)):
-        return type(output)(_detached(x) for x in output)
-    return output
+    return tree_map_only(Tensor, Tensor.detach, output)
 
 
 def _warn_of_no_gradient(outputs: Mapping[str, Any]) -> None:

@@ -66,6 +66,29 @@ def test_results_are_the_same_for_any_number_of_threads(case, monkeypatch):
     assert_equal(found[2], found[0])
 
 
+@pytest.mark.parametrize(
+    "shape", [(70001,), (32768,), (1, 40000), (300, 200), (2, 3, 20001)], ids=str
+)
+def test_many_losses_are_summed_alike_for_any_number_of_threads(shape):
+    """PyTorch cuts a sum of so many numbers in a part for each thread."""
+    x, y = (torch.rand(*shape, 2, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    weights = torch.rand(shape, generator=torch.Generator().manual_seed(2))
+    for loss in (fastkd.embedding_mse, fastkd.hint, fastkd.forward_kl):
+        options = dict(feature_dim=-1) if loss is fastkd.hint else {}
+        if loss is fastkd.hint and len(shape) == 1:
+            x, y, weights = x[None], y[None], weights[None]
+        for reduction in ("mean", "sum", "none"):
+            for given in (None, weights):
+                found = []
+                for n_threads in (1, 2, 5):
+                    torch.set_num_threads(n_threads)
+                    options = dict(options, weights=given, reduction=reduction)
+                    found.append(loss(x, y, **options))
+                assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+                truth = loss(x.double(), y.double(), **options)
+                torch.testing.assert_close(found[0].double(), truth, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("flushes", [False, True])
 @pytest.mark.parametrize("is_inference", [False, True])
 def test_workers_have_the_state_of_their_caller(is_inference, flushes):

@@ -7,6 +7,7 @@ import re
 import warnings
 import weakref
 from collections import OrderedDict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -156,6 +157,45 @@ def test_select_says_what_of_an_output_is_compared():
             loss = pairs()
         s, t = (outputs_of(x, inputs())[1] for x in (student, teacher))
         assert_same([loss], [F.mse_loss(factor * s, t)])
+
+
+class Outputs(NamedTuple):
+    hidden: torch.Tensor
+    others: dict
+
+
+class Whole(nn.Module):
+    """A network with one child, named as by DistributedDataParallel, that returns a structure."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.module = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+
+    def forward(self, x):
+        for layer in self.module:
+            x = layer(x)
+        return Outputs(x, {"doubled": [2 * x]})
+
+
+def test_whole_outputs_are_compared_and_the_teachers_are_detached():
+    student, teacher, seen = Whole(1), Whole(2), []
+
+    def loss(s, t):
+        seen.append(t)
+        return F.mse_loss(s.hidden, t.hidden) + F.mse_loss(s.others["doubled"][0], t.hidden)
+
+    losses = [loss, F.mse_loss]
+    pairs = fastkd.LayerPairs([("", ""), ("module.0", "module.1")], losses, select=lambda x: x)
+    with pairs.attach(student, teacher):
+        of_student, of_teacher = student(inputs()), teacher(inputs())
+        found = pairs()
+    first, second = student.module[0](inputs()), of_teacher.hidden
+    expected = loss(of_student, of_teacher) + F.mse_loss(first, second)
+    torch.testing.assert_close(found, expected)
+    detached = seen[0]
+    assert isinstance(detached, Outputs)
+    assert not detached.hidden.requires_grad and not detached.others["doubled"][0].requires_grad
 
 
 class Keyed(nn.Module):
@@ -349,6 +389,8 @@ def test_arguments_that_are_none(arguments, error, message):
         fastkd.LayerPairs(*arguments)
     with pytest.raises(ValueError, match=r"weights must be .* the 2 pairs, got 1"):
         fastkd.LayerPairs(PAIRS, F.mse_loss, weights=[1.0])
+    with pytest.raises(TypeError, match=r"weights must be one for each of the 2 pairs, got 2\.0"):
+        fastkd.LayerPairs(PAIRS, F.mse_loss, weights=2.0)
     with pytest.raises(ValueError, match=r"weights\[1\] must be a finite number"):
         fastkd.LayerPairs(PAIRS, F.mse_loss, weights=[1.0, float("nan")])
     with pytest.raises(ValueError, match='reduce must be "sum" or "mean"'):

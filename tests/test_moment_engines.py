@@ -65,6 +65,28 @@ def test_the_kernels_are_the_twin_of_the_portable_engine(
 
 
 @interpreted
+@pytest.mark.parametrize("kind", [*KINDS, *ONES])
+def test_kernels_know_where_vectors_lie_in_each_tensor(kind):
+    """Of expanded features the gradient is laid out otherwise, and rows of gaps are no vectors."""
+    from fastkd.kernels.moments import launch
+
+    students = {
+        "one feature, expanded": normal(2, 5, 1).expand(2, 5, 6),
+        "one position, expanded": normal(2, 1, 6).expand(2, 5, 6),
+        "one position": normal(5, 1, 6),
+    }
+    for student in students.values():
+        teacher = normal(*student.shape[:-1], 12, seed=1)[..., ::2]
+        problem = Moments(student, None if kind in ONES else teacher, None, None, 1.5, kind)
+        upstream, found = normal(*student.shape[:-1], seed=2), []
+        for engine in (launch, portable):
+            (values,), (statistics,) = engine.forward(problem, (True,))
+            found.append((values, engine.backward(problem, statistics, (upstream,))))
+        for x, y in zip(*found, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+@interpreted
 @pytest.mark.parametrize("shape", [(3, 6), (1, 1), (2, 5003)])
 def test_maps_are_compared_as_by_the_portable_engine(shape):
     from fastkd.kernels.moments import launch

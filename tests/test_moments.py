@@ -120,6 +120,23 @@ def test_weights_that_are_learnt_get_a_gradient(engine):
         assert_same(found, truth)
 
 
+def test_the_dtype_is_that_of_the_features(engine):
+    """Weights of more digits change no dtype, and one network in float64 is enough for all."""
+    inputs, weights = pair(3, 5, 4, dtype=torch.float32), normal(3, 5, seed=2).abs()
+    for given in (weights, weights.clone().requires_grad_()):
+        for reduction in ("mean", "sum", "none"):
+            loss = fastkd.hint(*inputs, weights=given, reduction=reduction)
+            assert loss.dtype == torch.float32
+    student, teacher = pair(3, 4, 2, 5, dtype=torch.float32)
+    for kind in ("sum", "max"):
+        at = partial(fastkd.attention_transfer, p=1.5, kind=kind)
+        for given in ((student, teacher.double()), (student.detach().double(), teacher)):
+            truth = at(*(x.detach().double() for x in given))
+            torch.testing.assert_close(at(*given).detach(), truth, rtol=1e-12, atol=1e-12)
+            layers = [[x, x.float()] for x in given]  # of which one layer is in float32 alone
+            torch.testing.assert_close(at(*layers).detach(), 2 * truth, rtol=1e-12, atol=1e-12)
+
+
 def test_what_users_write(engine):
     """The detector trainer's score, a tokenizer's mask, and the plain mean."""
     student, teacher = pair(3, 4, 2, 5)

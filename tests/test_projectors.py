@@ -105,6 +105,41 @@ def test_features_of_another_width_than_named_are_told():
         loss([1.0], teacher)
 
 
+def test_convolutions_refuse_what_is_no_batch_of_maps():
+    """They would take [B, L, C] with as many examples as channels for one map, and mix these."""
+    convolution = fastkd.HintLoss(4, 4, projector="conv1x1")
+    own = fastkd.HintLoss(4, 4, projector=nn.Sequential(nn.Conv2d(4, 4, 1)), side="teacher")
+    for loss in (convolution, own):
+        for shape in ((4, 5, 4), (7, 4), (2, 5, 4, 3, 4)):
+            loss.feature_dim = -1
+            with pytest.raises(
+                ValueError, match=r"convolution of maps \[B, C, H, W\], got .*\[.*4\]"
+            ):
+                loss(torch.zeros(shape), torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"convolution of maps .* dimension 1 of \[4, 4, 5\]"):
+        fastkd.VIDLoss(4, 4)(torch.zeros(4, 4, 5), torch.zeros(4, 4, 5))
+
+
+@pytest.mark.parametrize("options", [{}, dict(resize="pool")], ids=str)
+def test_what_is_no_pair_of_layers_is_told_before_it_is_projected(options):
+    loss = fastkd.HintLoss(4, 6, **options)
+    for student, teacher, message in (
+        (torch.zeros(2, 5, 4), torch.zeros(2, 6), "need one shape.* both the same dimensions"),
+        (torch.zeros(4), torch.zeros(6), "at least two dimensions"),
+        (torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, 6), "must hold floating-point"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            loss(student, teacher)
+
+
+def test_sizes_without_a_position_or_of_many_dimensions():
+    loss = fastkd.HintLoss(4, 4, resize="pool")
+    assert loss(torch.zeros(2, 4, 0, 3), torch.zeros(2, 4, 2, 2)) == 0
+    loss = fastkd.HintLoss(4, 4, resize="interpolate")
+    with pytest.raises(ValueError, match=r'not interpolated, got .* take resize="pool"'):
+        loss(torch.zeros(2, 4, 5, 5, 5, 2), torch.zeros(2, 4, 3, 3, 3, 2))
+
+
 def test_a_projector_of_the_teacher_is_fixed():
     student, teacher = trained(2, 4, 5, 5), trained(2, 6, 5, 5, seed=1).detach()
     for name in ("linear", "conv1x1", "conv3x3-bn"):
@@ -175,6 +210,13 @@ def test_vid_is_trained_with_its_regressor_and_variances():
     weights = torch.tensor([0.0, 1.0])
     of_second = loss(student[1:], teacher[1:])
     assert_same([loss(student, teacher, weights=weights)], [of_second], 1e-12)
+
+
+@pytest.mark.parametrize("variance", [1e-3, 5.0, 30.0, 1000.0])
+def test_vid_begins_with_the_variance_that_is_asked_for(variance):
+    loss = fastkd.VIDLoss(4, 6, initial_variance=variance)
+    found = F.softplus(loss.variance_parameter.double()) + loss.epsilon
+    torch.testing.assert_close(found, torch.full_like(found, variance), rtol=1e-6, atol=0)
 
 
 def test_vid_takes_a_regressor_and_says_what_is_wrong():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastkd import _checks
 from fastkd._checks import shape
-from fastkd._loss import reduce, selected
+from fastkd._loss import reduce, selected, total, totals
 from fastkd._op import Number
 
 KINDS = ("mse", "smooth_l1", "cosine", "normalized_mse")
@@ -41,21 +41,10 @@ def check_hint(
     reduction: str,
 ) -> None:
     """Raise an error for features that do not fit together and options out of range."""
-    _floats(student, teacher, "the features of a layer, (N, D), (B, L, D) or (B, C, H, W)")
+    check_layers(student, teacher)
     _checks.one_of(KINDS, kind=kind)
     _checks.at_least_0(beta=beta)
     _checks.reduction(reduction, normalizer)
-    if min(student.ndim, teacher.ndim) < 2:
-        raise ValueError(
-            "hint needs features of at least two dimensions, examples and features, got "
-            f"{shape(student)} and {shape(teacher)}"
-        )
-    if student.ndim != teacher.ndim:
-        raise ValueError(
-            f"student and teacher need one shape, got {shape(student)} and {shape(teacher)}: give "
-            "both the same dimensions, for example tokens of a ViT as maps by "
-            ".mT.unflatten(-1, (H, W))"
-        )
     feature, batch = dimensions(student, feature_dim, batch_dim)
     if student.shape != teacher.shape:
         raise ValueError(
@@ -71,6 +60,22 @@ def check_hint(
     for name, x in (("weights", weights), ("mask", mask)):
         if x is not None:
             _check_of_positions(name, x, student, feature, batch)
+
+
+def check_layers(student: Tensor, teacher: Tensor) -> None:
+    """Raise an error unless both are features with as many dimensions as each other."""
+    _floats(student, teacher, "the features of a layer, (N, D), (B, L, D) or (B, C, H, W)")
+    if min(student.ndim, teacher.ndim) < 2:
+        raise ValueError(
+            "hint needs features of at least two dimensions, examples and features, got "
+            f"{shape(student)} and {shape(teacher)}"
+        )
+    if student.ndim != teacher.ndim:
+        raise ValueError(
+            f"student and teacher need one shape, got {shape(student)} and {shape(teacher)}: give "
+            "both the same dimensions, for example tokens of a ViT as maps by "
+            ".mT.unflatten(-1, (H, W))"
+        )
 
 
 def _cure(student: Tensor, teacher: Tensor, feature: int, batch: int) -> str:
@@ -269,7 +274,9 @@ def counted(weights: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None,
 
 def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
     """Return w·v, which is 0 where w is, whatever v is."""
-    return values if weights is None else selected(values * weights, weights.detach() != 0)
+    if weights is None:
+        return values
+    return selected(values * weights.to(values.dtype), weights.detach() != 0)
 
 
 def reduced(values: Tensor, weights: Tensor | None, normalizer: Any, reduction: str) -> Tensor:
@@ -284,10 +291,10 @@ def reduced(values: Tensor, weights: Tensor | None, normalizer: Any, reduction: 
     if weights is not None and weights.dtype != torch.bool:
         weights = weights.to(values.dtype)
     if reduction == "none":
-        total = values.shape[1] if weights is None else weights.sum(1)
-        return _quotient(values.sum(1), total)
+        total_weights = values.shape[1] if weights is None else totals(weights)
+        return _quotient(totals(values), total_weights)
     if reduction == "mean" and normalizer is None and weights is not None:
-        normalizer = weights.sum()
+        normalizer = total(weights)
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.reshape(())
     return reduce(values, None, None, normalizer, reduction)

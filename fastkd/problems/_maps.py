@@ -230,7 +230,8 @@ def pooled(x: Tensor, size: Sequence[int]) -> Tensor:
     """
     for dim, n in enumerate(size, start=2):
         length = x.shape[dim]
-        if length == n:
+        if length == n or not n:
+            x = x.narrow(dim, 0, n)
             continue
         if length % n == 0:
             x = x.unflatten(dim, (n, length // n)).mean(dim + 1)

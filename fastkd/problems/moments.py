@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -121,12 +122,13 @@ def transfer(
         student: Features [B, C, ...] of one layer, or of several.
         teacher: The same of the teacher, a constant.
     """
-    terms = []
-    for s, t in zip(list_of(student), list_of(teacher), strict=True):
-        pair = of_one_size(s, t.detach(), compute_dtype(s, t))
-        of_student, of_teacher = (attention(positions(x, 1, 0)) for x in pair)
-        dtype = compute_dtype(of_student, of_teacher)
-        terms.append(difference(of_student.to(dtype), of_teacher.to(dtype)))
+    pairs = [*zip(list_of(student), list_of(teacher), strict=True)]
+    dtype, terms = compute_dtype(*itertools.chain(*pairs)), []
+    for s, t in pairs:
+        pair = of_one_size(s, t.detach(), dtype)
+        if dtype == torch.float64:  # the engines take one network at a time, in its own precision
+            pair = pair[0].to(dtype), pair[1].to(dtype)
+        terms.append(difference(*(attention(positions(x, 1, 0)) for x in pair)))
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
 

@@ -75,15 +75,16 @@ def backward(problem: Moments, statistics: Tensor, upstream: Sequence[Tensor | N
     if not gradient.numel():
         return gradient
     blocks = _blocks(gradient)
-    arguments, grid, (of_gradient,) = _arguments(problem, [blocks])
+    arguments, grid, (laid_out,) = _arguments(problem, [blocks])
     factors = factors.reshape(-1)  # of a plain mean all are one number, expanded
     is_expanded = factors.stride(0) == 0
     with on_device(gradient):
         sweeps.slopes[(grid * triton.cdiv(arguments["n_features"], arguments["COLUMNS"]),)](
             **arguments,
-            gradient=of_gradient,
+            gradient=_features(laid_out),
             statistics_ptr=statistics,
             upstream_ptr=factors if is_expanded else factors.contiguous(),
+            GRADIENT_UNIT=_unit(laid_out),  # not the student's, of which features may be expanded
             IS_EXPANDED=is_expanded,
         )
     if blocks.untyped_storage()._cdata != gradient.untyped_storage()._cdata:
@@ -127,8 +128,11 @@ def value_and_gradients(
 
 def _arguments(
     problem: Moments, gradients: list[Tensor]
-) -> tuple[dict[str, Any], int, list[sweeps.Features]]:
-    """Return what both kernels take, how many programs have all positions, and the gradients."""
+) -> tuple[dict[str, Any], int, list[Tensor]]:
+    """Return what both kernels take, how many programs have all positions, and the gradients.
+
+    The gradients have the shape of the features that the kernels see.
+    """
     one = problem.teacher is None
     student = _blocks(problem.student)
     teacher = student if problem.teacher is None else _blocks(problem.teacher)
@@ -157,14 +161,14 @@ def _arguments(
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
         ON_DEVICE=on_device,
         STUDENT_UNIT=unit,
-        TEACHER_UNIT=_unit(teacher),
+        TEACHER_UNIT=_unit(tensors[1]),
         ALIGNMENT=_alignment(tensors, unit),
         POSITIONS=positions,
         COLUMNS=columns,
         num_warps=max(1, min(8, positions * columns // (512 if dtype == torch.float32 else 256))),
     )
     programs = n_examples * triton.cdiv(n_positions, positions)
-    return arguments, programs, [_features(x) for x in tensors[2:]]
+    return arguments, programs, tensors[2:]
 
 
 def _tile(features: Tensor, unit: int, dtype: torch.dtype, programs: int) -> tuple[int, int]:

@@ -246,8 +246,8 @@ def slopes(
     n_features,
     KIND: tl.constexpr, ONE: tl.constexpr, IS_SQUARE: tl.constexpr, DTYPE: tl.constexpr,
     ON_DEVICE: tl.constexpr, STUDENT_UNIT: tl.constexpr, TEACHER_UNIT: tl.constexpr,
-    ALIGNMENT: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
-    IS_EXPANDED: tl.constexpr,
+    GRADIENT_UNIT: tl.constexpr, ALIGNMENT: tl.constexpr, POSITIONS: tl.constexpr,
+    COLUMNS: tl.constexpr, IS_EXPANDED: tl.constexpr,
 ):  # fmt: skip
     """Compute upstream · ∂value/∂student of a tile: program (example, positions and features)."""
     n_blocks, n_parts = tl.cdiv(n_positions, POSITIONS), tl.cdiv(n_features, COLUMNS)
@@ -296,7 +296,7 @@ def slopes(
     if STUDENT_UNIT == 2:
         n_features = n_features // ALIGNMENT * ALIGNMENT
     tl.store(
-        _places(gradient, example, positions, columns, STUDENT_UNIT, ALIGNMENT),
+        _places(gradient, example, positions, columns, GRADIENT_UNIT, ALIGNMENT),
         slope.to(gradient.ptr.dtype.element_ty),
         mask=exists[:, None] & (columns < n_features)[None, :],
     )
