@@ -82,7 +82,6 @@ def loop_of_the_reader():
         student_classes=leaf(2, 5, 6, 6), teacher_classes=torch.randn(2, 5, 6, 6),
         student_edges=leaf(7, 4, 16), teacher_edges=torch.randn(7, 4, 16),
         teacher_edge_scores=torch.rand(7, 4),
-        attention_mask=torch.ones(batch, length, dtype=torch.int64),
         **{name: leaf(batch, length, 48) for name in "qkv"},
         **{f"{name}_t": torch.randn(batch, length, 96) for name in "qkv"},
         patches=leaf(batch, length, width), teacher_patches=torch.randn(batch, length, 24),
