@@ -67,7 +67,7 @@ def test_the_kernels_are_the_twin_of_the_portable_engine(
 @interpreted
 @pytest.mark.parametrize("kind", [*KINDS, *ONES])
 def test_kernels_know_where_vectors_lie_in_each_tensor(kind):
-    """Of expanded features the gradient is laid out otherwise, and rows of gaps are no vectors."""
+    """The gradient of expanded features is laid out otherwise, and features may have gaps."""
     from fastkd.kernels.moments import launch
 
     students = {

@@ -7,21 +7,20 @@ see features as [B, P, C], P positions of each of B examples, a view in any stri
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import _checks
 from fastkd._checks import shape
 from fastkd._loss import reduce, selected, total, totals
 from fastkd._op import Number
+from fastkd.problems._maps import pooled, smaller_size
 
 KINDS = ("mse", "smooth_l1", "cosine", "normalized_mse")
 Features = Tensor | Sequence[Tensor]  # of one layer, or of several
-_POOLS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 
 
 # ------------------------------------------------------------------------------------------ checks
@@ -152,11 +151,6 @@ def check_maps(student: Features, teacher: Features, *, p: Number, kind: str) ->
         for name, x in (("student", s), ("teacher", t)):
             if not x.shape[1:].numel():
                 raise ValueError(f"{name} needs at least one channel and position, got {shape(x)}")
-        if s.shape[2:] != t.shape[2:] and s.ndim > 5:
-            raise ValueError(
-                f"maps of more than three spatial dimensions are not pooled, got {shape(s)} and "
-                f"{shape(t)}: bring them to one size"
-            )
         _checks.same_device(student=s, teacher=t)
         _checks.constant_teacher(teacher=t)
 
@@ -315,10 +309,7 @@ def list_of(features: Features) -> Sequence[Tensor]:
 
 def of_one_size(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return two maps of one spatial size, the larger pooled to the smaller in each dimension."""
-    if student.shape[2:] == teacher.shape[2:]:
-        return student, teacher
-    sizes = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)]
-    pool: Callable[..., Tensor] = _POOLS[len(sizes) - 1]
+    size = smaller_size(student, teacher)
     # pooled in the compute dtype, because half precision would round what the powers enlarge
-    found = [x if [*x.shape[2:]] == sizes else pool(x.to(dtype), sizes) for x in (student, teacher)]
-    return found[0], found[1]
+    s, t = (x if [*x.shape[2:]] == size else pooled(x.to(dtype), size) for x in (student, teacher))
+    return s, t

@@ -219,8 +219,13 @@ def check_scores(
 
 def of_the_smaller_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Return both maps in the smaller size, averages over bins as adaptive pooling makes them."""
-    size = [min(sizes) for sizes in zip(first.shape[2:], second.shape[2:], strict=True)]
+    size = smaller_size(first, second)
     return pooled(first, size), pooled(second, size)
+
+
+def smaller_size(first: Tensor, second: Tensor) -> list[int]:
+    """Return the smaller number of positions in each dimension."""
+    return [min(sizes) for sizes in zip(first.shape[2:], second.shape[2:], strict=True)]
 
 
 def pooled(x: Tensor, size: Sequence[int]) -> Tensor:
