@@ -62,7 +62,7 @@ def run(study: Study, out: Path, seeds: int, steps: int, device: str) -> int:
     header = header_of(study)
     sections: Sections = {study.title: table(study, fits)}
     versions = (
-        f"{seeds} seeds, {steps} steps, {time.perf_counter() - began:.0f} s on {device} "
+        f"{seeds} seed{'s' * (seeds > 1)}, {steps} steps, {time.perf_counter() - began:.0f} s on {device} "
         f"({platform.machine()}), fastkd {fastkd.__version__}, torch {torch.__version__}."
     )
     console.print(study.about)
