@@ -61,8 +61,9 @@ def run(study: Study, out: Path, seeds: int, steps: int, device: str) -> int:
             fits.append(fit)
     header = header_of(study)
     sections: Sections = {study.title: table(study, fits)}
+    n_seeds, seconds = f"{seeds} seed{'s' * (seeds > 1)}", time.perf_counter() - began
     versions = (
-        f"{seeds} seed{'s' * (seeds > 1)}, {steps} steps, {time.perf_counter() - began:.0f} s on {device} "
+        f"{n_seeds}, {steps} steps, {seconds:.0f} s on {device} "
         f"({platform.machine()}), fastkd {fastkd.__version__}, torch {torch.__version__}."
     )
     console.print(study.about)
