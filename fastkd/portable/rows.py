@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastkd._precision import compute_dtype
 from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
+from fastkd.portable._pages import in_huge_pages
 from fastkd.portable._row_terms import (
     CENTRED,
     N_SCRATCH,
@@ -93,7 +94,8 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
 def backward(problem: Rows, statistics: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
     """Return Σ upstream · ∂losses + Σ upstream · ∂cross-entropies with respect to the student."""
     problem = _in_compute_dtype(problem)
-    found = gradient = torch.empty_like(problem.student)  # in the order of the student's strides
+    # in the order of the student's strides
+    found = gradient = in_huge_pages(torch.empty_like(problem.student))
     if found.ndim > 3 and not found.is_contiguous():  # chunks may be no views of it
         gradient = torch.empty_like(found, memory_format=torch.contiguous_format)
     _fill(gradient, problem, statistics, *_factors(problem, *upstream))
