@@ -22,11 +22,10 @@ each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_loss = pytest.mark.parametrize("case", LOSSES, ids=str)
 each_way = pytest.mark.parametrize("case", WAYS, ids=str)
 # kernels are slow in the interpreter: what they have in common is tried with some of them, and
-# dino and minilm_relation, whose kernels are those of other losses, with their value alone
+# losses whose kernels are those of others with their value alone
+OF_OTHERS = ("dino", "minilm_relation", "channel_wise", "localization")
 with_some_kernels = quick_if(
-    lambda case, engine: (
-        engine != "triton" or (case in LOSSES and case.name not in ("dino", "minilm_relation"))
-    )
+    lambda case, engine: engine != "triton" or (case in LOSSES and case.name not in OF_OTHERS)
 )
 of_ops = quick_if(lambda case, engine: engine != "triton" or case.name in ("kd", "rkd", "sup_con"))
 # one block of a kernel, several with tails, and for rows many rows in one program
