@@ -23,9 +23,10 @@ def on_device_of(multiprocessors, monkeypatch, nvidia=False):
 
 def through_chunks(monkeypatch, columns=16):
     """Make kernels of pairs go through cuBLAS: several chunks, several programs for a row."""
-    launch = importlib.import_module("fastkd.kernels.pairs.launch")
     chunks = importlib.import_module("fastkd.kernels.pairs.chunks")
-    monkeypatch.setattr(launch, "tiling", lambda *arguments: None)
+    for name in ("launch", "soft_launch"):
+        launch = importlib.import_module(f"fastkd.kernels.pairs.{name}")
+        monkeypatch.setattr(launch, "tiling", lambda *arguments: None)
     monkeypatch.setattr(chunks, "COLUMNS", columns)
     monkeypatch.setattr(chunks, "_TILE", (8, 16))
     monkeypatch.setattr(chunks, "ELEMENTS", 20 * columns)

@@ -17,7 +17,7 @@ if not INTERPRETED:
 from meter import Meter
 
 from fastkd.kernels.pairs import tiling
-from fastkd.kernels.rows import launch, sweeps
+from fastkd.kernels.rows import gradients, launch, sweeps
 from fastkd.portable import rows as twin
 from fastkd.problems.rows import Rows
 
@@ -142,7 +142,8 @@ def test_vectors_start_on_their_boundary(view, dtype, division, monkeypatch):
             places.extend(moved.handle.data.ravel() % 16)
         return moved
 
-    monkeypatch.setattr(sweeps, "at_boundary", watched)
+    for module in (sweeps, gradients):
+        monkeypatch.setattr(module, "at_boundary", watched)
     student = VIEWS[view](3, LOOPED).to(dtype)
     room = torch.empty(3, LOOPED + 3, dtype=dtype)[:, :LOOPED].copy_(student)
     fastkd.forward_kl(room.requires_grad_(), VIEWS[view](3, LOOPED).to(dtype)).backward()

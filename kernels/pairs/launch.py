@@ -2,15 +2,12 @@
 
 Pairs: with G the slopes of the loss in S, one sweep over the tiles gives the log-sum-exps n of rows
 and c of columns, others give Σ_j G_ij k_j and Σ_i G_ij q_i. Without log-sum-exps of columns the
-first sweep gives the sum for the queries too. SoftPairs: one sweep gives both networks'
-log-sum-exps and KL, a second one Σ_j G_ij k_j, a third one Σ_i G_ij q_i; if the queries are the
-keys, the second one gives both.
+first sweep gives the sum for the queries too. `soft_launch.py` has SoftPairs.
 
-Work, in products of 2 N M D FLOPs: Pairs with rows alone 1, with the gradient in queries 2, in both
-4; with columns, or with classes, 1, 3, 5; if the queries are the keys 1, 3. SoftPairs 1 of each
-network, with the gradient in queries 3 and 2, in both 5 and 3. Products are of embeddings as they
-came, in half precision, summed in float32; of float32 they are where the user allows TF32. All
-other problems go by chunks through cuBLAS.
+Work, in products of 2 N M D FLOPs: with rows alone 1, with the gradient in queries 2, in both
+4; with columns, or with classes, 1, 3, 5; if the queries are the keys 1, 3. Products are of
+embeddings as they came, in half precision, summed in float32; of float32 they are where the user
+allows TF32. All other problems go by chunks through cuBLAS.
 """
 
 from __future__ import annotations
@@ -23,8 +20,8 @@ import triton
 from torch import Tensor
 
 from fastkd.kernels.device import device_of, on_device
-from fastkd.kernels.pairs.chunks import pairs_by_chunks, soft_pairs_by_chunks
-from fastkd.kernels.pairs.similarity_kl import Shifts, divergences, weighed_differences
+from fastkd.kernels.pairs.chunks import pairs_by_chunks
+from fastkd.kernels.pairs.soft_launch import solve_soft_pairs
 from fastkd.kernels.pairs.sweeps import (
     Classes,
     ColumnSums,
@@ -38,11 +35,10 @@ from fastkd.kernels.pairs.tiling import (
     Embeddings,
     Tiling,
     embeddings,
-    merge_statistics,
+    sizes_of,
     splits_of,
     sum_of_splits,
     tiling,
-    tilings_of_two,
 )
 from fastkd.kernels.tiles import LN2, LOG2E
 from fastkd.problems.pairs import (
@@ -54,7 +50,6 @@ from fastkd.problems.pairs import (
     over_ranks,
     own_columns,
     penalty,
-    weighted_sum,
     with_positives,
 )
 
@@ -70,7 +65,7 @@ def value_and_gradients(
     """
     with on_device(problem.query):
         if isinstance(problem, SoftPairs):
-            return _solve_soft_pairs(problem, needs_grad)
+            return solve_soft_pairs(problem, needs_grad)
         return _solve_pairs(problem, needs_grad)
 
 
@@ -81,19 +76,6 @@ def _solve_pairs(problem: Pairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gr
     if tiles is None or not query.numel() or not (key is None or key.numel()):
         return pairs_by_chunks(problem, needs_grad)
     return _Sweeps(problem, tiles, needs_grad).value_and_gradients()
-
-
-def _solve_soft_pairs(problem: SoftPairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gradients]:
-    query, teacher = problem.query, problem.teacher_query
-    tiles = tilings_of_two(
-        query,
-        tiling(query, problem.half, query.dtype),
-        tiling(teacher, problem.teacher_half, query.dtype),
-    )
-    is_empty = any(x is not None and not x.numel() for x in (*problem[:2], *problem[3:5]))
-    if tiles is None or is_empty:
-        return soft_pairs_by_chunks(problem, needs_grad)
-    return _SoftSweeps(problem, tiles, needs_grad).value_and_gradients()
 
 
 class _Sweeps:
@@ -304,104 +286,7 @@ class _Sweeps:
         return Similarities(x.side, y.side, self.scale)
 
     def _sizes(self, x: Embeddings, y: Embeddings, per_split: int) -> dict[str, Any]:
-        return _sizes(x, y, per_split, self.problem.first, is_swapped=x is not self.x)
-
-
-class _SoftSweeps:
-    """The sweeps over the tiles of `SoftPairs`; names that end in _t are the teacher's."""
-
-    def __init__(
-        self, problem: SoftPairs, tiles: tuple[Tiling, Tiling], needs_grad: Sequence[bool]
-    ) -> None:
-        self.problem, self.needs_grad = problem, needs_grad
-        self.tiles, tiles_t = tiles
-        products = self.tiles.product, tiles_t.product
-        has_tf32 = torch.float32 in products
-        self.constants = dict(
-            TILE=self.tiles.tile(has_tf32), TILE_T=tiles_t.tile(has_tf32), **self.tiles.options
-        )
-        dtype = problem.query.dtype
-        self.scale, self.scale_t = problem.scale.to(dtype), problem.teacher_scale.to(dtype)
-        normalize, half, half_t = problem.normalize, problem.half, problem.teacher_half
-        self.queries = embeddings(problem.query, normalize, half, self.tiles)
-        self.queries_t = embeddings(problem.teacher_query, normalize, half_t, tiles_t)
-        self.keys, self.keys_t = self.queries, self.queries_t
-        if problem.key is not None:
-            self.keys = embeddings(problem.key, normalize, half, self.tiles)
-        if problem.teacher_key is not None:
-            self.keys_t = embeddings(problem.teacher_key, normalize, half_t, tiles_t)
-        self.most = self.scale.new_ones(())  # that a slope may be, and is divided by in the sweeps
-        if problem.weights is not None:
-            self.most = problem.weights.to(dtype).amax().clamp(min=1e-30)
-
-    def value_and_gradients(self) -> tuple[Tensor, Gradients]:
-        needs_query, needs_key, needs_scale = self.needs_grad
-        is_one_matrix = self.problem.key is None
-        losses, shifts = self._divergences()
-        of_query = of_key = of_scale = None
-        if needs_query or needs_scale:
-            values = self._weighted_differences(shifts, shifts if is_one_matrix else None)
-            gradient, along = self.queries.gradient(values, self.scale)
-            if needs_query:
-                of_query = gradient
-            if needs_scale:
-                # halved if the queries are the keys, because each pair was met from both sides
-                of_scale = along.sum() * (0.5 if is_one_matrix else 1.0)
-        if needs_key and not is_one_matrix:
-            values = self._weighted_differences(None, shifts)
-            of_key, _ = self.keys.gradient(values, self.scale)
-        return weighted_sum(losses, self.problem.weights), (of_query, of_key, of_scale)
-
-    def _divergences(self) -> tuple[Tensor, Shifts]:
-        """Return the losses of rows, and what to subtract from S and T for lifted softmaxes."""
-        x, y = self.queries, self.keys
-        n_splits, per_split = splits_of(x, y, self.tiles)
-        parts = self.scale.new_empty((n_splits, 5, len(x.matrix)))
-        divergences[len(x.matrix) // self.tiles.rows, n_splits](
-            Similarities(x.side, y.side, self.scale),
-            Similarities(self.queries_t.side, self.keys_t.side, self.scale_t),
-            parts, **_sizes(x, y, per_split, self.problem.first), **self.constants,
-            CROSS_ENTROPY=self.problem.form == "cross_entropy",
-        )  # fmt: skip
-        losses, largest, total, largest_t, total_t = merge_statistics(
-            parts, LN2.value, self.problem.form
-        )
-        lifts: Tensor | int = HEADROOM
-        if self.problem.weights is not None:  # w exp2(S − n) is exp2(S − (n − log2 w))
-            lifts = x.pad((self.problem.weights.to(losses.dtype) / self.most).log2()) + HEADROOM
-        shifts = Shifts(largest + total.log2() - lifts, largest_t + total_t.log2() - lifts)
-        return losses[: len(x.rows)], shifts
-
-    def _weighted_differences(
-        self, row_shifts: Shifts | None, column_shifts: Shifts | None
-    ) -> Tensor:
-        """Return Σ_j G_ij k_j, or without the shifts of rows Σ_i G_ij q_i."""
-        x, x_t, y, y_t = self.queries, self.queries_t, self.keys, self.keys_t
-        if row_shifts is None:
-            x, x_t, y, y_t = y, y_t, x, x_t
-        n_splits, per_split = splits_of(x, y, self.tiles)
-        values = self.scale.new_empty((n_splits, len(x.matrix), self.tiles.depth))
-        weighed_differences[len(x.matrix) // self.tiles.rows, n_splits](
-            Similarities(x.side, y.side, self.scale),
-            Similarities(x_t.side, y_t.side, self.scale_t),
-            row_shifts, column_shifts, values,
-            **_sizes(x, y, per_split, self.problem.first, is_swapped=row_shifts is None),
-            **self.constants,
-        )  # fmt: skip
-        return sum_of_splits(values) * (self.most * 2**-HEADROOM)
-
-
-def _sizes(
-    x: Embeddings, y: Embeddings, per_split: int, first: int, is_swapped: bool = False
-) -> dict[str, Any]:
-    """Return the sizes that every sweep takes; `is_swapped`: x are keys, and y queries."""
-    diagonal = None
-    if first >= 0:
-        diagonal = -first if is_swapped else first
-    return dict(
-        n=len(x.rows), n_padded=len(x.matrix), m=len(y.rows), per_split=per_split,
-        diagonal=diagonal,
-    )  # fmt: skip
+        return sizes_of(x, y, per_split, self.problem.first, is_swapped=x is not self.x)
 
 
 def _shifts(log_sums: Tensor, slopes: Tensor, most: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -225,3 +225,16 @@ def merge_statistics(parts: Tensor, unit: float, form: str) -> Statistics:
         losses = losses + (total / total_t).log()
     # rounding alone makes a loss negative
     return Statistics(losses.relu_(), largest, total, largest_t, total_t)
+
+
+def sizes_of(
+    x: Embeddings, y: Embeddings, per_split: int, first: int, is_swapped: bool = False
+) -> dict[str, Any]:
+    """Return the sizes that every sweep takes; `is_swapped`: x are keys, and y queries."""
+    diagonal = None
+    if first >= 0:
+        diagonal = -first if is_swapped else first
+    return dict(
+        n=len(x.rows), n_padded=len(x.matrix), m=len(y.rows), per_split=per_split,
+        diagonal=diagonal,
+    )  # fmt: skip

@@ -31,7 +31,7 @@ from fastkd.kernels.device import (
     on_device,
     rows_of,
 )
-from fastkd.kernels.rows import sweeps
+from fastkd.kernels.rows import gradients, sweeps
 from fastkd.problems.rows import Rows
 
 ON_CHIP = 8192  # columns of the longest rows that are read once for every divergence
@@ -163,7 +163,7 @@ def _launch_whole_rows(
     sharing = triton.cdiv(n_rows, 2 * device.multiprocessors)
     block = max(1, min(4096 // columns, triton.next_power_of_2(sharing)))
     with on_device(problem.student):
-        sweeps.whole_rows[(triton.cdiv(n_rows, block),)](
+        gradients.whole_rows[(triton.cdiv(n_rows, block),)](
             **_arguments(problem),
             **_operands(student, teacher, gradient_rows, upstream),
             losses_ptr=None if losses is None else losses[0],
@@ -236,7 +236,7 @@ def _launch_gradient(
     vectors, num_warps = 512, 4
     n_blocks = triton.cdiv(n_cols, vectors * width)
     with on_device(problem.student):
-        sweeps.gradient[(n_rows * n_blocks,)](
+        gradients.gradient[(n_rows * n_blocks,)](
             **_arguments(problem),
             **_operands(student, teacher, gradient_rows, upstream),
             statistics_ptr=statistics,

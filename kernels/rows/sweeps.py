@@ -1,9 +1,8 @@
-"""Kernels of the rows: sums over them, and their gradient.
+"""Kernels that sum over rows; `gradients.py` has those that write a gradient.
 
 With h = ∂d/∂log q a divergence D = Σ d(log p, log q) has the slope (h − q Σ h) / T, so that a row
 needs a sweep for its sums and one for its gradient. For each entry of bf16 logits `row_statistics`
-reads 4 bytes, or 8 in two sweeps where both Z must be known before d is summed; `gradient` and
-`whole_rows` with a gradient move 6.
+reads 4 bytes, or 8 in two sweeps where both Z must be known before d is summed.
 
 A row is read in vectors of 16 bytes that lie on their boundary, whatever its start and length; what
 remains at its two ends is read by elements. Sums stay private to a thread until the row ends.
@@ -15,20 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.device import Strided
 from fastkd.kernels.rows.terms import (
     LOWEST,
     Statistics,
     Sums,
     Units,
-    add_products,
     cross_entropy,
     fold,
     kl_value,
     merge,
     mixture,
     mixture_value,
-    slope,
 )
 from fastkd.kernels.tiles import (
     INFINITY,
@@ -84,16 +80,8 @@ class Span(NamedTuple):
     n_cols: tl.tensor
 
 
-class Factors(NamedTuple):
-    """Factors of a row's two gradients, 0 where it is masked, and its label."""
-
-    divergence: tl.tensor
-    cross_entropy: tl.tensor
-    label: tl.tensor
-
-
 @triton.jit
-def _units(numbers, ON_DEVICE: tl.constexpr, DTYPE: tl.constexpr):
+def units_of(numbers, ON_DEVICE: tl.constexpr, DTYPE: tl.constexpr):
     return Units(
         log2_units(number(numbers.student_temperature, ON_DEVICE, DTYPE), DTYPE),
         log2_units(number(numbers.teacher_temperature, ON_DEVICE, DTYPE), DTYPE),
@@ -102,7 +90,7 @@ def _units(numbers, ON_DEVICE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _logits(rows, columns, mask, DTYPE: tl.constexpr):
+def load_logits(rows, columns, mask, DTYPE: tl.constexpr):
     fill = None if mask is None else -INFINITY
     x = tl.load(rows.student + columns, mask=mask, other=fill).to(DTYPE)
     y = tl.load(rows.teacher + columns, mask=mask, other=fill).to(DTYPE)
@@ -110,13 +98,13 @@ def _logits(rows, columns, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _vectors(start, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+def vectors(start, THREADS: tl.constexpr, WIDTH: tl.constexpr):
     """Return the columns [R, K] of the vectors from `start`, relative to the first boundary."""
     return (start + tl.arange(0, THREADS))[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
-def _edges(head, n_cols, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+def edges(head, n_cols, THREADS: tl.constexpr, WIDTH: tl.constexpr):
     """Return the columns [R, K] before the first and after the last boundary, and their mask."""
     thread, k = tl.arange(0, THREADS)[:, None], tl.arange(0, WIDTH)[None, :]
     end = (n_cols - head) // WIDTH * WIDTH
@@ -144,15 +132,15 @@ def _online_sums(
     sums = Sums(pivots, zeros, pivots, zeros, zeros, zeros, zeros)
     rest = span.start + (span.end - span.start) // THREADS * THREADS
     for i in range(span.start, rest, THREADS):
-        x, y = _logits(rows, _vectors(i, THREADS, WIDTH), None, DTYPE)
+        x, y = load_logits(rows, vectors(i, THREADS, WIDTH), None, DTYPE)
         sums = fold(x, y, units, sums, DIVERGENCE, LABELS)
     if rest < span.end:
         inside = (rest + tl.arange(0, THREADS) < span.end)[:, None]
-        x, y = _logits(rows, _vectors(rest, THREADS, WIDTH), inside, DTYPE)
+        x, y = load_logits(rows, vectors(rest, THREADS, WIDTH), inside, DTYPE)
         sums = fold(x, y, units, sums, DIVERGENCE, LABELS)
     if _has_edges(span, WIDTH):
-        columns, inside = _edges(span.head, span.n_cols, THREADS, WIDTH)
-        x, y = _logits(rows, columns, inside, DTYPE)
+        columns, inside = edges(span.head, span.n_cols, THREADS, WIDTH)
+        x, y = load_logits(rows, columns, inside, DTYPE)
         sums = fold(x, y, units, sums, DIVERGENCE, LABELS)
     return merge(sums, units, DIVERGENCE)
 
@@ -177,17 +165,17 @@ def _mixture_sums(
     slope_sum = value
     rest = span.start + (span.end - span.start) // THREADS * THREADS
     for i in range(span.start, rest, THREADS):
-        x, y = _logits(rows, _vectors(i, THREADS, WIDTH), None, DTYPE)
+        x, y = load_logits(rows, vectors(i, THREADS, WIDTH), None, DTYPE)
         summands, slopes = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
         value, slope_sum = value + summands, slope_sum + slopes
     if rest < span.end:
         inside = (rest + tl.arange(0, THREADS) < span.end)[:, None]
-        x, y = _logits(rows, _vectors(rest, THREADS, WIDTH), inside, DTYPE)
+        x, y = load_logits(rows, vectors(rest, THREADS, WIDTH), inside, DTYPE)
         summands, slopes = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
         value, slope_sum = value + summands, slope_sum + slopes
     if _has_edges(span, WIDTH):
-        columns, inside = _edges(span.head, span.n_cols, THREADS, WIDTH)
-        x, y = _logits(rows, columns, inside, DTYPE)
+        columns, inside = edges(span.head, span.n_cols, THREADS, WIDTH)
+        x, y = load_logits(rows, columns, inside, DTYPE)
         summands, slopes = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
         value, slope_sum = value + summands, slope_sum + slopes
     return tl.sum(value, 0), tl.sum(slope_sum, 0)
@@ -209,7 +197,7 @@ def _store_statistics(pointer, sums, slope_sum):
 
 
 @triton.jit
-def _load_statistics(pointer):
+def load_statistics(pointer):
     return Statistics(
         tl.load(pointer),
         tl.load(pointer + 1),
@@ -255,7 +243,7 @@ def row_statistics(
             _store_sums(statistics_row, Sums(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
         return
     weight = number(numbers.weight, ON_DEVICE, DTYPE)
-    units = _units(numbers, ON_DEVICE, DTYPE)
+    units = units_of(numbers, ON_DEVICE, DTYPE)
     whole_row = student.ptr + row_offset(row, inner, student)
     head = head_of(whole_row, n_cols, WIDTH)
     rows = Pointers(
@@ -334,7 +322,7 @@ def combine(
             tl.load(place + 5, inside, 0.0),
             tl.load(place + 6, inside, 0.0),
         )
-        sums = merge(sums, _units(numbers, ON_DEVICE, DTYPE), DIVERGENCE)
+        sums = merge(sums, units_of(numbers, ON_DEVICE, DTYPE), DIVERGENCE)
         value, slope_sum = kl_value(sums.zs, sums.zt, sums.a, sums.b, weight, DIVERGENCE)
         _store_statistics(statistics_row, sums, slope_sum)
         if LABELS:
@@ -349,209 +337,3 @@ def combine(
         tl.store(statistics_row + 4, slope_sum)
     if SWEEP == 2 or not IS_MIXTURE:
         tl.store(losses_ptr + row, tl.where(unmasked, value * scale, 0.0))
-
-
-@triton.jit
-def _row_factors(
-    rows, mask, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr, scale,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Return the Factors of rows; `scale` multiplies the gradient of the divergence."""
-    factor = tl.zeros(rows.shape, DTYPE)
-    ce_factor, label = factor, tl.full(rows.shape, -1, tl.int64)
-    if upstream_ptr is not None:
-        factor = tl.load(upstream_ptr + rows * strides.upstream, mask, 0.0).to(DTYPE) * scale
-    if row_mask_ptr is not None:
-        factor = tl.where(tl.load(row_mask_ptr + rows, mask, 0) != 0, factor, 0.0)
-    if labels_ptr is not None:
-        label = tl.load(labels_ptr + rows, mask, -1).to(tl.int64)
-    if ce_upstream_ptr is not None:
-        ce_factor = tl.load(ce_upstream_ptr + rows * strides.ce_upstream, mask, 0.0).to(DTYPE)
-        # a label out of range shows as NaN, unless an upstream gradient of 0 masks its row
-        ce_factor = tl.where((label >= n_cols) & (ce_factor != 0), float("nan"), ce_factor)
-        ce_factor = tl.where(label < 0, 0.0, ce_factor)
-    return Factors(factor, ce_factor, label)
-
-
-@triton.jit
-def _row_gradient(
-    x, y, columns, units, row, weight, factors,
-    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """Return the gradient of a tile; a factor of 0 selects, so that it wins over a NaN."""
-    ds, dt = (x - row.ms) * units.cs, (y - row.mt) * units.ct
-    by_log_q = slope(ds, dt, row, weight, DIVERGENCE, FAST)
-    gradient = tl.where(factors.divergence == 0, 0.0, by_log_q * factors.divergence)
-    if LABELS:
-        q1 = tl.exp2((x - row.ms) * units.c1) * (1 / row.z1)
-        distance = q1 - tl.where(columns == factors.label, 1.0, 0.0)
-        gradient += tl.where(factors.cross_entropy == 0, 0.0, distance * factors.cross_entropy)
-    return gradient
-
-
-@triton.jit
-def _gradient_tile(
-    rows, gradient_row, columns, inside, unmasked, head, units, row, weight, factors,
-    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """Store the gradient of a tile of one row, whose logits are read only if it is unmasked."""
-    x, y = _logits(rows, columns, inside & unmasked, DTYPE)
-    gradient = _row_gradient(
-        x, y, columns + head, units, row, weight, factors, DIVERGENCE, LABELS, FAST
-    )
-    tl.store(gradient_row + columns, gradient.to(gradient_row.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def gradient(
-    student_ptr,  # (n_rows, n_cols)
-    teacher_ptr,  # (n_rows, n_cols)
-    labels_ptr,  # (n_rows,) or None
-    row_mask_ptr,  # (n_rows,) or None
-    upstream_ptr,  # (n_rows,) of the losses, or None
-    ce_upstream_ptr,  # (n_rows,) of the cross-entropies, or None
-    statistics_ptr,  # (n_rows, N_STATISTICS)
-    gradient_ptr,  # (n_rows, n_cols), written
-    n_cols,
-    n_blocks,  # of VECTORS vectors, to a row
-    inner,  # size of the logits' last dimension but one
-    strides,  # Strides
-    numbers,  # Numbers
-    DIVERGENCE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ON_DEVICE: tl.constexpr,
-    CONGRUENT: tl.constexpr, GRADIENT_CONGRUENT: tl.constexpr, VECTORS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Compute the gradient of a block of a row from its statistics: program row · n_blocks + block.
-
-    Both are on one axis of the grid, because the others hold 65,535 programs at most.
-    """
-    program = tl.program_id(0)
-    row, block = program // n_blocks, program % n_blocks
-    weight = number(numbers.weight, ON_DEVICE, DTYPE)
-    temperature = number(numbers.student_temperature, ON_DEVICE, DTYPE)
-    units = _units(numbers, ON_DEVICE, DTYPE)
-    LABELS: tl.constexpr = ce_upstream_ptr is not None
-    factors = _row_factors(
-        row, row >= 0, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
-        number(numbers.scale, ON_DEVICE, DTYPE) / temperature, DTYPE,
-    )  # fmt: skip
-    statistics = _load_statistics(statistics_ptr + row.to(tl.int64) * N_STATISTICS)
-
-    student = Strided(student_ptr, strides.student_outer, strides.student_inner)
-    teacher = Strided(teacher_ptr, strides.teacher_outer, strides.teacher_inner)
-    gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)
-    student_row = student_ptr + row_offset(row, inner, student)
-    head = head_of(student_row, n_cols, WIDTH)
-    rows = Pointers(
-        at_boundary(student_row, head, True),
-        at_boundary(teacher_ptr, row_offset(row, inner, teacher) + head, CONGRUENT),
-    )
-    gradient_row = at_boundary(
-        gradient_ptr, row_offset(row, inner, gradient) + head, GRADIENT_CONGRUENT
-    )
-    unmasked = (factors.divergence != 0) | (factors.cross_entropy != 0)
-    start = block * VECTORS
-    inside = (start + tl.arange(0, VECTORS) < (n_cols - head) // WIDTH)[:, None]
-    _gradient_tile(
-        rows, gradient_row, _vectors(start, VECTORS, WIDTH), inside, unmasked, head, units,
-        statistics, weight, factors, DIVERGENCE, LABELS, DTYPE, FAST,
-    )  # fmt: skip
-    if (block == 0) & (n_cols % WIDTH + head > 0):
-        at_edge, inside_edge = _edges(head, n_cols, 2, WIDTH)
-        _gradient_tile(
-            rows, gradient_row, at_edge, inside_edge, unmasked, head, units, statistics, weight,
-            factors, DIVERGENCE, LABELS, DTYPE, FAST,
-        )  # fmt: skip
-
-
-@triton.jit
-def whole_rows(
-    student_ptr,  # (n_rows, n_cols)
-    teacher_ptr,  # (n_rows, n_cols)
-    labels_ptr,  # (n_rows,) or None
-    row_mask_ptr,  # (n_rows,) or None
-    upstream_ptr,  # (n_rows,) of the losses, or None
-    ce_upstream_ptr,  # (n_rows,) of the cross-entropies, or None
-    losses_ptr,  # (n_rows,); None: the gradient alone
-    cross_entropies_ptr,  # (n_rows,); None without losses_ptr or without labels
-    gradient_ptr,  # (n_rows, n_cols), written; None: the losses alone
-    n_rows,
-    n_cols,
-    inner,  # size of the logits' last dimension but one
-    strides,  # Strides
-    numbers,  # Numbers
-    DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
-    ON_DEVICE: tl.constexpr, ALIGNMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Compute the losses, the gradient or both of ROWS rows, which are read once and stay on chip.
-
-    ALIGNMENT divides n_cols and the start of every row.
-    """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exists = rows < n_rows
-    weight = number(numbers.weight, ON_DEVICE, DTYPE)
-    temperature = number(numbers.student_temperature, ON_DEVICE, DTYPE)
-    scale = number(numbers.scale, ON_DEVICE, DTYPE)
-    units = _units(numbers, ON_DEVICE, DTYPE)
-    LABELS: tl.constexpr = labels_ptr is not None
-    n_cols = n_cols // ALIGNMENT * ALIGNMENT  # unchanged; tells the compiler what divides it
-    columns = tl.arange(0, COLUMNS)[None, :]
-    student = Strided(student_ptr, strides.student_outer, strides.student_inner)
-    teacher = Strided(teacher_ptr, strides.teacher_outer, strides.teacher_inner)
-    student_rows = row_offset(rows, inner, student) // ALIGNMENT * ALIGNMENT
-    teacher_rows = row_offset(rows, inner, teacher) // ALIGNMENT * ALIGNMENT
-    inside = exists[:, None] & (columns < n_cols)
-    pointers = Pointers(student_ptr + student_rows[:, None], teacher_ptr + teacher_rows[:, None])
-    x, y = _logits(pointers, columns, inside, DTYPE)
-
-    ms, mt = tl.maximum(tl.max(x, 1), LOWEST), tl.maximum(tl.max(y, 1), LOWEST)
-    above = x - ms[:, None]
-    ds, dt = above * units.cs, (y - mt[:, None]) * units.ct
-    es, et = tl.exp2(ds), tl.exp2(dt)
-    zs, zt = tl.sum(es, 1), tl.sum(et, 1)
-    if IS_MIXTURE:
-        summand, q, v = mixture(ds, dt, zs[:, None], zt[:, None], weight, DIVERGENCE, FAST)
-        value, slope_sum = mixture_value(tl.sum(summand, 1), tl.sum(q * v, 1), zs, zt, DIVERGENCE)
-    else:
-        zeros = tl.zeros([ROWS], DTYPE)
-        a, b = add_products(zeros, zeros, ds, dt, es, et, DIVERGENCE)
-        value, slope_sum = kl_value(zs, zt, a, b, weight, DIVERGENCE)
-    z1 = zs
-    if LABELS:
-        z1 = tl.sum(tl.exp2(above * units.c1), 1)
-
-    if losses_ptr is not None:
-        unmasked = (
-            tl.load(row_mask_ptr + rows, exists, 0) != 0 if row_mask_ptr is not None else exists
-        )
-        tl.store(losses_ptr + rows, tl.where(unmasked, value * scale, 0.0), exists)
-        if LABELS:
-            label = tl.load(labels_ptr + rows, exists, -1).to(tl.int64)
-            row_ptr = student_ptr + student_rows
-            ce = cross_entropy(row_ptr, label, n_cols, units.c1, ms, z1, DTYPE)
-            tl.store(cross_entropies_ptr + rows, ce, exists)
-    if gradient_ptr is not None:
-        factors = _row_factors(
-            rows, exists, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
-            scale / temperature, DTYPE,
-        )  # fmt: skip
-        slopes = _row_gradient(
-            x, y, columns, units,
-            Statistics(
-                ms[:, None], zs[:, None], mt[:, None], zt[:, None], slope_sum[:, None],
-                z1[:, None],
-            ),
-            weight,
-            Factors(
-                factors.divergence[:, None], factors.cross_entropy[:, None], factors.label[:, None]
-            ),
-            DIVERGENCE, ce_upstream_ptr is not None, FAST,
-        )  # fmt: skip
-        tl.debug_barrier()  # so that the label's logit has been read before it is overwritten
-        gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)
-        gradient_rows = row_offset(rows, inner, gradient) // ALIGNMENT * ALIGNMENT
-        tl.store(
-            gradient_ptr + gradient_rows[:, None] + columns,
-            slopes.to(gradient_ptr.dtype.element_ty),
-            mask=inside,
-        )

@@ -1,0 +1,246 @@
+"""Kernels that write the gradient of rows, by blocks of a row or of rows that stay on chip.
+
+The gradient in a logit is factor · (h − q Σ h), with the sums of `sweeps.py` or, in `whole_rows`,
+sums of its own. For each entry of bf16 logits both move 6 bytes.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from fastkd.kernels.device import Strided
+from fastkd.kernels.rows.sweeps import (
+    N_STATISTICS,
+    Pointers,
+    edges,
+    load_logits,
+    load_statistics,
+    units_of,
+    vectors,
+)
+from fastkd.kernels.rows.terms import (
+    LOWEST,
+    Statistics,
+    add_products,
+    cross_entropy,
+    kl_value,
+    mixture,
+    mixture_value,
+    slope,
+)
+from fastkd.kernels.tiles import at_boundary, head_of, number, row_offset
+
+
+class Factors(NamedTuple):
+    """Factors of a row's two gradients, 0 where it is masked, and its label."""
+
+    divergence: tl.tensor
+    cross_entropy: tl.tensor
+    label: tl.tensor
+
+
+@triton.jit
+def _row_factors(
+    rows, mask, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr, scale,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Return the Factors of rows; `scale` multiplies the gradient of the divergence."""
+    factor = tl.zeros(rows.shape, DTYPE)
+    ce_factor, label = factor, tl.full(rows.shape, -1, tl.int64)
+    if upstream_ptr is not None:
+        factor = tl.load(upstream_ptr + rows * strides.upstream, mask, 0.0).to(DTYPE) * scale
+    if row_mask_ptr is not None:
+        factor = tl.where(tl.load(row_mask_ptr + rows, mask, 0) != 0, factor, 0.0)
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + rows, mask, -1).to(tl.int64)
+    if ce_upstream_ptr is not None:
+        ce_factor = tl.load(ce_upstream_ptr + rows * strides.ce_upstream, mask, 0.0).to(DTYPE)
+        # a label out of range shows as NaN, unless an upstream gradient of 0 masks its row
+        ce_factor = tl.where((label >= n_cols) & (ce_factor != 0), float("nan"), ce_factor)
+        ce_factor = tl.where(label < 0, 0.0, ce_factor)
+    return Factors(factor, ce_factor, label)
+
+
+@triton.jit
+def _row_gradient(
+    x, y, columns, units, row, weight, factors,
+    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Return the gradient of a tile; a factor of 0 selects, so that it wins over a NaN."""
+    ds, dt = (x - row.ms) * units.cs, (y - row.mt) * units.ct
+    by_log_q = slope(ds, dt, row, weight, DIVERGENCE, FAST)
+    gradient = tl.where(factors.divergence == 0, 0.0, by_log_q * factors.divergence)
+    if LABELS:
+        q1 = tl.exp2((x - row.ms) * units.c1) * (1 / row.z1)
+        distance = q1 - tl.where(columns == factors.label, 1.0, 0.0)
+        gradient += tl.where(factors.cross_entropy == 0, 0.0, distance * factors.cross_entropy)
+    return gradient
+
+
+@triton.jit
+def _gradient_tile(
+    rows, gradient_row, columns, inside, unmasked, head, units, row, weight, factors,
+    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient of a tile of one row, whose logits are read only if it is unmasked."""
+    x, y = load_logits(rows, columns, inside & unmasked, DTYPE)
+    gradient = _row_gradient(
+        x, y, columns + head, units, row, weight, factors, DIVERGENCE, LABELS, FAST
+    )
+    tl.store(gradient_row + columns, gradient.to(gradient_row.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradient(
+    student_ptr,  # (n_rows, n_cols)
+    teacher_ptr,  # (n_rows, n_cols)
+    labels_ptr,  # (n_rows,) or None
+    row_mask_ptr,  # (n_rows,) or None
+    upstream_ptr,  # (n_rows,) of the losses, or None
+    ce_upstream_ptr,  # (n_rows,) of the cross-entropies, or None
+    statistics_ptr,  # (n_rows, N_STATISTICS)
+    gradient_ptr,  # (n_rows, n_cols), written
+    n_cols,
+    n_blocks,  # of VECTORS vectors, to a row
+    inner,  # size of the logits' last dimension but one
+    strides,  # Strides
+    numbers,  # Numbers
+    DIVERGENCE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ON_DEVICE: tl.constexpr,
+    CONGRUENT: tl.constexpr, GRADIENT_CONGRUENT: tl.constexpr, VECTORS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of a block of a row from its statistics: program row · n_blocks + block.
+
+    Both are on one axis of the grid, because the others hold 65,535 programs at most.
+    """
+    program = tl.program_id(0)
+    row, block = program // n_blocks, program % n_blocks
+    weight = number(numbers.weight, ON_DEVICE, DTYPE)
+    temperature = number(numbers.student_temperature, ON_DEVICE, DTYPE)
+    units = units_of(numbers, ON_DEVICE, DTYPE)
+    LABELS: tl.constexpr = ce_upstream_ptr is not None
+    factors = _row_factors(
+        row, row >= 0, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
+        number(numbers.scale, ON_DEVICE, DTYPE) / temperature, DTYPE,
+    )  # fmt: skip
+    statistics = load_statistics(statistics_ptr + row.to(tl.int64) * N_STATISTICS)
+
+    student = Strided(student_ptr, strides.student_outer, strides.student_inner)
+    teacher = Strided(teacher_ptr, strides.teacher_outer, strides.teacher_inner)
+    gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)
+    student_row = student_ptr + row_offset(row, inner, student)
+    head = head_of(student_row, n_cols, WIDTH)
+    rows = Pointers(
+        at_boundary(student_row, head, True),
+        at_boundary(teacher_ptr, row_offset(row, inner, teacher) + head, CONGRUENT),
+    )
+    gradient_row = at_boundary(
+        gradient_ptr, row_offset(row, inner, gradient) + head, GRADIENT_CONGRUENT
+    )
+    unmasked = (factors.divergence != 0) | (factors.cross_entropy != 0)
+    start = block * VECTORS
+    inside = (start + tl.arange(0, VECTORS) < (n_cols - head) // WIDTH)[:, None]
+    _gradient_tile(
+        rows, gradient_row, vectors(start, VECTORS, WIDTH), inside, unmasked, head, units,
+        statistics, weight, factors, DIVERGENCE, LABELS, DTYPE, FAST,
+    )  # fmt: skip
+    if (block == 0) & (n_cols % WIDTH + head > 0):
+        at_edge, inside_edge = edges(head, n_cols, 2, WIDTH)
+        _gradient_tile(
+            rows, gradient_row, at_edge, inside_edge, unmasked, head, units, statistics, weight,
+            factors, DIVERGENCE, LABELS, DTYPE, FAST,
+        )  # fmt: skip
+
+
+@triton.jit
+def whole_rows(
+    student_ptr,  # (n_rows, n_cols)
+    teacher_ptr,  # (n_rows, n_cols)
+    labels_ptr,  # (n_rows,) or None
+    row_mask_ptr,  # (n_rows,) or None
+    upstream_ptr,  # (n_rows,) of the losses, or None
+    ce_upstream_ptr,  # (n_rows,) of the cross-entropies, or None
+    losses_ptr,  # (n_rows,); None: the gradient alone
+    cross_entropies_ptr,  # (n_rows,); None without losses_ptr or without labels
+    gradient_ptr,  # (n_rows, n_cols), written; None: the losses alone
+    n_rows,
+    n_cols,
+    inner,  # size of the logits' last dimension but one
+    strides,  # Strides
+    numbers,  # Numbers
+    DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    ON_DEVICE: tl.constexpr, ALIGNMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Compute the losses, the gradient or both of ROWS rows, which are read once and stay on chip.
+
+    ALIGNMENT divides n_cols and the start of every row.
+    """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exists = rows < n_rows
+    weight = number(numbers.weight, ON_DEVICE, DTYPE)
+    temperature = number(numbers.student_temperature, ON_DEVICE, DTYPE)
+    scale = number(numbers.scale, ON_DEVICE, DTYPE)
+    units = units_of(numbers, ON_DEVICE, DTYPE)
+    LABELS: tl.constexpr = labels_ptr is not None
+    n_cols = n_cols // ALIGNMENT * ALIGNMENT  # unchanged; tells the compiler what divides it
+    columns = tl.arange(0, COLUMNS)[None, :]
+    student = Strided(student_ptr, strides.student_outer, strides.student_inner)
+    teacher = Strided(teacher_ptr, strides.teacher_outer, strides.teacher_inner)
+    student_rows = row_offset(rows, inner, student) // ALIGNMENT * ALIGNMENT
+    teacher_rows = row_offset(rows, inner, teacher) // ALIGNMENT * ALIGNMENT
+    inside = exists[:, None] & (columns < n_cols)
+    pointers = Pointers(student_ptr + student_rows[:, None], teacher_ptr + teacher_rows[:, None])
+    x, y = load_logits(pointers, columns, inside, DTYPE)
+
+    ms, mt = tl.maximum(tl.max(x, 1), LOWEST), tl.maximum(tl.max(y, 1), LOWEST)
+    above = x - ms[:, None]
+    ds, dt = above * units.cs, (y - mt[:, None]) * units.ct
+    es, et = tl.exp2(ds), tl.exp2(dt)
+    zs, zt = tl.sum(es, 1), tl.sum(et, 1)
+    if IS_MIXTURE:
+        summand, q, v = mixture(ds, dt, zs[:, None], zt[:, None], weight, DIVERGENCE, FAST)
+        value, slope_sum = mixture_value(tl.sum(summand, 1), tl.sum(q * v, 1), zs, zt, DIVERGENCE)
+    else:
+        zeros = tl.zeros([ROWS], DTYPE)
+        a, b = add_products(zeros, zeros, ds, dt, es, et, DIVERGENCE)
+        value, slope_sum = kl_value(zs, zt, a, b, weight, DIVERGENCE)
+    z1 = zs
+    if LABELS:
+        z1 = tl.sum(tl.exp2(above * units.c1), 1)
+
+    if losses_ptr is not None:
+        unmasked = (
+            tl.load(row_mask_ptr + rows, exists, 0) != 0 if row_mask_ptr is not None else exists
+        )
+        tl.store(losses_ptr + rows, tl.where(unmasked, value * scale, 0.0), exists)
+        if LABELS:
+            label = tl.load(labels_ptr + rows, exists, -1).to(tl.int64)
+            row_ptr = student_ptr + student_rows
+            ce = cross_entropy(row_ptr, label, n_cols, units.c1, ms, z1, DTYPE)
+            tl.store(cross_entropies_ptr + rows, ce, exists)
+    if gradient_ptr is not None:
+        factors = _row_factors(
+            rows, exists, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
+            scale / temperature, DTYPE,
+        )  # fmt: skip
+        slopes = _row_gradient(
+            x, y, columns, units,
+            Statistics(
+                ms[:, None], zs[:, None], mt[:, None], zt[:, None], slope_sum[:, None],
+                z1[:, None],
+            ),
+            weight,
+            Factors(
+                factors.divergence[:, None], factors.cross_entropy[:, None], factors.label[:, None]
+            ),
+            DIVERGENCE, ce_upstream_ptr is not None, FAST,
+        )  # fmt: skip
+        tl.debug_barrier()  # so that the label's logit has been read before it is overwritten
+        gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)
+        gradient_rows = row_offset(rows, inner, gradient) // ALIGNMENT * ALIGNMENT
+        tl.store(
+            gradient_ptr + gradient_rows[:, None] + columns,
+            slopes.to(gradient_ptr.dtype.element_ty),
+            mask=inside,
+        )
