@@ -60,21 +60,27 @@ def logits(student: Tensor, teacher: Tensor) -> None:
         constant_teacher(teacher_logits=teacher)
 
 
-def _embedding(name: str, tensor: Any) -> None:
+def floats(name: str, tensor: Any, needed: str, values: str, in_one_piece: str) -> None:
+    """Raise an error unless it is a dense floating-point tensor of values, in one piece.
+
+    needed: what it must be, with its shape. in_one_piece: what to pass in place of its pieces.
+    """
     if not isinstance(tensor, Tensor):
         # the most common reason: an option that is given by its place
         way = "; an option goes by its name, as option=value" if isinstance(tensor, float) else ""
-        raise TypeError(
-            f"{name} must be a tensor of shape [N, D], got {type(tensor).__name__}{way}"
-        )
+        raise TypeError(f"{name} must be {needed}, got {type(tensor).__name__}{way}")
     if type(tensor) is not Tensor or tensor.is_nested:
-        rows = "one embedding for each example, pooled, or .values() where each row is an example"
-        one_piece(name, tensor, rows)
+        one_piece(name, tensor, in_one_piece)
     if tensor.dtype not in FLOATS or tensor.layout is not torch.strided:
         raise TypeError(
-            f"{name} must hold floating-point embeddings (float16, bfloat16, float32 or "
-            f"float64, dense), got {tensor.dtype}, {tensor.layout}"
+            f"{name} must hold floating-point {values} (float16, bfloat16, float32 or float64, "
+            f"dense), got {tensor.dtype}, {tensor.layout}"
         )
+
+
+def _embedding(name: str, tensor: Any) -> None:
+    rows = "one embedding for each example, pooled, or .values() where each row is an example"
+    floats(name, tensor, "a tensor of shape [N, D]", "embeddings", rows)
     if tensor.ndim < 2 or not tensor.shape[1:].numel():
         raise ValueError(
             f"{name} needs the shape [N, D] with D ≥ 1, an embedding for each of N examples, "

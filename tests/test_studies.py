@@ -74,8 +74,7 @@ def test_each_loss_of_text_trains_what_its_name_says():
     student = output(text.STUDENT_WIDTH, text.STUDENT_LAYERS, 0)
     teacher = output(text.TEACHER_WIDTH, text.TEACHER_LAYERS, 1)
     reached = {
-        method.name: gradients_of(method, (student, teacher), data.subjects)
-        for method in text.METHODS
+        method.name: gradients_of(method, (student, teacher), data) for method in text.METHODS
     }
     # logits, embeddings, two hidden states, two attentions, q, k, v
     assert reached["no teacher"] == reached["KD"] == [True] + 8 * [False]
@@ -128,10 +127,10 @@ def test_a_perfect_network_has_full_measures():
     drawn = scenes.draw(images[digits < 5], digits[digits < 5], n_scenes=20, seed=0)
 
     class Oracle(nn.Module):
-        def forward(self, images):
+        def forward(self, seen):
             classes = nn.functional.one_hot(drawn.classes, scenes.N_CLASSES).movedim(-1, 1)
             edges = nn.functional.one_hot(drawn.distances.clamp(min=0), scenes.N_BINS)
-            return scenes.Output(images, classes.float(), edges.float())
+            return scenes.Output(seen.images, classes.float(), edges.float())
 
     assert scenes.measure(Oracle(), drawn) == (100.0, 100.0)
 

@@ -412,7 +412,7 @@ CALLS = [
     ),
     (lambda: fastkd.cka(X[..., :0], W), r"D ≥ 1, got \[2, 3, 0\]"),
     (lambda: fastkd.cka(X, W.long()), "teacher must hold floating-point .*int64"),
-    (lambda: fastkd.cka([X], W), "student needs .*for one example.*a tensor, got list"),
+    (lambda: fastkd.cka([X], W), "student must be a tensor .*for one example.*got list"),
     (lambda: fastkd.cka(X, W.to("meta")), "move them together"),
     (lambda: fastkd.token_relation(X, W, heads=4), "4 and 6, got 4: pass a divisor of 2"),
     (lambda: fastkd.token_relation(X, W, heads=0), "heads must be a whole number of at least 1"),

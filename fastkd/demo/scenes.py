@@ -8,15 +8,15 @@ for the four edges of that digit's box a distribution over distances.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
-from fastkd.demo.study import Fit, Method, Study
-from fastkd.demo.training import IGNORED, N_TRAIN, load_images, per_cent, train
+from fastkd.demo.study import Fit, Method, Study, fit
+from fastkd.demo.training import IGNORED, N_TRAIN, load_images, per_cent
 
 SIZE, STRIDE, N_DIGITS = 32, 2, 2  # pixels of a side, those of a place, digits of a scene
 N_CLASSES, N_BINS = 6, 16  # the background and the digits 0 to 4; whole pixels to an edge
@@ -101,8 +101,8 @@ class Network(nn.Module):
         self.classes = nn.Conv2d(width, N_CLASSES, 1)
         self.edges = nn.Conv2d(width, 4 * N_BINS, 1)
 
-    def forward(self, images: Tensor) -> Output:
-        features = self.body(images)
+    def forward(self, scenes: Scenes) -> Output:
+        features = self.body(scenes.images)
         edges = self.edges(features).unflatten(1, (4, N_BINS)).movedim(2, -1)
         return Output(features, self.classes(features), edges)
 
@@ -177,20 +177,6 @@ METHODS = (
 # --------------------------------------------------------------------------------------- training
 
 
-def fit(
-    method: Method, model: Network, scenes: Scenes, teacher: Any, steps: int, seed: int
-) -> None:
-    """Train the model; `teacher` has what the teacher makes of the scenes."""
-    loss = method.new_loss().to(scenes.images.device)
-
-    def of_batch(rows: Tensor) -> Tensor:
-        batch = scenes.take(rows)
-        return loss(model(batch.images), teacher and teacher.take(rows), batch)
-
-    trained = nn.ModuleList([model, loss])
-    train(trained, of_batch, len(scenes.images), steps, seed, BATCH, LEARNING_RATE)
-
-
 def experiment(seeds: int, steps: int, device: str = "cpu") -> Iterator[Fit]:
     """Train the teacher, then one student for each of METHODS and each seed."""
     images, digits = load_images("cpu")
@@ -203,7 +189,16 @@ def experiment(seeds: int, steps: int, device: str = "cpu") -> Iterator[Fit]:
     test = new(slice(N_TRAIN, None), N_TEST, seed=1)
     torch.manual_seed(0)
     teacher = Network(TEACHER_WIDTH).to(device)
-    fit(TEACHER, teacher, new(slice(N_TRAIN), N_TEACHER, 0), None, TEACHER_STEPS, seed=0)
+    fit(
+        TEACHER,
+        teacher,
+        new(slice(N_TRAIN), N_TEACHER, 0),
+        None,
+        TEACHER_STEPS,
+        0,
+        BATCH,
+        LEARNING_RATE,
+    )
     yield Fit(TEACHER, 0, measure(teacher, test))
 
     for seed in range(seeds):
@@ -214,13 +209,13 @@ def experiment(seeds: int, steps: int, device: str = "cpu") -> Iterator[Fit]:
         for method in METHODS:
             torch.manual_seed(seed)
             student = Network(STUDENT_WIDTH).to(device)
-            fit(method, student, seen, taught, steps, seed)
+            fit(method, student, seen, taught, steps, seed, BATCH, LEARNING_RATE)
             yield Fit(method, seed, measure(student, test))
 
 
 def predict(model: Network, scenes: Scenes) -> Output:
     with torch.no_grad():
-        return model.eval()(scenes.images)
+        return model.eval()(scenes)
 
 
 def measure(model: Network, scenes: Scenes) -> tuple[float, float]:

@@ -13,10 +13,11 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import nn
+from torch import Tensor, nn
 
 import fastkd
 from fastkd.demo.tables import Sections, gain_and_wins, markdown, of, printed, spread
+from fastkd.demo.training import train
 
 
 class Method(NamedTuple):
@@ -32,6 +33,30 @@ class Fit(NamedTuple):
     method: Method
     seed: int
     results: tuple[float, ...]  # on the test data, one for each measure, per cent
+
+
+def fit(
+    method: Method,
+    model: nn.Module,
+    data: Any,
+    teacher: Any,
+    steps: int,
+    seed: int,
+    batch: int,
+    learning_rate: float,
+) -> None:
+    """Train the model; `teacher` has what the teacher makes of the data, or is None.
+
+    Model and loss take batches of the data, whose first tensor has its examples.
+    """
+    loss = method.new_loss().to(data[0].device)
+
+    def of_batch(rows: Tensor) -> Tensor:
+        taken = data.take(rows)
+        return loss(model(taken), teacher and teacher.take(rows), taken)
+
+    trained = nn.ModuleList([model, loss])
+    train(trained, of_batch, len(data[0]), steps, seed, batch, learning_rate)
 
 
 class Study(NamedTuple):

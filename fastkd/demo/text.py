@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map
 
 import fastkd
 from fastkd.demo import texts
-from fastkd.demo.study import Fit, Method, Study
-from fastkd.demo.training import IGNORED, per_cent, train
+from fastkd.demo.study import Fit, Method, Study, fit
+from fastkd.demo.training import IGNORED, per_cent
 
 N_TEST, N_STUDENT, N_LABELLED = 1000, 1500, 300
 TEACHER_WIDTH, STUDENT_WIDTH, N_HEADS = 64, 32, 4
@@ -95,18 +95,18 @@ class Encoder(nn.Module):
 class NoTeacher(nn.Module):
     """Cross-entropy with the labels that there are."""
 
-    def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:
-        return F.cross_entropy(student.logits, labels, ignore_index=IGNORED)
+    def forward(self, student: Output, teacher: Output, data: texts.Texts) -> Tensor:
+        return F.cross_entropy(student.logits, data.subjects, ignore_index=IGNORED)
 
 
 class KD(nn.Module):
     """Cross-entropy on what is labelled, and the divergence of predictions on everything."""
 
-    def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:
+    def forward(self, student: Output, teacher: Output, data: texts.Texts) -> Tensor:
         return fastkd.kd(
             student.logits,
             teacher.logits,
-            labels,
+            data.subjects,
             temperature=TEMPERATURE,
             distill_ignored=True,
         )
@@ -119,9 +119,9 @@ class Triple(KD):
         super().__init__()
         self.cosine = fastkd.HintLoss(STUDENT_WIDTH, TEACHER_WIDTH, kind="cosine")
 
-    def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:
+    def forward(self, student: Output, teacher: Output, data: texts.Texts) -> Tensor:
         of_states = self.cosine(student.hidden[-1], teacher.hidden[-1], mask=student.mask)
-        return super().forward(student, teacher, labels) + of_states
+        return super().forward(student, teacher, data) + of_states
 
 
 class Layers(KD):
@@ -134,9 +134,9 @@ class Layers(KD):
         )
         self.hints = nn.ModuleList(self_hints)
 
-    def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:
+    def forward(self, student: Output, teacher: Output, data: texts.Texts) -> Tensor:
         mask, step = student.mask, TEACHER_LAYERS // STUDENT_LAYERS
-        loss = super().forward(student, teacher, labels)
+        loss = super().forward(student, teacher, data)
         loss = loss + self.embeddings(student.embeddings, teacher.embeddings, mask=mask)
         hidden, scores = teacher.hidden[step - 1 :: step], teacher.scores[step - 1 :: step]
         for i, hint in enumerate(self.hints):
@@ -148,11 +148,11 @@ class Layers(KD):
 class Relations(KD):
     """MiniLM: besides, the last layer's queries, keys and values have the same relations."""
 
-    def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:
+    def forward(self, student: Output, teacher: Output, data: texts.Texts) -> Tensor:
         relations = fastkd.minilm_relation(
             student.qkv, teacher.qkv, n_heads=N_HEADS, mask=student.mask
         )
-        return super().forward(student, teacher, labels) + relations
+        return super().forward(student, teacher, data) + relations
 
 
 TEACHER = Method("teacher", NoTeacher)
@@ -167,20 +167,6 @@ METHODS = (
 # --------------------------------------------------------------------------------------- training
 
 
-def fit(
-    method: Method, model: Encoder, data: texts.Texts, teacher: Any, steps: int, seed: int
-) -> None:
-    """Train the model; `teacher` has what the teacher makes of the data."""
-    loss = method.new_loss().to(data.tokens.device)
-
-    def of_batch(rows: Tensor) -> Tensor:
-        batch = data.take(rows)
-        return loss(model(batch), teacher and teacher.take(rows), batch.subjects)
-
-    trained = nn.ModuleList([model, loss])
-    train(trained, of_batch, len(data.tokens), steps, seed, BATCH, LEARNING_RATE)
-
-
 def experiment(seeds: int, steps: int, device: str = "cpu") -> Iterator[Fit]:
     """Train the teacher, then one student for each of METHODS and each seed."""
     data = texts.load(device)
@@ -189,7 +175,7 @@ def experiment(seeds: int, steps: int, device: str = "cpu") -> Iterator[Fit]:
     new = functools.partial(Encoder, data.n_tokens)
     torch.manual_seed(0)
     teacher = new(TEACHER_WIDTH, TEACHER_LAYERS, dropout=0.2).to(device)
-    fit(TEACHER, teacher, data, None, TEACHER_STEPS, seed=0)
+    fit(TEACHER, teacher, data, None, TEACHER_STEPS, 0, BATCH, LEARNING_RATE)
     answers = predict(teacher, test).logits.argmax(-1)
     yield Fit(TEACHER, 0, (per_cent(answers == test.subjects), 100.0))
 
@@ -199,7 +185,7 @@ def experiment(seeds: int, steps: int, device: str = "cpu") -> Iterator[Fit]:
         for method in METHODS:
             torch.manual_seed(seed)
             student = new(STUDENT_WIDTH, STUDENT_LAYERS, dropout=0.1).to(device)
-            fit(method, student, seen, taught, steps, seed)
+            fit(method, student, seen, taught, steps, seed, BATCH, LEARNING_RATE)
             found = predict(student, test).logits.argmax(-1)
             results = per_cent(found == test.subjects), per_cent(found == answers)
             yield Fit(method, seed, results)

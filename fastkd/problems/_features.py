@@ -157,17 +157,8 @@ def check_maps(student: Features, teacher: Features, *, p: Number, kind: str) ->
 
 def _floats(student: Any, teacher: Any, needed: str) -> None:
     for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, Tensor):
-            way = "; an option goes by its name, as option=value" if isinstance(x, float) else ""
-            raise TypeError(f"{name} must be {needed}, got {type(x).__name__}{way}")
-        if type(x) is not Tensor or x.is_nested:
-            rows = "a padded tensor with mask=, or .values() where each row is an example"
-            _checks.one_piece(name, x, rows)
-        if x.dtype not in _checks.FLOATS or x.layout is not torch.strided:
-            raise TypeError(
-                f"{name} must hold floating-point features (float16, bfloat16, float32 or float64, "
-                f"dense), got {x.dtype}, {x.layout}"
-            )
+        padded = "a padded tensor with mask=, or .values() where each row is an example"
+        _checks.floats(name, x, needed, "features", padded)
 
 
 def _check_of_positions(name: str, x: Any, features: Tensor, feature: int, batch: int) -> None:

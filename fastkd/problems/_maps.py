@@ -22,18 +22,8 @@ BINS = ("sum", "mean")
 
 def a_map(name: str, tensor: Any) -> None:
     """Raise an error unless it is a floating-point tensor [B, C, ...] with a position or more."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(
-            f"{name} must be a tensor of shape [B, C, H, W] or [B, C, L], "
-            f"got {type(tensor).__name__}"
-        )
-    if type(tensor) is not Tensor or tensor.is_nested:
-        _checks.one_piece(name, tensor, "maps of one size, padded or resized")
-    if tensor.dtype not in _checks.FLOATS or tensor.layout is not torch.strided:
-        raise TypeError(
-            f"{name} must hold floating-point features (float16, bfloat16, float32 or float64, "
-            f"dense), got {tensor.dtype}, {tensor.layout}"
-        )
+    needed = "a tensor of shape [B, C, H, W] or [B, C, L]"
+    _checks.floats(name, tensor, needed, "features", "maps of one size, padded or resized")
     if tensor.ndim < 3 or not tensor.shape[1:].numel():
         raise ValueError(
             f"{name} needs the shape [B, C, H, W] or [B, C, L], a map for each of C channels, got "
@@ -180,17 +170,8 @@ def check_scores(
 ) -> None:
     """Raise an error for attention scores that do not fit together, or a mask that does not."""
     for name, tensor in (("student_scores", student), ("teacher_scores", teacher)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"{name} must be a tensor of shape [B, heads, L, L], got {type(tensor).__name__}"
-            )
-        if type(tensor) is not Tensor or tensor.is_nested:
-            _checks.one_piece(name, tensor, "scores padded to one length, with a mask")
-        if tensor.dtype not in _checks.FLOATS or tensor.layout is not torch.strided:
-            raise TypeError(
-                f"{name} must hold floating-point scores (float16, bfloat16, float32 or float64, "
-                f"dense), got {tensor.dtype}, {tensor.layout}"
-            )
+        needed, padded = "a tensor of shape [B, heads, L, L]", "scores padded to one length"
+        _checks.floats(name, tensor, needed, "scores", f"{padded}, with a mask")
         if tensor.ndim < 3:
             raise ValueError(
                 f"{name} needs the shape [B, heads, L, L] or [B, L, L], got {_checks.shape(tensor)}"

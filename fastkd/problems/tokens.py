@@ -48,19 +48,12 @@ solve = Op(TokenRelations, trained=("student",), per_example=-2)
 def _check_tokens(student: Any, teacher: Any, mask: Any, names: Sequence[str], one: str) -> None:
     """Raise an error unless both are [B, L, D] of the same B and L, and the mask is [B, L]."""
     for name, x in zip(names, (student, teacher), strict=True):
-        needed = f"{name} needs the shape [B, L, D], or [L, D] for one {one}, with D ≥ 1"
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{needed}: a tensor, got {type(x).__name__}")
-        if type(x) is not Tensor or x.is_nested:
-            _checks.one_piece(name, x, "padded sequences, .to_padded_tensor(0), and their mask")
-        if x.dtype not in _checks.FLOATS or x.layout is not torch.strided:
-            raise TypeError(
-                f"{name} must hold floating-point features (float16, bfloat16, float32 or float64, "
-                f"dense), got {x.dtype}, {x.layout}"
-            )
+        form = f"the shape [B, L, D], or [L, D] for one {one}, with D ≥ 1"
+        padded = "padded sequences, .to_padded_tensor(0), and their mask"
+        _checks.floats(name, x, f"a tensor of {form}", "features", padded)
         if x.ndim not in (2, 3) or not x.shape[-1]:
             way = ": a feature map [B, C, H, W] is .flatten(2).mT" if x.ndim == 4 else ""
-            raise ValueError(f"{needed}, got {_checks.shape(x)}{way}")
+            raise ValueError(f"{name} needs {form}, got {_checks.shape(x)}{way}")
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"{names[0]} and {names[1]} need the same tokens, one B and L, got "
