@@ -32,8 +32,15 @@ def problems(cases):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_as_exact_as_the_formula(case, shape, dtype):
     inputs = case.inputs(*shape, dtype)
-    times = 4 if case.problem == "pairs" else 2  # whose products cuBLAS sums in its order
-    assert_exact(case, inputs, times, rounds_halves=True)
+    times, options = 2, {}
+    if case.problem == "pairs":
+        times = 4  # because cuBLAS sums products in its order
+        # the gradients of a mean over many examples are too small for float16
+        options["reduction"] = "sum"
+    if case.name == "similarity_kl":
+        # pairs of an example with itself outweigh all others, and both networks agree on them
+        options["mask_self"] = True
+    assert_exact(case, inputs, times, rounds_halves=True, **options)
     if case.problem == "relations":
         assert_exact(case, inputs, times=1, precision="high")
 
