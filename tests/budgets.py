@@ -24,17 +24,25 @@ import triton
 from counts import FUSED, Case, Compiled, compiled, metered, resources, scaled_down
 
 FILE = Path(__file__).with_suffix(".json")
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+LARGE = ("sm_80", "sm_90", "sm_100", "gfx942")
+SMALL = ("sm_86", "sm_89", "sm_120")  # less shared memory, and fewer warps on a multiprocessor
+TARGETS = (*LARGE, *SMALL)
 VERSION = ".".join(triton.__version__.split(".")[:2])  # another one makes other instructions
 SLACK = 0.05
+LIMITS = ("registers", "shared_bytes", "spills", "warps_per_sm")
 MORE_IS_BETTER = ("warps_per_sm", "tensor")
 
 Tree = dict[str, Any]
 
 
 def points(case: Case, target: str) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
-    """Yield every size in bfloat16, the longest and the shortest rows in float32 too."""
+    """Yield every size in bfloat16, the longest and the shortest rows in float32 too.
+
+    On small devices it is the first size, of the longest rows or the widest tiles.
+    """
     sizes = case.family.compiled_sizes
+    if target in SMALL:
+        sizes = sizes[:1]
     yield from ((shape, torch.bfloat16) for shape in sizes)
     if target == "sm_90":
         yield from ((shape, torch.float32) for shape in (sizes[0], sizes[-1]))
@@ -44,11 +52,16 @@ def name_of(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
 
 
-def of_kernels(run: Compiled) -> Tree:
-    """Return the kernels of a call by name, each specialisation once."""
+def of_kernels(run: Compiled, target: str) -> Tree:
+    """Return the kernels of a call by name, each specialisation once.
+
+    On small devices it is what limits how many fit; instructions are almost those of others.
+    """
     found = defaultdict(list)
     for launch in run.launches:
         counts = rounded(resources(launch, run.element_bytes))
+        if target in SMALL:
+            counts = {name: counts[name] for name in LIMITS}
         if counts not in found[launch.name]:
             found[launch.name].append(counts)
     return {f"{name} {i}": x for name in found for i, x in enumerate(found[name], 1)}
@@ -158,7 +171,7 @@ def count(*losses: str) -> Tree:
             for shape, dtype in points(case, target):
                 run = compiled(case, shape, dtype, target)
                 of_point = found[case.name][name_of(shape, dtype)]
-                of_point[target] = of_kernels(run)
+                of_point[target] = of_kernels(run, target)
                 if target == "sm_90":
                     of_point["call"] = of_call(run)
     output, _ = interpreted.communicate()

@@ -149,7 +149,8 @@ def mixture(ds, dt, zs, zt, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr
         log_q, log_p = ds + tl.log2(zt / zs), dt
     if DIVERGENCE == "total_variation":
         p, q = tl.exp2(log_p), tl.exp2(log_q)
-        return 0.5 * tl.abs(p - q), q, tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
+        sign = (q > p).to(q.dtype) - (q < p).to(q.dtype)  # because a constant would be float32
+        return 0.5 * tl.abs(p - q), q, 0.5 * sign
     # floors instead of selections, because with them 0·∞ cannot come up
     log_q, log_p = tl.maximum(log_q, SMALLEST), tl.maximum(log_p, SMALLEST)
     p, q = tl.exp2(log_p), tl.exp2(log_q)

@@ -44,7 +44,7 @@ def test_every_launch_keeps_the_rules_and_its_budget(case, target, shape, dtype)
         pytest.skip("needs an external ld.lld before triton 3.5")
     run, name = compiled(case, shape, dtype, target), budgets.name_of(shape, dtype)
     assert not [sentence for launch in run.launches for sentence in broken_rules(launch)]
-    present = {target: budgets.of_kernels(run)}
+    present = {target: budgets.of_kernels(run, target)}
     if target == "sm_90":  # others split the work otherwise
         present["call"] = budgets.of_call(run)
     recorded = RECORD["counts"].get(case.name, {}).get(name, {})
@@ -145,7 +145,7 @@ def test_the_counts_are_those_of_the_algorithm():
     run = compiled(case, shape, torch.bfloat16, "sm_90")
     assert (run.trained_bytes, run.element_bytes) == (2 * 4096 * 128256, 4)
     assert budgets.of_call(run) == {"launches": [1, 2], "extra_memory": [0.0001248, 1.0]}
-    statistics, gradient = budgets.of_kernels(run).values()
+    statistics, gradient = budgets.of_kernels(run, "sm_90").values()
     assert (len(statistics["instructions"]), len(gradient["instructions"])) == (1, 1)
     assert 2 <= statistics["mufu"][0] <= 2.5
     assert 15 <= statistics["instructions"][0] <= 21  # two of them, so that e is 1 at the maximum

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from budgets import TARGETS, VERSION
+from budgets import LARGE, SMALL, VERSION
 from choice import full, pairwise, quick_if
 from counts import FUSED, compiled, resources
 from gate import DEVICES, STAND_INS, StandIn, capture
@@ -71,7 +71,7 @@ def test_rows_off_the_boundary_are_read_in_vectors(loss, shape):
     assert analyse(gradient).outside["STG.128"]
 
 
-@pytest.mark.parametrize("target", DEVICES)
+@pytest.mark.parametrize("target", LARGE)
 @quick_if(lambda target: target == "sm_90")
 def test_as_many_programs_as_fill_the_device(target):
     if target == "gfx942" and not HAS_LINKER:
@@ -162,7 +162,6 @@ def test_two_networks_of_any_precision(dtypes, monkeypatch):
         assert not analyse(launch).spills and analyse(launch).total["HGMMA"]
 
 
-SMALL = ["sm_86", "sm_89", "sm_120"]  # a program gets 99 KB of shared memory
 WIDE = [  # student and teacher
     ((torch.float32, 128), (torch.float32, 128)),
     ((torch.float32, 128), (torch.bfloat16, 256)),
@@ -174,7 +173,7 @@ WIDE = [  # student and teacher
 @pairwise(target=SMALL, networks=WIDE, has_keys=[False, True])
 @quick_if(lambda target, networks: (target, networks) == ("sm_86", WIDE[0]))
 def test_wide_tiles_of_two_networks_fit_on_small_devices(target, networks, has_keys, monkeypatch):
-    """A tile that does not fit would send them through chunks, with a warning."""
+    """A program gets 99 KB of shared memory; what needs more would warn and go by chunks."""
     monkeypatch.setattr(tiling, "_may_be_rounded", lambda nvidia: nvidia)
     rows = [
         torch.empty(n, width, dtype=dtype, device="meta", requires_grad=i == 0)
@@ -203,7 +202,7 @@ def test_tiles_that_fit_nowhere_go_by_chunks_with_a_warning(name, monkeypatch):
 
 
 @each_pair
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", LARGE)
 @pytest.mark.parametrize("halves", [False, True])
 @quick_if(lambda case, target, halves: (case.name, target) == ("info_nce", "sm_90"))
 def test_what_goes_through_cublas(case, target, halves, monkeypatch):
@@ -269,7 +268,7 @@ def relations_of(n, parts, precision, dtype, is_part):
 
 
 @full
-@pytest.mark.parametrize("target", DEVICES)
+@pytest.mark.parametrize("target", LARGE)
 @pytest.mark.parametrize("parts", ["distance", "angle", "both"])
 @pytest.mark.parametrize("is_part", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -346,7 +345,7 @@ OPTIONS_OF_TOKENS = [  # masked, normalize, causal
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", LARGE)
 @pytest.mark.parametrize("dtypes, width", WIDTHS_OF_HEADS)
 @pytest.mark.parametrize("masked, normalize, causal", OPTIONS_OF_TOKENS)
 @quick_if(

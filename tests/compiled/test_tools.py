@@ -144,23 +144,28 @@ def test_float64_is_seen():
 
 
 @pytest.mark.parametrize(
-    "registers, warps, shared, fitting, limited_by",
+    "target, registers, warps, shared, fitting, limited_by",
     [
-        (32, 4, 0, 64, "warps"),
-        (33, 4, 0, 48, "registers"),  # 40: they come in eights
-        (255, 8, 0, 8, "registers"),
-        (32, 4, 113 * 1024, 8, "shared memory"),  # each reserves 1 KiB more
-        (32, 4, 114 * 1024, 4, "shared memory"),
-        (32, 1, 0, 32, "programs"),
+        ("sm_90", 32, 4, 0, 64, "warps"),
+        ("sm_90", 33, 4, 0, 48, "registers"),  # 40: they come in eights
+        ("sm_90", 255, 8, 0, 8, "registers"),
+        ("sm_90", 32, 4, 113 * 1024, 8, "shared memory"),  # each reserves 1 KiB more
+        ("sm_90", 32, 4, 114 * 1024, 4, "shared memory"),
+        ("sm_90", 32, 1, 0, 32, "programs"),
+        ("sm_86", 32, 1, 0, 16, "programs"),
+        ("sm_89", 32, 1, 0, 24, "programs"),
+        ("sm_120", 32, 4, 0, 48, "warps"),
+        ("sm_120", 32, 4, 49 * 1024, 8, "shared memory"),
+        ("sm_120", 32, 4, 50 * 1024, 4, "shared memory"),
     ],
 )
-def test_occupancy_is_that_of_the_calculator(registers, warps, shared, fitting, limited_by):
+def test_occupancy_is_that_of_the_calculator(target, registers, warps, shared, fitting, limited_by):
     metadata = SimpleNamespace(num_warps=warps, shared=shared)
-    launch = SimpleNamespace(metadata=metadata, device=DEVICES["sm_90"])
+    launch = SimpleNamespace(metadata=metadata, device=DEVICES[target])
     assert occupancy(launch, registers) == (fitting, limited_by)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_tensor_cores_are_seen(target):
     report = analyse(launched(_product[(1,)], *[meta(64, 64)] * 3, SIZE=64, target=target))
     assert report.total["tensor"] and report.shared_bytes
