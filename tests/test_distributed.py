@@ -12,8 +12,8 @@ from exactness import assert_same
 import fastkd
 
 N_OF_ROWS = 3  # losses of examples, whose value is the share of a rank
-# one world for `make test`: a part of each size, and the engines that need no interpreter
-WORLDS = [(3, ENGINES[:2]), *(pytest.param(n, ENGINES, marks=full) for n in PARTS)]
+# the smallest world for `make test`, and the engines that need no interpreter
+WORLDS = [(2, ENGINES[:2]), *(pytest.param(n, ENGINES, marks=full) for n in PARTS)]
 
 
 @pytest.mark.parametrize("world, engines", WORLDS)

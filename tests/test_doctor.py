@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from choice import full
 
 import fastkd
 from fastkd import __main__ as program
@@ -161,6 +162,7 @@ def test_a_backend_that_runs_on_one_of_the_devices_is_enough(monkeypatch, capsys
     assert obstacle in page
 
 
+@full
 def test_works_with_torch_alone():
     others = ("matplotlib", "numpy", "rich", "sklearn", "triton")
     result = console_script("doctor", without=others, FASTKD_BACKEND="auto")

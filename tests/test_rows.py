@@ -23,6 +23,7 @@ THREE = named(
 )  # fmt: skip
 each_loss = pytest.mark.parametrize("case", EACH, ids=str)
 each_of_three = pytest.mark.parametrize("case", THREE, ids=str)
+OF_OTHERS = ("channel_wise", "localization")  # whose kernels are those of forward_kl
 LONG = 8999  # columns, more than stay on chip
 
 
@@ -63,6 +64,7 @@ def test_one_row_without_a_batch(case, n_cols, engine):
 
 
 @pytest.mark.parametrize("order", [(2, 1, 0, 3), (1, 2, 0, 3), (3, 2, 1, 0), (0, 3, 1, 2)], ids=str)
+@quick_if(lambda order, engine: engine != "triton" or order == (2, 1, 0, 3))
 def test_dimensions_in_any_order(order, engine):
     """The gradient has the strides of the student, in whichever order its chunks are taken."""
     inverse = [order.index(i) for i in range(4)]
@@ -87,7 +89,12 @@ def test_one_class_is_no_choice(case, engine):
 
 
 @pytest.mark.parametrize("case", SOFTMAXED, ids=str)
-@quick_if(lambda case, engine: case in LOSSES or engine == "portable")
+@quick_if(
+    lambda case, engine: (
+        engine == "portable"
+        or (case in LOSSES and (engine != "triton" or case.name not in OF_OTHERS))
+    )
+)
 def test_rounding_crosses_no_bound(case, engine):
     """Rows near the teacher are not negative, rows that both networks are certain of are 0."""
     student, teacher, *labels = case.inputs((64,), 100, torch.float32)
