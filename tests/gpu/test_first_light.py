@@ -1,4 +1,4 @@
-"""Every kernel once, on small problems: before all other tests, so that a GPU soon says if it can."""
+"""Every kernel once, on small problems: the first that a GPU runs, so that it soon says enough."""
 
 import pytest
 from exactness import assert_exact
