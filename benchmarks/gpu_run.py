@@ -218,7 +218,7 @@ def sweep(run: Run, deadline: float) -> dict[str, Any]:
 
     asked = choices.trials(run.device.label == "dry")
     rows = run.record.run["sweep"]
-    sources = {x.name: records.sources(x.case, "triton") for x in BY_NAME.values()}
+    sources = {name: records.sources(BY_NAME[name].case, "triton") for name in choices.LOSSES}
     of_runs = [row for earlier in run.record.earlier_runs for row in earlier.get("sweep", [])]
     rows += [row for row in of_runs if row.get("sources") == sources[row["loss"]]]
     known = [choices.key_of(row) for row in rows]

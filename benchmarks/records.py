@@ -176,10 +176,20 @@ def sources(case: Any, engine: str) -> str:
 def _sources(loss: Any, problem: str | None, engine: str) -> str:
     if problem is None:
         file = inspect.getsourcefile(inspect.unwrap(loss))
-        code = [ast.parse(Path(str(file)).read_text())]
+        files = [Path(str(file))]
     else:
-        code = [ast.parse(file.read_text()) for file in modules(problem, engine)]
-    return hashlib.sha256("\n".join(map(structure, code)).encode()).hexdigest()[:16]
+        files = modules(problem, engine)
+    return hashlib.sha256("\n".join(map(structure_of, files)).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def structure_of(file: Path) -> str:
+    return structure(parsed(file))
+
+
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
 
 
 def modules(problem: str, engine: str) -> list[Path]:
@@ -193,7 +203,7 @@ def modules(problem: str, engine: str) -> list[Path]:
         file = file.with_suffix(".py")
         if package in ("kernels", "portable", "problems") and file.is_file() and file not in found:
             found.add(file)
-            for node in ast.walk(ast.parse(file.read_text())):
+            for node in ast.walk(parsed(file)):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastkd."):
                     waiting += [f"{node.module}", *(f"{node.module}.{x.name}" for x in node.names)]
     return sorted(found)
