@@ -1,4 +1,4 @@
-"""Every problem that a GPU run measures can be made and started, as meta tensors show without one."""
+"""Every problem that a GPU run measures can be made and started, as meta tensors show."""
 
 import sys
 from pathlib import Path
@@ -11,10 +11,10 @@ from torch.fx.experimental import _config
 import fastkd
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from devices import Gpu  # noqa: E402
-from plan import all_others, headlines  # noqa: E402
-from runner import DIRECTIONS, least_bytes, step_of  # noqa: E402
-from workloads import WORKLOADS  # noqa: E402
+from devices import Gpu
+from plan import all_others, headlines
+from runner import DIRECTIONS, least_bytes, step_of
+from workloads import WORKLOADS
 
 
 class Planned:
