@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -44,7 +45,8 @@ def _end(child: subprocess.Popen) -> None:
     """Kill a process that is still there, with the processes that it has started."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a kernel that hangs may hold it
+            child.wait(10)
 
 
 class Lost(Exception):

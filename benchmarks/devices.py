@@ -219,10 +219,11 @@ class Interpreter(Cpu):
     def shapes(self, workload: Workload) -> list[Shape]:
         first, *_, last = workload.family.sizes
         if len(first) > 2:  # of maps and tokens, whose kernels take the interpreter longest
-            return [(n, *first[1:]) for n in (1, 2)]
+            middle = [min(size, 40) for size in first[1:-1]]
+            return [(n, *middle, first[-1]) for n in (1, 2)]
         # long enough for every way to read a row, and more than one tile of related examples
-        n = 2 if workload.family.independent else 33
-        return [(n, min(width, 9000)) for _, width in (first, last)]
+        n, most = (2, 9000) if workload.family.independent else (33, 128)
+        return [(n, min(width, most)) for _, width in (first, last)]
 
     def headlines(self, workload: Workload) -> list[Shape]:
         return self.shapes(workload)[:1]

@@ -48,7 +48,6 @@ def row(
     """Return the row of a problem, with the implementations of these names."""
     problem = runner.Problem(BY_NAME[loss], tuple(shape), getattr(torch, dtype), direction)
     of_peers = importable()[0] if peers.PEERS.keys() & {*names} else {}
-    device.forget()
     losses = runner.implementations(problem, device, of_peers)
     losses = {name: losses[name] for name in names if name in losses}
     return runner.measure(problem, losses, device, lambda name: say({"at": name}))
@@ -71,6 +70,7 @@ def serve(device: Any, say: Say) -> None:
                 say({"lost": runner.sentence(error)})
                 return
             answer = {"note": runner.sentence(error)}
+        device.forget()  # so that the memory is there for the tests beside this process
         say({"answer": answer})
 
 

@@ -208,9 +208,11 @@ def views(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]
 
 
 def with_classes(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Return features and their classes, 100 of them or so few that most have two examples."""
+    n_classes = max(1, min(100, shape[0] // 2))
     return [
         normal(shape, dtype, device).requires_grad_(),
-        torch.arange(shape[0], device=device) % 100,
+        torch.arange(shape[0], device=device) % n_classes,
     ]
 
 
@@ -235,8 +237,9 @@ def maps_of_layers(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> lis
 
 
 def maps_and_variances(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
-    alpha = normal(shape[1:2], dtype, device, seed=2).requires_grad_()
-    return [*two_networks(shape, dtype, device), alpha]
+    # near where it starts, because log(1 + exp(alpha)) is 0 below −6 in half precision
+    alpha = normal(shape[1:2], dtype, device, seed=2).mul_(0.1).add_(5.0)
+    return [*two_networks(shape, dtype, device), alpha.requires_grad_()]
 
 
 def relations(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
