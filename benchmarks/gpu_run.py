@@ -167,7 +167,7 @@ def entries_of(run: Run, problem: Any) -> dict[str, Any]:
 def add_row(run: Run, problem: Any, adds: Sequence[str], deadline: float) -> None:
     """Measure all implementations of a row side by side, those that it has and those to be added.
 
-    One that failed before is not tried again, and one that takes the process with it is left out.
+    One that failed before is not tried again, nor is one that takes the process with it.
     """
     import runner
 

@@ -78,8 +78,6 @@ def test_a_peer_computes_the_same_loss(loss, name, op):
 
 
 def test_an_error_after_which_nothing_works_is_raised():
-    """What announced itself last is to blame; any other error is a note."""
-
     def fails(student, teacher):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 

@@ -210,14 +210,16 @@ def test_what_takes_the_process_along_is_left_out(tmp_path, monkeypatch):
         if "torch.compile" in names:
             raise child.Lost("torch.compile", "AcceleratorError: CUDA error: an illegal access")
 
-    run = a_run(tmp_path, monkeypatch, Instant(trouble), ["headlines", "compiled", "kd"])
+    worker = Instant(trouble)
+    run = a_run(tmp_path, monkeypatch, worker, ["headlines", "compiled", "peers", "kd"])
     assert do(run, "headlines", "compiled")[1]["left"] == 0
     for entry in entries(run):
         assert entry["torch.compile"]["note"].endswith("an illegal access")
         assert entry["fastkd"]["milliseconds"] and entry["eager"]["milliseconds"]
-    # it has its note, and is not tried again
-    assert do(run, "compiled") == [run.record.run["steps"]["compiled"]]
-    assert run.record.run["steps"]["compiled"]["rows"] == 0
+    # it has its note, and is not tried again, neither alone nor beside others
+    assert [step["rows"] for step in do(run, "compiled", "peers")] == [0, 2]
+    assert worker.asked[-1] == ("kd", ["fastkd", "eager", "trl"])
+    assert all("note" in entry["torch.compile"] for entry in entries(run))
 
 
 def test_a_loss_that_loses_the_gpu_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch):

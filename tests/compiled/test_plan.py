@@ -18,7 +18,7 @@ from workloads import WORKLOADS
 
 
 class Planned:
-    """What a plan asks of a GPU."""
+    """A GPU as far as a plan asks for it."""
 
     dtypes = Gpu.dtypes
     shapes, headlines = Gpu.shapes, Gpu.headlines
