@@ -127,8 +127,8 @@ def measure(
     Each is announced before it runs. An error after which no other can run is raised.
     """
     inputs = problem.workload.inputs(problem.shape, problem.dtype, device.name)
-    # another convention is off by more than rounding
-    tolerance = 1e-3 if problem.dtype.itemsize > 2 else 0.2
+    # another convention is off by half or more; in half precision eager PyTorch is by up to a tenth
+    tolerance = 1e-3 if problem.dtype.itemsize > 2 else 0.4
     found: dict[str, Row] = {}
     ready: dict[str, Ready] = {}
     ours: Found | None = None
