@@ -219,6 +219,7 @@ def test_what_takes_the_process_along_is_left_out(tmp_path, monkeypatch):
     # it has its note, and is not tried again, neither alone nor beside others
     assert [step["rows"] for step in do(run, "compiled", "peers")] == [0, 2]
     assert worker.asked[-1] == ("kd", ["fastkd", "eager", "trl"])
+    assert ["torch.compile" in names for _, names in worker.asked].count(True) == 2
     assert all("note" in entry["torch.compile"] for entry in entries(run))
 
 
