@@ -147,7 +147,7 @@ class Instant:
 
     def ask(self, task, deadline):
         names = task.get("names", [])
-        self.asked.append((task.get("loss"), names))
+        self.asked.append((task.get("loss"), [*names]))
         self.trouble(names)
         if task["task"] == "peers":
             versions = {"trl": "1.0", "quack-kernels": "cannot be imported"}
