@@ -172,7 +172,8 @@ def add_row(run: Run, problem: Any, adds: Sequence[str], deadline: float) -> Non
     import runner
 
     row = problem.row(run.device)
-    known = entries_of(run, problem)
+    before = run.record.fresh(row) or {**row, "implementations": {}}
+    known = before["implementations"]
     notes = {name: entry for name, entry in known.items() if "milliseconds" not in entry}
     names = [x for x in dict.fromkeys(["fastkd", "eager", *known, *adds]) if x not in notes]
     names = [x for x in names if x in run.implementations or x in known]
@@ -185,6 +186,8 @@ def add_row(run: Run, problem: Any, adds: Sequence[str], deadline: float) -> Non
             notes[at] = {"note": str(lost)}
             print(f"{question}, {at}: {lost}", flush=True)
             names.remove(at)
+            # at once, so that no later run meets it again if the time is up now
+            run.record.add({**before, "implementations": {**known, **notes}})
             continue
         if "note" in answer:  # of the inputs, which all of them need
             notes |= {name: {"note": answer["note"]} for name in names}
@@ -192,8 +195,8 @@ def add_row(run: Run, problem: Any, adds: Sequence[str], deadline: float) -> Non
             row = answer
         break
     found = row.get("implementations", {})
-    # what does not fit here is not there, and need not be asked for again
-    notes |= {x: {"note": "too large"} for x in names if x not in found and x not in notes}
+    absent = {"note": "not run: too large, or missing on this machine"}
+    notes |= {name: absent for name in names if name not in found and name not in notes}
     everything = {**known, **found, **notes}
     row["implementations"] = {
         name: everything[name]

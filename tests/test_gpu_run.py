@@ -238,6 +238,19 @@ def test_a_loss_that_loses_the_gpu_is_noted_and_the_rest_goes_on(tmp_path, monke
     assert {row["loss"] for row in run.record.content["rows"]} == {"kd", "rkd"}
 
 
+def test_what_takes_the_process_along_is_noted_even_if_the_time_is_up(tmp_path, monkeypatch):
+    def trouble(names):
+        if len(worker.asked) > 2:
+            raise child.Lost("torch.compile", "hangs") if "torch.compile" in names else child.Late
+
+    worker = Instant(trouble)
+    run = a_run(tmp_path, monkeypatch, worker, ["headlines", "compiled", "kd"])
+    assert do(run, "headlines", "compiled")[1]["left"] == 2
+    found = entries(run)[0]
+    assert found.pop("torch.compile") == {"note": "hangs"}
+    assert [*found] == ["fastkd", "eager"] and found["fastkd"]["milliseconds"]
+
+
 def test_a_second_run_goes_on_with_what_is_left(tmp_path, monkeypatch):
     def late(names):
         if len(worker.asked) > 3:
