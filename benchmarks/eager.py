@@ -92,6 +92,12 @@ def clip_contrastive(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return (of_images + F.cross_entropy(scale * text @ image.T, own)) / 2
 
 
+def siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    logits = scale * image @ text.T + bias
+    signs = 2 * torch.eye(len(image), device=image.device, dtype=image.dtype) - 1
+    return -F.logsigmoid(signs * logits).sum(1).mean()
+
+
 def nt_xent(view1: Tensor, view2: Tensor) -> Tensor:
     z = F.normalize(torch.cat([view1, view2]))
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)

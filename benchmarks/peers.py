@@ -131,6 +131,11 @@ def cut_cross_entropy() -> dict[str, Loss]:
     return {"info_nce": _info_nce(module.linear_cross_entropy)}
 
 
+def quack() -> dict[str, Loss]:
+    module = importlib.import_module("quack.linear_cross_entropy")
+    return {"info_nce": _info_nce(module.chunked_linear_cross_entropy)}
+
+
 def _info_nce(fused: Loss) -> Loss:
     """Make InfoNCE out of a linear layer with its cross-entropy, which has no temperature."""
 
@@ -166,8 +171,16 @@ PEERS: dict[str, Callable[[], dict[str, Loss]]] = {
     "info-nce-pytorch": info_nce_pytorch,
     "torch linear_cross_entropy": torch_linear_cross_entropy,
     "cut-cross-entropy": cut_cross_entropy,
+    "quack-kernels": quack,
 }
-NEED_A_GPU = ("liger-kernel", "cut-cross-entropy")
+# what some of them need that is not to be had everywhere, to be said where they are missing
+NEEDS = {
+    "torch linear_cross_entropy": "torch 2.13",
+    "quack-kernels": "nvidia-cutlass-dsl, which is no wheel of pure Python",
+    "trl": "transformers, accelerate and datasets",
+}
+MISSING = "cannot be imported"
+NEED_A_GPU = ("liger-kernel", "cut-cross-entropy", "quack-kernels")
 # numbers in the largest temporary of those that take more or less than eager PyTorch
 TEMPORARIES: dict[str, Callable[[tuple[int, ...]], int]] = {
     "pytorch-metric-learning": lambda shape: 2 * shape[0] ** 2,  # indices of pairs, as int64
@@ -183,5 +196,7 @@ def available() -> tuple[dict[str, dict[str, Loss]], dict[str, str]]:
             losses[name] = peer()
             found[name] = importlib.metadata.version(name.split()[0])
         except Exception as error:  # whatever an import may raise
-            found[name] = f"cannot be imported: {type(error).__name__}: {error}"[:300]
+            needs = f" (it needs {NEEDS[name]})" if name in NEEDS else ""
+            why = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+            found[name] = f"{MISSING}{needs}: {why}"
     return losses, found

@@ -3,13 +3,16 @@
     schema, label      3; "measured", or "dry" for a run whose times mean nothing
     device             its name
     runs               utc, commit, torch, python, peers; of a GPU ceilings, sweep and steps
+      peers            the version of each, or what it lacks here
+      steps            when each began, its seconds, and what it did and left
     rows               one on a line: loss, shape, dtype, direction, threads (of a CPU)
       load             processes for each core, the benchmark itself included
       run              index into runs
       sources          hash of the code that the row is a figure of: when that changes it is stale
       bytes, flops, least_milliseconds       what must be done, and its time at the ceilings
       implementations  fastkd, eager, torch.compile, peers; each either with a note or with
-        milliseconds, quartiles, calls       of one call
+        milliseconds, quartiles, calls       of one call, on the device alone
+        host_milliseconds                    of a GPU: of one call until all of it is launched
         ratio, ratio_quartiles               its time over fastkd's, round by round
         peak_extra_bytes                     the most that is allocated at once beyond the inputs
 
@@ -42,17 +45,45 @@ Row = dict[str, Any]
 
 
 class Record:
-    """The record of a device in a file, which is written anew after each row."""
+    """The record of a device in a file, which is written anew after each row.
 
-    def __init__(self, folder: Path, label: str, device: str, run: Mapping[str, Any]) -> None:
+    It goes on from what is in that file, or in the one of an `earlier` run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        label: str,
+        device: str,
+        run: Mapping[str, Any],
+        earlier: Path | None = None,
+    ) -> None:
         name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         self.file = folder / f"{name}.json"
         self.run = dict(run)
         self.content: dict[str, Any] = {"schema": 3, "label": label, "device": device}
         self.content |= {"runs": [], "rows": []}
-        if self.file.exists():
-            self.content = json.loads(self.file.read_text())
+        source = earlier or self.file
+        if source.exists():
+            found = json.loads(source.read_text())
+            if (found["label"], found["device"]) != (label, device):
+                raise ValueError(
+                    f"{source} has figures of {found['device']} ({found['label']}), this run makes "
+                    f"some of {device} ({label}): continue the record of the same device"
+                )
+            self.content = found
         self.content["runs"].append(self.run)
+
+    @property
+    def earlier_runs(self) -> list[dict[str, Any]]:
+        """Return what other runs wrote, the latest first."""
+        return self.content["runs"][-2::-1]
+
+    def fresh(self, row: Row) -> Row | None:
+        """Return the row in the place of this one, unless the code has changed since."""
+        place = key_of(row), row["sources"]
+        found = (old for old in self.content["rows"] if (key_of(old), old["sources"]) == place)
+        return next(found, None)
 
     def add(self, row: Row) -> None:
         rows = {key_of(old): old for old in self.content["rows"]}
@@ -119,6 +150,13 @@ def commit() -> str:
     return os.environ.get("FASTKD_COMMIT", "unknown")
 
 
+def code() -> str:
+    """Return the hash of all code that tests run, as it is written."""
+    files = (file for x in ("fastkd", "kernels", "tests") for file in (ROOT / x).rglob("*.py"))
+    texts = (file.read_bytes() for file in sorted(files) if "demo" not in file.parts)
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
+
+
 def is_stale(row: Row, cases: Iterable[Any]) -> bool:
     """Return whether the code has changed that the row is a figure of; a loss that is gone has."""
     engine = "portable" if row.get("threads") else "triton"
@@ -138,10 +176,20 @@ def sources(case: Any, engine: str) -> str:
 def _sources(loss: Any, problem: str | None, engine: str) -> str:
     if problem is None:
         file = inspect.getsourcefile(inspect.unwrap(loss))
-        code = [ast.parse(Path(str(file)).read_text())]
+        files = [Path(str(file))]
     else:
-        code = [ast.parse(file.read_text()) for file in modules(problem, engine)]
-    return hashlib.sha256("\n".join(map(structure, code)).encode()).hexdigest()[:16]
+        files = modules(problem, engine)
+    return hashlib.sha256("\n".join(map(structure_of, files)).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def structure_of(file: Path) -> str:
+    return structure(parsed(file))
+
+
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
 
 
 def modules(problem: str, engine: str) -> list[Path]:
@@ -155,7 +203,7 @@ def modules(problem: str, engine: str) -> list[Path]:
         file = file.with_suffix(".py")
         if package in ("kernels", "portable", "problems") and file.is_file() and file not in found:
             found.add(file)
-            for node in ast.walk(ast.parse(file.read_text())):
+            for node in ast.walk(parsed(file)):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastkd."):
                     waiting += [f"{node.module}", *(f"{node.module}.{x.name}" for x in node.names)]
     return sorted(found)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import checkout
+import peers
 import records
 from tables import markdown, pair, section
 from workloads import BY_NAME, WORKLOADS
@@ -30,6 +31,10 @@ median of the rounds' ratios [quartiles], below 1 where it is faster. Memory: pe
 inputs, in times one tensor of the inputs' shape and dtype. Stale: the code has changed since. Busy:
 the machine had other work to do, which several threads suffer from most.
 """
+OF_HOSTS = """\
+Times are the GPU's alone. Host: how long a call takes until all of it is launched; a step whose
+host's time is the longer one takes that long, unless other work lets the GPU fall behind.
+"""
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -38,8 +43,10 @@ def table(rows: Sequence[Row]) -> str:
     others = [name for name in names if name != "fastkd"]
     with_share = any(row.get("least_milliseconds") for row in rows)
     with_threads = any(row.get("threads") for row in rows)
+    with_hosts = any(map(has_host, rows))
     columns = ["loss", "shape", "dtype", "direction", *(["threads"] if with_threads else [])]
     columns += ["fastkd, ms", *(["of the ceiling"] if with_share else []), *others]
+    columns += ["host, ms", "eager's host, ms"] if with_hosts else []
     columns += ["memory", "eager's memory", ""]
     lines = []
     for row in sorted(rows, key=place):
@@ -52,6 +59,7 @@ def table(rows: Sequence[Row]) -> str:
             share = row.get("least_milliseconds", 0) / ours.get("milliseconds", math.inf)
             line += [f"{share:.0%}" if share else "–"]
         line += [times(found.get(name, {})) for name in others]
+        line += [host(row, name) for name in ("fastkd", "eager")] if with_hosts else []
         line += [memory(row, name) for name in ("fastkd", "eager")]
         lines.append([*line, status(row)])
     return markdown(columns, lines)
@@ -93,6 +101,15 @@ def times(entry: Row) -> str:
     return f"{entry['ratio']:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low < high else "")
 
 
+def has_host(row: Row) -> bool:
+    return any("host_milliseconds" in entry for entry in row["implementations"].values())
+
+
+def host(row: Row, name: str) -> str:
+    found = row["implementations"].get(name, {}).get("host_milliseconds")
+    return "–" if found is None else number(found)
+
+
 def memory(row: Row, name: str) -> str:
     found = row["implementations"].get(name, {}).get("peak_extra_bytes")
     numbers = math.prod(row["shape"]) * (2 if row["dtype"] in ("bfloat16", "float16") else 4)
@@ -120,10 +137,14 @@ def page(record: dict[str, Any]) -> str:
     if stale := sum(map(is_stale, rows)):
         facts.append(f"{stale} of {len(rows)} rows are stale: the code has changed since")
     versions = {name: version for run in record["runs"] for name, version in run["peers"].items()}
-    facts += [f"{name} {version}" for name, version in versions.items()]
-    legend = LEGEND
+    missing = {name: why for name, why in versions.items() if why.startswith(peers.MISSING)}
+    facts += [f"{name} {version}" for name, version in versions.items() if name not in missing]
+    legend = LEGEND + (OF_HOSTS if any(map(has_host, rows)) else "")
     if record["label"] != "measured":  # so that nobody takes it for a result
         legend = "*A dry run: no figure here means anything.*\n"
+    if missing:
+        reasons = "".join(f"\n- {name} {why}" for name, why in missing.items())
+        legend += f"\nNot compared, because they are missing on this machine:\n{reasons}\n"
     of_problem: dict[str, list[Row]] = {}
     for row in rows:
         problem = BY_NAME[row["loss"]].problem if row["loss"] in BY_NAME else "losses that are gone"

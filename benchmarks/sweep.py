@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from typing import Any, NamedTuple
 from unittest import mock
@@ -12,7 +11,7 @@ from unittest import mock
 import checkout  # noqa: F401
 import torch
 from devices import Device, Step, median
-from runner import figure, sentence, size_of, step_of
+from runner import figure, size_of, step_of
 from workloads import BY_NAME, Shape
 
 import fastkd
@@ -103,7 +102,7 @@ class Chosen:
 @contextlib.contextmanager
 def chosen(trial: Trial) -> Iterator[None]:
     """Make the launchers choose as the trial says."""
-    from fastkd.kernels.rows import launch, sweeps
+    from fastkd.kernels.rows import gradients, launch, sweeps
 
     if trial.choice is None:
         yield
@@ -111,30 +110,22 @@ def chosen(trial: Trial) -> Iterator[None]:
         with mock.patch.object(launch, trial.kernel, trial.choice[trial.kernel]):
             yield
     else:
-        kernel = Chosen(getattr(sweeps, trial.kernel), trial.choice)
-        with mock.patch.object(sweeps, trial.kernel, kernel):
+        module = sweeps if trial.kernel in vars(sweeps) else gradients
+        kernel = Chosen(getattr(module, trial.kernel), trial.choice)
+        with mock.patch.object(module, trial.kernel, kernel):
             yield
 
 
-def sweep(
-    device: Device, rows: list[Row], save: Callable[[], None], deadline: float
-) -> dict[str, Any]:
-    """Append a row for each trial; one that fails has the reason and no time."""
-    is_dry = device.label == "dry"
-    asked = trials(is_dry)
-    for i, trial in enumerate(asked):
-        if time.monotonic() > deadline:
-            return {"tried": i, "left": len(asked) - i}
-        row = {**trial._asdict(), "shape": list(trial.shape), "milliseconds": None}
-        shape = (2, trial.shape[1] // 8) if is_dry else trial.shape
-        try:
-            with fastkd.backend("triton"), chosen(trial):
-                row["milliseconds"] = figure(median(device, *trial.step(device.name, shape)))
-        except Exception as error:  # too large for the device, for example; the next choice may do
-            row["note"] = sentence(error)
-        rows.append(row)
-        save()
-    return {"tried": len(asked)}
+def measure(device: Device, trial: Trial) -> float:
+    """Return the milliseconds of a trial."""
+    shape = (2, trial.shape[1] // 8) if device.label == "dry" else trial.shape
+    with fastkd.backend("triton"), chosen(trial):
+        return figure(median(device, *trial.step(device.name, tuple(shape))))
+
+
+def key_of(row: Row) -> tuple:
+    choice = tuple(sorted(row["choice"].items())) if row["choice"] else None
+    return row["kernel"], row["loss"], row["dtype"], *row["shape"], choice
 
 
 def table(rows: list[Row], device: str) -> str:

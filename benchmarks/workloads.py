@@ -23,6 +23,11 @@ import fastkd
 Shape = tuple[int, ...]
 Inputs = Callable[[Shape, torch.dtype, str], list[Tensor]]  # the first is trained
 N_CROPS = (10, 2)  # of the student and of the teacher
+# the losses that a GPU measures first, at all of their headlines; any other has the first of them
+LEADERS = (
+    "forward_kl", "info_nce", "rkd", "jensen_shannon", "clip_contrastive", "siglip",
+    "similarity_kl", "dino", "hint", "attention_transfer", "embedding_mse", "token_relation",
+)  # fmt: skip
 
 
 class Family(NamedTuple):
@@ -31,6 +36,7 @@ class Family(NamedTuple):
     temporary: Callable[[Shape], int]  # numbers in the largest tensor that eager writes
     sizes: list[Shape]  # that take a CPU seconds at most
     gpu_sizes: list[Shape]
+    headlines: list[Shape]  # of a GPU, one for each way that a loss goes there; the first of all
     compiled_sizes: list[Shape]  # where the launch sites choose other code
     independent: bool = False  # whether each example has its own loss
 
@@ -47,6 +53,7 @@ _PAIRS = Family(
     lambda shape: shape[0] ** 2,
     [(256, 256), (1024, 256), (4096, 256), (8192, 256)],
     [*product((1024, 4096, 8192, 16384, 32768, 65536), (64, 256, 512, 1024))],
+    [(32768, 256), (8192, 512), (1024, 256)],
     # many and few rows of tiles, and the widest tiles
     [(32768, 256), (32768, 128), (4096, 256), (4096, 64)],
 )
@@ -63,6 +70,7 @@ _CROSSED = Family(
     lambda shape: math.prod(shape) * shape[1],  # the products of two channels at each position
     _TEXTURES,
     [*_TEXTURES, (64, 512, 14, 14)],
+    [(64, 512, 14, 14)],
     [],
 )
 # sequences of a BERT with 12 heads; patches of ViTs
@@ -70,12 +78,14 @@ _TOKENS_BY_HEADS = Family(
     lambda shape: shape[0] * 12 * shape[1] ** 2,
     [(8, 128, 384), (32, 128, 768), (8, 512, 768)],
     [(32, 128, 768), (8, 512, 768), (32, 512, 768), (8, 2048, 1536)],
+    [(32, 512, 768), (8, 2048, 1536)],
     [(8, 512, 768), (32, 128, 768), (8, 500, 1536)],
 )
 _PATCHES = Family(
     lambda shape: shape[0] * shape[1] ** 2,
     [(32, 196, 384), (8, 784, 768), (1, 4096, 384)],
     [(64, 196, 384), (32, 784, 768), (4, 4096, 1024)],
+    [(32, 784, 768)],
     [],
 )
 FAMILIES = {  # by problem, or by loss where a loss differs
@@ -83,6 +93,7 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         math.prod,
         _ROWS,
         [*_ROWS, (4096, 128256)],
+        [(4096, 128256), (8192, 8192), (256, 1000), (8, 128256)],
         # long rows, off the boundary of 16 bytes, fewer than multiprocessors, on chip, many in one
         [(4096, 128256), (4096, 151669), (8, 128256), (8192, 8192), (256, 1000), (128, 10)],
         independent=True,
@@ -91,14 +102,16 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         lambda shape: shape[0] ** 2 * sum(shape),  # all cosines, and all differences
         _RELATIONS,
         [*_RELATIONS, (4096, 512)],
+        [(1024, 512), (256, 512)],
         # several programs for a third of each tile's points, and one
         [(2048, 1024), (1024, 512), (256, 512), (64, 128)],
     ),
-    "gram": Family(lambda shape: shape[0] * max(shape), _GRAMS, _GRAMS, []),
+    "gram": Family(lambda shape: shape[0] * max(shape), _GRAMS, _GRAMS, [(2048, 512)], []),
     "moments": Family(
         math.prod,
         _MAPS,
         [*_MAPS, (64, 256, 128, 128)],
+        [(64, 256, 128, 128), (64, 512, 28, 28)],
         # a walk over the channels, positions that are no whole vectors, and one tile of each map
         [(16, 256, 64, 64), (64, 512, 14, 14), (16, 64, 8, 8)],
         independent=True,
@@ -107,19 +120,29 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         math.prod,
         _TOKENS,
         [*_TOKENS, (65536, 1024)],
+        [(65536, 1024)],
         # rows that are one tile, and longer ones
         [(4096, 768), (512, 8192)],
         independent=True,
     ),
     # the kernels are those of "rows"
     "channel_wise": Family(
-        math.prod, _CHANNELS, [*_CHANNELS, (64, 256, 128, 128)], [], independent=True
+        math.prod,
+        _CHANNELS,
+        [*_CHANNELS, (64, 256, 128, 128)],
+        [(64, 256, 128, 128)],
+        [],
+        independent=True,
     ),
-    "localization": Family(math.prod, _EDGES, [*_EDGES, (1 << 20, 17)], [], independent=True),
+    "localization": Family(
+        math.prod, _EDGES, [*_EDGES, (1 << 20, 17)], [(1 << 20, 17)], [], independent=True
+    ),
     "nst": _CROSSED,
     "fsp": _CROSSED,
-    "vid": Family(math.prod, _MAPS, _MAPS, []),
-    "attention_mse": Family(math.prod, _SCORES, [*_SCORES, (8, 32, 1024, 1024)], []),
+    "vid": Family(math.prod, _MAPS, _MAPS, [(16, 256, 64, 64)], []),
+    "attention_mse": Family(
+        math.prod, _SCORES, [*_SCORES, (8, 32, 1024, 1024)], [(8, 32, 1024, 1024)], []
+    ),
     "tokens": _TOKENS_BY_HEADS,
     # heads that are wider than the kernels' tiles, by the portable engine
     "gram_anchoring": _PATCHES,
@@ -138,6 +161,7 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         lambda shape: N_CROPS[0] * math.prod(shape),
         _CROPS,
         [*_CROPS, (64, 65536), (64, 131072)],
+        [(64, 65536)],
         [],  # the kernels are those of "rows"
         independent=True,
     ),
@@ -184,9 +208,11 @@ def views(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]
 
 
 def with_classes(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Return features and their classes, 100 of them or so few that most have two examples."""
+    n_classes = max(1, min(100, shape[0] // 2))
     return [
         normal(shape, dtype, device).requires_grad_(),
-        torch.arange(shape[0], device=device) % 100,
+        torch.arange(shape[0], device=device) % n_classes,
     ]
 
 
@@ -211,8 +237,9 @@ def maps_of_layers(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> lis
 
 
 def maps_and_variances(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
-    alpha = normal(shape[1:2], dtype, device, seed=2).requires_grad_()
-    return [*two_networks(shape, dtype, device), alpha]
+    # near where it starts, because log(1 + exp(alpha)) is 0 below −6 in half precision
+    alpha = normal(shape[1:2], dtype, device, seed=2).mul_(0.1).add_(5.0)
+    return [*two_networks(shape, dtype, device), alpha.requires_grad_()]
 
 
 def relations(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,47 @@ def test_a_peer_computes_the_same_loss(loss, name, op):
 
 
 # ----------------------------------------------------------------------------------------- runner
+
+
+def test_an_error_after_which_nothing_works_is_raised():
+    def fails(student, teacher):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    workload, announced = BY_NAME["forward_kl"], []
+    losses = {"fastkd": workload.fastkd, "eager": fails, "later": workload.eager}
+    device = devices.Cpu(threads=1, quick=True)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        runner.measure(problem("forward_kl"), losses, device, announced.append)
+    assert announced == ["fastkd", "eager"]
+
+
+def test_the_time_of_the_host_is_that_of_a_call_that_waits_for_nothing(monkeypatch):
+    """Neither emptying the cache nor a full queue counts."""
+    clock = [0.0]
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: clock[0])
+
+    def takes(*seconds):
+        waits = list(seconds)
+
+        def step(*args):
+            clock[0] += waits.pop(0)
+
+        return step
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.record = takes(1.0)
+
+        def elapsed_time(self, end):
+            return 7.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("_sleep", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, takes(1.0, 1.0))
+    gpu = devices.Gpu()
+    gpu._other = SimpleNamespace(nbytes=100, sum=takes(1.0, 1.0, 1.0))
+    batch = gpu.time(takes(0.003, 0.002, 0.5), 3, 10, 1e-3)
+    assert batch.milliseconds == [7.0] * 3 and batch.host_milliseconds == pytest.approx(2.0)
 
 
 def problem(name, shape=(8, 16), direction="forward+backward"):
@@ -216,6 +258,39 @@ def test_the_report_says_what_is_stale(is_stale, tmp_path, main, capsys):
     assert capsys.readouterr().out == ("stale: 1 rows of kd on GPU 1\n" if is_stale else "")
     (record,) = records.read(tmp_path / "dry", "dry")
     assert "no figure here means anything" in report.page(record)
+
+
+def test_the_page_has_the_time_of_the_host_and_says_which_peers_are_missing(tmp_path):
+    entries = a_row()["implementations"]
+    hosts = {name: entries["fastkd"] | dict(host_milliseconds=x) for name, x in HOSTS.items()}
+    record = a_record(tmp_path, a_row(implementations=hosts))
+    record.run["peers"] = {"trl": "1.0", "quack-kernels": f"{peers.MISSING} (it needs a DSL): no"}
+    page = report.page(record.content)
+    assert "| host, ms | eager's host, ms |" in page and "|     0.25 |             0.04 |" in page
+    assert "; trl 1.0." in page
+    assert (
+        "missing on this machine:\n\n- quack-kernels cannot be imported (it needs a DSL): no\n"
+        in page
+    )
+    assert "host, ms" not in report.table([a_row()])
+
+
+HOSTS = {"fastkd": 0.25, "eager": 0.04}
+
+
+def test_what_a_peer_lacks_is_said(monkeypatch):
+    def fails():
+        raise AttributeError("module 'torch.nn' has no attribute 'LinearCrossEntropyOptions'\nmore")
+
+    monkeypatch.setattr(
+        peers, "PEERS", {"torch linear_cross_entropy": fails, "quack-kernels": fails}
+    )
+    losses, found = peers.available()
+    assert not losses and found["torch linear_cross_entropy"] == (
+        "cannot be imported (it needs torch 2.13): AttributeError: module 'torch.nn' has no "
+        "attribute 'LinearCrossEntropyOptions'"
+    )
+    assert "nvidia-cutlass-dsl" in found["quack-kernels"]
 
 
 def test_a_figure_depends_on_the_code_that_computes_it():

@@ -1,0 +1,92 @@
+"""One small problem for each kernel: what a GPU runs first, in the order of what it tells."""
+
+from typing import NamedTuple
+
+import torch
+from cases import Case, named
+
+HALF, FLOAT = torch.bfloat16, torch.float32
+# of rows: several of them in one program, and several programs for each
+SHORT, SPLIT = ((5,), 1000), ((3,), 20011)
+# of embeddings: tiles, the widest ones, and chunks through cuBLAS
+TILES, WIDE, CHUNKS = ((67,), 33), ((150,), 256), ((67,), 512)
+
+
+class Light(NamedTuple):
+    """A problem, and the kernels that solve it."""
+
+    case: Case
+    examples: tuple[int, ...]
+    width: int
+    dtype: torch.dtype
+    kernels: tuple[str, ...]
+
+    def __str__(self) -> str:
+        sizes = "x".join(map(str, (*self.examples, self.width)))
+        return f"{self.kernels[-1]}-{self.case.name}-{sizes}-{str(self.dtype)[6:]}"
+
+    def inputs(self, **options) -> list[torch.Tensor]:
+        return self.case.inputs(self.examples, self.width, self.dtype, **options)
+
+
+def _light(case, shape, *kernels, dtype=HALF):
+    return Light(*named(case), *shape, dtype, kernels)
+
+
+_KL, _JSD = "forward_kl-temperature=4.0", "jensen_shannon-temperature=2.0-beta=0.1"
+_KD = "kd-temperature=4.0-alpha=0.3-divergence=forward_kl"
+_CLIP, _SIGLIP = "clip_contrastive-logit_scale=5.0", "siglip-logit_scale=5.0-logit_bias=-2.0"
+_MSE = "token_relation-divergence=mse-normalize=True-temperature=1.0"
+_COSINE = "hint-weights-kind=cosine"
+_WHOLE, _LONG = ("whole_rows",), ("row_statistics", "combine", "gradient")
+_COLUMNS = ("log_sums", "column_log_sums", "weighed_sums")
+_POSITIVES = ("log_sums", "weighed_sums")
+_DIVERGENCES = ("divergences", "weighed_differences")
+_CHUNK = ("exponentials_of_chunk", "log_sums_of_chunk")
+_DIFFERENCES = ("divergences_of_chunk", "differences_of_chunk")
+_TOKENS = ("relation_divergences", "relation_gradients")
+_EDGES = ("squares", "distances", "edges", "sum_splits", "laplacian")
+
+LIGHTS = [
+    _light(_KL, SPLIT, *_LONG),
+    _light(_KL, SHORT, *_WHOLE),
+    _light("info_nce", TILES, *_POSITIVES),
+    _light(_CLIP, TILES, *_COLUMNS),
+    _light(_SIGLIP, TILES, "softplus_sums", "weighed_sums"),
+    _light("similarity_kl", TILES, *_DIVERGENCES),
+    _light("info_nce", CHUNKS, *_CHUNK),
+    _light(_CLIP, CHUNKS, *_CHUNK, "fold_chunk"),
+    _light(_SIGLIP, CHUNKS, "pairs_of_chunk"),
+    _light("similarity_kl", CHUNKS, *_DIFFERENCES),
+    _light("rkd", ((33,), 17), *_EDGES),
+    _light("embedding_mse", ((33,), 140), "values", "slopes"),
+    _light("attention_transfer", ((7,), 5), "values", "slopes", "map_differences"),
+    _light("token_relation-heads=2", ((3,), 16), *_TOKENS),
+    _light(_MSE, ((3,), 16), "relation_squares"),
+    # the same kernels with other options and precisions
+    _light(_JSD, SPLIT, *_LONG),
+    _light(_JSD, SHORT, *_WHOLE),
+    _light(_KD, SPLIT, *_LONG),
+    _light(_KD, SHORT, *_WHOLE),
+    _light("total_variation-temperature=2.0", SPLIT, *_LONG),
+    _light(_KL, SPLIT, *_LONG, dtype=FLOAT),
+    _light("dino", SHORT, *_WHOLE),
+    _light("channel_wise-temperature=4.0", SHORT, *_WHOLE),
+    _light("info_nce", WIDE, *_POSITIVES),
+    _light(_CLIP, WIDE, *_COLUMNS),
+    _light("similarity_kl", ((150,), 250), *_DIVERGENCES),
+    _light("nt_xent", TILES, *_POSITIVES),
+    _light("sup_con", TILES, *_POSITIVES),
+    _light("nt_xent", CHUNKS, *_CHUNK),
+    _light("sup_con", CHUNKS, *_CHUNK),
+    _light("info_nce", TILES, *_CHUNK, dtype=FLOAT),
+    _light("similarity_kl", TILES, *_DIFFERENCES, dtype=FLOAT),
+    _light("rkd", ((40,), 64), *_EDGES, dtype=FLOAT),
+    _light("rkd_distance", ((40,), 64), "squares", "distances", "sum_splits", "laplacian"),
+    _light("rkd_angle", ((40,), 64), "squares", "edges", "sum_splits", "laplacian"),
+    _light("hint-weights", ((20,), 64), "values", "slopes"),
+    _light(_COSINE, ((7,), 5), "values", "slopes"),
+    _light("minilm_relation-n_heads=2-weights=[1.0, 0.5]", ((3,), 16), *_TOKENS),
+    _light("gram_anchoring", ((2,), 60), "relation_squares"),
+    _light("embedding_mse", ((33,), 140), "values", "slopes", dtype=FLOAT),
+]
