@@ -32,6 +32,7 @@ class Call(NamedTuple):
     engine: str  # "portable" or "triton"
     row_mask: Tensor | None  # bool, in the shape of the losses: examples of weight 0 are False
     ranks: Ranks
+    row_weight: Number = 0.0  # what every loss is multiplied by in the reduction, 0 if not known
 
 
 class Term(NamedTuple):
@@ -127,13 +128,16 @@ def loss(
             # the losses of all examples; this rank gets those of its own
             return found[ranks.own(arguments[0])] if found.ndim else found
 
-        def losses_of(arguments: Sequence[Any], options: Any, mask: Any, ranks: Ranks) -> Any:
+        def losses_of(
+            arguments: Sequence[Any], options: Any, mask: Any, ranks: Ranks, row_weight: float = 0.0
+        ) -> Any:
             tensors = _tensors(arguments)
             engine = engine_for(tensors)
             with without_autocast(tensors[0].device):
                 found = NotImplemented
                 if engine != "formula" and statement is not None:
-                    found = statement(Call(name, engine, mask, ranks), *arguments, **options)
+                    call = Call(name, engine, mask, ranks, row_weight)
+                    found = statement(call, *arguments, **options)
                 if found is NotImplemented:
                     return from_formula(arguments, options, mask, ranks)
                 return found
@@ -168,10 +172,12 @@ def loss(
                 _checks.labels(labels, arguments[0], ignore_index)
                 labelled = labels.long() != ignore_index  # −100 is 156 in uint8
                 weights = labelled if weights is None else torch.where(labelled, weights, 0)
-            mask = None
+            mask, row_weight = None, 0.0
             if weights is not None:
                 mask = weights if weights.dtype == torch.bool else weights.detach() != 0
-            found = losses_of(arguments, options, mask, _THIS_PROCESS)
+            elif per_example is True and not torch.compiler.is_compiling():
+                row_weight = _row_weight(arguments[0], normalizer, reduction)
+            found = losses_of(arguments, options, mask, _THIS_PROCESS, row_weight)
             if isinstance(found, Tensor):
                 return reduce(found, weights, mask, normalizer, reduction)
             return _sum_of_terms(found, weights, mask, normalizer, reduction, return_parts)
@@ -289,6 +295,15 @@ def reduce(
             normalizer.clamp(min=1) if whole else torch.where(normalizer == 0, 1, normalizer)
         )
     return total(losses) / (normalizer or 1)
+
+
+def _row_weight(rows: Any, normalizer: Any, reduction: str) -> float:
+    """Return what `reduce` multiplies the losses of unweighted rows by, 0 if that is not known."""
+    if reduction == "none" or isinstance(normalizer, Tensor) or not isinstance(rows, Tensor):
+        return 0.0
+    if reduction == "sum":
+        return 1.0
+    return 1 / ((rows.shape[:-1].numel() if normalizer is None else normalizer) or 1)
 
 
 def total(x: Tensor) -> Tensor:

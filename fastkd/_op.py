@@ -13,8 +13,10 @@ whose gradients the forward keeps and the backward multiplies by the upstream gr
 whose gradient is as large as its input and cheap to compute again has besides
 
     forward(problem, needs_grad) -> losses, (statistics, *gradients)
-        either statistics for `backward`, or None and the gradient of each loss in the trained field
-    backward(problem, statistics, upstream) -> gradient of the trained field
+        either statistics for `backward`, or None and the gradient of each loss in the trained
+        field, or both statistics and the gradient for upstream gradients that the problem foresees
+    backward(problem, statistics, upstream, *gradients) -> gradient of the trained field
+        it may return the foreseen gradient, overwritten: the first backward alone gets that
     n_statistics(problem) -> how many numbers for each example the statistics have; without
         needs_grad there are statistics
 
@@ -159,7 +161,7 @@ class Op:
             return (self.opaque.backward(*upstream, statistics, *traced),)
         problem, _, engine = self.read(fields)
         with without_autocast(fields[self.trained[0]].device):
-            return (engine.backward(problem, statistics, upstream),)
+            return (engine.backward(problem, statistics, upstream, *gradients),)
 
     def read(self, arguments: Sequence[Any]) -> tuple[Any, Sequence[bool], types.ModuleType]:
         """Return the problem, which trained fields need a gradient, and the engine."""
@@ -219,6 +221,9 @@ class _FirstOrder(torch.autograd.Function):
 
 def _keep(ctx: Any, op: Op, arguments: Sequence[Any], saved: Sequence[Any]) -> None:
     """Save for the backward what the forward made, the tensors that it needs, and the rest."""
+    ctx.foreseen = ()
+    if op.recomputes and saved[0] is not None:
+        saved, ctx.foreseen = saved[:1], saved[1:]
     kept = op.tensors  # autograd notices if one of them is overwritten before the backward
     if not op.recomputes or saved[0] is None:
         # a gradient that is there already needs its field alone, the dtype of which it gets
@@ -250,14 +255,17 @@ def _gradients(ctx: Any, op: Op, gradient_node: Any, upstream: Sequence[Any]) ->
     if all(x is None for x in upstream):
         return tuple(gradients)
     backward: Callable[..., Any] = op.backward
+    foreseen: Sequence[Tensor] = ()
     if not torch.compiler.is_compiling():
+        # whoever gets the gradient may write over it, so that another backward computes it again
+        foreseen, ctx.foreseen = ctx.foreseen, ()
         for x in upstream:
             if x is not None and torch._C._functorch.is_legacy_batchedtensor(x):
                 raise RuntimeError(_BATCHED_BY_AUTOGRAD)
         # grad mode is on in a backward only under create_graph=True, and vmap may map over it
         if torch.is_grad_enabled() or transforms_active():
-            backward = gradient_node.apply
-    found = backward(*upstream, *tensors[:n_saved], *arguments)
+            backward, foreseen = gradient_node.apply, ()
+    found = backward(*upstream, *tensors[:n_saved], *foreseen, *arguments)
     for i, x in zip(op.trained, found, strict=True):
         gradients[i] = x if ctx.needs_input_grad[i] else None
     return tuple(gradients)

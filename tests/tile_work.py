@@ -55,9 +55,10 @@ def sum_splits(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
 
 
 def laplacian(x: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
-    rows, columns, programs = x["ROWS"], x["COLUMNS"], prod(grid)
+    rows, columns, depth, programs = x["ROWS"], x["COLUMNS"], x["DEPTH"], prod(grid)
     moved = rows * x["slopes_ptr"].dtype.itemsize + columns * x["x"].ptr.dtype.itemsize
-    return Work(rows * columns, programs * x["n"], programs, moved)
+    trips = programs * -(-x["n"] // depth)
+    return Work(rows * columns * depth, trips, programs, moved * depth)
 
 
 def tiles(x: Mapping[str, Any], grid: tuple[int, ...], *products: tuple[str, str, int]) -> Work:

@@ -28,6 +28,9 @@ class Rows(NamedTuple):
     weight: Number  # the divergence's own option: beta, skew or weight
     scale: Number  # multiplies the divergence
     divergence: str
+    # what the caller multiplies every divergence with before it adds them, 0 if that is not known;
+    # an engine may make the gradient for this upstream gradient together with the losses
+    row_weight: Number = 0.0
 
 
 solve = Op(
@@ -249,6 +252,7 @@ def _solve(
     if teacher_form != "logits":
         teacher = as_logits(teacher, teacher_form)
     problem = Rows(
-        student, teacher, labels, call.row_mask, of_student, of_teacher, mixture, scale, name
-    )
+        student, teacher, labels, call.row_mask, of_student, of_teacher, mixture, scale, name,
+        call.row_weight,
+    )  # fmt: skip
     return solve(call.engine, problem)

@@ -15,10 +15,11 @@ Distances add their slope in each pair to g, and the gradient in the embeddings 
 Laplacian of g: dx_a = 2 Σ_b g_ab (x_a − x_b). h is kept in units of the penalty's beta, so that the
 penalty turns linear at 1.
 
-Work: N²/2 · D differences for each network, N²/2 · N visits of an edge by a third point, at most 36
-instructions each (14 without a gradient), N² · D for the Laplacian. Memory: four matrices [N, N],
-and one for each program that shares an edge's third points. Bytes: a visit loads 8 · 32 numbers for
-a tile of 32² edges, 1 B an edge in float32, from the cache; an edge's slope is written once.
+Work: N²/2 · D differences for each network, read from transposes, so that a warp loads whole lines;
+N²/2 · N visits of an edge by a third point, at most 36 instructions each (14 without a gradient);
+N² · D for the Laplacian. Memory: the transposes, and later four matrices [N, N], and one for each
+program that shares an edge's third points. Bytes: a visit loads 8 · 32 numbers for a tile of 32²
+edges, 1 B an edge in float32, from the cache; an edge's slope is written once.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from fastkd.kernels.relations.tiles import (
     laplacian,
     squares,
     sum_splits,
+    transposes,
 )
 from fastkd.problems.relations import Number, Relations
 
@@ -66,27 +68,24 @@ def value_and_gradients(
     new = student.new_empty
     pairs = new((padded, 4 * padded), dtype=dtype)
     lengths = new((2, n_sides, n_sides), dtype=dtype)
-    slopes = new((max(1, n_splits), padded, padded) if with_slopes else 0, dtype=dtype)
-    losses = new((has_distance + n_splits, n_tiles, n_tiles), dtype=dtype)
-    of_means = new((n_tiles, n_tiles), dtype=dtype)
-    loss = new((), dtype=result_dtype)
-    gradient = new((n_local, student.shape[1]), dtype=result_dtype) if with_slopes else None
     numbers = _numbers(problem)
     shared = dict(
         pairs_ptr=pairs, n=n, padded=padded, beta=numbers.beta, ON_DEVICE=numbers.on_device,
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
     )  # fmt: skip
+    x, y = (Embeddings(rows, rows.stride(0), rows.shape[1]) for rows in (student, teacher))
+    _launch_squares(x, y, side, n_warps * side // TILE.value, lengths_ptr=lengths, **shared)
+    slopes = new((max(1, n_splits), padded, padded) if with_slopes else 0, dtype=dtype)
+    losses = new((has_distance + n_splits, n_tiles, n_tiles), dtype=dtype)
+    of_means = new((n_tiles, n_tiles), dtype=dtype)
+    loss = new((), dtype=result_dtype)
+    gradient = new((n_local, student.shape[1]), dtype=result_dtype) if with_slopes else None
     means = dict(
         lengths_ptr=lengths, n_lengths=n_sides**2, of_means_ptr=of_means,
         distance_weight=numbers.distance_weight,
     )  # fmt: skip
     local = dict(first=problem.first, n_local=n_local)
-    x, y = (Embeddings(rows, rows.stride(0), rows.shape[1]) for rows in (student, teacher))
     with on_device(student):
-        squares[(n_sides, n_sides, 2)](
-            student=x, teacher=y, lengths_ptr=lengths, **shared, SIDE=side, DEPTH=4,
-            num_warps=n_warps * side // TILE.value,
-        )  # fmt: skip
         if has_distance:
             distances[(n_tiles, n_tiles)](
                 **shared, **means, **local, losses_ptr=losses[n_splits], PART=is_part,
@@ -105,12 +104,33 @@ def value_and_gradients(
             NEEDS_GRAD=with_slopes, num_warps=n_warps,
         )  # fmt: skip
         if with_slopes and n_local:
-            grid = triton.cdiv(n_local, TILE.value), triton.cdiv(student.shape[1], _FEATURES)
+            # low tiles are many programs, which wait less often for the cache
+            rows, depth, n_warps = (8, 16, n_warps) if n < 1024 else (32, 8, 8)
+            grid = triton.cdiv(n_local, rows), triton.cdiv(student.shape[1], _FEATURES)
             laplacian[grid](
                 x=x, slopes_ptr=slopes, gradient_ptr=gradient, n=n, padded=padded, **local,
-                DTYPE=shared["DTYPE"], ROWS=TILE.value, COLUMNS=_FEATURES, num_warps=n_warps,
+                DTYPE=shared["DTYPE"], ROWS=rows, COLUMNS=_FEATURES, DEPTH=depth, num_warps=n_warps,
             )  # fmt: skip
     return loss, (gradient,)
+
+
+def _launch_squares(
+    x: Embeddings, y: Embeddings, side: int, n_warps: int, **arguments: Any
+) -> None:
+    """Launch the squared distances, which read transposes that nothing else needs."""
+    n, padded = arguments["n"], arguments["padded"]
+    depth = 8 if side == TILE.value else 4  # features that are loaded at once: registers allow it
+    found = []
+    for rows in (x, y):
+        width = triton.cdiv(rows.width, depth) * depth
+        found.append(Embeddings(rows.ptr.new_empty((width, padded)), padded, width))
+    grid = padded // TILE.value, triton.cdiv(max(x.width, y.width), _FEATURES), 2
+    n_sides = padded // side
+    with on_device(x.ptr):
+        transposes[grid](x, y, *found, n=n, padded=padded, ROWS=TILE.value, COLUMNS=_FEATURES)
+        squares[(n_sides, n_sides, 2)](
+            *found, **arguments, SIDE=side, DEPTH=depth, num_warps=n_warps
+        )
 
 
 def _rows(embeddings: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ _PARTS = tl.constexpr(512)  # of a sum: as many as one program adds at once
 
 
 class Embeddings(NamedTuple):
-    """Rows of a network, as an argument of kernels."""
+    """Embeddings of a network, or their transpose, as an argument of kernels."""
 
-    ptr: Any  # (N, width)
-    stride: Any  # between rows, in elements
+    ptr: Any  # (N, width), transposed (width, padded)
+    stride: Any  # between rows, transposed between features, in elements
     width: Any
 
 
@@ -72,27 +72,56 @@ def _pairs_at(pairs_ptr, row, column, padded, ROWS: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
-def _squares_of_tile(x, rows, columns, n, zeros, DTYPE: tl.constexpr, DEPTH: tl.constexpr):
-    """Return [rows, columns], the squared distances between rows and columns of embeddings."""
-    left, right = x.ptr + rows.to(tl.int64) * x.stride, x.ptr + columns.to(tl.int64) * x.stride
-    total = zeros
-    for first in range(0, x.width, DEPTH):
-        part = zeros  # a partial sum, because rounding grows with the number of terms
-        for k in tl.static_range(DEPTH):
-            inside = first + k < x.width
-            a = tl.load(left + first + k, mask=(rows < n) & inside, other=0.0).to(DTYPE)
-            b = tl.load(right + first + k, mask=(columns < n) & inside, other=0.0).to(DTYPE)
-            difference = a[:, None] - b[None, :]
-            part += difference * difference
-        total += part
-    return total
+def _transposed_tile(x, found, n, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store a tile of rows [ROWS, COLUMNS] as [COLUMNS, ROWS], 0 where there are no embeddings."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (rows < n)[:, None] & (columns < x.width)[None, :]
+    tile = tl.load(x.ptr + rows.to(tl.int64)[:, None] * x.stride + columns[None, :], inside, 0.0)
+    places = columns.to(tl.int64)[:, None] * padded + rows[None, :]
+    kept = (columns < found.width)[:, None] & (rows < padded)[None, :]
+    tl.store(found.ptr + places, tl.trans(tile), kept)
 
 
 # unspecialised, so that every N is the same code
 @triton.jit(do_not_specialize=["n"])
-def squares(
+def transposes(
     student,  # Embeddings
     teacher,  # Embeddings
+    student_found,  # Embeddings, transposed, written
+    teacher_found,  # Embeddings, transposed, written
+    n,
+    padded,  # N, rounded up to whole tiles
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write transposes, which warps read in whole lines: programs (rows, features, network)."""
+    if tl.program_id(2) == 0:
+        _transposed_tile(student, student_found, n, padded, ROWS, COLUMNS)
+    else:
+        _transposed_tile(teacher, teacher_found, n, padded, ROWS, COLUMNS)
+
+
+@triton.jit
+def _squares_of_tile(x, rows, columns, zeros, DTYPE: tl.constexpr, DEPTH: tl.constexpr):
+    """Return [rows, columns], the squared distances between embeddings, given their transpose."""
+    left, right = x.ptr + rows, x.ptr + columns
+    total = zeros
+    for _ in range(0, x.width, DEPTH):
+        part = zeros  # a partial sum, because rounding grows with the number of terms
+        for _feature in tl.static_range(DEPTH):
+            difference = tl.load(left).to(DTYPE)[:, None] - tl.load(right).to(DTYPE)[None, :]
+            part += difference * difference
+            left += x.stride
+            right += x.stride
+        total += part
+    return total
+
+
+@triton.jit(do_not_specialize=["n"])
+def squares(
+    student,  # Embeddings, transposed, their width a multiple of DEPTH
+    teacher,  # Embeddings, transposed
     pairs_ptr,  # (padded, padded / TILE, 4, TILE), written
     lengths_ptr,  # (2, tiles, tiles), written: sums of the distances
     n,
@@ -119,9 +148,9 @@ def squares(
     # loaded, because zeros get the layout of the stores then, which is the one with vectors
     zeros = tl.load(h_ptr, mask=(rows < 0)[:, None] & (columns < 0)[None, :], other=0.0)
     if network == 0:
-        q = _squares_of_tile(student, rows, columns, n, zeros, DTYPE, DEPTH)
+        q = _squares_of_tile(student, rows, columns, zeros, DTYPE, DEPTH)
     else:
-        q = _squares_of_tile(teacher, rows, columns, n, zeros, DTYPE, DEPTH)
+        q = _squares_of_tile(teacher, rows, columns, zeros, DTYPE, DEPTH)
     exists = (rows < n)[:, None] & (columns < n)[None, :]
     apart = exists & (rows[:, None] != columns[None, :])
     distance = _root(q, DTYPE)
@@ -340,22 +369,28 @@ def laplacian(
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
-    """Write 2 Σ_k slopes_ki (x_i − x_k): programs (local rows, features)."""
+    """Write 2 Σ_k slopes_ki (x_i − x_k): programs (local rows, features).
+
+    DEPTH of the k are loaded at once, so that few waits for the cache follow one another.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists, inside = rows < n_local, columns < x.width
     both = exists[:, None] & inside[None, :]
-    places = first + rows
+    places, k = first + rows, tl.arange(0, DEPTH)
     left_ptr = x.ptr + places[:, None].to(tl.int64) * x.stride + columns[None, :]
     left = tl.load(left_ptr, mask=both, other=0.0).to(DTYPE)
     total = left * 0
-    right_ptr, slope_ptr = x.ptr + columns, slopes_ptr + places
-    for _ in range(n):
-        right = tl.load(right_ptr, mask=inside, other=0.0).to(DTYPE)
-        slope = tl.load(slope_ptr, mask=exists, other=0.0)
-        total += slope[:, None] * (left - right[None, :])
-        right_ptr += x.stride
-        slope_ptr += padded
+    right_ptr = x.ptr + k[:, None].to(tl.int64) * x.stride + columns[None, :]
+    slope_ptr = slopes_ptr + k[:, None] * padded + places[None, :]
+    for start in range(0, n, DEPTH):
+        is_there = (start + k < n)[:, None] & inside[None, :]
+        right = tl.load(right_ptr, mask=is_there, other=0.0).to(DTYPE)
+        slope = tl.load(slope_ptr, mask=exists[None, :], other=0.0)  # 0 beyond the last example
+        total += tl.sum(slope[:, :, None] * (left[None, :, :] - right[:, None, :]), 0)
+        right_ptr += DEPTH * x.stride
+        slope_ptr += DEPTH * padded
     gradient_ptr += rows[:, None].to(tl.int64) * x.width + columns[None, :]
     tl.store(gradient_ptr, (2 * total).to(gradient_ptr.dtype.element_ty), mask=both)

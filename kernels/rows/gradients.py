@@ -48,8 +48,11 @@ def _row_factors(
     """Return the Factors of rows; `scale` multiplies the gradient of the divergence."""
     factor = tl.zeros(rows.shape, DTYPE)
     ce_factor, label = factor, tl.full(rows.shape, -1, tl.int64)
+    rows = rows.to(tl.int64)  # because upstream gradients may be far apart
     if upstream_ptr is not None:
         factor = tl.load(upstream_ptr + rows * strides.upstream, mask, 0.0).to(DTYPE) * scale
+    elif ce_upstream_ptr is None:
+        factor += scale
     if row_mask_ptr is not None:
         factor = tl.where(tl.load(row_mask_ptr + rows, mask, 0) != 0, factor, 0.0)
     if labels_ptr is not None:
@@ -91,7 +94,7 @@ def _gradient_tile(
     tl.store(gradient_row + columns, gradient.to(gradient_row.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner"])
 def gradient(
     student_ptr,  # (n_rows, n_cols)
     teacher_ptr,  # (n_rows, n_cols)
@@ -153,7 +156,7 @@ def gradient(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "inner"])
 def whole_rows(
     student_ptr,  # (n_rows, n_cols)
     teacher_ptr,  # (n_rows, n_cols)
@@ -171,13 +174,22 @@ def whole_rows(
     numbers,  # Numbers
     DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
     ON_DEVICE: tl.constexpr, ALIGNMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    IN_PLACE: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """Compute the losses, the gradient or both of ROWS rows, which are read once and stay on chip.
 
-    ALIGNMENT divides n_cols and the start of every row.
+    ALIGNMENT divides n_cols and the start of every row. A gradient without upstream gradients is
+    that for the row weight; WEIGHED, it is there already, and rows with this upstream gradient are
+    left alone. IN_PLACE it is written over the student.
     """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = rows < n_rows
+    row_weight = number(numbers.row_weight, ON_DEVICE, DTYPE)
+    if WEIGHED:
+        places = upstream_ptr + rows.to(tl.int64) * strides.upstream
+        differs = exists & (tl.load(places, exists, 0.0).to(DTYPE) != row_weight)
+        if tl.sum(differs.to(tl.int32), 0) == 0:
+            return
     weight = number(numbers.weight, ON_DEVICE, DTYPE)
     temperature = number(numbers.student_temperature, ON_DEVICE, DTYPE)
     scale = number(numbers.scale, ON_DEVICE, DTYPE)
@@ -220,9 +232,12 @@ def whole_rows(
             ce = cross_entropy(row_ptr, label, n_cols, units.c1, ms, z1, DTYPE)
             tl.store(cross_entropies_ptr + rows, ce, exists)
     if gradient_ptr is not None:
+        unit = scale / temperature
+        if (upstream_ptr is None) and (ce_upstream_ptr is None):
+            unit *= row_weight
         factors = _row_factors(
             rows, exists, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
-            scale / temperature, DTYPE,
+            unit, DTYPE,
         )  # fmt: skip
         slopes = _row_gradient(
             x, y, columns, units,
@@ -236,7 +251,8 @@ def whole_rows(
             ),
             DIVERGENCE, ce_upstream_ptr is not None, FAST,
         )  # fmt: skip
-        tl.debug_barrier()  # so that the label's logit has been read before it is overwritten
+        if IN_PLACE and LABELS:
+            tl.debug_barrier()  # so that the label's logit has been read before it is overwritten
         gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)
         gradient_rows = row_offset(rows, inner, gradient) // ALIGNMENT * ALIGNMENT
         tl.store(

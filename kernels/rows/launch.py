@@ -6,9 +6,9 @@ logit. Pivot and Z are kept apart, because one number for both would lose what a
 away.
 
 Bytes for each (row, entry) of bf16 logits, forward + backward. V ≤ ON_CHIP: 4 + 6, each one sweep
-and one launch. Above: the KLs 4 + 6; mixtures and total variation, which need both Z before they
-can sum, 8 + 6. `value_and_gradients` moves as much, or 6 in its one sweep where V ≤ ON_CHIP (half
-of ON_CHIP for a mixture with labels).
+and one launch; 6 + 0 with the row weight known beforehand, or 6 + 6 where another upstream comes.
+Above: the KLs 4 + 6; mixtures and total variation, which need both Z before they can sum, 8 + 6.
+`value_and_gradients` moves as much, or 6 in its one sweep where V ≤ ON_CHIP.
 """
 
 from __future__ import annotations
@@ -34,31 +34,42 @@ from fastkd.kernels.device import (
 from fastkd.kernels.rows import gradients, sweeps
 from fastkd.problems.rows import Rows
 
-ON_CHIP = 8192  # columns of the longest rows that are read once for every divergence
+ON_CHIP = 8192  # columns of the longest rows that are read once, a quarter of it in float64
 _MIXTURES = ("jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation")
 _SHORTEST_SPLIT = 8192  # columns that pay for a program
+# entries of whole rows that a warp keeps: as many as its registers hold, because what a row costs
+# besides its entries, shuffles and barriers, is then shared by most
+_PER_WARP = {torch.float32: 1024, torch.float64: 256}
 
 Losses = tuple[Tensor, Tensor | None]  # divergences · scale, and cross-entropies with labels
 
 
 def n_statistics(problem: Rows) -> int:
     """Return how many numbers a row saves for `backward`: none if it fits on chip."""
-    return sweeps.N_STATISTICS.value if problem.student.shape[-1] > ON_CHIP else 0
+    # numbers of float64 take two registers, and more to compute with
+    longest = ON_CHIP // 4 if _dtype(problem) == torch.float64 else ON_CHIP
+    return sweeps.N_STATISTICS.value if problem.student.shape[-1] > longest else 0
 
 
-def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Tensor]]:
+def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Tensor, ...]]:
     """Compute the losses of the rows, and what `backward` needs besides the problem.
 
     Args:
         problem: Logits (..., V) and what is asked about them.
-        needs_grad: Not used, because saving the statistics costs nothing that shows.
+        needs_grad: Whether the student needs a gradient.
 
     Returns:
         ((losses, cross_entropies), (statistics,)): the divergences · scale, shape (...), the
         cross-entropies at T = 1, shape (...), None without labels, and
-        (..., n_statistics(problem)) numbers, all in the compute dtype.
+        (..., n_statistics(problem)) numbers, all in the compute dtype. Where rows stay on chip and
+        their weight is known, the gradient for that weight follows the statistics.
     """
     losses, statistics = _allocate(problem, n_statistics(problem))
+    if needs_grad[0] and _is_weighed(problem):
+        gradient = torch.empty_like(problem.student)
+        if losses[0].numel() and gradient.is_contiguous():
+            _launch_whole_rows(problem, losses, gradient)
+            return losses, (statistics, gradient)
     if not losses[0].numel():
         pass
     elif statistics.numel():
@@ -68,18 +79,28 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Te
     return losses, (statistics,)
 
 
-def backward(problem: Rows, statistics: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
+def backward(
+    problem: Rows,
+    statistics: Tensor,
+    upstream: Sequence[Tensor | None],
+    weighed: Tensor | None = None,
+) -> Tensor:
     """Compute Σ upstream · ∂losses/∂student over both kinds of losses.
 
     Args:
         problem: The problem that `forward` solved.
         statistics: The tensor that `forward` saved.
         upstream: Upstream gradients (...) of the losses and of the cross-entropies; None for 0.
+        weighed: The gradient for the problem's row weight that `forward` saved, if it is still
+            there. It becomes the result: rows with another upstream gradient are computed again.
 
     Returns:
         The gradient with respect to the student, in its shape and dtype, and in the order of its
         strides, for which one that the kernels write contiguously is copied.
     """
+    if weighed is not None:
+        _launch_whole_rows(problem, None, weighed, upstream, weighed=True)
+        return weighed
     found = gradient = torch.empty_like(problem.student)
     if not found.is_contiguous():
         gradient = torch.empty_like(found, memory_format=torch.contiguous_format)
@@ -118,11 +139,8 @@ def value_and_gradients(
     """
     if not needs_grad[0]:
         return forward(problem, needs_grad)[0], (None,)
-    student = problem.student
-    # all of it at once takes more registers than either half
-    crowded = problem.labels is not None and problem.divergence in _MIXTURES
-    on_chip = student.shape[-1] <= (ON_CHIP // 2 if crowded else ON_CHIP)
-    losses, statistics = _allocate(problem, 0 if on_chip else sweeps.N_STATISTICS.value)
+    student, n = problem.student, n_statistics(problem)
+    losses, statistics = _allocate(problem, n)
     gradient = student
     if not in_place:
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
@@ -131,12 +149,23 @@ def value_and_gradients(
     upstream = row_weights, ce_weights
     if not losses[0].numel():
         pass
-    elif on_chip:
+    elif not n:
         _launch_whole_rows(problem, losses, gradient, upstream)
     else:
         _launch_statistics(problem, losses, statistics)
         _launch_gradient(problem, statistics, gradient, upstream)
     return losses, (gradient,)
+
+
+def _is_weighed(problem: Rows) -> bool:
+    """Return whether the forward may make the gradient, for the weight that the caller knows.
+
+    It would be in vain in float16, where a loss is scaled so that its gradient does not vanish, and
+    with labels, whose losses have an upstream gradient of their own.
+    """
+    is_known = isinstance(problem.row_weight, Tensor) or problem.row_weight != 0
+    narrow, on_chip = problem.student.dtype == torch.float16, not n_statistics(problem)
+    return is_known and on_chip and not narrow and problem.labels is None
 
 
 def _allocate(problem: Rows, n_numbers: int) -> tuple[Losses, Tensor]:
@@ -151,17 +180,14 @@ def _launch_whole_rows(
     losses: Losses | None,
     gradient: Tensor | None = None,
     upstream: Sequence[Tensor | None] = (None, None),
+    *,
+    weighed: bool = False,
 ) -> None:
     n_rows, n_cols = _shape(problem)
     student, teacher = rows_of(problem.student), rows_of(problem.teacher)
     gradient_rows = None if gradient is None else rows_of(gradient)
     aligned = [student, teacher] if gradient_rows is None else [student, teacher, gradient_rows]
-    columns = triton.next_power_of_2(n_cols)
-    # as many rows as fill a program, as few as give every multiprocessor two programs
-    device = device_of(problem.student)
-    most_warps = 32 if device.nvidia else 16  # 1024 threads, because AMD's warps have 64
-    sharing = triton.cdiv(n_rows, 2 * device.multiprocessors)
-    block = max(1, min(4096 // columns, triton.next_power_of_2(sharing)))
+    block, columns, num_warps = _tile(problem)
     with on_device(problem.student):
         gradients.whole_rows[(triton.cdiv(n_rows, block),)](
             **_arguments(problem),
@@ -174,8 +200,24 @@ def _launch_whole_rows(
             ALIGNMENT=alignment(aligned, n_cols),
             ROWS=block,
             COLUMNS=columns,
-            num_warps=max(1, min(most_warps, block * columns // 256)),
+            IN_PLACE=gradient is problem.student,
+            WEIGHED=weighed,
+            num_warps=num_warps,
         )
+
+
+def _tile(problem: Rows) -> tuple[int, int, int]:
+    """Return the rows and columns of a program that takes whole rows, and its warps.
+
+    A warp takes many short rows where that leaves a program for every multiprocessor, and otherwise
+    one: numbers in between would compile a kernel anew for other batches.
+    """
+    n_rows, n_cols = _shape(problem)
+    columns, per_warp = triton.next_power_of_2(n_cols), _PER_WARP[_dtype(problem)]
+    block = max(1, per_warp // 2 // columns)  # half as many, because each row has sums besides
+    if n_rows < block * device_of(problem.student).multiprocessors:
+        block = 1
+    return block, columns, max(1, block * columns // per_warp)
 
 
 def _launch_statistics(problem: Rows, losses: Losses, statistics: Tensor) -> None:
@@ -254,7 +296,11 @@ def _arguments(problem: Rows) -> dict[str, Any]:
     """Return what all kernels take, by the names of their parameters."""
     dtype, device = _dtype(problem), problem.student.device
     numbers = sweeps.Numbers(
-        problem.student_temperature, problem.teacher_temperature, problem.weight, problem.scale
+        problem.student_temperature,
+        problem.teacher_temperature,
+        problem.weight,
+        problem.scale,
+        problem.row_weight,
     )
     # float64 goes by pointer too, because a Python float reaches a kernel as float32
     by_pointer = dtype == torch.float64 or any(isinstance(x, Tensor) for x in numbers)

@@ -46,6 +46,7 @@ class Numbers(NamedTuple):
     teacher_temperature: float | Tensor
     weight: float | Tensor
     scale: float | Tensor
+    row_weight: float | Tensor
 
 
 class Strides(NamedTuple):
@@ -208,7 +209,8 @@ def load_statistics(pointer):
     )
 
 
-@triton.jit
+# numbers that vary with the batch stay unspecialised, so that every batch runs the same code
+@triton.jit(do_not_specialize=["inner", "vectors_per_split"])
 def row_statistics(
     student,  # Strided (n_rows, n_cols)
     teacher,  # Strided (n_rows, n_cols)
@@ -285,7 +287,7 @@ def row_statistics(
             tl.store(partial_ptr + place + 1, slope_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner", "n_splits"])
 def combine(
     student,  # Strided (n_rows, n_cols)
     labels_ptr,  # (n_rows,) or None

@@ -1,0 +1,112 @@
+"""Whole rows as they are compiled: instructions, barriers, spills, and specialisations."""
+
+import itertools
+
+import pytest
+import torch
+from budgets import TARGETS, VERSION
+from choice import full, quick_if
+from counts import resources
+from gate import capture
+from sass import analyse
+
+import fastkd
+from fastkd.kernels.rows import launch
+from fastkd.problems.rows import DIVERGENCES, Rows
+
+HAS_LINKER = tuple(map(int, VERSION.split("."))) >= (3, 5)  # which gfx942 needs
+MANY = 1 << 16
+# of student and teacher
+DTYPES = [(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.bfloat16, torch.float32)]
+DTYPES += [(torch.float64,) * 2, (torch.float16, torch.float64)]
+
+
+def problem(divergence, n_cols, dtypes=DTYPES[0], labelled=False, row_weight=0.0):
+    student, teacher = (torch.empty(MANY, n_cols, dtype=x, device="meta") for x in dtypes)
+    labels = torch.empty(MANY, dtype=torch.int64, device="meta") if labelled else None
+    return Rows(student, teacher, labels, None, 2.0, 2.0, 0.3, 4.0, divergence, row_weight)
+
+
+def captured(rows, target="sm_90"):
+    """Return the launches of the forward, of the backward and of both at once."""
+    upstream = torch.empty(MANY, device="meta")
+    upstreams = upstream, None if rows.labels is None else upstream
+    calls = (
+        lambda: launch.forward(rows, (False,)),
+        lambda: launch.backward(rows, rows.student.new_empty((MANY, 0)), upstreams),
+        lambda: launch.value_and_gradients(
+            rows, (True,), row_weights=upstream, ce_weights=upstreams[1]
+        ),
+    )
+    for call in calls:
+        with capture(target) as found:
+            call()
+        yield [x for x in found if x.name != "kernel"]
+
+
+@pytest.mark.parametrize("n_cols", [1000, 4096, 8192])
+def test_instructions_and_barriers_of_whole_rows(n_cols):
+    (forward,), (backward,), _ = captured(problem("forward_kl", n_cols))
+    for found in (forward, backward):
+        report = analyse(found)
+        n_entries = found.args["ROWS"] * found.args["COLUMNS"] / (32 * report.warps)
+        assert report.total["instructions"] / n_entries <= 32
+        assert not report.spills and report.warps_per_sm >= 24
+        assert report.total["barriers"] == 0 or report.warps > 1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda x: "-".join(map(str, x)))
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("labelled", [False, True])
+@quick_if(
+    lambda target, dtypes, divergence, labelled: (
+        (target, dtypes, labelled) == ("sm_90", DTYPES[0], True)
+        and divergence in ("forward_kl", "jensen_shannon")
+    )
+)
+def test_whole_rows_compile_without_spills(target, dtypes, divergence, labelled):
+    if target == "gfx942" and not HAS_LINKER:
+        pytest.skip("needs an external ld.lld before triton 3.5")
+    longest = launch.ON_CHIP // 4 if torch.float64 in dtypes else launch.ON_CHIP
+    for n_cols in (100, 1000, longest):
+        for found in captured(problem(divergence, n_cols, dtypes, labelled), target):
+            assert [x.name for x in found] == ["whole_rows"]
+            assert not resources(found[0], 1)["spills"]
+
+
+def kernels_of(sizes, n_cols, **options):
+    """Return the specialisations of each kernel that training steps of these sizes need."""
+    found = set()
+    for n_rows in sizes:
+        student = torch.empty(n_rows, n_cols, dtype=torch.bfloat16, device="meta")
+        student.requires_grad_()
+        with capture("sm_90") as launches, fastkd.backend("triton"):
+            loss = fastkd.forward_kl(student, torch.empty_like(student), **options)
+            torch.autograd.grad(loss.sum(), student)
+        found |= {(x.name, id(x.kernel)) for x in launches}
+    return sorted(name for name, _ in found)
+
+
+def test_batches_of_any_size_compile_nothing_anew():
+    sizes = [2, 3, 7, 8, 15, 16, 31, 32, 64, 100, 128, 255, 256, 512, 1000, 4096]
+    assert kernels_of(sizes, 1000) == ["whole_rows"] * 2
+    assert kernels_of(sizes, 1000, reduction="none") == ["whole_rows"] * 2
+
+
+@full
+def test_batches_of_long_rows_compile_what_splits_need():
+    """A row is swept by 8 warps, by 16, or by several programs and their sums are combined."""
+    sizes = [*range(200, 216), 300, 511, 512]
+    names = kernels_of(sizes, 32000)
+    assert {name: names.count(name) for name in names} == {"row_statistics": 2, "gradient": 1}
+
+
+@full
+def test_what_the_forward_makes_for_a_known_weight_does_not_spill():
+    for divergence, n_cols in itertools.product(DIVERGENCES, (1000, 8192)):
+        rows = problem(divergence, n_cols, row_weight=1 / MANY)
+        with capture("sm_90") as found:
+            launch.forward(rows, (True,))
+        (report,) = map(analyse, found)
+        assert not report.spills
