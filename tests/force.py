@@ -27,8 +27,10 @@ def through_chunks(monkeypatch, columns=16):
     for name in ("launch", "soft_launch"):
         launch = importlib.import_module(f"fastkd.kernels.pairs.{name}")
         monkeypatch.setattr(launch, "tiling", lambda *arguments: None)
-    monkeypatch.setattr(chunks, "COLUMNS", columns)
-    monkeypatch.setattr(chunks, "_TILE", (8, 16))
+    monkeypatch.setattr(chunks, "LANES", columns // 2)
+    monkeypatch.setattr(chunks, "TURNS", 2)
+    monkeypatch.setattr(chunks, "_ROW_TURNS", 4)
+    monkeypatch.setattr(chunks, "_LINE", 4)
     monkeypatch.setattr(chunks, "ELEMENTS", 20 * columns)
 
 
