@@ -223,6 +223,23 @@ def test_similarities_of_one_rank(first, way):
         assert_twins_agree(way, soft_pairs(first), needs_grad)
 
 
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+def test_a_rank_without_queries(way):
+    """Its keys, and those of others, get no gradient from it."""
+    problems = [
+        pairs(form, 37, n=0, **{**options, "two_views": False}) for form, options in FORMS.items()
+    ]
+    for problem in (*problems, soft_pairs(37, n=0)):
+        needs_grad = (True,) * (4 if isinstance(problem, Pairs) else 3)
+        needs_grad += (False,) * isinstance(problem, Pairs)
+        loss, gradients = way.value_and_gradients(problem, needs_grad)
+        wanted = [problem.query, problem.key, problem.scale]
+        wanted += [problem.positive_logits] * isinstance(problem, Pairs)
+        assert loss == 0
+        for x, like in zip(gradients, wanted, strict=False):
+            assert x.shape == like.shape and not x.any()
+
+
 def test_slopes_that_are_small_survive_float16(solver, engine):
     """Slopes of each pair are 1e-9."""
     half = [normal(5, 32).half(), normal(2000, 32, seed=1).half()]

@@ -9,9 +9,12 @@ import torch
 import triton
 import triton.language as tl
 from gate import capture
+from meter import PeakMemory
 from step import SEVERAL, Operation, Operations, count, of_kernel, unit_of
 from torch.profiler import ProfilerActivity, profile
 from workloads import BY_NAME
+
+import fastkd
 
 
 def meta(*shape, dtype=torch.float32):
@@ -112,6 +115,29 @@ def test_products_of_halves_are_seen():
     assert len(products) == 3
     assert products[0].read == 2 * 2 * 512**2 and products[0].written == 4 * 512**2
     assert {x.name for x in found.operations} >= {"log_sums_of_chunk", "exponentials_of_chunk"}
+
+
+@pytest.mark.parametrize(
+    "name, most_launches, most_bytes", [("info_nce", 1040, 26.31), ("similarity_kl", 570, 38.17)]
+)
+def test_wide_embeddings_of_a_large_batch(name, most_launches, most_bytes):
+    """Per pair: products 4 written, 4 read in each of two sweeps, slopes 2 written and read twice.
+
+    64 chunks of 1024 rows add to all of the keys' gradient, 4 bytes; embeddings are the rest.
+    """
+    found = count(BY_NAME[name], (65536, 512), torch.bfloat16)
+    assert found.launches <= most_launches
+    assert found.bytes / 65536**2 <= most_bytes
+
+
+@pytest.mark.parametrize("n", [256, 1024])
+def test_memory_of_a_small_batch_is_that_of_its_pairs(n):
+    """Products of 4 bytes and slopes of 2, besides embeddings and their gradients."""
+    inputs = BY_NAME["info_nce"].inputs((n, 512), torch.bfloat16, "meta")
+    with capture("sm_90"), step.multiplying_halves(), PeakMemory() as memory:
+        with fastkd.backend("triton"):
+            torch.autograd.grad(fastkd.info_nce(*inputs), inputs)
+    assert memory.peak_bytes <= 6 * n**2 + 8 * 2 * 4 * n * 512
 
 
 def test_the_command_prints_the_whole_and_every_kind(monkeypatch, capsys):
