@@ -4,7 +4,7 @@ import importlib
 
 import torch
 
-from fastkd.portable import _chunks
+from fastkd.portable import _chunks, _pair_chunks
 
 
 def in_chunks_of(n_elements, monkeypatch):
@@ -43,7 +43,7 @@ def multiplying_halves(monkeypatch):
     def multiplies(rows, half):
         return bool(half) and rows.dtype == torch.float32
 
-    for name in ("fastkd.kernels.pairs.chunks", "fastkd.portable._pair_chunks"):
-        chunks = importlib.import_module(name)
-        monkeypatch.setattr(chunks, "multiplies_halves", multiplies)
-        monkeypatch.setattr(chunks, "_product", product)
+    products = importlib.import_module("fastkd.kernels.pairs.products")
+    for module, name in ((products, "product"), (_pair_chunks, "_product")):
+        monkeypatch.setattr(module, "multiplies_halves", multiplies)
+        monkeypatch.setattr(module, name, product)

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastkd
-from fastkd.kernels.pairs import chunks
+from fastkd.kernels.pairs import products
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -153,7 +153,11 @@ def accesses(ttir: str, n_pointers: int) -> tuple[set[int], set[int]]:
 @contextlib.contextmanager
 def multiplying_halves() -> Iterator[None]:
     """Let products of half precision have a float32 result, which PyTorch has on CUDA alone."""
-    with mock.patch.object(chunks, "multiplies_halves", lambda rows, half: bool(half)):
+    with mock.patch.multiple(
+        products,
+        multiplies_halves=lambda rows, half: bool(half),
+        _adds_in_place=lambda half, device: True,
+    ):
         yield
 
 

@@ -16,7 +16,7 @@ if not INTERPRETED:
 
 from meter import Meter
 
-from fastkd.kernels.pairs import chunks, tiling
+from fastkd.kernels.pairs import chunks, products, tiling
 from fastkd.kernels.rows import gradients, launch, sweeps
 from fastkd.portable import rows as twin
 from fastkd.problems.rows import Rows
@@ -218,11 +218,11 @@ def test_products_are_added_in_place_where_pytorch_can(can, monkeypatch):
         return out.add_(a.float() @ b.float())
 
     monkeypatch.setattr(torch, "addmm", addmm)
-    chunks._adds_in_place.cache_clear()
+    products._adds_in_place.cache_clear()
     sums = before.clone()
     for _ in range(2):
-        chunks._add_product(a, b, sums)
-    chunks._adds_in_place.cache_clear()
+        products.add_product(a, b, sums)
+    products._adds_in_place.cache_clear()
     torch.testing.assert_close(sums, before + 2 * (a.float() @ b.float()))
     assert len(added) == (3 if can else 0)  # a trial, and both
 

@@ -16,7 +16,6 @@ half precision with 2. Each chunk of C rows also adds to all of dK: 8 D / C byte
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd.kernels.device import device_of
+from fastkd.kernels.pairs import products
 from fastkd.kernels.pairs.chunk_sweeps import (
     Factors,
     LogSums,
@@ -96,7 +96,7 @@ class Chunks:
         if keys is not query:
             self.k, self.k_lengths = units(keys, normalize)
         self.halves: tuple[Half, Half] | None = None
-        if half and len(query) and multiplies_halves(self.q, half):
+        if half and len(query) and products.multiplies_halves(self.q, half):
             of_queries = in_half(query, self.q_lengths, half)
             of_keys = of_queries if keys is query else in_half(keys, self.k_lengths, half)
             self.halves = of_queries, of_keys
@@ -140,7 +140,7 @@ class Chunks:
         part = buffer[: rows.stop - rows.start]
         if self.halves is None:
             return torch.mm(self.q[rows] * self.scale, self.k.mT, out=part)
-        return _product(self.halves[0].matrix[rows], self.halves[1].matrix.mT, part)
+        return products.product(self.halves[0].matrix[rows], self.halves[1].matrix.mT, part)
 
     # --------------------------------------------------------------- what the kernels are given
 
@@ -257,9 +257,9 @@ class Chunks:
             q, k = (side.matrix for side in self.halves)
             slopes = self._stored[: len(part)]
         if self.query_sums is not None:
-            _add_product(slopes, k, self.query_sums[rows])
+            products.add_product(slopes, k, self.query_sums[rows])
         if self.key_sums is not None:
-            _add_product(slopes[:, : self.n_trained].mT, q[rows], self.key_sums)
+            products.add_product(slopes[:, : self.n_trained].mT, q[rows], self.key_sums)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return those in query, key and scale, which replace the sums."""
@@ -406,37 +406,3 @@ def soft_pairs_by_chunks(
             student.add_stored(rows, s)
     losses = merge_statistics(statistics, 1.0, problem.form).losses
     return weighted_sum(losses, problem.weights), student.gradients()
-
-
-def multiplies_halves(rows: Tensor, half: str) -> bool:
-    """Return whether cuBLAS multiplies half precision with a float32 result that is not rounded."""
-    if not rows.is_cuda or torch.version.hip is not None or rows.dtype != torch.float32:
-        return False
-    rounded = getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
-    return half == "bfloat16" or not rounded
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Return a b in `out`, half precision summed in float32."""
-    return torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def _add_product(a: Tensor, b: Tensor, sums: Tensor) -> None:
-    """Add a b to `sums`, half precision summed in float32."""
-    if a.dtype == sums.dtype:
-        sums.addmm_(a, b)
-    elif _adds_in_place(a.dtype, a.device):
-        torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
-    else:
-        sums += _product(a, b, torch.empty_like(sums))
-
-
-@functools.cache
-def _adds_in_place(half: torch.dtype, device: torch.device) -> bool:
-    """Return whether PyTorch adds products of half precision to float32, as newer ones do."""
-    sums = torch.zeros(16, 16, device=device)
-    try:
-        torch.addmm(sums, sums.to(half), sums.to(half), out_dtype=sums.dtype, out=sums)
-    except RuntimeError:
-        return False
-    return True

@@ -12,7 +12,7 @@ from sass import analyse, complaints
 from tile_work import work_of
 
 import fastkd
-from fastkd.kernels.pairs import chunks, tiling
+from fastkd.kernels.pairs import products, tiling
 from fastkd.kernels.relations import launch as relations
 from fastkd.kernels.relations.tiles import TILE
 from fastkd.kernels.tokens import launch as tokens
@@ -170,8 +170,7 @@ def test_what_goes_through_cublas(case, target, halves, monkeypatch):
     if target == "gfx942" and (halves or not HAS_LINKER):
         pytest.skip("multiplies no halves, and needs an external linker before triton 3.5")
     if halves:  # cuBLAS multiplies them, but on a device only
-        monkeypatch.setattr(chunks, "multiplies_halves", lambda rows, half: bool(half))
-        monkeypatch.setattr(chunks, "_product", lambda a, b, out: out)
+        monkeypatch.setattr(products, "multiplies_halves", lambda rows, half: bool(half))
     size = ((1024, 512), torch.bfloat16) if halves else ((1000, 64), torch.float32)
     run = compiled(case, *size, target)
     assert len(run.launches) == SWEEPS[case.name]
