@@ -285,7 +285,7 @@ class Chunks:
 
 def _programs_each(like: Tensor, n: int) -> int:
     """Return how many programs each of n parts of the work needs to fill the device."""
-    return triton.cdiv(_PROGRAMS * device_of(like).multiprocessors, n)
+    return triton.cdiv(_PROGRAMS * device_of(like).multiprocessors, max(1, n))
 
 
 def _merged(parts: Tensor) -> Tensor:
