@@ -4,7 +4,7 @@ import importlib
 
 import torch
 
-from fastkd.portable import _chunks
+from fastkd.portable import _chunks, _pair_chunks
 
 
 def in_chunks_of(n_elements, monkeypatch):
@@ -27,8 +27,10 @@ def through_chunks(monkeypatch, columns=16):
     for name in ("launch", "soft_launch"):
         launch = importlib.import_module(f"fastkd.kernels.pairs.{name}")
         monkeypatch.setattr(launch, "tiling", lambda *arguments: None)
-    monkeypatch.setattr(chunks, "COLUMNS", columns)
-    monkeypatch.setattr(chunks, "_TILE", (8, 16))
+    monkeypatch.setattr(chunks, "LANES", columns // 2)
+    monkeypatch.setattr(chunks, "TURNS", 2)
+    monkeypatch.setattr(chunks, "_ROW_TURNS", 4)
+    monkeypatch.setattr(chunks, "_LINE", 4)
     monkeypatch.setattr(chunks, "ELEMENTS", 20 * columns)
 
 
@@ -41,7 +43,7 @@ def multiplying_halves(monkeypatch):
     def multiplies(rows, half):
         return bool(half) and rows.dtype == torch.float32
 
-    for name in ("fastkd.kernels.pairs.chunks", "fastkd.portable._pair_chunks"):
-        chunks = importlib.import_module(name)
-        monkeypatch.setattr(chunks, "multiplies_halves", multiplies)
-        monkeypatch.setattr(chunks, "_product", product)
+    products = importlib.import_module("fastkd.kernels.pairs.products")
+    for module, name in ((products, "product"), (_pair_chunks, "_product")):
+        monkeypatch.setattr(module, "multiplies_halves", multiplies)
+        monkeypatch.setattr(module, name, product)

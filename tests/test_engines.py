@@ -131,6 +131,9 @@ NEEDS = [(True, True, True, True), (True, False, False, False), (False, True, Tr
 NEEDS += [(False, False, True, True), (False, False, False, False)]
 
 
+NEEDS_EMBEDDINGS = {Pairs: (True, True, True, False, False), SoftPairs: (True,) * 3}
+
+
 def pairs(form, first, n=34, n_keys=85, columns=False, two_views=False, further=0):
     """Return queries of one rank, whose positive keys are somewhere among those of all ranks."""
     scale = torch.tensor(3.0, dtype=torch.float64, device=DEVICE)
@@ -221,6 +224,17 @@ def test_queries_of_one_rank(form, first, way, request):
 def test_similarities_of_one_rank(first, way):
     for needs_grad in ((True,) * 3, (False, True, True), (True, False, False)):
         assert_twins_agree(way, soft_pairs(first), needs_grad)
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+def test_a_rank_without_queries(way):
+    """Its keys, and those of others, get no gradient from it."""
+    problems = [pairs(form, 37, n=0, **options) for form, options in FORMS.items()]
+    for problem in (*problems, soft_pairs(37, n=0)):
+        loss, gradients = way.value_and_gradients(problem, NEEDS_EMBEDDINGS[type(problem)])
+        assert loss == 0
+        for x, like in zip(gradients, problem[:3], strict=False):
+            assert x.shape == like.shape and not x.any()
 
 
 def test_slopes_that_are_small_survive_float16(solver, engine):

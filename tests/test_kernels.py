@@ -16,7 +16,7 @@ if not INTERPRETED:
 
 from meter import Meter
 
-from fastkd.kernels.pairs import tiling
+from fastkd.kernels.pairs import chunks, products, tiling
 from fastkd.kernels.rows import gradients, launch, sweeps
 from fastkd.portable import rows as twin
 from fastkd.problems.rows import Rows
@@ -201,6 +201,42 @@ def test_chunks_of_half_precision(case, dtype, engine, monkeypatch):
     multiplying_halves(monkeypatch)
     with fastkd.backend(engine):
         assert_exact(case, case.inputs((19,), 5, dtype), rounds_halves=True)
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_products_are_added_in_place_where_pytorch_can(can, monkeypatch):
+    """It adds half precision to float32 on CUDA, in newer versions; older ones refuse."""
+    multiplying_halves(monkeypatch)
+    a, b = torch.randn(2, 16, 16).bfloat16()
+    before, added = torch.randn(16, 16), []
+
+    def addmm(sums, a, b, *, out_dtype, out):
+        if not can:
+            raise RuntimeError("self and mat2 must have the same dtype")
+        assert out is sums and out_dtype == torch.float32
+        added.append(a)
+        return out.add_(a.float() @ b.float())
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    products._adds_in_place.cache_clear()
+    sums = before.clone()
+    for _ in range(2):
+        products.add_product(a, b, sums)
+    products._adds_in_place.cache_clear()
+    torch.testing.assert_close(sums, before + 2 * (a.float() @ b.float()))
+    assert len(added) == (3 if can else 0)  # a trial, and both
+
+
+@pytest.mark.parametrize("n, m, n_rows", [(3, 1000, 3), (40, 1000, 16), (100, 1000, 16)])
+def test_a_chunk_is_never_larger_than_all_of_it(n, m, n_rows, monkeypatch):
+    """Several chunks have whole vectors of rows."""
+    monkeypatch.setattr(chunks, "ELEMENTS", 15000)
+    x, y, scale = torch.randn(n, 4), torch.randn(m, 4), torch.ones(())
+    parts = chunks.Chunks(x, y, scale, first=-1, half="")
+    buffer = parts.buffer()
+    assert buffer.shape == (n_rows, m) and buffer.stride(0) % 16 == 0
+    rows = [rows for rows, _ in parts.chunks(buffer)]
+    assert [i for x in rows for i in range(x.start, x.stop)] == [*range(n)]
 
 
 @each_pair

@@ -6,7 +6,12 @@ One kernel reads a chunk of products for the sums of its rows or columns, and an
 slopes G, which it leaves as the next products want them: dQ = scale · G K, dK = scale · Gᵀ Q and
 dscale = Σ_i ⟨q_i, (G K)_i⟩. The slopes of rows are known as soon as their chunk is complete, so
 that one pass makes loss and gradient; those of columns are known after all rows, and a second pass
-follows. Per element of S a chunk costs 4 bytes written and, for each kernel and product, 4 read.
+follows.
+
+Memory: 4 bytes for each number of a chunk, and 2 more for slopes in half precision. A chunk has
+2^26 numbers at most, and never more than S has. Work: per element of S a pass writes 4 bytes and
+reads 4 in each kernel; slopes are written and, in each of two products, read with 4 bytes or in
+half precision with 2. Each chunk of C rows also adds to all of dK: 8 D / C bytes per element.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd.kernels.device import device_of
+from fastkd.kernels.pairs import products
 from fastkd.kernels.pairs.chunk_sweeps import (
     Factors,
     LogSums,
@@ -33,8 +39,8 @@ from fastkd.kernels.pairs.chunk_sweeps import (
     log_sums_of_chunk,
     pairs_of_chunk,
 )
-from fastkd.kernels.pairs.sweeps import Classes, ColumnSums
-from fastkd.kernels.pairs.tiling import merge_statistics
+from fastkd.kernels.pairs.sweeps import Classes
+from fastkd.kernels.pairs.tiling import merge_statistics, sum_of_splits
 from fastkd.problems.pairs import (
     HEADROOM,
     Half,
@@ -50,9 +56,10 @@ from fastkd.problems.pairs import (
     weighted_sum,
 )
 
-ELEMENTS = 1 << 24  # of a chunk, which must be large enough to pay for its launches
-COLUMNS = 2048  # of a row that a program reads at once
-_TILE = 32, 64  # rows and columns, where columns are added up
+ELEMENTS = 1 << 26  # of a chunk, which must pay for its launches and for adding to all of dK
+LANES = 1024  # numbers that a program reads at once: 16 bytes of half precision for each thread
+TURNS = 2  # times that it does so before it compares maxima
+_ROW_TURNS = 4  # the same where columns are added up
 _PROGRAMS = 4  # per multiprocessor, so that some wait for memory while others compute
 _LINE = 16  # numbers: rows that start on one are read and multiplied quicker
 
@@ -89,7 +96,7 @@ class Chunks:
         if keys is not query:
             self.k, self.k_lengths = units(keys, normalize)
         self.halves: tuple[Half, Half] | None = None
-        if half and len(query) and multiplies_halves(self.q, half):
+        if half and len(query) and products.multiplies_halves(self.q, half):
             of_queries = in_half(query, self.q_lengths, half)
             of_keys = of_queries if keys is query else in_half(keys, self.k_lengths, half)
             self.halves = of_queries, of_keys
@@ -115,24 +122,25 @@ class Chunks:
     # ---------------------------------------------------------------------------- the products
 
     def buffer(self) -> Tensor:
-        """Return memory for a chunk of rows."""
+        """Return memory for a chunk of rows, whole vectors of them if there are more chunks."""
         n, m = len(self.q), len(self.k)
-        n_chunks = max(1, triton.cdiv(n * m, ELEMENTS))
-        return self.q.new_empty(min(n, max(1, triton.cdiv(n, n_chunks))), self.stride)[:, :m]
+        n_rows = triton.cdiv(n, max(1, triton.cdiv(n * m, ELEMENTS)))
+        n_rows = min(n, triton.cdiv(n_rows, _LINE) * _LINE)
+        return self.q.new_empty(n_rows, self.stride)[:, :m]
 
     def chunks(self, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield the rows and products of one chunk after the other, in the same buffer."""
-        n, step = len(self.q), len(buffer)
-        for start in range(0, n, step or 1):
-            rows = slice(start, min(start + step, n))
+        n = len(self.q)
+        for start in range(0, n, max(1, len(buffer))):
+            rows = slice(start, min(start + len(buffer), n))
             yield rows, self.products(rows, buffer)
 
     def products(self, rows: slice, buffer: Tensor) -> Tensor:
-        """Return rows of S, in half precision without the scale and the factors of both."""
+        """Return rows of S in half precision without scale and factors."""
         part = buffer[: rows.stop - rows.start]
         if self.halves is None:
             return torch.mm(self.q[rows] * self.scale, self.k.mT, out=part)
-        return _product(self.halves[0].matrix[rows], self.halves[1].matrix.mT, part)
+        return products.product(self.halves[0].matrix[rows], self.halves[1].matrix.mT, part)
 
     # --------------------------------------------------------------- what the kernels are given
 
@@ -152,26 +160,24 @@ class Chunks:
 
     def splits(self, part: Tensor) -> tuple[int, int]:
         """Return how many programs split a row, to fill the device, and the blocks of each."""
-        n_blocks = triton.cdiv(len(self.k), COLUMNS)
-        most = triton.cdiv(_PROGRAMS * device_of(part).multiprocessors, len(part))
-        n_splits = max(1, min(most, n_blocks))
+        n_blocks = triton.cdiv(len(self.k), TURNS * LANES)
+        n_splits = max(1, min(_programs_each(part, len(part)), n_blocks))
         return n_splits, triton.cdiv(n_blocks, n_splits)
+
+    def blocks(self, part: Tensor) -> tuple[int, int]:
+        """Return a grid with a program for each block of columns of a row."""
+        return len(part), triton.cdiv(len(self.k), TURNS * LANES)
 
     def slopes_out(self, part: Tensor) -> SlopesOut | None:
         """Return where slopes go: in place, or in half precision to memory of their own."""
         if not self.trains:
             return None
         if self.halves is None:
-            return SlopesOut(None, None, None)
-        needs = self.query_sums is not None, self.key_sums is not None
-        if self._stored is None:
-            dtype = self.halves[0].matrix.dtype
-            stored = part.new_empty((sum(needs), len(part), self.stride), dtype=dtype)
-            self._stored = stored[..., : part.shape[1]]
-        for_queries, for_keys = self._stored[0], self._stored[-1]
-        return SlopesOut(
-            for_queries if needs[0] else None, for_keys if needs[1] else None, self.lift
-        )
+            return SlopesOut(None, None)
+        if self._stored is None:  # by the first chunk, which is the largest
+            stored = part.new_empty(len(part), self.stride, dtype=self.halves[0].matrix.dtype)
+            self._stored = stored[:, : part.shape[1]]
+        return SlopesOut(self._stored, self.lift)
 
     # ------------------------------------------------------------------------------- the sweeps
 
@@ -181,16 +187,26 @@ class Chunks:
         parts = part.new_empty(n_splits, len(part))
         log_sums_of_chunk[len(part), n_splits](
             self.in_memory(rows, part), parts, **self.sizes(rows), m=len(self.k),
-            n_blocks=n_blocks, TWO_VIEWS=self.two_views, COLUMNS=COLUMNS,
+            n_blocks=n_blocks, TWO_VIEWS=self.two_views, TURNS=TURNS, LANES=LANES,
         )  # fmt: skip
-        return parts.logsumexp(0) if n_splits > 1 else parts[0]
+        return _merged(parts)
 
-    def fold(self, rows: slice, part: Tensor, largest: Tensor, total: Tensor) -> None:
-        """Add these rows to Σ_i exp(S_ij − largest_j) of the first columns, in place."""
-        n_rows, n_columns = _TILE
-        fold_chunk[(triton.cdiv(len(largest), n_columns),)](
-            self.in_memory(rows, part), ColumnSums(largest, total), **self.sizes(rows),
-            m=len(largest), TWO_VIEWS=self.two_views, ROWS=n_rows, COLUMNS=n_columns,
+    def column_parts(self, buffer: Tensor, n_columns: int) -> Tensor:
+        """Return what `fold` adds rows to, the largest of each column and a sum of its programs."""
+        n_blocks, n_turns = triton.cdiv(n_columns, LANES), triton.cdiv(len(buffer), _ROW_TURNS)
+        n_splits = max(1, min(_programs_each(buffer, n_blocks), n_turns))
+        sums = buffer.new_zeros(n_splits, 2, n_columns)
+        sums[:, 0] = torch.finfo(sums.dtype).min
+        return sums
+
+    def fold(self, rows: slice, part: Tensor, sums: Tensor) -> None:
+        """Add these rows, and the largest of each column, to those of the rows before."""
+        n_splits, _, n_columns = sums.shape
+        per_split = triton.cdiv(triton.cdiv(len(part), n_splits), _ROW_TURNS) * _ROW_TURNS
+        fold_chunk[triton.cdiv(n_columns, LANES), n_splits](
+            self.in_memory(rows, part), sums, **self.sizes(rows), m=len(self.k),
+            n_columns=n_columns, per_split=per_split, TWO_VIEWS=self.two_views,
+            TURNS=_ROW_TURNS, LANES=LANES,
         )  # fmt: skip
 
     def add_exponentials(
@@ -206,16 +222,16 @@ class Chunks:
 
         of_rows: n and u of these rows; of_columns: c and v of the first n_columns columns, padded.
         """
-        exponentials_of_chunk[len(part), triton.cdiv(len(self.k), COLUMNS)](
+        exponentials_of_chunk[self.blocks(part)](
             self.in_memory(rows, part), of_rows, of_columns, classes, self.slopes_out(part),
-            **self.sizes(rows), m=len(self.k), n_trained=self.n_trained, n_columns=n_columns,
-            TWO_VIEWS=self.two_views, COLUMNS=COLUMNS,
+            **self.sizes(rows), m=len(self.k), n_columns=n_columns, TWO_VIEWS=self.two_views,
+            TURNS=TURNS, LANES=LANES,
         )  # fmt: skip
         self.add_stored(rows, part)
 
     def add_pairs(
         self, rows: slice, part: Tensor, positive_logits: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Return Σ_j softplus(S_ij − a_i) and Σ_j of its slopes; add the gradients of w_i times it.
 
         positive_logits: a of these rows; weights: w.
@@ -224,38 +240,36 @@ class Chunks:
         sums = part.new_empty(n_splits, 2, len(part))
         pairs_of_chunk[len(part), n_splits](
             self.in_memory(rows, part), positive_logits, weights, sums, self.slopes_out(part),
-            **self.sizes(rows), m=len(self.k), n_trained=self.n_trained, n_blocks=n_blocks,
-            TWO_VIEWS=self.two_views, COLUMNS=COLUMNS, NEEDS_GRAD=self.trains,
+            **self.sizes(rows), m=len(self.k), n_blocks=n_blocks, TWO_VIEWS=self.two_views,
+            TURNS=TURNS, LANES=LANES, NEEDS_GRAD=self.trains,
         )  # fmt: skip
         if self.trains:
             self.add_stored(rows, part)
-        losses, slopes = sums.sum(0)
-        return losses, slopes
+        return sum_of_splits(sums)
 
     # ---------------------------------------------------------------------------- the gradients
 
     def add_stored(self, rows: slice, part: Tensor) -> None:
         """Add the gradients of the slopes that a kernel left."""
-        if self.halves is None:
-            if self.query_sums is not None:
-                self.query_sums[rows].addmm_(part, self.k)
-            if self.key_sums is not None:
-                self.key_sums.addmm_(part[:, : self.n_trained].mT, self.q[rows])
-            return
-        assert self._stored is not None
-        for_queries, for_keys = self._stored[0, : len(part)], self._stored[-1, : len(part)]
-        q, k = (side.matrix for side in self.halves)
+        q, k, slopes = self.q, self.k, part
+        if self.halves is not None:
+            assert self._stored is not None
+            q, k = (side.matrix for side in self.halves)
+            slopes = self._stored[: len(part)]
         if self.query_sums is not None:
-            values = _product(for_queries, k, torch.empty_like(self.q[rows]))
-            self.query_sums[rows] += values / self.lift
+            products.add_product(slopes, k, self.query_sums[rows])
         if self.key_sums is not None:
-            for_keys = for_keys[:, : self.n_trained]
-            values = _product(for_keys.mT, q[rows], torch.empty_like(self.key_sums))
-            self.key_sums += values / self.lift
+            products.add_product(slopes[:, : self.n_trained].mT, q[rows], self.key_sums)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return those in query, key and scale, which replace the sums."""
         of_query = of_key = of_scale = None
+        if self.halves is not None:  # because slopes were stored with the factors of both sides
+            of_queries, of_keys = (self.lift * side.factors[:, None] for side in self.halves)
+            if self.query_sums is not None:
+                self.query_sums.div_(of_queries)
+            if self.key_sums is not None and not self.is_one_matrix:
+                self.key_sums.div_(of_keys[: self.n_trained])
         if self.needs_scale and self.query_sums is not None:
             of_scale = (self.q * self.query_sums).sum()
             if self.key_sums is self.query_sums:  # because each pair was added from both sides
@@ -267,6 +281,16 @@ class Chunks:
         if self.needs_query and self.query_sums is not None:
             of_query = of_lengths(self.query_sums.mul_(self.scale), self.q, self.q_lengths)
         return of_query, of_key, of_scale
+
+
+def _programs_each(like: Tensor, n: int) -> int:
+    """Return how many programs each of n parts of the work needs to fill the device."""
+    return triton.cdiv(_PROGRAMS * device_of(like).multiprocessors, max(1, n))
+
+
+def _merged(parts: Tensor) -> Tensor:
+    """Return log Σ exp over the first dimension."""
+    return parts.logsumexp(0) if len(parts) > 1 else parts[0]
 
 
 def pairs_by_chunks(
@@ -295,10 +319,10 @@ def _sum_of_pairs(problem: Pairs, chunks: Chunks) -> tuple[Tensor, Tensor]:
     assert problem.positive_logits is not None
     dtype = problem.query.dtype
     positive_logits, weights = problem.positive_logits.to(dtype), problem.weights.to(dtype)
-    losses, slopes = torch.zeros_like(weights), torch.zeros_like(weights)
+    sums = weights.new_empty(2, len(weights))
     for rows, part in chunks.chunks(chunks.buffer()):
-        of_rows = positive_logits[rows], weights[rows]
-        losses[rows], slopes[rows] = chunks.add_pairs(rows, part, *of_rows)
+        sums[:, rows] = chunks.add_pairs(rows, part, positive_logits[rows], weights[rows])
+    losses, slopes = sums
     return losses @ weights, -slopes * weights
 
 
@@ -329,13 +353,12 @@ def _log_sum_exps_of_both(problem: Pairs, chunks: Chunks) -> tuple[Tensor, Tenso
     assert problem.key_positive_logits is not None
     buffer, n = chunks.buffer(), len(problem.query)
     n_columns = len(problem.key_positive_logits)
-    log_sums = buffer.new_empty(n)
-    largest = buffer.new_full((n_columns,), -torch.inf)
-    total = torch.zeros_like(largest)
+    log_sums, column_parts = buffer.new_empty(n), chunks.column_parts(buffer, n_columns)
     for rows, part in chunks.chunks(buffer):
         log_sums[rows] = chunks.log_sums(rows, part)
-        chunks.fold(rows, part, largest, total)
-    column_sums = over_ranks(largest + total.log(), problem.group)
+        chunks.fold(rows, part, column_parts)
+    largest, total = column_parts.unbind(1)
+    column_sums = over_ranks(_merged(largest + total.log()), problem.group)
     loss, slopes, _, _ = penalty(problem, log_sums, slice(0, n))
     share, column_slopes = column_penalty(problem, column_sums)
     of_logits = -slopes - column_slopes[own_columns(problem)]
@@ -358,41 +381,28 @@ def soft_pairs_by_chunks(
     teacher = Chunks(
         *problem[3:6], first=problem.first, normalize=problem.normalize, half=problem.teacher_half
     )
-    buffers = student.buffer(), student.buffer()
-    losses = student.q.new_empty(len(student.q))
+    buffers, n = (student.buffer(), student.buffer()), len(student.q)
+    n_splits, n_blocks = student.splits(buffers[0])
+    statistics = student.q.new_empty(n_splits, 5, n)
+    lifts = None
+    if problem.weights is not None:  # w exp(S − n) is exp(S − (n − log w))
+        lifts = problem.weights.to(statistics.dtype).log()
     for rows, s in student.chunks(buffers[0]):
         t = teacher.products(rows, buffers[1])
-        n_splits, n_blocks = student.splits(s)
-        parts = s.new_empty(n_splits, 5, len(s))
         networks = student.in_memory(rows, s), teacher.in_memory(rows, t)
-        sizes: dict[str, Any] = dict(**student.sizes(rows), m=s.shape[1], COLUMNS=COLUMNS)
+        sizes: dict[str, Any] = dict(**student.sizes(rows), m=s.shape[1], TURNS=TURNS, LANES=LANES)
         divergences_of_chunk[len(s), n_splits](
-            *networks, parts, **sizes, n_blocks=n_blocks,
-            CROSS_ENTROPY=problem.form == "cross_entropy", num_warps=8,
+            *networks, statistics, **sizes, n_blocks=n_blocks,
+            CROSS_ENTROPY=problem.form == "cross_entropy",
         )  # fmt: skip
-        losses[rows], largest, total, largest_t, total_t = merge_statistics(
-            parts, 1.0, problem.form
-        )
         if student.trains:
-            log_sums, log_sums_t = largest + total.log(), largest_t + total_t.log()
-            if problem.weights is not None:  # w exp(S − n) is exp(S − (n − log w))
-                logarithms = problem.weights[rows].to(losses.dtype).log()
-                log_sums, log_sums_t = log_sums - logarithms, log_sums_t - logarithms
-            differences_of_chunk[len(s), triton.cdiv(s.shape[1], COLUMNS)](
-                *networks, log_sums, log_sums_t, student.slopes_out(s),
-                **sizes, n_trained=student.n_trained,
-            )  # fmt: skip
+            largest, total = statistics[:, 0:4:2, rows], statistics[:, 1:4:2, rows]
+            log_sums = _merged(largest + total.log())
+            if lifts is not None:
+                log_sums = log_sums - lifts[rows]
+            differences_of_chunk[student.blocks(s)](
+                *networks, log_sums, student.slopes_out(s), **sizes
+            )
             student.add_stored(rows, s)
+    losses = merge_statistics(statistics, 1.0, problem.form).losses
     return weighted_sum(losses, problem.weights), student.gradients()
-
-
-def multiplies_halves(rows: Tensor, half: str) -> bool:
-    """Return whether cuBLAS multiplies half precision with a float32 result that is not rounded."""
-    if not rows.is_cuda or torch.version.hip is not None or rows.dtype != torch.float32:
-        return False
-    rounded = getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
-    return half == "bfloat16" or not rounded
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    return torch.mm(a, b, out_dtype=out.dtype, out=out)
