@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastkd.kernels.device import device_of, on_device
+from fastkd.kernels.device import on_device
 from fastkd.kernels.pairs.chunks import pairs_by_chunks
 from fastkd.kernels.pairs.soft_launch import solve_soft_pairs
 from fastkd.kernels.pairs.sweeps import (
@@ -27,6 +27,7 @@ from fastkd.kernels.pairs.sweeps import (
     ColumnSums,
     column_log_sums,
     log_sums,
+    row_and_column_log_sums,
     softplus_sums,
     weighed_sums,
 )
@@ -53,7 +54,7 @@ from fastkd.problems.pairs import (
     with_positives,
 )
 
-_LANES = 128
+_BLOCKS, _COLUMNS = 8, 128  # whose sums a program reads at once
 
 
 def value_and_gradients(
@@ -207,27 +208,24 @@ class _Sweeps:
 
     def _log_sums(self, n_columns: int, needs_values: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return n [n], Σ_j softmax_j(S_ij) k_j [n_padded, depth] if needed, and c [n_columns]."""
-        x, y, tiles = self.x, self.y, self.tiles.narrow() if n_columns else self.tiles
+        x, y, tiles = self.x, self.y, self.tiles
         n_blocks = len(x.matrix) // tiles.rows
         n_splits, per_split = splits_of(x, y, tiles)
-        n_programs, columns = n_blocks, None
-        if n_columns:
-            # no more programs than run at once, because each one has its own sums of columns
-            rounds = triton.cdiv(n_blocks, device_of(x.rows).multiprocessors)
-            n_programs = triton.cdiv(n_blocks, rounds)
         parts = self.scale.new_empty((n_splits, len(x.matrix)))
-        values = self._empty_values(x, n_splits) if needs_values else None
+        column_sums, values = parts.new_empty(n_columns), None
+        constants = dict(**self._sizes(x, y, per_split), TILE=tiles.tile(), **tiles.options)
         if n_columns:
-            columns = ColumnSums(*parts.new_empty((2, n_programs, n_columns)))
-        log_sums[n_programs, n_splits](
-            self._similarities(x, y), self.other_views.get(id(x)), parts, values, columns,
-            n_columns=n_columns, **self._sizes(x, y, per_split), TILE=tiles.tile(),
-            **tiles.options,
-        )  # fmt: skip
-        column_sums = parts.new_empty(n_columns)
-        if columns is not None:
-            column_log_sums[(triton.cdiv(n_columns, _LANES),)](
-                columns, column_sums, n_programs, n_columns, LANES=_LANES
+            columns = ColumnSums(*parts.new_empty((2, n_blocks, n_columns)))
+            row_and_column_log_sums[n_blocks, n_splits](
+                self._similarities(x, y), parts, columns, n_columns=n_columns, **constants
+            )
+            column_log_sums[(triton.cdiv(n_columns, _COLUMNS),)](
+                columns, column_sums, n_blocks, n_columns, BLOCKS=_BLOCKS, COLUMNS=_COLUMNS
+            )
+        else:
+            values = self._empty_values(x, n_splits) if needs_values else None
+            log_sums[n_blocks, n_splits](
+                self._similarities(x, y), self.other_views.get(id(x)), parts, values, **constants
             )
         parts *= LN2.value
         row_sums = parts.logsumexp(0) if n_splits > 1 else parts[0]

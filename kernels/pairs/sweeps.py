@@ -23,21 +23,27 @@ from fastkd.kernels.pairs.tiles import (
     lift,
     load_block,
     load_tile,
+    load_transposed,
     mask_other_view,
     masked,
+    masked_transposed,
     same_class,
     store_values,
 )
 from fastkd.kernels.tiles import LN2
 
+# a row's sum relative to the largest exponential of its block: what float32 flushes to 0 of that,
+# 2^-126 each, is below the rounding of such a sum
+SMALLEST_TOTAL = tl.constexpr(2.0**-80)
+
 # What varies with N and M is passed by itself, because members of a tuple are always specialised.
 
 
 class ColumnSums(NamedTuple):
-    """The sums over the rows of each program, for columns j."""
+    """The sums over the rows of each block, for columns j."""
 
-    largest_ptr: Any  # [n_programs, n_columns], the maximum of S_ij
-    total_ptr: Any  # [n_programs, n_columns], Σ_i exp2(S_ij − maximum_j)
+    largest_ptr: Any  # [n_blocks, n_columns], the maximum of S_ij
+    total_ptr: Any  # [n_blocks, n_columns], Σ_i exp2(S_ij − maximum_j)
 
 
 class Classes(NamedTuple):
@@ -58,9 +64,6 @@ class _SumOperands(NamedTuple):
     similarities: Any
     block: Any
     other_view: Any  # [ROWS], columns; None: there are no two views
-    columns: Any  # this program's part of `ColumnSums`, or None
-    n_columns: Any
-    is_first: Any  # whether this is the first block of the program
     WEIGHTED: Any
 
 
@@ -78,32 +81,92 @@ def _add_exponentials(sums, operands, row, column, mask, MASKED: tl.constexpr, T
         weighted = add_weighted(
             weighted * shrunk[:, None], lift(e, y.dtype), y, operands.similarities.y, column, TILE
         )
-    if operands.columns is not None:
-        _add_to_columns(s, operands, column, TILE)
     return _Sums(risen, total, weighted)
 
 
 @triton.jit
-def _add_to_columns(s, operands, column, TILE):
-    """Add a tile to the sums of its columns, in memory of this program alone."""
-    columns, n_columns = operands.columns, operands.n_columns
-    places = column + tl.arange(0, TILE.COLUMNS)
-    known = (places < n_columns) & (operands.is_first == 0)
-    before = tl.load(columns.largest_ptr + places, mask=known, other=LOWEST)
-    risen = tl.maximum(before, tl.max(s, 0))
-    total = tl.load(columns.total_ptr + places, mask=known, other=0.0) * tl.exp2(before - risen)
-    total += tl.sum(tl.exp2(s - risen[None, :]), 0)
-    tl.store(columns.largest_ptr + places, risen, mask=places < n_columns)
-    tl.store(columns.total_ptr + places, total, mask=places < n_columns)
+def _no_sums(TILE):
+    return _Sums(
+        tl.full([TILE.ROWS], LOWEST, TILE.DTYPE),
+        tl.zeros([TILE.ROWS], TILE.DTYPE),
+        tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE),
+    )
 
 
-@triton.jit(do_not_specialize=["n", "m", "per_split", "n_columns", "diagonal"])
+@triton.jit(do_not_specialize=["n", "m", "per_split", "diagonal"])
 def log_sums(
     similarities,
     other_view_ptr,  # [n_padded], the column of the other view of each row; None: no two views
     log_sums_ptr,  # [n_splits, n_padded]
     values_ptr,  # [n_splits, n_padded, DEPTH], or None
-    columns,  # ColumnSums, or None
+    n,
+    n_padded,
+    m,
+    per_split,
+    diagonal,
+    TILE,
+):
+    """Compute log2 Σ_j exp2 S_ij; program (tile of rows, split of the columns).
+
+    The values are Σ_j softmax_j(S_ij) g_j y_j over the columns of the split.
+    """
+    row, split = tl.program_id(0) * TILE.ROWS, tl.program_id(1)
+    low, high = columns_of_split(split, per_split, m)
+    rows = row + tl.arange(0, TILE.ROWS)
+    block = load_block(similarities, row, TILE)
+    other_view = None
+    if other_view_ptr is not None:
+        other_view = tl.load(other_view_ptr + rows)
+    sums = fold_tiles(
+        _no_sums(TILE), _SumOperands(similarities, block, other_view, values_ptr is not None),
+        row, low, high, Mask(n, m, diagonal, False), _add_exponentials, TILE,
+    )  # fmt: skip
+    tl.store(log_sums_ptr + split * n_padded + rows, sums.largest + tl.log2(sums.total))
+    if values_ptr is not None:
+        total = lift(tl.where(sums.total == 0, 1.0, sums.total), block.x.dtype)
+        store_values(values_ptr, sums.weighted / total[:, None], split, n_padded, row, TILE)
+
+
+class _BothSums(NamedTuple):
+    """Sums of rows, in parts: part k has the columns in place k of their tiles."""
+
+    largest: Any  # [COLUMNS], the maximum of S over all rows of the block, by parts
+    total: Any  # [COLUMNS, ROWS], Σ_j exp2(S_ij − largest_k)
+
+
+class _BothOperands(NamedTuple):
+    similarities: Any
+    block: Any
+    columns: Any  # this block's part of `ColumnSums`
+    n_columns: Any
+
+
+@triton.jit
+def _add_to_both(sums, operands, row, column, mask, MASKED: tl.constexpr, TILE):
+    """Store the sums of the columns of a tile, and add its exponentials to those of the rows.
+
+    The tile is transposed, because a thread then has whole columns but for a few others', and no
+    thread needs another one's share of a row before all tiles are done.
+    """
+    s = load_transposed(operands.similarities, operands.block, column, TILE)
+    if MASKED:
+        s = masked_transposed(s, row, column, mask, TILE)
+    largest = tl.maximum(tl.max(s, 1), LOWEST)
+    e = tl.exp2(s - largest[:, None])
+    places = column + tl.arange(0, TILE.COLUMNS)
+    exist = places < operands.n_columns
+    tl.store(operands.columns.largest_ptr + places, largest, mask=exist)
+    tl.store(operands.columns.total_ptr + places, tl.sum(e, 1), mask=exist)
+    risen = tl.maximum(sums.largest, largest)
+    shrunk, weights = tl.exp2(sums.largest - risen), tl.exp2(largest - risen)
+    return _BothSums(risen, sums.total * shrunk[:, None] + e * weights[:, None])
+
+
+@triton.jit(do_not_specialize=["n", "m", "per_split", "n_columns", "diagonal"])
+def row_and_column_log_sums(
+    similarities,
+    log_sums_ptr,  # [n_splits, n_padded]
+    columns,  # ColumnSums
     n,
     n_padded,
     m,
@@ -112,66 +175,62 @@ def log_sums(
     diagonal,
     TILE,
 ):
-    """Compute log2 Σ_j exp2 S_ij; program (blocks of rows, split of the columns).
+    """Compute log2 Σ_j exp2 S_ij, and the sums of the first n_columns columns over each block.
 
-    The values are Σ_j softmax_j(S_ij) g_j y_j over the columns of the split.
+    One exponential of each pair serves both: relative to the maximum of its column in the block,
+    times that one's share of the block's. In a row that lies far below the others of its block
+    all may be 0. The program that finds one computes its rows anew, as `log_sums` does.
     """
-    program, split = tl.program_id(0), tl.program_id(1)
+    row, split = tl.program_id(0) * TILE.ROWS, tl.program_id(1)
     low, high = columns_of_split(split, per_split, m)
-    if columns is not None:
-        place = program.to(tl.int64) * n_columns
-        columns = ColumnSums(columns.largest_ptr + place, columns.total_ptr + place)
-    for step in range(tl.cdiv(n_padded // TILE.ROWS - program, tl.num_programs(0))):
-        row, is_first = (program + step * tl.num_programs(0)) * TILE.ROWS, step == 0
-        if columns is not None:
-            tl.debug_barrier()  # so that what the block before stored can be read
-        block = load_block(similarities, row, TILE)
-        other_view = None
-        if other_view_ptr is not None:
-            other_view = tl.load(other_view_ptr + row + tl.arange(0, TILE.ROWS))
-        sums = _Sums(
-            tl.full([TILE.ROWS], LOWEST, TILE.DTYPE),
-            tl.zeros([TILE.ROWS], TILE.DTYPE),
-            tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE),
-        )
+    rows = row + tl.arange(0, TILE.ROWS)
+    block = load_block(similarities, row, TILE)
+    place = tl.program_id(0).to(tl.int64) * n_columns
+    of_block = ColumnSums(columns.largest_ptr + place, columns.total_ptr + place)
+    both = fold_tiles(
+        _BothSums(
+            tl.full([TILE.COLUMNS], LOWEST, TILE.DTYPE),
+            tl.zeros([TILE.COLUMNS, TILE.ROWS], TILE.DTYPE),
+        ),
+        _BothOperands(similarities, block, of_block, n_columns),
+        row, low, high, Mask(n, m, diagonal, True), _add_to_both, TILE,
+    )  # fmt: skip
+    largest = tl.max(both.largest, 0)
+    total = tl.sum(both.total * tl.exp2(both.largest - largest)[:, None], 0)
+    log_sums = largest + tl.log2(total)
+    if tl.min(tl.where(rows < n, total, 1.0)) < SMALLEST_TOTAL:
         sums = fold_tiles(
-            sums,
-            _SumOperands(
-                similarities, block, other_view, columns, n_columns, is_first,
-                values_ptr is not None,
-            ),
-            row, low, high, Mask(n, m, diagonal, columns is not None), _add_exponentials, TILE,
+            _no_sums(TILE), _SumOperands(similarities, block, None, False),
+            row, low, high, Mask(n, m, diagonal, False), _add_exponentials, TILE,
         )  # fmt: skip
-        rows = row + tl.arange(0, TILE.ROWS)
-        tl.store(log_sums_ptr + split * n_padded + rows, sums.largest + tl.log2(sums.total))
-        if values_ptr is not None:
-            total = lift(tl.where(sums.total == 0, 1.0, sums.total), block.x.dtype)
-            store_values(values_ptr, sums.weighted / total[:, None], split, n_padded, row, TILE)
+        log_sums = sums.largest + tl.log2(sums.total)
+    tl.store(log_sums_ptr + split * n_padded + rows, log_sums)
 
 
-@triton.jit(do_not_specialize=["n_programs", "n_columns"])
+@triton.jit(do_not_specialize=["n_blocks", "n_columns"])
 def column_log_sums(
     columns,  # ColumnSums
     log_sums_ptr,  # [n_columns]
-    n_programs,
+    n_blocks,
     n_columns,
-    LANES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Compute log2 Σ_i exp2 S_ij from the sums that `log_sums` left; program (LANES columns)."""
-    places = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    exist = places < n_columns
-    largest_ptr, total_ptr = columns.largest_ptr, columns.total_ptr
-    largest = tl.load(largest_ptr + places, mask=exist, other=LOWEST)
-    total = tl.load(total_ptr + places, mask=exist, other=0.0)
-    for _ in range(1, n_programs):
-        largest_ptr += n_columns
-        total_ptr += n_columns
-        of_program = tl.load(largest_ptr + places, mask=exist, other=LOWEST)
-        risen = tl.maximum(largest, of_program)
-        total *= tl.exp2(largest - risen)
-        total += tl.load(total_ptr + places, mask=exist, other=0.0) * tl.exp2(of_program - risen)
+    """Compute log2 Σ_i exp2 S_ij from the sums over blocks of rows; program (COLUMNS columns)."""
+    places = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    dtype: tl.constexpr = log_sums_ptr.dtype.element_ty
+    largest, total = tl.full([COLUMNS], LOWEST, dtype), tl.zeros([COLUMNS], dtype)
+    for first in range(0, n_blocks, BLOCKS):
+        blocks = (first + tl.arange(0, BLOCKS)).to(tl.int64)[:, None]
+        exist = (blocks < n_blocks) & (places < n_columns)[None, :]
+        offsets = blocks * n_columns + places[None, :]
+        of_blocks = tl.load(columns.largest_ptr + offsets, mask=exist, other=LOWEST)
+        totals = tl.load(columns.total_ptr + offsets, mask=exist, other=0.0)
+        risen = tl.maximum(largest, tl.max(of_blocks, 0))
+        shrunk = total * tl.exp2(largest - risen)
+        total = shrunk + tl.sum(totals * tl.exp2(of_blocks - risen[None, :]), 0)
         largest = risen
-    tl.store(log_sums_ptr + places, largest + tl.log2(total), mask=exist)
+    tl.store(log_sums_ptr + places, largest + tl.log2(total), mask=places < n_columns)
 
 
 @triton.jit

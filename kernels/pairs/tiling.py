@@ -81,7 +81,7 @@ def _sides(depth: int, device: Device, is_small: bool) -> tuple[int, int, int, i
     is_wide = depth > 128
     if device.generation == 9:  # because warps of one group share a product of 64 rows
         columns = 64 if is_wide else 128
-        return (64, columns, 2, 4) if is_small else (128, columns, 2, 8)
+        return (64, columns, 3, 4) if is_small else (128, columns, 3, 8)
     if device.generation == 10:
         return (64, 64, 1, 8) if is_wide else (64, 64, 2, 4)
     if device.nvidia:
@@ -168,7 +168,7 @@ def embeddings(rows: Tensor, normalize: bool, half: str, tiles: Tiling) -> Embed
     lengths = None
     if normalize:
         lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=SHORTEST)
-    if lengths is None or tiles.product == tiles.dtype:
+    if lengths is None or tiles.product == tiles.dtype:  # copying rounds nothing
         matrix[:n, :width] = rows if lengths is None else rows / lengths
         return Embeddings(rows, lengths, matrix, None)
     factors = rows.new_zeros(len(matrix))
