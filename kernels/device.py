@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +21,18 @@ class Device(NamedTuple):
 
     multiprocessors: int
     nvidia: bool  # log2 is an instruction there, and registers can be capped
-    generation: int = 9  # of NVIDIA's: 8 Ampere and Ada, 9 Hopper, 10 Blackwell
+    generation: int = 9  # of NVIDIA's: 8 Ampere and Ada, 9 Hopper, 10 and 12 Blackwell
+    shared_bytes: int = 227 << 10  # the most that one program may use
 
 
 @functools.cache
 def _describe(active: Any, index: int) -> Device:
     properties, target = active.utils.get_device_properties(index), active.get_current_target()
-    if target.backend != "cuda":
-        return Device(properties["multiprocessor_count"], False, 0)
-    return Device(properties["multiprocessor_count"], True, target.arch // 10)
+    is_nvidia = target.backend == "cuda"
+    generation = target.arch // 10 if is_nvidia else 0
+    return Device(
+        properties["multiprocessor_count"], is_nvidia, generation, properties["max_shared_mem"]
+    )
 
 
 def device_of(tensor: Tensor) -> Device:
@@ -45,6 +49,18 @@ def on_device(tensor: Tensor) -> Any:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+@functools.cache
+def warn_of_chunks(resource: str, needed: int, limit: int) -> None:
+    """Warn once that the tiles of some embeddings do not fit on a GPU."""
+    warnings.warn(
+        f"the kernels of these embeddings need more {resource} than this GPU gives a program "
+        f"({needed}, not {limit}), so that the similarities go through cuBLAS in chunks: as exact, "
+        "and slower. Please report the GPU, and the widths and dtypes of the embeddings.",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 class Strided(NamedTuple):

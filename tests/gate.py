@@ -28,13 +28,18 @@ class Device(NamedTuple):
     target: GPUTarget
     shared_bytes: int  # the most that one program may use
     multiprocessors: int
+    most_warps: int = 64  # of a multiprocessor, and below of its programs
+    most_programs: int = 32
 
 
 DEVICES = {
-    "sm_80": Device(GPUTarget("cuda", 80, 32), 166912, 108),
-    "sm_90": Device(GPUTarget("cuda", 90, 32), 232448, 132),
-    "sm_100": Device(GPUTarget("cuda", 100, 32), 232448, 148),
-    "gfx942": Device(GPUTarget("hip", "gfx942", 64), 65536, 304),
+    "sm_80": Device(GPUTarget("cuda", 80, 32), 166912, 108),  # A100
+    "sm_86": Device(GPUTarget("cuda", 86, 32), 101376, 72, 48, 16),  # A10
+    "sm_89": Device(GPUTarget("cuda", 89, 32), 101376, 142, 48, 24),  # L40S
+    "sm_90": Device(GPUTarget("cuda", 90, 32), 232448, 132),  # H100
+    "sm_100": Device(GPUTarget("cuda", 100, 32), 232448, 148),  # B200
+    "sm_120": Device(GPUTarget("cuda", 120, 32), 101376, 170, 48, 24),  # RTX 5090
+    "gfx942": Device(GPUTarget("hip", "gfx942", 64), 65536, 304),  # MI300X
 }
 
 

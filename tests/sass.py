@@ -21,7 +21,7 @@ import triton
 
 PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS_PER_SCHEDULER = 16384
-SCHEDULERS, MOST_WARPS, MOST_PROGRAMS = 4, 64, 32  # of a multiprocessor: sm_80, sm_90, sm_100
+SCHEDULERS = 4  # of a multiprocessor
 RESERVED_SHARED_BYTES = 1024  # by the driver, for each program
 
 LABEL = re.compile(r"\s*(\.L_\w+):")
@@ -197,10 +197,10 @@ def occupancy(launch, registers: int) -> tuple[int, str]:
     registers_per_warp = max(-(-registers // 8), 1) * 8 * 32
     shared_per_sm = launch.device.shared_bytes + RESERVED_SHARED_BYTES
     programs = {
-        "warps": MOST_WARPS // warps,
+        "warps": launch.device.most_warps // warps,
         "registers": REGISTERS_PER_SCHEDULER // registers_per_warp * SCHEDULERS // warps,
         "shared memory": shared_per_sm // (launch.metadata.shared + RESERVED_SHARED_BYTES),
-        "programs": MOST_PROGRAMS,
+        "programs": launch.device.most_programs,
     }
     least = min(programs, key=programs.get)
     return programs[least] * warps, least

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-from fastkd.kernels.device import on_device
+from fastkd.kernels.device import on_device, warn_of_chunks
 from fastkd.kernels.pairs.chunks import pairs_by_chunks
 from fastkd.kernels.pairs.soft_launch import solve_soft_pairs
 from fastkd.kernels.pairs.sweeps import (
@@ -76,7 +77,11 @@ def _solve_pairs(problem: Pairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gr
     tiles = tiling(query, problem.half, query.dtype)
     if tiles is None or not query.numel() or not (key is None or key.numel()):
         return pairs_by_chunks(problem, needs_grad)
-    return _Sweeps(problem, tiles, needs_grad).value_and_gradients()
+    try:
+        return _Sweeps(problem, tiles, needs_grad).value_and_gradients()
+    except OutOfResources as error:
+        warn_of_chunks(error.name, error.required, error.limit)
+    return pairs_by_chunks(problem, needs_grad)
 
 
 class _Sweeps:

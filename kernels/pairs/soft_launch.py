@@ -12,7 +12,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from fastkd.kernels.device import warn_of_chunks
 from fastkd.kernels.pairs.chunks import soft_pairs_by_chunks
 from fastkd.kernels.pairs.similarity_kl import Shifts, divergences, weighed_differences
 from fastkd.kernels.pairs.tiles import Similarities
@@ -41,7 +43,11 @@ def solve_soft_pairs(problem: SoftPairs, needs_grad: Sequence[bool]) -> tuple[Te
     is_empty = any(x is not None and not x.numel() for x in (*problem[:2], *problem[3:5]))
     if tiles is None or is_empty:
         return soft_pairs_by_chunks(problem, needs_grad)
-    return _SoftSweeps(problem, tiles, needs_grad).value_and_gradients()
+    try:
+        return _SoftSweeps(problem, tiles, needs_grad).value_and_gradients()
+    except OutOfResources as error:
+        warn_of_chunks(error.name, error.required, error.limit)
+    return soft_pairs_by_chunks(problem, needs_grad)
 
 
 class _SoftSweeps:

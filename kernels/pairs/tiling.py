@@ -15,6 +15,7 @@ from fastkd.problems.pairs import SHORTEST, divisors, in_half
 
 ALIGNMENT = 128  # matrices have a multiple of so many rows, which the sides of all tiles divide
 _WIDEST_HALF, _WIDEST_TF32 = 256, 128  # widths whose sums stay in registers
+_ROOM_FOR_TWO = 120 << 10  # bytes of shared memory that two stages of both networks' tiles fill
 
 
 class Tiling(NamedTuple):
@@ -98,7 +99,9 @@ def tilings_of_two(
     device = device_of(rows)
     depth = max(tiles.depth, tiles_t.depth)
     if torch.float32 in (tiles.product, tiles_t.product):
-        tiles = tiles._replace(rows=64, columns=32, stages=2, warps=4 if depth > 64 else 8)
+        is_tight = depth > 64 and device.shared_bytes < _ROOM_FOR_TWO
+        warps = 8 if is_tight or depth <= 64 else 4
+        tiles = tiles._replace(rows=64, columns=32, stages=1 if is_tight else 2, warps=warps)
     elif depth <= 128:
         tiles = tiles._replace(rows=min(tiles.rows, 64), columns=min(tiles.columns, 64), warps=4)
     elif device.generation in (9, 10):

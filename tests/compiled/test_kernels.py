@@ -5,13 +5,14 @@ import itertools
 import pytest
 import torch
 from budgets import TARGETS, VERSION
-from choice import full, quick_if
+from choice import full, pairwise, quick_if
 from counts import FUSED, compiled, resources
-from gate import DEVICES, capture
+from gate import DEVICES, STAND_INS, StandIn, capture
 from sass import analyse, complaints
 from tile_work import work_of
 
 import fastkd
+from fastkd.kernels.device import warn_of_chunks
 from fastkd.kernels.pairs import chunks, tiling
 from fastkd.kernels.relations import launch as relations
 from fastkd.kernels.relations.tiles import TILE
@@ -159,6 +160,46 @@ def test_two_networks_of_any_precision(dtypes, monkeypatch):
     assert len(found) == 2
     for launch in found:
         assert not analyse(launch).spills and analyse(launch).total["HGMMA"]
+
+
+SMALL = ["sm_86", "sm_89", "sm_120"]  # a program gets 99 KB of shared memory
+WIDE = [  # student and teacher
+    ((torch.float32, 128), (torch.float32, 128)),
+    ((torch.float32, 128), (torch.bfloat16, 256)),
+    ((torch.bfloat16, 256), (torch.float32, 128)),
+    ((torch.bfloat16, 256), (torch.bfloat16, 256)),
+]
+
+
+@pairwise(target=SMALL, networks=WIDE, has_keys=[False, True])
+@quick_if(lambda target, networks: (target, networks) == ("sm_86", WIDE[0]))
+def test_wide_tiles_of_two_networks_fit_on_small_devices(target, networks, has_keys, monkeypatch):
+    """A tile that does not fit would send them through chunks, with a warning."""
+    monkeypatch.setattr(tiling, "_may_be_rounded", lambda nvidia: nvidia)
+    rows = [
+        torch.empty(n, width, dtype=dtype, device="meta", requires_grad=i == 0)
+        for n in (4096, 4000)
+        for i, (dtype, width) in enumerate(networks)
+    ]
+    keys = dict(student_keys=rows[2], teacher_keys=rows[3]) if has_keys else {}
+    with capture(target) as found, fastkd.backend("triton"):
+        torch.autograd.grad(fastkd.similarity_kl(*rows[:2], **keys), rows[0])
+    sweeps = ["divergences", *["weighed_differences"] * (1 + has_keys)]
+    assert [x.name for x in found] == sweeps
+    assert not any(analyse(launch).spills for launch in found)
+
+
+@pytest.mark.parametrize("name", ["info_nce", "similarity_kl"])
+def test_tiles_that_fit_nowhere_go_by_chunks_with_a_warning(name, monkeypatch):
+    small = StandIn(DEVICES["sm_90"]._replace(shared_bytes=8192), 2000)
+    monkeypatch.setitem(STAND_INS, "sm_90", small)
+    warn_of_chunks.cache_clear()
+    with pytest.warns(UserWarning, match="need more shared memory than .* not 8192") as warned:
+        for _ in range(2):
+            run = compiled(the(name), (4096, 64), torch.bfloat16, "sm_90")
+    assert len(warned) == 1
+    assert len(run.launches) == SWEEPS[name]
+    assert all("chunk" in launch.name for launch in run.launches)
 
 
 @each_pair
