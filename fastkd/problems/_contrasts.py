@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastkd._loss import Call
 from fastkd._op import is_differentiated
+from fastkd._precision import compute_dtype
 from fastkd.problems._contrast_checks import check_columns
 from fastkd.problems._embeddings import (
     apart,
@@ -65,11 +66,13 @@ def info_nce(
         # the kernels read no mask of pairs, and old compilers do not trace _replace
         call = Call(call.name, "portable", call.row_mask, call.ranks)
     half = half_of(query, key, None if of_each else negatives)
-    query, key, negatives = in_compute_dtype(query, key, negatives)
+    is_plain = in_batch_negatives and is_number(margin, 0) and is_number(negative_weight, 1)
+    needs_logits = not is_plain or of_each or (symmetric and bool(call.ranks))
+    kept = "" if needs_logits or call.ranks else half
+    query, key, negatives = in_compute_dtype(query, key, negatives, half=kept)
     scale = inverse(temperature, query)
     logits = None
-    is_plain = in_batch_negatives and is_number(margin, 0) and is_number(negative_weight, 1)
-    if not is_plain or of_each or (symmetric and call.ranks):
+    if needs_logits:
         positive = cosines(query, key) if normalize else (query * key).sum(1)
         logits = (positive - margin) * scale - logarithm(negative_weight, query)
     gathered = [logits.detach()] if symmetric and logits is not None else []
@@ -123,7 +126,7 @@ def clip_contrastive(
     if reduction == "none":
         return NotImplemented
     half = half_of(image, text)
-    image, text = in_compute_dtype(image, text)
+    image, text = in_compute_dtype(image, text, half="" if call.ranks else half)
     scale = number_like(logit_scale, image)
     logits = (image * text).sum(1) * scale if call.ranks else None
     texts, first, *of_keys = call.ranks.share(text, *([] if logits is None else [logits.detach()]))
@@ -154,7 +157,7 @@ def siglip(
     if reduction == "none":
         return NotImplemented
     half = half_of(image, text)
-    image, text = in_compute_dtype(image, text)
+    image, text = in_compute_dtype(image, text, half="" if call.ranks else half)
     texts, first = call.ranks.share(text)
     scale = number_like(logit_scale, image)
     n = texts.shape[0]
@@ -164,9 +167,16 @@ def siglip(
     share = _solve(
         call, image, texts, scale, _factors(call, weights, n, reduction, image), form="pairs",
         first=-1 if negative_only else first, normalize=False, half=half,
-        positive_logits=-number_like(bias, image, image.shape[0]),
+        positive_logits=_thresholds(bias, image),
     )  # fmt: skip
     return call.ranks.total(share)
+
+
+def _thresholds(bias: Number, image: Tensor) -> Tensor:
+    """Return −bias for each image."""
+    if isinstance(bias, Tensor):
+        return number_like(bias, image).neg().expand(image.shape[0])
+    return number_like(-bias, image, image.shape[0])
 
 
 # ------------------------------------------------------------------------ examples of one kind
@@ -186,7 +196,7 @@ def nt_xent(
     if reduction == "none":
         return NotImplemented
     half = half_of(view1, view2)
-    both = torch.cat(in_compute_dtype(view1, view2))
+    both = torch.cat(in_compute_dtype(view1, view2, half="" if call.ranks else half))
     views, first = call.ranks.share(both)
     n = len(views)
     if n <= 2:
@@ -224,7 +234,8 @@ def sup_con(
         labels = labels.repeat_interleave(features.shape[1])
         features = features.flatten(0, 1)
         weights = None if weights is None else weights.flatten()
-    features, _, keys = in_compute_dtype(features, features, keys)
+    dtype = compute_dtype(features)
+    features, _, keys = in_compute_dtype(features, features, keys, half="" if call.ranks else half)
     labels = labels.long().contiguous()
     of_keys, is_apart = labels, keys is not None
     if key_labels is not None:
@@ -232,13 +243,13 @@ def sup_con(
     whole, first, of_keys = call.ranks.share(features if keys is None else keys, of_keys)
     if not whole.shape[0] or (whole.shape[0] < 2 and not is_apart):
         return zero_loss(features, whole, temperature)
-    classes, query_classes, n_positives = _classes(of_keys, labels, features.dtype)
+    classes, query_classes, n_positives = _classes(of_keys, labels, dtype)
     if not is_apart:
         n_positives.sub_(1)
     n_positives.mul_(labels != IGNORED)
     factors = is_anchor = n_positives.clamp(max=1)
     if weights is not None:
-        weights = weights.detach().to(features.dtype)
+        weights = weights.detach().to(dtype)
         factors = is_anchor * weights
     if reduction == "mean":
         counted = factors
@@ -347,7 +358,7 @@ def _factors(
     """
     if weights is None:
         return 1 / n if reduction == "mean" else 1.0
-    weights = weights.detach().to(like.dtype)
+    weights = weights.detach().to(compute_dtype(like))
     return weights if reduction == "sum" else _over_sum(call, weights, weights)
 
 
@@ -387,9 +398,9 @@ def _solve(
     """
     key_weights = None
     if not isinstance(weights, Tensor):
+        weight, weights = weights, scale.new_full(query.shape[:1], weights)
         if n_columns:
-            key_weights = query.new_full((n_columns,), weights)
-        weights = query.new_full(query.shape[:1], weights)
+            key_weights = scale.new_full((n_columns,), weight) if call.ranks else weights
     elif n_columns:
         (key_weights,), _ = call.ranks.gather(weights)
     problem = Pairs(

@@ -45,9 +45,9 @@ class Pairs(NamedTuple):
     The gradient in the positive logits includes that in the positive logits of the queries' keys.
     """
 
-    query: Tensor  # [n, D], in the compute dtype
-    key: Tensor | None  # [M, D]; None: the queries are the keys
-    scale: Tensor  # 0-dim
+    query: Tensor  # [n, D], in the compute dtype or as it came in half precision
+    key: Tensor | None  # [M, D], as the queries; None: the queries are the keys
+    scale: Tensor  # 0-dim, in the compute dtype
     positive_logits: Tensor | None  # a, [n]; None: s, or by classes
     further_logits: Tensor | None  # f, [n, M']; None: there are none
     weights: Tensor  # w, [n]
@@ -92,6 +92,15 @@ solve_soft = Op(SoftPairs, trained=("query", "key", "scale"))
 
 
 # ------------------------------------------------------------------ embeddings as engines take them
+
+
+def widened(problem: Pairs) -> Pairs:
+    """Return the problem with embeddings in the compute dtype."""
+    query, key, bank = problem.query, problem.key, problem.bank
+    if query.dtype == problem.scale.dtype:
+        return problem
+    query, key, bank = (x if x is None else x.to(problem.scale.dtype) for x in (query, key, bank))
+    return problem._replace(query=query, key=key, bank=bank)
 
 
 class Half(NamedTuple):
@@ -171,7 +180,7 @@ def penalty(problem: Pairs, log_sums: Tensor, rows: slice, shift: Tensor | float
     subtracted, because both may be large and alike.
     """
     assert problem.positive_logits is not None
-    dtype = problem.query.dtype
+    dtype = log_sums.dtype
     positive, weights = problem.positive_logits[rows].to(dtype), problem.weights[rows].to(dtype)
     odds = log_sums + (shift - positive)
     if problem.further_logits is not None:

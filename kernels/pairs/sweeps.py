@@ -27,10 +27,11 @@ from fastkd.kernels.pairs.tiles import (
     mask_other_view,
     masked,
     masked_transposed,
+    other_views,
     same_class,
     store_values,
 )
-from fastkd.kernels.tiles import LN2
+from fastkd.kernels.tiles import LN2, LOG2E
 
 # a row's sum relative to the largest exponential of its block: what float32 flushes to 0 of that,
 # 2^-126 each, is below the rounding of such a sum
@@ -96,7 +97,6 @@ def _no_sums(TILE):
 @triton.jit(do_not_specialize=["n", "m", "per_split", "diagonal"])
 def log_sums(
     similarities,
-    other_view_ptr,  # [n_padded], the column of the other view of each row; None: no two views
     log_sums_ptr,  # [n_splits, n_padded]
     values_ptr,  # [n_splits, n_padded, DEPTH], or None
     n,
@@ -105,6 +105,7 @@ def log_sums(
     per_split,
     diagonal,
     TILE,
+    TWO_VIEWS: tl.constexpr,
 ):
     """Compute log2 Σ_j exp2 S_ij; program (tile of rows, split of the columns).
 
@@ -115,8 +116,8 @@ def log_sums(
     rows = row + tl.arange(0, TILE.ROWS)
     block = load_block(similarities, row, TILE)
     other_view = None
-    if other_view_ptr is not None:
-        other_view = tl.load(other_view_ptr + rows)
+    if TWO_VIEWS:
+        other_view = other_views(rows, n, m, diagonal, False)
     sums = fold_tiles(
         _no_sums(TILE), _SumOperands(similarities, block, other_view, values_ptr is not None),
         row, low, high, Mask(n, m, diagonal, False), _add_exponentials, TILE,
@@ -296,7 +297,7 @@ def _add_softplus(sums, operands, row, column, mask, MASKED: tl.constexpr, TILE)
 @triton.jit(do_not_specialize=["n", "m", "per_split", "diagonal"])
 def softplus_sums(
     similarities,
-    positive_logits_ptr,  # a, [n_padded], in units of log2
+    positive_logits_ptr,  # a, [n]
     sums_ptr,  # [n_splits, n_padded]
     slopes_ptr,  # [n_splits, n_padded]
     values_ptr,  # [n_splits, n_padded, DEPTH], or None
@@ -315,7 +316,8 @@ def softplus_sums(
     low, high = columns_of_split(split, per_split, m)
     rows = row + tl.arange(0, TILE.ROWS)
     block = load_block(similarities, row, TILE)
-    positive_logits = tl.load(positive_logits_ptr + rows)
+    positive_logits = tl.load(positive_logits_ptr + rows, mask=rows < n, other=0.0)
+    positive_logits = positive_logits.to(TILE.DTYPE) * LOG2E
     sums = _Softplus(
         tl.zeros([TILE.ROWS], TILE.DTYPE),
         tl.zeros([TILE.ROWS], TILE.DTYPE),
@@ -357,7 +359,9 @@ def _add_slopes(values, operands, row, column, mask, MASKED: tl.constexpr, TILE)
         slopes, _ = _sigmoid(s - tl.load(operands.column_shifts_ptr + places)[None, :])
         slopes *= tl.load(operands.weights_ptr + places)[None, :]
     else:
-        slopes = tl.exp2(s - tl.load(operands.column_shifts_ptr + places)[None, :])
+        slopes = tl.zeros([TILE.ROWS, TILE.COLUMNS], TILE.DTYPE)
+        if operands.column_shifts_ptr is not None:
+            slopes += tl.exp2(s - tl.load(operands.column_shifts_ptr + places)[None, :])
         if operands.row_shifts is not None:
             slopes += tl.exp2(s - operands.row_shifts[:, None])
         if operands.classes is not None:
@@ -373,10 +377,9 @@ def _add_slopes(values, operands, row, column, mask, MASKED: tl.constexpr, TILE)
 @triton.jit(do_not_specialize=["n", "m", "per_split", "diagonal"])
 def weighed_sums(
     similarities,
-    other_view_ptr,  # [n_padded], the column of the other view of each row; None: no two views
     classes,  # Classes, or None
     row_shifts_ptr,  # [n_padded], or None
-    column_shifts_ptr,  # [m_padded]
+    column_shifts_ptr,  # [m_padded], or None
     weights_ptr,  # [m_padded], or None
     values_ptr,  # [n_splits, n_padded, DEPTH]
     n,
@@ -385,13 +388,15 @@ def weighed_sums(
     per_split,
     diagonal,
     TILE,
+    TWO_VIEWS: tl.constexpr,
+    OF_KEYS: tl.constexpr,  # whether rows are keys, and columns queries
     ROWS_ATTRACT: tl.constexpr,
     COLUMNS_ATTRACT: tl.constexpr,
 ):
     """Compute Σ_j G_ij g_j y_j; program (tile of rows, split of the columns).
 
-    G_ij = exp2(S_ij − column_shift_j) + exp2(S_ij − row_shift_i), the latter if there are row
-    shifts, minus attraction_i, attraction_j or both for each pair of one class; with weights it is
+    G_ij = exp2(S_ij − column_shift_j) + exp2(S_ij − row_shift_i), with the shifts that there are,
+    minus attraction_i, attraction_j or both for each pair of one class; with weights it is
     weight_j σ(S_ij − column_shift_j).
     """
     row, split = tl.program_id(0) * TILE.ROWS, tl.program_id(1)
@@ -403,8 +408,8 @@ def weighed_sums(
         row_classes = tl.load(classes.x_ptr + row + lanes)
         if ROWS_ATTRACT:
             attractions = tl.load(classes.attractions_ptr + row + lanes)
-    if other_view_ptr is not None:
-        other_view = tl.load(other_view_ptr + row + lanes)
+    if TWO_VIEWS:
+        other_view = other_views(row + lanes, n, m, diagonal, OF_KEYS)
     if row_shifts_ptr is not None:
         row_shifts = tl.load(row_shifts_ptr + row + lanes)
     values = tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE)

@@ -119,6 +119,36 @@ def add_weighted(total, weights, y, side, column, TILE):
 
 
 @triton.jit
+def partners(rows, n_queries, first, TWO_VIEWS: tl.constexpr, OF_KEYS: tl.constexpr):
+    """Return the positive partners of queries among the keys or, OF_KEYS, of keys among queries.
+
+    Of each pair come the query's number, the partner's, and whether there is one. Query i and key
+    first + i are of one example; with TWO_VIEWS the key of its other view is the partner.
+    """
+    query = rows - first if OF_KEYS else rows
+    exist = (query >= 0) & (query < n_queries)
+    partner = query
+    if TWO_VIEWS:
+        half = n_queries // 2
+        partner = tl.where(query < half, query + half, query - half)
+    if OF_KEYS:
+        query = partner
+    else:
+        partner += first
+    return query, partner, exist
+
+
+@triton.jit
+def other_views(rows, n, m, diagonal, OF_KEYS: tl.constexpr):
+    """Return the column of the other view of each row's example, or −1."""
+    if OF_KEYS:
+        _, column, exist = partners(rows, m, -diagonal, True, True)
+    else:
+        _, column, exist = partners(rows, n, diagonal, True, False)
+    return tl.where(exist, column, -1)
+
+
+@triton.jit
 def mask_other_view(s, other_view, column, TILE):
     """Return S with −inf for the pairs of a row and the other view of its example.
 
