@@ -34,6 +34,7 @@ from fastkd.problems.pairs import (
     own_columns,
     penalty,
     widened,
+    with_attractions,
 )
 
 
@@ -42,7 +43,7 @@ def value_and_gradients(
 ) -> tuple[Tensor, Gradients]:
     """Return the share of the queries in the loss, and its gradients in the trained fields."""
     if isinstance(problem, Pairs):
-        problem = widened(problem)
+        problem = with_attractions(widened(problem))
     query, n_keys = problem.query, len(problem.query if problem.key is None else problem.key)
     if isinstance(problem, Pairs):
         solved = _kept_pairs.value_and_gradients(problem, needs_grad)

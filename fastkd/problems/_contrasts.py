@@ -25,15 +25,15 @@ from fastkd.problems._embeddings import (
     zero_loss,
 )
 from fastkd.problems.pairs import (
+    IGNORED,
     Number,
     Pairs,
     SoftPairs,
     directions,
+    numbers_of_classes,
     solve,
     solve_soft,
 )
-
-IGNORED = -100  # the label of an example without a class
 
 # --------------------------------------------------------------- embeddings against their keys
 
@@ -243,48 +243,24 @@ def sup_con(
     whole, first, of_keys = call.ranks.share(features if keys is None else keys, of_keys)
     if not whole.shape[0] or (whole.shape[0] < 2 and not is_apart):
         return zero_loss(features, whole, temperature)
-    classes, query_classes, n_positives = _classes(of_keys, labels, dtype)
-    if not is_apart:
-        n_positives.sub_(1)
-    n_positives.mul_(labels != IGNORED)
-    factors = is_anchor = n_positives.clamp(max=1)
-    if weights is not None:
-        weights = weights.detach().to(dtype)
-        factors = is_anchor * weights
-    if reduction == "mean":
-        counted = factors
-        if anchors == "all":
-            counted = torch.ones_like(is_anchor) if weights is None else weights
-        factors = _over_sum(call, factors, counted)
+    over_anchors = reduction == "mean" and anchors == "with_positive" and not call.ranks
+    factors: float | Tensor = 1.0 if weights is None else weights.detach().to(dtype)
+    if reduction == "mean" and not over_anchors:
+        counted = torch.ones_like(labels, dtype=dtype) if weights is None else factors
+        if anchors == "with_positive":  # over all ranks
+            *_, n_positives = numbers_of_classes(of_keys, labels, dtype)
+            counted = counted * ((n_positives > int(not is_apart)) & (labels != IGNORED))
+        factors = _over_sum(call, counted, counted)
     share = _solve(
         call, features, whole if is_apart or call.ranks else None,
         inverse(temperature, features), factors, form="linear", first=-1 if is_apart else first,
-        normalize=normalize, half=half, classes=classes, query_classes=query_classes,
-        attractions=factors / n_positives.clamp(min=1), attractions_differ=weights is not None,
+        normalize=normalize, half=half, classes=of_keys, query_classes=labels,
+        attractions_differ=weights is not None, over_anchors=over_anchors,
     )  # fmt: skip
     total = call.ranks.total(share)
     if base_temperature is None:
         return total
     return total * (number_like(temperature, features) / base_temperature)
-
-
-def _classes(
-    key_labels: Tensor, labels: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return numbers of the classes of keys and of queries, and how many keys each query's has.
-
-    The number of a class, found without a host sync, is the place of its first label among those of
-    all keys in order. A query without a key of its class gets the number of another one.
-    """
-    ordered = key_labels.sort()[0]
-    of_keys = place = torch.searchsorted(ordered, key_labels)
-    if labels is not key_labels:
-        place = torch.searchsorted(ordered, labels)
-    n_alike = torch.searchsorted(ordered, labels, right=True).sub_(place).to(dtype)
-    if labels is not key_labels:  # a label above those of all keys has the place after the last
-        place = place.clamp(max=len(ordered) - 1)
-    classes = of_keys.to(dtype)
-    return classes, classes if place is of_keys else place.to(dtype), n_alike
 
 
 # ---------------------------------------------------------------------- two networks' similarities
@@ -386,8 +362,8 @@ def _solve(
     key_positive_logits: Tensor | None = None,
     classes: Tensor | None = None,
     query_classes: Tensor | None = None,
-    attractions: Tensor | None = None,
     attractions_differ: bool = False,
+    over_anchors: bool = False,
     two_views: bool = False,
     normalize: bool = True,
 ) -> Tensor:
@@ -408,9 +384,9 @@ def _solve(
         further_logits=further_logits, weights=weights,
         bank=apart(bank, query, key), masked_pairs=masked_pairs,
         key_positive_logits=key_positive_logits, key_weights=apart(key_weights, weights),
-        classes=classes, query_classes=apart(query_classes, classes), attractions=attractions,
-        attractions_differ=attractions_differ, form=form, first=first, two_views=two_views,
-        normalize=normalize, half=half,
+        classes=classes, query_classes=apart(query_classes, classes), attractions=None,
+        attractions_differ=attractions_differ, over_anchors=over_anchors, form=form, first=first,
+        two_views=two_views, normalize=normalize, half=half,
         group=call.ranks.name if n_columns else "",
     )  # fmt: skip
     return solve(call.engine, problem)

@@ -17,13 +17,21 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fastkd.kernels.device import on_device, warn_of_chunks
 from fastkd.kernels.pairs.chunks import pairs_by_chunks
 from fastkd.kernels.pairs.embeddings import Embeddings, Partners, embeddings, with_rows_in_order
-from fastkd.kernels.pairs.penalties import Examples, Positives, log_sum_penalties, pair_penalties
+from fastkd.kernels.pairs.penalties import (
+    ClassSums,
+    Examples,
+    Positives,
+    class_numbers,
+    log_sum_penalties,
+    pair_penalties,
+)
 from fastkd.kernels.pairs.soft_launch import solve_soft_pairs
 from fastkd.kernels.pairs.sweeps import (
     Classes,
@@ -43,15 +51,16 @@ from fastkd.problems.pairs import (
     Gradients,
     Pairs,
     SoftPairs,
-    means_over_classes,
     over_ranks,
     penalty,
     widened,
+    with_attractions,
     with_positives,
 )
 
 _BLOCKS, _COLUMNS = 8, 128  # whose sums a program reads at once
 _BLOCK = 1024  # numbers that the one program of a loss reads at once
+_LABELS = 32  # whose keys a program counts
 
 
 def value_and_gradients(
@@ -75,7 +84,7 @@ def _solve_pairs(problem: Pairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gr
             return _Sweeps(problem, tiles, needs_grad).value_and_gradients()
         except OutOfResources as error:
             warn_of_chunks(error.name, error.required, error.limit)
-    return _by_chunks(widened(problem), needs_grad)
+    return _by_chunks(with_attractions(widened(problem)), needs_grad)
 
 
 _by_chunks = with_positives(pairs_by_chunks)
@@ -121,14 +130,14 @@ class _Sweeps:
                 keys = torch.cat([keys, problem.bank.to(keys.dtype)])
             self.y = self._laid_out(keys)
             self.trained_y = self.y.head(len(self.trained_keys))
-        # numbers for the rows of a matrix, by the id of its embeddings, which are x or y
+        # by the id of the embeddings, which are x or y
         self.classes: dict[int, Tensor] = {}
         if problem.classes is not None:
-            classes = problem.classes.to(tiles.dtype)
-            self.classes = {id(self.y): self.y.pad(classes, -1)}
+            assert problem.query_classes is not None
+            numbers, self.n_alike = self._numbered(self.x, problem.query_classes)
+            self.classes[id(self.x)] = numbers
             if self.x is not self.y:
-                assert problem.query_classes is not None
-                self.classes[id(self.x)] = self.x.pad(problem.query_classes.to(tiles.dtype), -1)
+                self.classes[id(self.y)], _ = self._numbered(self.y, problem.classes)
         needs_query, needs_key, needs_scale = needs_grad[:3]
         self.trains_rows = needs_query or needs_scale
         self.trains_columns = problem.key is not None and needs_key
@@ -171,27 +180,36 @@ class _Sweeps:
         if problem.key_weights is not None:
             n_columns = len(problem.key_weights)
         needs_sweep = n_columns > 0 or problem.key is None or problem.classes is not None
-        parts, values, column_sums = self._log_sums(n_columns, self.trains_rows and not needs_sweep)
+        parts, alike, values, column_sums = self._log_sums(
+            n_columns, self.trains_rows and not needs_sweep
+        )
         if problem.further_logits is not None:
             return self._with_further(parts, values)
         loss, most = parts.new_empty(()), parts.new_empty(())
         log_sums, of_rows, of_positives = parts.new_empty((3, n))
         row_shifts, column_shifts = parts.new_empty(len(x.matrix)), None
-        rows = Examples(log_sums, self._positives(), problem.weights, row_shifts)
-        columns = None
+        columns = classes = pulls = positives = None
+        if alike is None:
+            positives = self._positives()
+        else:
+            pulls = torch.empty_like(row_shifts)
+            assert problem.query_classes is not None
+            classes = ClassSums(
+                problem.query_classes, self.n_alike, alike, pulls,
+                *map(tl.constexpr, (problem.first >= 0, problem.over_anchors, self._is_double())),
+            )  # fmt: skip
+        rows = Examples(log_sums, positives, problem.weights, row_shifts)
         if column_sums is not None:
             column_shifts = parts.new_empty(len(y.matrix))
             logits = Positives(problem.key_positive_logits, None)
             if problem.key_positive_logits is None:
                 logits = self._positives()
             columns = Examples(column_sums, logits, problem.key_weights, column_shifts)
-        pulls = None if problem.attractions is None else torch.empty_like(row_shifts)
         log_sum_penalties[(1,)](
-            parts, rows, columns, problem.attractions, loss, of_rows, of_positives, most, pulls,
+            parts, rows, columns, classes, loss, of_rows, of_positives, most,
             n=n, n_padded=len(x.matrix), n_splits=len(parts), n_columns=n_columns,
             n_columns_padded=len(y.matrix), first=problem.first,
-            SOFTPLUS=problem.form == "softplus", PULL=2 if self._is_double_pull() else 1,
-            BLOCK=_BLOCK, DTYPE=self.tiles.tile().DTYPE,
+            SOFTPLUS=problem.form == "softplus", BLOCK=_BLOCK, DTYPE=self.tiles.tile().DTYPE,
         )  # fmt: skip
         slopes = _Slopes(
             loss, of_positives, None, of_positives if self.has_positives else None, most,
@@ -248,10 +266,11 @@ class _Sweeps:
 
     def _log_sums(
         self, n_columns: int, needs_values: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Return n of the splits [n_splits, n_padded], in units of log2, and c [n_columns].
 
-        Between them are Σ_j softmax_j(S_ij) k_j over the columns of the splits, if needed.
+        Between them are Σ_j S_ij over the pairs of one class, as n, and Σ_j softmax_j(S_ij) k_j
+        over the columns of the splits, if needed.
         """
         x, y, tiles = self.x, self.y, self.tiles
         n_blocks = len(x.matrix) // tiles.rows
@@ -260,11 +279,12 @@ class _Sweeps:
         constants = dict(**self._sizes(x, y, per_split), TILE=tiles.tile(), **tiles.options)
         if not n_columns:
             values = self._empty_values(x, n_splits) if needs_values else None
+            alike = torch.empty_like(parts) if self.classes else None
             log_sums[n_blocks, n_splits](
-                self._similarities(x, y), parts, values, TWO_VIEWS=self.problem.two_views,
-                **constants,
+                self._similarities(x, y), self.classes.get(id(x)), self.classes.get(id(y)), parts,
+                alike, values, TWO_VIEWS=self.problem.two_views, **constants,
             )  # fmt: skip
-            return parts, values, None
+            return parts, alike, values, None
         columns = ColumnSums(*parts.new_empty((2, n_blocks, n_columns)))
         row_and_column_log_sums[n_blocks, n_splits](
             self._similarities(x, y), parts, columns, n_columns=n_columns, **constants
@@ -276,7 +296,7 @@ class _Sweeps:
         if self.problem.group:
             of_ranks = over_ranks(column_sums * LN2.value, self.problem.group)
             column_sums = of_ranks * LOG2E.value
-        return parts, None, column_sums
+        return parts, None, None, column_sums
 
     def _sums_of_rows(self, slopes: _Slopes) -> Tensor:
         """Return Σ_j G_ij k_j in units of `most`, by splits."""
@@ -339,12 +359,20 @@ class _Sweeps:
         """Return the positive logits of the queries."""
         if self.has_positives:
             return Positives(self.x.cosines, self.scale)
-        logits = self.problem.positive_logits
-        if logits is None:
-            logits = means_over_classes(widened(self.problem))
-        return Positives(logits.contiguous(), None)
+        assert self.problem.positive_logits is not None
+        return Positives(self.problem.positive_logits.contiguous(), None)
 
-    def _is_double_pull(self) -> bool:
+    def _numbered(self, x: Embeddings, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return numbers of classes for the rows of a matrix, and how many keys each label has."""
+        assert self.problem.classes is not None
+        numbers, counts = self.scale.new_empty(len(x.matrix)), self.scale.new_empty(len(labels))
+        class_numbers[(len(x.matrix) // _LABELS,)](
+            labels.contiguous(), self.problem.classes.contiguous(), numbers, counts, len(labels),
+            len(self.problem.classes), ROWS=_LABELS, COLUMNS=_COLUMNS,
+        )  # fmt: skip
+        return numbers, counts
+
+    def _is_double(self) -> bool:
         """Return whether each pair of a class is met as (i, j) and as (j, i)."""
         return self.y is self.x and not self.problem.attractions_differ
 

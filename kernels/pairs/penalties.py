@@ -13,8 +13,10 @@ import triton.language as tl
 from fastkd.kernels.pairs.sweeps import softplus
 from fastkd.kernels.pairs.tiles import LOWEST
 from fastkd.kernels.tiles import INFINITY, LN2, LOG2E
+from fastkd.problems import pairs as problems
 
-HEADROOM = tl.constexpr(12)  # as in fastkd.problems.pairs
+HEADROOM = tl.constexpr(problems.HEADROOM)
+IGNORED = tl.constexpr(problems.IGNORED)
 
 
 class Positives(NamedTuple):
@@ -33,6 +35,49 @@ class Examples(NamedTuple):
     shifts_ptr: Any  # [n_padded], out: what exponents lack, ∞ where there is nothing to add
 
 
+class ClassSums(NamedTuple):
+    """What tells the positive logits of queries whose classes have several keys."""
+
+    labels_ptr: Any  # [n]
+    counts_ptr: Any  # [n], keys of the query's class
+    alike_ptr: Any  # [n_splits, n_padded], Σ_j S_ij over the pairs of one class, in units of log2
+    pulls_ptr: Any  # [n_padded], out: what is subtracted from the slopes of those pairs
+    AMONG_KEYS: Any  # whether queries are among the keys, and count; all are tl.constexpr
+    OVER_ANCHORS: Any  # whether weights are divided by their sum over queries with positive keys
+    DOUBLE: Any  # whether each pair is met from both sides
+
+
+@triton.jit
+def class_numbers(
+    labels_ptr,  # [n]
+    key_labels_ptr,  # [m]
+    numbers_ptr,  # [n_padded], out: the place of the first key of the label; m if there is none
+    counts_ptr,  # [n], out: how many keys have the label
+    n,
+    m,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Compute numbers for the classes of labels, without a sort; program (ROWS labels).
+
+    It takes n · m comparisons, a few of the 2 D instructions that a similarity costs. What follows
+    the last label gets −1.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    exist = rows < n
+    labels = tl.load(labels_ptr + rows, mask=exist, other=0)
+    first, count = tl.zeros([ROWS], tl.int32) + m, tl.zeros([ROWS], tl.int32)
+    for column in range(0, m, COLUMNS):
+        places = column + tl.arange(0, COLUMNS)
+        of_keys = tl.load(key_labels_ptr + places, mask=places < m, other=0)
+        same = (labels[:, None] == of_keys[None, :]) & (places < m)[None, :]
+        first = tl.minimum(first, tl.min(tl.where(same, places[None, :], m), 1))
+        count += tl.sum(same.to(tl.int32), 1)
+    numbers = tl.where(exist, first, -1).to(numbers_ptr.dtype.element_ty)
+    tl.store(numbers_ptr + rows, numbers)
+    tl.store(counts_ptr + rows, count.to(counts_ptr.dtype.element_ty), mask=exist)
+
+
 @triton.jit
 def _positives(positives, places, exist, DTYPE: tl.constexpr):
     logits = tl.load(positives.ptr + places, mask=exist, other=0.0).to(DTYPE)
@@ -41,26 +86,53 @@ def _positives(positives, places, exist, DTYPE: tl.constexpr):
     return logits
 
 
+class _Odds(NamedTuple):
+    log_sums: Any  # in units of log2
+    odds: Any  # what the penalty is of, in units of log
+    weights: Any
+    n_positives: Any  # keys of a query's class, or 1
+
+
 @triton.jit
-def _penalty(
-    examples, log_sums, places, exist, SOFTPLUS: tl.constexpr, CLASSES: tl.constexpr,
-    DTYPE: tl.constexpr,
+def _odds_of_rows(
+    parts_ptr, rows, classes, places, exist, n_padded, n_splits,
+    BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Return the weighted losses of these examples and their slopes in the log-sum-exps."""
-    odds = log_sums * LN2 - _positives(examples.positives, places, exist, DTYPE)
-    weights = tl.load(examples.weights_ptr + places, mask=exist, other=0.0).to(DTYPE)
-    if CLASSES:  # the positive pairs are among all: rounding alone is below 0
+    log_sums = _merge(parts_ptr, places, exist, n_padded, n_splits, BLOCK, DTYPE)
+    weights = tl.load(rows.weights_ptr + places, mask=exist, other=0.0).to(DTYPE)
+    if classes is not None:
+        count = tl.load(classes.counts_ptr + places, mask=exist, other=0.0) - classes.AMONG_KEYS
+        labels = tl.load(classes.labels_ptr + places, mask=exist, other=IGNORED)
+        n_positives = tl.where(labels == IGNORED, 0.0, count)
+        alike = tl.zeros([BLOCK], DTYPE)
+        for split in range(n_splits):
+            alike += tl.load(classes.alike_ptr + split * n_padded + places, mask=exist, other=0.0)
+        odds = (log_sums - alike / tl.maximum(n_positives, 1.0)) * LN2
+        # the positive pairs are among all: rounding alone is below 0
         odds = tl.where(odds < 0, 0.0, odds)
-    losses, slopes = odds, weights
-    if SOFTPLUS:
-        losses, sigmoid = softplus(odds * LOG2E, DTYPE)
-        slopes = sigmoid * weights
-    return tl.where(exist, losses * weights, 0.0), tl.where(exist, slopes, 0.0)
+        weights = tl.where(n_positives > 0, weights, 0.0)
+    else:
+        n_positives = tl.full([BLOCK], 1.0, DTYPE)
+        odds = log_sums * LN2 - _positives(rows.positives, places, exist, DTYPE)
+    return _Odds(log_sums, odds, weights, n_positives)
 
 
 @triton.jit
-def _log_sums_of_columns(examples, places, exist):
-    return tl.load(examples.log_sums_ptr + places, mask=exist, other=0.0)
+def _odds_of_columns(columns, places, exist, DTYPE: tl.constexpr):
+    log_sums = tl.load(columns.log_sums_ptr + places, mask=exist, other=0.0)
+    weights = tl.load(columns.weights_ptr + places, mask=exist, other=0.0).to(DTYPE)
+    logits = _positives(columns.positives, places, exist, DTYPE)
+    return _Odds(log_sums, log_sums * LN2 - logits, weights, weights)
+
+
+@triton.jit
+def _penalty(odds, exist, SOFTPLUS: tl.constexpr, DTYPE: tl.constexpr):
+    """Return weighted losses and their slopes in the log-sum-exps, 0 for what does not exist."""
+    losses, slopes = odds.odds, odds.weights
+    if SOFTPLUS:
+        losses, sigmoid = softplus(odds.odds * LOG2E, DTYPE)
+        slopes = sigmoid * odds.weights
+    return tl.where(exist, losses * odds.weights, 0.0), tl.where(exist, slopes, 0.0)
 
 
 @triton.jit
@@ -80,12 +152,11 @@ def log_sum_penalties(
     parts_ptr,  # [n_splits, n_padded], log-sum-exps of rows over the columns of a split
     rows,  # Examples
     columns,  # Examples, or None
-    attractions_ptr,  # [n], or None
+    classes,  # ClassSums, or None
     loss_ptr,  # 0-dim, out
     slopes_ptr,  # [n], out: in the log-sum-exps of rows
     of_positives_ptr,  # [n], out: in the positive logits
     most_ptr,  # 0-dim, out: the largest slope, times 2^-HEADROOM
-    pulls_ptr,  # [n_padded], out: attractions in units of it, `PULL` times
     n,
     n_padded,
     n_splits,
@@ -93,54 +164,64 @@ def log_sum_penalties(
     n_columns_padded,
     first,
     SOFTPLUS: tl.constexpr,
-    PULL: tl.constexpr,
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Compute the loss of queries, and of their keys' columns, and all that the gradients need."""
-    CLASSES: tl.constexpr = attractions_ptr is not None
     total, most = tl.zeros([BLOCK], DTYPE), tl.zeros([BLOCK], DTYPE)
+    weight = tl.zeros([BLOCK], DTYPE)
     for start in range(0, n, BLOCK):
         places = start + tl.arange(0, BLOCK)
         exist = places < n
-        log_sums = _merge(parts_ptr, places, exist, n_padded, n_splits, BLOCK, DTYPE)
-        losses, slopes = _penalty(rows, log_sums, places, exist, SOFTPLUS, CLASSES, DTYPE)
+        odds = _odds_of_rows(
+            parts_ptr, rows, classes, places, exist, n_padded, n_splits, BLOCK, DTYPE
+        )
+        losses, slopes = _penalty(odds, exist, SOFTPLUS, DTYPE)
         total, most = total + losses, tl.maximum(most, slopes)
-        tl.store(rows.log_sums_ptr + places, log_sums, mask=exist)
+        weight += tl.where(exist, odds.weights, 0.0)
+        tl.store(rows.log_sums_ptr + places, odds.log_sums, mask=exist)
         tl.store(slopes_ptr + places, slopes, mask=exist)
         of_positives = -slopes
         if columns is not None:
-            own = _log_sums_of_columns(columns, first + places, exist)
-            losses, slopes = _penalty(columns, own, first + places, exist, SOFTPLUS, False, DTYPE)
+            of_columns = _odds_of_columns(columns, first + places, exist, DTYPE)
+            losses, slopes = _penalty(of_columns, exist, SOFTPLUS, DTYPE)
             total, of_positives = total + losses, of_positives - slopes
         tl.store(of_positives_ptr + places, of_positives, mask=exist)
     if columns is not None:
         for start in range(0, n_columns, BLOCK):
             places = start + tl.arange(0, BLOCK)
             exist = places < n_columns
-            log_sums = _log_sums_of_columns(columns, places, exist)
-            _, slopes = _penalty(columns, log_sums, places, exist, SOFTPLUS, False, DTYPE)
+            of_columns = _odds_of_columns(columns, places, exist, DTYPE)
+            _, slopes = _penalty(of_columns, exist, SOFTPLUS, DTYPE)
             most = tl.maximum(most, slopes)
-    largest = tl.max(most, 0)
-    tl.store(loss_ptr, tl.sum(total, 0))
-    tl.store(most_ptr, largest * 2.0**-HEADROOM)
+    largest, divisor = tl.max(most, 0), tl.full([], 1.0, DTYPE)
+    if classes is not None:
+        if classes.OVER_ANCHORS:
+            divisor = tl.maximum(tl.sum(weight, 0), 1e-37)
+    tl.store(loss_ptr, tl.sum(total, 0) / divisor)
+    tl.store(most_ptr, largest / divisor * 2.0**-HEADROOM)
     for start in range(0, n_padded, BLOCK):
         places = start + tl.arange(0, BLOCK)
         exist = places < n
-        log_sums = _merge(parts_ptr, places, exist, n_padded, n_splits, BLOCK, DTYPE)
-        _, slopes = _penalty(rows, log_sums, places, exist, SOFTPLUS, CLASSES, DTYPE)
-        _store_shifts(rows.shifts_ptr, log_sums, slopes, largest, places, n_padded)
-        if CLASSES:
-            pulls = tl.load(attractions_ptr + places, mask=exist, other=0.0).to(DTYPE)
-            pulls = tl.where(pulls == 0, 0.0, pulls * PULL / (largest * 2.0**-HEADROOM))
-            tl.store(pulls_ptr + places, pulls, mask=places < n_padded)
+        odds = _odds_of_rows(
+            parts_ptr, rows, classes, places, exist, n_padded, n_splits, BLOCK, DTYPE
+        )
+        _, slopes = _penalty(odds, exist, SOFTPLUS, DTYPE)
+        _store_shifts(rows.shifts_ptr, odds.log_sums, slopes, largest, places, n_padded)
+        if classes is not None:
+            lifted = slopes / tl.maximum(odds.n_positives, 1.0) / (largest * 2.0**-HEADROOM)
+            pulls = tl.where(slopes == 0, 0.0, lifted)
+            pulls *= 2.0 if classes.DOUBLE else 1.0
+            tl.store(classes.pulls_ptr + places, pulls, mask=places < n_padded)
     if columns is not None:
         for start in range(0, n_columns_padded, BLOCK):
             places = start + tl.arange(0, BLOCK)
             exist = places < n_columns
-            log_sums = _log_sums_of_columns(columns, places, exist)
-            _, slopes = _penalty(columns, log_sums, places, exist, SOFTPLUS, False, DTYPE)
-            _store_shifts(columns.shifts_ptr, log_sums, slopes, largest, places, n_columns_padded)
+            of_columns = _odds_of_columns(columns, places, exist, DTYPE)
+            _, slopes = _penalty(of_columns, exist, SOFTPLUS, DTYPE)
+            _store_shifts(
+                columns.shifts_ptr, of_columns.log_sums, slopes, largest, places, n_columns_padded
+            )
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from fastkd.kernels.pairs.tiles import (
     same_class,
     store_values,
 )
-from fastkd.kernels.tiles import LN2, LOG2E
+from fastkd.kernels.tiles import INFINITY, LN2, LOG2E
 
 # a row's sum relative to the largest exponential of its block: what float32 flushes to 0 of that,
 # 2^-126 each, is below the rounding of such a sum
@@ -59,12 +59,16 @@ class _Sums(NamedTuple):
     largest: Any  # [ROWS]
     total: Any  # [ROWS], Σ_j exp2(S_ij − largest_i)
     weighted: Any  # [ROWS, DEPTH], Σ_j exp2(S_ij − largest_i) g_j y_j
+    alike: Any  # [ROWS], Σ_j S_ij over the pairs of one class
+    rest: Any  # [ROWS], what its rounding added
 
 
 class _SumOperands(NamedTuple):
     similarities: Any
     block: Any
     other_view: Any  # [ROWS], columns; None: there are no two views
+    classes_ptr: Any  # of the columns, or None
+    row_classes: Any  # [ROWS], or None
     WEIGHTED: Any
 
 
@@ -82,22 +86,37 @@ def _add_exponentials(sums, operands, row, column, mask, MASKED: tl.constexpr, T
         weighted = add_weighted(
             weighted * shrunk[:, None], lift(e, y.dtype), y, operands.similarities.y, column, TILE
         )
-    return _Sums(risen, total, weighted)
+    alike, rest = sums.alike, sums.rest
+    if operands.classes_ptr is not None:
+        same = same_class(s, operands.row_classes, operands.classes_ptr, column, MASKED, TILE)
+        if operands.other_view is not None:
+            same &= s != -INFINITY
+        # compensated, because sums of many numbers that are alike are rounded often
+        part = tl.sum(tl.where(same, s, 0.0), 1) - rest
+        grown = alike + part
+        alike, rest = grown, (grown - alike) - part
+    return _Sums(risen, total, weighted, alike, rest)
 
 
 @triton.jit
 def _no_sums(TILE):
+    zeros = tl.zeros([TILE.ROWS], TILE.DTYPE)
     return _Sums(
         tl.full([TILE.ROWS], LOWEST, TILE.DTYPE),
-        tl.zeros([TILE.ROWS], TILE.DTYPE),
+        zeros,
         tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE),
+        zeros,
+        zeros,
     )
 
 
 @triton.jit(do_not_specialize=["n", "m", "per_split", "diagonal"])
 def log_sums(
     similarities,
+    row_classes_ptr,  # [n_padded], or None
+    column_classes_ptr,  # [m_padded], or None
     log_sums_ptr,  # [n_splits, n_padded]
+    alike_ptr,  # [n_splits, n_padded], Σ_j S_ij over the pairs of one class; None without classes
     values_ptr,  # [n_splits, n_padded, DEPTH], or None
     n,
     n_padded,
@@ -118,11 +137,20 @@ def log_sums(
     other_view = None
     if TWO_VIEWS:
         other_view = other_views(rows, n, m, diagonal, False)
+    row_classes = None
+    if row_classes_ptr is not None:
+        row_classes = tl.load(row_classes_ptr + rows)
     sums = fold_tiles(
-        _no_sums(TILE), _SumOperands(similarities, block, other_view, values_ptr is not None),
+        _no_sums(TILE),
+        _SumOperands(
+            similarities, block, other_view, column_classes_ptr, row_classes,
+            values_ptr is not None,
+        ),
         row, low, high, Mask(n, m, diagonal, False), _add_exponentials, TILE,
     )  # fmt: skip
     tl.store(log_sums_ptr + split * n_padded + rows, sums.largest + tl.log2(sums.total))
+    if alike_ptr is not None:
+        tl.store(alike_ptr + split * n_padded + rows, sums.alike)
     if values_ptr is not None:
         total = lift(tl.where(sums.total == 0, 1.0, sums.total), block.x.dtype)
         store_values(values_ptr, sums.weighted / total[:, None], split, n_padded, row, TILE)
@@ -201,7 +229,7 @@ def row_and_column_log_sums(
     log_sums = largest + tl.log2(total)
     if tl.min(tl.where(rows < n, total, 1.0)) < SMALLEST_TOTAL:
         sums = fold_tiles(
-            _no_sums(TILE), _SumOperands(similarities, block, None, False),
+            _no_sums(TILE), _SumOperands(similarities, block, None, None, None, False),
             row, low, high, Mask(n, m, diagonal, False), _add_exponentials, TILE,
         )  # fmt: skip
         log_sums = sums.largest + tl.log2(sums.total)

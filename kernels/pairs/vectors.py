@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.pairs.tiles import LOWEST, partners
+from fastkd.problems import pairs as problems
 
-SHORTEST = tl.constexpr(1e-12)  # as in fastkd.problems.pairs
+SHORTEST = tl.constexpr(problems.SHORTEST)
 
 
 class Sources(NamedTuple):
