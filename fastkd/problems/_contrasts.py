@@ -246,7 +246,8 @@ def sup_con(
     over_anchors = reduction == "mean" and anchors == "with_positive" and not call.ranks
     factors: float | Tensor = 1.0 if weights is None else weights.detach().to(dtype)
     if reduction == "mean" and not over_anchors:
-        counted = torch.ones_like(labels, dtype=dtype) if weights is None else factors
+        counted = torch.ones_like(labels, dtype=dtype)
+        counted = counted if weights is None else counted * weights.detach().to(dtype)
         if anchors == "with_positive":  # over all ranks
             *_, n_positives = numbers_of_classes(of_keys, labels, dtype)
             counted = counted * ((n_positives > int(not is_apart)) & (labels != IGNORED))

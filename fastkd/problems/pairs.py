@@ -99,11 +99,11 @@ solve_soft = Op(SoftPairs, trained=("query", "key", "scale"))
 
 def widened(problem: Pairs) -> Pairs:
     """Return the problem with embeddings in the compute dtype."""
-    query, key, bank = problem.query, problem.key, problem.bank
-    if query.dtype == problem.scale.dtype:
+    dtype = problem.scale.dtype
+    if problem.query.dtype == dtype:
         return problem
-    query, key, bank = (x if x is None else x.to(problem.scale.dtype) for x in (query, key, bank))
-    return problem._replace(query=query, key=key, bank=bank)
+    key, bank = (x if x is None else x.to(dtype) for x in (problem.key, problem.bank))
+    return problem._replace(query=problem.query.to(dtype), key=key, bank=bank)
 
 
 class Half(NamedTuple):

@@ -8,6 +8,11 @@ Work, in products of 2 N M D FLOPs: with rows alone 1, with the gradient in quer
 4; with columns, or with classes, 1, 3, 5; if the queries are the keys 1, 3. Products are of
 embeddings as they came, in half precision, summed in float32; of float32 they are where the user
 allows TF32. All other problems go by chunks through cuBLAS.
+
+A step takes 5 to 9 launches here, whatever N: one for each side that lays out embeddings, finds
+lengths and similarities to positive keys, the sweeps, one that makes the loss and all slopes of
+what they add up, and one for each side that makes the gradient. Further logits, ranks and a
+trained scale take a few of PyTorch's more.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fastkd.kernels.device import on_device, warn_of_chunks
+from fastkd.kernels.pairs.both_sums import column_log_sums, row_and_column_log_sums
 from fastkd.kernels.pairs.chunks import pairs_by_chunks
 from fastkd.kernels.pairs.embeddings import Embeddings, Partners, embeddings, with_rows_in_order
 from fastkd.kernels.pairs.penalties import (
@@ -36,9 +42,7 @@ from fastkd.kernels.pairs.soft_launch import solve_soft_pairs
 from fastkd.kernels.pairs.sweeps import (
     Classes,
     ColumnSums,
-    column_log_sums,
     log_sums,
-    row_and_column_log_sums,
     softplus_sums,
     weighed_sums,
 )

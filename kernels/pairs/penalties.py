@@ -30,7 +30,7 @@ class Examples(NamedTuple):
     """The log-sum-exps, positive logits and weights of rows, or of columns."""
 
     log_sums_ptr: Any  # [n], in units of log2
-    positives: Positives
+    positives: Positives | None  # None with classes
     weights_ptr: Any  # [n]
     shifts_ptr: Any  # [n_padded], out: what exponents lack, ∞ where there is nothing to add
 
