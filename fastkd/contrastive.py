@@ -34,9 +34,8 @@ from fastkd._loss import loss, reduce
 from fastkd._op import Number
 from fastkd.problems import _contrast_checks as checks
 from fastkd.problems import _contrasts as contrasts
-from fastkd.problems._contrasts import IGNORED
 from fastkd.problems._embeddings import is_number, logarithm
-from fastkd.problems.pairs import directions
+from fastkd.problems.pairs import IGNORED, directions
 
 
 @loss(checks.check_info_nce, contrasts.info_nce, same_on_ranks=("negatives",))

@@ -92,6 +92,7 @@ def of_tokens(x: Mapping[str, Any], grid: tuple[int, ...], n: int) -> Work:
 
 SWEEPS: dict[str, Callable[..., Work]] = {
     "log_sums": with_values,
+    "row_and_column_log_sums": lambda x, grid: tiles(x, grid, ("similarities", "TILE", 1)),
     "softplus_sums": with_values,
     "weighed_sums": with_values,
     "divergences": lambda x, grid: of_two(x, grid, 1),

@@ -33,6 +33,8 @@ from fastkd.problems.pairs import (
     over_ranks,
     own_columns,
     penalty,
+    widened,
+    with_attractions,
 )
 
 
@@ -40,6 +42,8 @@ def value_and_gradients(
     problem: Pairs | SoftPairs, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Gradients]:
     """Return the share of the queries in the loss, and its gradients in the trained fields."""
+    if isinstance(problem, Pairs):
+        problem = with_attractions(widened(problem))
     query, n_keys = problem.query, len(problem.query if problem.key is None else problem.key)
     if isinstance(problem, Pairs):
         solved = _kept_pairs.value_and_gradients(problem, needs_grad)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastkd._loss import Call
 from fastkd._op import is_differentiated
+from fastkd._precision import compute_dtype
 from fastkd.problems._contrast_checks import check_columns
 from fastkd.problems._embeddings import (
     apart,
@@ -24,15 +25,15 @@ from fastkd.problems._embeddings import (
     zero_loss,
 )
 from fastkd.problems.pairs import (
+    IGNORED,
     Number,
     Pairs,
     SoftPairs,
     directions,
+    numbers_of_classes,
     solve,
     solve_soft,
 )
-
-IGNORED = -100  # the label of an example without a class
 
 # --------------------------------------------------------------- embeddings against their keys
 
@@ -65,11 +66,13 @@ def info_nce(
         # the kernels read no mask of pairs, and old compilers do not trace _replace
         call = Call(call.name, "portable", call.row_mask, call.ranks)
     half = half_of(query, key, None if of_each else negatives)
-    query, key, negatives = in_compute_dtype(query, key, negatives)
+    is_plain = in_batch_negatives and is_number(margin, 0) and is_number(negative_weight, 1)
+    needs_logits = not is_plain or of_each or (symmetric and bool(call.ranks))
+    kept = "" if needs_logits or call.ranks else half
+    query, key, negatives = in_compute_dtype(query, key, negatives, half=kept)
     scale = inverse(temperature, query)
     logits = None
-    is_plain = in_batch_negatives and is_number(margin, 0) and is_number(negative_weight, 1)
-    if not is_plain or of_each or (symmetric and call.ranks):
+    if needs_logits:
         positive = cosines(query, key) if normalize else (query * key).sum(1)
         logits = (positive - margin) * scale - logarithm(negative_weight, query)
     gathered = [logits.detach()] if symmetric and logits is not None else []
@@ -123,7 +126,7 @@ def clip_contrastive(
     if reduction == "none":
         return NotImplemented
     half = half_of(image, text)
-    image, text = in_compute_dtype(image, text)
+    image, text = in_compute_dtype(image, text, half="" if call.ranks else half)
     scale = number_like(logit_scale, image)
     logits = (image * text).sum(1) * scale if call.ranks else None
     texts, first, *of_keys = call.ranks.share(text, *([] if logits is None else [logits.detach()]))
@@ -154,7 +157,7 @@ def siglip(
     if reduction == "none":
         return NotImplemented
     half = half_of(image, text)
-    image, text = in_compute_dtype(image, text)
+    image, text = in_compute_dtype(image, text, half="" if call.ranks else half)
     texts, first = call.ranks.share(text)
     scale = number_like(logit_scale, image)
     n = texts.shape[0]
@@ -164,9 +167,16 @@ def siglip(
     share = _solve(
         call, image, texts, scale, _factors(call, weights, n, reduction, image), form="pairs",
         first=-1 if negative_only else first, normalize=False, half=half,
-        positive_logits=-number_like(bias, image, image.shape[0]),
+        positive_logits=_thresholds(bias, image),
     )  # fmt: skip
     return call.ranks.total(share)
+
+
+def _thresholds(bias: Number, image: Tensor) -> Tensor:
+    """Return −bias for each image."""
+    if isinstance(bias, Tensor):
+        return number_like(bias, image).neg().expand(image.shape[0])
+    return number_like(-bias, image, image.shape[0])
 
 
 # ------------------------------------------------------------------------ examples of one kind
@@ -186,7 +196,7 @@ def nt_xent(
     if reduction == "none":
         return NotImplemented
     half = half_of(view1, view2)
-    both = torch.cat(in_compute_dtype(view1, view2))
+    both = torch.cat(in_compute_dtype(view1, view2, half="" if call.ranks else half))
     views, first = call.ranks.share(both)
     n = len(views)
     if n <= 2:
@@ -224,7 +234,8 @@ def sup_con(
         labels = labels.repeat_interleave(features.shape[1])
         features = features.flatten(0, 1)
         weights = None if weights is None else weights.flatten()
-    features, _, keys = in_compute_dtype(features, features, keys)
+    dtype = compute_dtype(features)
+    features, _, keys = in_compute_dtype(features, features, keys, half="" if call.ranks else half)
     labels = labels.long().contiguous()
     of_keys, is_apart = labels, keys is not None
     if key_labels is not None:
@@ -232,48 +243,25 @@ def sup_con(
     whole, first, of_keys = call.ranks.share(features if keys is None else keys, of_keys)
     if not whole.shape[0] or (whole.shape[0] < 2 and not is_apart):
         return zero_loss(features, whole, temperature)
-    classes, query_classes, n_positives = _classes(of_keys, labels, features.dtype)
-    if not is_apart:
-        n_positives.sub_(1)
-    n_positives.mul_(labels != IGNORED)
-    factors = is_anchor = n_positives.clamp(max=1)
-    if weights is not None:
-        weights = weights.detach().to(features.dtype)
-        factors = is_anchor * weights
-    if reduction == "mean":
-        counted = factors
-        if anchors == "all":
-            counted = torch.ones_like(is_anchor) if weights is None else weights
-        factors = _over_sum(call, factors, counted)
+    over_anchors = reduction == "mean" and anchors == "with_positive" and not call.ranks
+    factors: float | Tensor = 1.0 if weights is None else weights.detach().to(dtype)
+    if reduction == "mean" and not over_anchors:
+        counted = torch.ones_like(labels, dtype=dtype)
+        counted = counted if weights is None else counted * weights.detach().to(dtype)
+        if anchors == "with_positive":  # over all ranks
+            *_, n_positives = numbers_of_classes(of_keys, labels, dtype)
+            counted = counted * ((n_positives > int(not is_apart)) & (labels != IGNORED))
+        factors = _over_sum(call, counted, counted)
     share = _solve(
         call, features, whole if is_apart or call.ranks else None,
         inverse(temperature, features), factors, form="linear", first=-1 if is_apart else first,
-        normalize=normalize, half=half, classes=classes, query_classes=query_classes,
-        attractions=factors / n_positives.clamp(min=1), attractions_differ=weights is not None,
+        normalize=normalize, half=half, classes=of_keys, query_classes=labels,
+        attractions_differ=weights is not None, over_anchors=over_anchors,
     )  # fmt: skip
     total = call.ranks.total(share)
     if base_temperature is None:
         return total
     return total * (number_like(temperature, features) / base_temperature)
-
-
-def _classes(
-    key_labels: Tensor, labels: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return numbers of the classes of keys and of queries, and how many keys each query's has.
-
-    The number of a class, found without a host sync, is the place of its first label among those of
-    all keys in order. A query without a key of its class gets the number of another one.
-    """
-    ordered = key_labels.sort()[0]
-    of_keys = place = torch.searchsorted(ordered, key_labels)
-    if labels is not key_labels:
-        place = torch.searchsorted(ordered, labels)
-    n_alike = torch.searchsorted(ordered, labels, right=True).sub_(place).to(dtype)
-    if labels is not key_labels:  # a label above those of all keys has the place after the last
-        place = place.clamp(max=len(ordered) - 1)
-    classes = of_keys.to(dtype)
-    return classes, classes if place is of_keys else place.to(dtype), n_alike
 
 
 # ---------------------------------------------------------------------- two networks' similarities
@@ -347,7 +335,7 @@ def _factors(
     """
     if weights is None:
         return 1 / n if reduction == "mean" else 1.0
-    weights = weights.detach().to(like.dtype)
+    weights = weights.detach().to(compute_dtype(like))
     return weights if reduction == "sum" else _over_sum(call, weights, weights)
 
 
@@ -375,8 +363,8 @@ def _solve(
     key_positive_logits: Tensor | None = None,
     classes: Tensor | None = None,
     query_classes: Tensor | None = None,
-    attractions: Tensor | None = None,
     attractions_differ: bool = False,
+    over_anchors: bool = False,
     two_views: bool = False,
     normalize: bool = True,
 ) -> Tensor:
@@ -387,9 +375,9 @@ def _solve(
     """
     key_weights = None
     if not isinstance(weights, Tensor):
+        weight, weights = weights, scale.new_full(query.shape[:1], weights)
         if n_columns:
-            key_weights = query.new_full((n_columns,), weights)
-        weights = query.new_full(query.shape[:1], weights)
+            key_weights = scale.new_full((n_columns,), weight) if call.ranks else weights
     elif n_columns:
         (key_weights,), _ = call.ranks.gather(weights)
     problem = Pairs(
@@ -397,9 +385,9 @@ def _solve(
         further_logits=further_logits, weights=weights,
         bank=apart(bank, query, key), masked_pairs=masked_pairs,
         key_positive_logits=key_positive_logits, key_weights=apart(key_weights, weights),
-        classes=classes, query_classes=apart(query_classes, classes), attractions=attractions,
-        attractions_differ=attractions_differ, form=form, first=first, two_views=two_views,
-        normalize=normalize, half=half,
+        classes=classes, query_classes=apart(query_classes, classes), attractions=None,
+        attractions_differ=attractions_differ, over_anchors=over_anchors, form=form, first=first,
+        two_views=two_views, normalize=normalize, half=half,
         group=call.ranks.name if n_columns else "",
     )  # fmt: skip
     return solve(call.engine, problem)

@@ -17,14 +17,14 @@ def apart(x: Tensor | None, *others: Tensor | None) -> Tensor | None:
     return x.view_as(x) if x is not None and any(x is other for other in others) else x
 
 
-def in_compute_dtype(*embeddings: Any) -> list[Any]:
-    """Return embeddings as engines take them; None stays None.
+def in_compute_dtype(*embeddings: Any, half: str = "") -> list[Any]:
+    """Return embeddings as engines take them, which widen those in `half` themselves.
 
-    The first two tell the compute dtype. Inference tensors are cloned, because autograd cannot save
-    them for a backward.
+    None stays None. The first two tell the compute dtype. Inference tensors are cloned, because
+    autograd cannot save them for a backward.
     """
     dtype = compute_dtype(*embeddings[:2])
-    wide = [x if x is None or x.dtype == dtype else x.to(dtype) for x in embeddings]
+    wide = [x if half or x is None or x.dtype == dtype else x.to(dtype) for x in embeddings]
     return [x.clone() if is_inference(x) else x for x in wide]
 
 
@@ -36,18 +36,24 @@ def half_of(*embeddings: Tensor | None) -> str:
 
 
 def number_like(number: Number, like: Tensor, *shape: int) -> Tensor:
-    """Return a tensor of this number on the device of `like`, 0-dim without a shape."""
+    """Return a tensor of this number on the device of `like`, 0-dim without a shape.
+
+    It is of the compute dtype of `like`.
+    """
+    dtype = compute_dtype(like)
+    if isinstance(number, Tensor) and not (shape or number.ndim) and number.device == like.device:
+        return number.to(dtype)
     if isinstance(number, Tensor) or torch.compiler.is_compiling():
         # a copy from the host is a host sync, and the compiler would specialise on a number
-        return like.new_ones(shape) * number
-    return like.new_full(shape, number)
+        return like.new_ones(shape, dtype=dtype) * number
+    return like.new_full(shape, number, dtype=dtype)
 
 
 def inverse(temperature: Number, like: Tensor) -> Tensor:
     """Return 1 / temperature as a 0-dim tensor on the device of `like`."""
     if isinstance(temperature, Tensor) or torch.compiler.is_compiling():
         return 1 / number_like(temperature, like)
-    return like.new_full((), 1 / temperature)
+    return number_like(1 / temperature, like)
 
 
 def logarithm(number: Number, like: Tensor) -> Tensor:

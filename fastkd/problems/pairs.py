@@ -22,6 +22,7 @@ Gradients = tuple[Tensor | None, ...]
 
 SHORTEST = 1e-12  # F.normalize divides by at least this length; a row of it has no direction
 LINEAR = 50.0  # from here on a softplus equals its argument, in float64 too
+IGNORED = -100  # the label of an example without a class
 HEADROOM = 12  # slopes are lifted by 2^12, since small ones would vanish in float16
 
 
@@ -40,14 +41,15 @@ class Pairs(NamedTuple):
     they are None. "pairs" needs them. With weights of keys the first two forms have the same sums
     over the columns of those keys besides. Without them, and with positive logits, f are the logits
     of further negatives of each query alone. Classes go with "linear": all keys of a query's class
-    are its positive ones, and r_i S_ij is subtracted for each such pair.
+    are its positive ones, and r_i S_ij is subtracted for each such pair. A query without any, as
+    with the label IGNORED, has the weight 0.
 
     The gradient in the positive logits includes that in the positive logits of the queries' keys.
     """
 
-    query: Tensor  # [n, D], in the compute dtype
-    key: Tensor | None  # [M, D]; None: the queries are the keys
-    scale: Tensor  # 0-dim
+    query: Tensor  # [n, D], in the compute dtype or as it came in half precision
+    key: Tensor | None  # [M, D], as the queries; None: the queries are the keys
+    scale: Tensor  # 0-dim, in the compute dtype
     positive_logits: Tensor | None  # a, [n]; None: s, or by classes
     further_logits: Tensor | None  # f, [n, M']; None: there are none
     weights: Tensor  # w, [n]
@@ -55,10 +57,11 @@ class Pairs(NamedTuple):
     masked_pairs: Tensor | None  # [n, M + B], bool: further masked pairs; kernels do not read it
     key_positive_logits: Tensor | None  # [N], a of the examples of the first N keys; None: s
     key_weights: Tensor | None  # [N]; None: columns have no loss
-    classes: Tensor | None  # [M], float numbers of the classes of all keys
+    classes: Tensor | None  # [M], the labels of all keys
     query_classes: Tensor | None  # [n]
-    attractions: Tensor | None  # r, [n], 0 for a query without a class
+    attractions: Tensor | None  # r, [n], which `with_attractions` knows; None: it was not asked
     attractions_differ: bool  # whether they do within a class
+    over_anchors: bool  # whether weights are over their sum over queries with a positive key
     form: str
     first: int  # the rank offset: query i and key first + i are of one example; -1: none are
     two_views: bool  # queries are two views of each example, the first views before the second
@@ -92,6 +95,15 @@ solve_soft = Op(SoftPairs, trained=("query", "key", "scale"))
 
 
 # ------------------------------------------------------------------ embeddings as engines take them
+
+
+def widened(problem: Pairs) -> Pairs:
+    """Return the problem with embeddings in the compute dtype."""
+    dtype = problem.scale.dtype
+    if problem.query.dtype == dtype:
+        return problem
+    key, bank = (x if x is None else x.to(dtype) for x in (problem.key, problem.bank))
+    return problem._replace(query=problem.query.to(dtype), key=key, bank=bank)
 
 
 class Half(NamedTuple):
@@ -171,7 +183,7 @@ def penalty(problem: Pairs, log_sums: Tensor, rows: slice, shift: Tensor | float
     subtracted, because both may be large and alike.
     """
     assert problem.positive_logits is not None
-    dtype = problem.query.dtype
+    dtype = log_sums.dtype
     positive, weights = problem.positive_logits[rows].to(dtype), problem.weights[rows].to(dtype)
     odds = log_sums + (shift - positive)
     if problem.further_logits is not None:
@@ -321,6 +333,40 @@ def _add_positive_pairs(
             add(of_query[rows], k, across_q[rows], q, along_q[rows])
         if of_keys is not None:
             add(of_keys[columns], q, across_k[rows], k, along_k[rows])
+
+
+def with_attractions(problem: Pairs) -> Pairs:
+    """Return a problem with numbers in place of labels, attractions, and weights that heed both."""
+    classes, labels = problem.classes, problem.query_classes
+    if classes is None or labels is None or problem.attractions is not None:
+        return problem
+    numbers, query_numbers, n_positives = numbers_of_classes(classes, labels, problem.scale.dtype)
+    if problem.first >= 0:
+        n_positives.sub_(1)
+    n_positives.mul_(labels != IGNORED)
+    factors = n_positives.clamp(max=1) * problem.weights.to(n_positives.dtype)
+    if problem.over_anchors:
+        factors = factors / factors.sum().clamp(min=torch.finfo(factors.dtype).tiny)
+    return problem._replace(
+        classes=numbers, query_classes=query_numbers, weights=factors,
+        attractions=factors / n_positives.clamp(min=1),
+    )  # fmt: skip
+
+
+def numbers_of_classes(
+    key_labels: Tensor, labels: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return numbers of the classes of keys and of queries, and how many keys each query's has.
+
+    The number of a class, found without a host sync, is the place of its first label among those of
+    all keys in order. A query without a key of its class gets the number of another one.
+    """
+    ordered = key_labels.sort()[0]
+    place = torch.searchsorted(ordered, labels)
+    n_alike = torch.searchsorted(ordered, labels, right=True).sub_(place).to(dtype)
+    # a label above those of all keys has the place after the last
+    place = place.clamp(max=len(ordered) - 1)
+    return torch.searchsorted(ordered, key_labels).to(dtype), place.to(dtype), n_alike
 
 
 def means_over_classes(problem: Pairs) -> Tensor:

@@ -8,53 +8,63 @@ Work, in products of 2 N M D FLOPs: with rows alone 1, with the gradient in quer
 4; with columns, or with classes, 1, 3, 5; if the queries are the keys 1, 3. Products are of
 embeddings as they came, in half precision, summed in float32; of float32 they are where the user
 allows TF32. All other problems go by chunks through cuBLAS.
+
+A step takes 5 to 9 launches here, whatever N: one for each side that lays out embeddings, finds
+lengths and similarities to positive keys, the sweeps, one that makes the loss and all slopes of
+what they add up, and one for each side that makes the gradient. Further logits, ranks and a
+trained scale take a few of PyTorch's more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from fastkd.kernels.device import device_of, on_device, warn_of_chunks
+from fastkd.kernels.device import on_device, warn_of_chunks
+from fastkd.kernels.pairs.both_sums import column_log_sums, row_and_column_log_sums
 from fastkd.kernels.pairs.chunks import pairs_by_chunks
+from fastkd.kernels.pairs.embeddings import Embeddings, Partners, embeddings, with_rows_in_order
+from fastkd.kernels.pairs.penalties import (
+    ClassSums,
+    Examples,
+    Positives,
+    class_numbers,
+    log_sum_penalties,
+    pair_penalties,
+)
 from fastkd.kernels.pairs.soft_launch import solve_soft_pairs
 from fastkd.kernels.pairs.sweeps import (
     Classes,
     ColumnSums,
-    column_log_sums,
     log_sums,
     softplus_sums,
     weighed_sums,
 )
 from fastkd.kernels.pairs.tiles import Similarities
-from fastkd.kernels.pairs.tiling import (
-    Embeddings,
-    Tiling,
-    embeddings,
-    sizes_of,
-    splits_of,
-    sum_of_splits,
-    tiling,
-)
+from fastkd.kernels.pairs.tiling import Tiling, sizes_of, splits_of, tiling
+from fastkd.kernels.pairs.vectors import Shares
 from fastkd.kernels.tiles import LN2, LOG2E
 from fastkd.problems.pairs import (
     HEADROOM,
     Gradients,
     Pairs,
     SoftPairs,
-    column_penalty,
     over_ranks,
-    own_columns,
     penalty,
+    widened,
+    with_attractions,
     with_positives,
 )
 
-_LANES = 128
+_BLOCKS, _COLUMNS = 8, 128  # whose sums a program reads at once
+_BLOCK = 1024  # numbers that the one program of a loss reads at once
+_LABELS = 32  # whose keys a program counts
 
 
 def value_and_gradients(
@@ -70,17 +80,40 @@ def value_and_gradients(
         return _solve_pairs(problem, needs_grad)
 
 
-@with_positives
 def _solve_pairs(problem: Pairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gradients]:
     query, key = problem.query, problem.key
-    tiles = tiling(query, problem.half, query.dtype)
-    if tiles is None or not query.numel() or not (key is None or key.numel()):
-        return pairs_by_chunks(problem, needs_grad)
-    try:
-        return _Sweeps(problem, tiles, needs_grad).value_and_gradients()
-    except OutOfResources as error:
-        warn_of_chunks(error.name, error.required, error.limit)
-    return pairs_by_chunks(problem, needs_grad)
+    tiles = tiling(query, problem.half, problem.scale.dtype)
+    if tiles is not None and query.numel() and (key is None or key.numel()):
+        try:
+            return _Sweeps(problem, tiles, needs_grad).value_and_gradients()
+        except OutOfResources as error:
+            warn_of_chunks(error.name, error.required, error.limit)
+    return _by_chunks(with_attractions(widened(problem)), needs_grad)
+
+
+_by_chunks = with_positives(pairs_by_chunks)
+
+
+class _Slopes(NamedTuple):
+    """A loss and its slopes, with what the second sweep and the gradients need of them."""
+
+    loss: Tensor
+    of_logits: Tensor | None  # in the positive logits, [n]
+    of_further: Tensor | None
+    of_positives: Tensor | None  # in the similarities to the positive keys, [n]
+    most: Tensor  # 0-dim, what the sums of the second sweep are multiplied by
+    row_shifts: Tensor  # [n_padded]
+    column_shifts: Tensor | None  # of the columns that have a loss, [m_padded]
+    pulls: Tensor | None  # attractions in units of `most`, [n_padded]
+    weights: Tensor | None  # of queries in units of `most`, [n_padded], of the form "pairs"
+
+
+class _FirstSums(NamedTuple):
+    """The sums for the queries, if the first sweep gives them, and their units."""
+
+    values: Tensor
+    weights: Tensor
+    shares: Shares | None
 
 
 class _Sweeps:
@@ -88,175 +121,217 @@ class _Sweeps:
 
     def __init__(self, problem: Pairs, tiles: Tiling, needs_grad: Sequence[bool]) -> None:
         self.problem, self.tiles, self.needs_grad = problem, tiles, needs_grad
-        dtype = problem.query.dtype
-        self.scale = problem.scale.to(dtype)
-        self.x = embeddings(problem.query, problem.normalize, problem.half, tiles)
+        self.scale = problem.scale.to(tiles.dtype)
+        self.queries = queries = with_rows_in_order(problem.query)
+        self.trained_keys = queries if problem.key is None else with_rows_in_order(problem.key)
+        is_given = problem.form != "pairs" and problem.positive_logits is not None
+        self.has_positives = problem.first >= 0 and not is_given and problem.classes is None
+        self.x = self._laid_out(queries, self._partners(self.trained_keys))
         self.y = self.trained_y = self.x
         if problem.key is not None:
-            keys = problem.key
+            keys = self.trained_keys
             if problem.bank is not None:
-                keys = torch.cat([keys, problem.bank.to(dtype)])
-            self.y = embeddings(keys, problem.normalize, problem.half, tiles)
-            self.trained_y = self.y.head(len(problem.key))
-        # numbers for the rows of a matrix, by the id of its embeddings, which are x or y
-        self.other_views = self._other_views() if problem.two_views else {}
+                keys = torch.cat([keys, problem.bank.to(keys.dtype)])
+            self.y = self._laid_out(keys)
+            self.trained_y = self.y.head(len(self.trained_keys))
+        # by the id of the embeddings, which are x or y
         self.classes: dict[int, Tensor] = {}
         if problem.classes is not None:
-            classes = problem.classes.to(dtype)
-            self.classes = {id(self.y): self.y.pad(classes, -1)}
+            assert problem.query_classes is not None
+            numbers, self.n_alike = self._numbered(self.x, problem.query_classes)
+            self.classes[id(self.x)] = numbers
             if self.x is not self.y:
-                assert problem.query_classes is not None
-                self.classes[id(self.x)] = self.x.pad(problem.query_classes.to(dtype), -1)
+                self.classes[id(self.y)], _ = self._numbered(self.y, problem.classes)
         needs_query, needs_key, needs_scale = needs_grad[:3]
         self.trains_rows = needs_query or needs_scale
         self.trains_columns = problem.key is not None and needs_key
 
     def value_and_gradients(self) -> tuple[Tensor, Gradients]:
-        solve = self._pairs if self.problem.form == "pairs" else self._log_sum_exps
-        loss, of_logits, of_further, row_sums, column_sums = solve()
+        """Return the loss and its gradients in the trained fields."""
+        if self.problem.form == "pairs":
+            slopes, first = self._pairs()
+        else:
+            slopes, first = self._log_sum_exps()
         needs_query, _, needs_scale, needs_logits, needs_further = self.needs_grad
         of_query = of_key = of_scale = None
-        if row_sums is not None:
-            gradient, along = self.x.gradient(row_sums, self.scale)
-            if needs_query:
-                of_query = gradient
-            if needs_scale:
-                # halved if the queries are the keys, because each pair was met from both sides
-                of_scale = along.sum() * (1.0 if self.problem.key is not None else 0.5)
-        if column_sums is not None:
-            of_key, _ = self.trained_y.gradient(column_sums, self.scale)
-        of_numbers = of_logits if needs_logits else None, of_further if needs_further else None
-        return loss, (of_query, of_key, of_scale, *of_numbers)
+        if self.trains_rows:
+            units: dict[str, Any] = dict(most=slopes.most)
+            if first is None:
+                values = self._sums_of_rows(slopes)
+            else:
+                values, *of_rows = first
+                units = dict(zip(("weights", "shares"), of_rows, strict=True))
+            of_query, of_scale = self.x.gradient(
+                values, self.scale, needs_rows=needs_query, needs_scale=needs_scale, **units,
+                partners=self._partners(self.trained_keys), slopes=slopes.of_positives,
+                is_double=self.problem.key is None,
+            )  # fmt: skip
+        if self.trains_columns:
+            of_key, _ = self.trained_y.gradient(
+                self._sums_of_columns(slopes), self.scale, needs_rows=True, needs_scale=False,
+                most=slopes.most, partners=self._partners(self.queries, of_keys=True),
+                slopes=slopes.of_positives,
+            )  # fmt: skip
+        of_logits = slopes.of_logits if needs_logits else None
+        of_further = slopes.of_further if needs_further else None
+        return slopes.loss, (of_query, of_key, of_scale, of_logits, of_further)
 
     # ------------------------------------------------------------------------------- the losses
 
-    def _log_sum_exps(
-        self,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Return the loss, its gradients in a and f, Σ_j G_ij k_j and Σ_i G_ij q_i."""
+    def _log_sum_exps(self) -> tuple[_Slopes, _FirstSums | None]:
         problem, x, y = self.problem, self.x, self.y
         n, n_columns = len(x.rows), 0
-        if problem.key_positive_logits is not None:
-            n_columns = len(problem.key_positive_logits)
+        if problem.key_weights is not None:
+            n_columns = len(problem.key_weights)
         needs_sweep = n_columns > 0 or problem.key is None or problem.classes is not None
-        row_sums, values, column_sums = self._log_sums(
+        parts, alike, values, column_sums = self._log_sums(
             n_columns, self.trains_rows and not needs_sweep
         )
-        loss, u, of_logits, of_further = penalty(problem, row_sums, slice(0, n))
-        v = u
-        if n_columns:
-            column_sums = over_ranks(column_sums, problem.group)
-            share, v = column_penalty(problem, column_sums)
-            loss, of_logits = loss + share, of_logits - v[own_columns(problem)]
-        if not (self.trains_rows or self.trains_columns):
-            return loss, of_logits, of_further, None, None
-        if values is not None:
-            values = values[:n] * u[:, None]
-        most = u.amax() if v is u else torch.maximum(u.amax(), v.amax())
-        row_shifts = x.pad(_shifts(row_sums, u, most), torch.inf)
-        column_shifts = row_shifts
-        if n_columns:
-            column_shifts = y.pad(_shifts(column_sums, v, most), torch.inf)
-        elif self.classes and problem.key is not None:  # because there is no loss of columns
-            column_shifts = y.pad(row_shifts[:0], torch.inf)
-        most = most * 2**-HEADROOM
-        # if the queries are the keys, each pair is met as (i, j) and as (j, i)
-        r, is_double = None, y is x and not problem.attractions_differ
-        if problem.attractions is not None:
-            r = problem.attractions.to(most.dtype) * (2 if is_double else 1)
-            r = x.pad(torch.where(r == 0, 0, r / most))
-        if self.trains_rows and values is None:
-            values = self._weighted_sums(
-                x, y, row_shifts, column_shifts, attractions=r,
-                columns_attract=y is x and problem.attractions_differ,
+        if problem.further_logits is not None:
+            return self._with_further(parts, values)
+        loss, most = parts.new_empty(()), parts.new_empty(())
+        log_sums, of_rows, of_positives = parts.new_empty((3, n))
+        row_shifts, column_shifts = parts.new_empty(len(x.matrix)), None
+        columns = classes = pulls = positives = None
+        if alike is None:
+            positives = self._positives()
+        else:
+            pulls = torch.empty_like(row_shifts)
+            assert problem.query_classes is not None
+            classes = ClassSums(
+                problem.query_classes, self.n_alike, alike, pulls,
+                *map(tl.constexpr, (problem.first >= 0, problem.over_anchors, self._is_double())),
             )  # fmt: skip
-            values = values * most
-        sums = None
-        if self.trains_columns:
-            by_rows = column_shifts if n_columns else None
-            sums = self._weighted_sums(
-                self.trained_y, x, by_rows, row_shifts, attractions=r, rows_attract=False,
-                columns_attract=True,
-            )  # fmt: skip
-            sums = sums * most
-        return loss, of_logits, of_further, values, sums
+        rows = Examples(log_sums, positives, problem.weights, row_shifts)
+        if column_sums is not None:
+            column_shifts = parts.new_empty(len(y.matrix))
+            logits = Positives(problem.key_positive_logits, None)
+            if problem.key_positive_logits is None:
+                logits = self._positives()
+            columns = Examples(column_sums, logits, problem.key_weights, column_shifts)
+        log_sum_penalties[(1,)](
+            parts, rows, columns, classes, loss, of_rows, of_positives, most,
+            n=n, n_padded=len(x.matrix), n_splits=len(parts), n_columns=n_columns,
+            n_columns_padded=len(y.matrix), first=problem.first,
+            SOFTPLUS=problem.form == "softplus", BLOCK=_BLOCK, DTYPE=self.tiles.tile().DTYPE,
+        )  # fmt: skip
+        slopes = _Slopes(
+            loss, of_positives, None, of_positives if self.has_positives else None, most,
+            row_shifts, column_shifts, pulls, None,
+        )  # fmt: skip
+        if values is None:
+            return slopes, None
+        return slopes, _FirstSums(values, of_rows, Shares(parts, log_sums))
 
-    def _pairs(self) -> tuple[Tensor, Tensor, None, Tensor | None, Tensor | None]:
-        """Return the same of Σ_i w_i Σ_j softplus(S_ij − a_i)."""
+    def _with_further(
+        self, parts: Tensor, values: Tensor | None
+    ) -> tuple[_Slopes, _FirstSums | None]:
+        """Return the slopes with further logits, which are weighed in PyTorch."""
+        x, n = self.x, len(self.x.rows)
+        log_sums = (parts[:, :n] * LN2.value).logsumexp(0)
+        loss, of_rows, of_logits, of_further = penalty(self.problem, log_sums, slice(0, n))
+        most = of_rows.amax()
+        shifts = log_sums * LOG2E.value - (of_rows / most).log2() - HEADROOM
+        shifts = x.pad(torch.where(of_rows == 0, torch.inf, shifts), torch.inf)
+        most = most * 2**-HEADROOM
+        slopes = _Slopes(loss, of_logits, of_further, None, most, shifts, None, None, None)
+        if values is None:
+            return slopes, None
+        return slopes, _FirstSums(values, of_rows, Shares(parts, log_sums * LOG2E.value))
+
+    def _pairs(self) -> tuple[_Slopes, _FirstSums | None]:
         problem, x = self.problem, self.x
         assert problem.positive_logits is not None
-        dtype = problem.query.dtype
-        positive_logits = x.pad(problem.positive_logits.to(dtype) * LOG2E.value)
-        weights = problem.weights.to(dtype)
-        tiles = self.tiles.narrow()
+        tiles, n, n_padded = self.tiles.narrow(), len(x.rows), len(x.matrix)
+        thresholds = problem.positive_logits.contiguous()
         n_splits, per_split = splits_of(x, self.y, tiles)
-        sums = weights.new_empty((2, n_splits, len(x.matrix)))
+        sums = self.scale.new_empty((2, n_splits, n_padded))
         values = self._empty_values(x, n_splits) if self.trains_rows else None
-        softplus_sums[len(x.matrix) // tiles.rows, n_splits](
-            self._similarities(x, self.y), positive_logits, sums[0], sums[1], values,
+        softplus_sums[n_padded // tiles.rows, n_splits](
+            self._similarities(x, self.y), thresholds, sums[0], sums[1], values,
             **self._sizes(x, self.y, per_split), TILE=tiles.tile(), **tiles.options,
         )  # fmt: skip
-        penalties, slopes = sums.sum(1)[:, : len(weights)]
-        column_sums = row_sums = None
-        if self.trains_columns:
-            most = weights.amax().clamp(min=1e-30) * 2**-HEADROOM
-            column_sums = self._weighted_sums(
-                self.trained_y, x, None, positive_logits, weights=x.pad(weights / most)
-            )
-            column_sums = column_sums * most
-        if values is not None:
-            row_sums = sum_of_splits(values)[: len(weights)] * weights[:, None]
-        return penalties @ weights, -slopes * weights, None, row_sums, column_sums
+        loss, most = sums.new_empty(()), sums.new_empty(())
+        of_logits, of_positives = sums.new_empty((2, n))
+        shifts, weights = sums.new_empty((2, n_padded))
+        positives = self._positives() if self.has_positives else None
+        pair_penalties[(1,)](
+            sums, thresholds, problem.weights, positives, loss, of_logits, of_positives, most,
+            shifts, weights, n=n, n_padded=n_padded, n_splits=n_splits, BLOCK=_BLOCK,
+            DTYPE=tiles.tile().DTYPE,
+        )  # fmt: skip
+        slopes = _Slopes(
+            loss, of_logits, None, of_positives if self.has_positives else None, most, shifts,
+            None, None, weights,
+        )  # fmt: skip
+        return slopes, None if values is None else _FirstSums(values, problem.weights, None)
 
     # ------------------------------------------------------------------------------- the sweeps
 
-    def _log_sums(self, n_columns: int, needs_values: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return n [n], Σ_j softmax_j(S_ij) k_j [n_padded, depth] if needed, and c [n_columns]."""
-        x, y, tiles = self.x, self.y, self.tiles.narrow() if n_columns else self.tiles
+    def _log_sums(
+        self, n_columns: int, needs_values: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Return n of the splits [n_splits, n_padded], in units of log2, and c [n_columns].
+
+        Between them are Σ_j S_ij over the pairs of one class, as n, and Σ_j softmax_j(S_ij) k_j
+        over the columns of the splits, if needed.
+        """
+        x, y, tiles = self.x, self.y, self.tiles
         n_blocks = len(x.matrix) // tiles.rows
         n_splits, per_split = splits_of(x, y, tiles)
-        n_programs, columns = n_blocks, None
-        if n_columns:
-            # no more programs than run at once, because each one has its own sums of columns
-            rounds = triton.cdiv(n_blocks, device_of(x.rows).multiprocessors)
-            n_programs = triton.cdiv(n_blocks, rounds)
         parts = self.scale.new_empty((n_splits, len(x.matrix)))
-        values = self._empty_values(x, n_splits) if needs_values else None
-        if n_columns:
-            columns = ColumnSums(*parts.new_empty((2, n_programs, n_columns)))
-        log_sums[n_programs, n_splits](
-            self._similarities(x, y), self.other_views.get(id(x)), parts, values, columns,
-            n_columns=n_columns, **self._sizes(x, y, per_split), TILE=tiles.tile(),
-            **tiles.options,
-        )  # fmt: skip
+        constants = dict(**self._sizes(x, y, per_split), TILE=tiles.tile(), **tiles.options)
+        if not n_columns:
+            values = self._empty_values(x, n_splits) if needs_values else None
+            alike = torch.empty_like(parts) if self.classes else None
+            log_sums[n_blocks, n_splits](
+                self._similarities(x, y), self.classes.get(id(x)), self.classes.get(id(y)), parts,
+                alike, values, TWO_VIEWS=self.problem.two_views, **constants,
+            )  # fmt: skip
+            return parts, alike, values, None
+        columns = ColumnSums(*parts.new_empty((2, n_blocks, n_columns)))
+        row_and_column_log_sums[n_blocks, n_splits](
+            self._similarities(x, y), parts, columns, n_columns=n_columns, **constants
+        )
         column_sums = parts.new_empty(n_columns)
-        if columns is not None:
-            column_log_sums[(triton.cdiv(n_columns, _LANES),)](
-                columns, column_sums, n_programs, n_columns, LANES=_LANES
-            )
-        parts *= LN2.value
-        row_sums = parts.logsumexp(0) if n_splits > 1 else parts[0]
-        means = None
-        if values is not None:
-            means = values[0]
-            if n_splits > 1:
-                lowest = torch.finfo(parts.dtype).min
-                of_splits = (parts - row_sums.clamp(min=lowest)).exp()
-                means = (values * of_splits[..., None]).sum(0)
-        return row_sums[: len(x.rows)], means, column_sums * LN2.value
+        column_log_sums[(triton.cdiv(n_columns, _COLUMNS),)](
+            columns, column_sums, n_blocks, n_columns, BLOCKS=_BLOCKS, COLUMNS=_COLUMNS
+        )
+        if self.problem.group:
+            of_ranks = over_ranks(column_sums * LN2.value, self.problem.group)
+            column_sums = of_ranks * LOG2E.value
+        return parts, None, None, column_sums
 
-    def _weighted_sums(
+    def _sums_of_rows(self, slopes: _Slopes) -> Tensor:
+        """Return Σ_j G_ij k_j in units of `most`, by splits."""
+        columns_attract = self.y is self.x and self.problem.attractions_differ
+        column_shifts = slopes.column_shifts
+        if column_shifts is None and self.y is self.x:
+            column_shifts = slopes.row_shifts
+        return self._weighed_sums(
+            self.x, self.y, slopes.row_shifts, column_shifts, slopes.pulls,
+            columns_attract=columns_attract,
+        )  # fmt: skip
+
+    def _sums_of_columns(self, slopes: _Slopes) -> Tensor:
+        """Return Σ_i G_ij q_i in units of `most`, by splits."""
+        return self._weighed_sums(
+            self.trained_y, self.x, slopes.column_shifts, slopes.row_shifts, slopes.pulls,
+            weights=slopes.weights, rows_attract=False, columns_attract=True,
+        )  # fmt: skip
+
+    def _weighed_sums(
         self,
         x: Embeddings,
         y: Embeddings,
         row_shifts: Tensor | None,
-        column_shifts: Tensor,
+        column_shifts: Tensor | None,
+        attractions: Tensor | None,
         weights: Tensor | None = None,
-        attractions: Tensor | None = None,
         rows_attract: bool = True,
         columns_attract: bool = False,
     ) -> Tensor:
-        """Return Σ_j G_ij y_j, [n_padded, depth], with G as in the kernel `weighed_sums`."""
+        """Return Σ_j G_ij y_j, [n_splits, n_padded, depth], with G as in the kernel."""
         # narrow, because classes take registers too
         tiles = self.tiles.narrow() if self.classes and self.tiles.depth > 128 else self.tiles
         n_splits, per_split = splits_of(x, y, tiles)
@@ -265,24 +340,45 @@ class _Sweeps:
         if self.classes:
             classes = Classes(self.classes[id(x)], self.classes[id(y)], attractions)
         weighed_sums[len(x.matrix) // tiles.rows, n_splits](
-            self._similarities(x, y), self.other_views.get(id(x)), classes,
-            row_shifts, column_shifts, weights, values,
-            **self._sizes(x, y, per_split), TILE=tiles.tile(),
-            ROWS_ATTRACT=rows_attract and bool(self.classes),
+            self._similarities(x, y), classes, row_shifts, column_shifts, weights, values,
+            **self._sizes(x, y, per_split), TILE=tiles.tile(), TWO_VIEWS=self.problem.two_views,
+            OF_KEYS=x is not self.x, ROWS_ATTRACT=rows_attract and bool(self.classes),
             COLUMNS_ATTRACT=columns_attract and bool(self.classes), **tiles.options,
         )  # fmt: skip
-        return sum_of_splits(values)
+        return values
 
-    def _other_views(self) -> dict[int, Tensor]:
-        """Return for each row of x and of y the place of the other view of its example, or −1."""
-        n, first = len(self.x.rows), self.problem.first
-        places = torch.arange(n, device=self.scale.device, dtype=torch.int32).roll(-(n // 2))
-        others = {id(self.x): self.x.pad(places + first, -1)}
-        if self.trained_y is not self.x:
-            of_keys = self.trained_y.pad(places[:0], -1)
-            of_keys[first : first + n] = places
-            others[id(self.trained_y)] = of_keys
-        return others
+    def _laid_out(self, rows: Tensor, partners: Partners | None = None) -> Embeddings:
+        tiles = self.tiles
+        return embeddings(
+            rows, self.problem.normalize, tiles.product, tiles.dtype, tiles.depth, partners
+        )
+
+    def _partners(self, rows: Tensor, of_keys: bool = False) -> Partners | None:
+        problem = self.problem
+        if not self.has_positives:
+            return None
+        return Partners(rows, len(self.queries), problem.first, problem.two_views, of_keys)
+
+    def _positives(self) -> Positives:
+        """Return the positive logits of the queries."""
+        if self.has_positives:
+            return Positives(self.x.cosines, self.scale)
+        assert self.problem.positive_logits is not None
+        return Positives(self.problem.positive_logits.contiguous(), None)
+
+    def _numbered(self, x: Embeddings, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return numbers of classes for the rows of a matrix, and how many keys each label has."""
+        assert self.problem.classes is not None
+        numbers, counts = self.scale.new_empty(len(x.matrix)), self.scale.new_empty(len(labels))
+        class_numbers[(len(x.matrix) // _LABELS,)](
+            labels.contiguous(), self.problem.classes.contiguous(), numbers, counts, len(labels),
+            len(self.problem.classes), ROWS=_LABELS, COLUMNS=_COLUMNS,
+        )  # fmt: skip
+        return numbers, counts
+
+    def _is_double(self) -> bool:
+        """Return whether each pair of a class is met as (i, j) and as (j, i)."""
+        return self.y is self.x and not self.problem.attractions_differ
 
     def _empty_values(self, x: Embeddings, n_splits: int) -> Tensor:
         return self.scale.new_empty((n_splits, len(x.matrix), self.tiles.depth))
@@ -292,9 +388,3 @@ class _Sweeps:
 
     def _sizes(self, x: Embeddings, y: Embeddings, per_split: int) -> dict[str, Any]:
         return sizes_of(x, y, per_split, self.problem.first, is_swapped=x is not self.x)
-
-
-def _shifts(log_sums: Tensor, slopes: Tensor, most: Tensor) -> Tensor:
-    """Return c with exp2(S − c) = 2^HEADROOM · slope · softmax / most, for S in units of log2."""
-    shifts = log_sums * LOG2E.value - (slopes / most).log2() - HEADROOM
-    return torch.where(slopes == 0, torch.inf, shifts)

@@ -16,15 +16,14 @@ from triton.runtime.errors import OutOfResources
 
 from fastkd.kernels.device import warn_of_chunks
 from fastkd.kernels.pairs.chunks import soft_pairs_by_chunks
+from fastkd.kernels.pairs.embeddings import Embeddings, embeddings, with_rows_in_order
 from fastkd.kernels.pairs.similarity_kl import Shifts, divergences, weighed_differences
 from fastkd.kernels.pairs.tiles import Similarities
 from fastkd.kernels.pairs.tiling import (
     Tiling,
-    embeddings,
     merge_statistics,
     sizes_of,
     splits_of,
-    sum_of_splits,
     tiling,
     tilings_of_two,
 )
@@ -65,14 +64,18 @@ class _SoftSweeps:
         )
         dtype = problem.query.dtype
         self.scale, self.scale_t = problem.scale.to(dtype), problem.teacher_scale.to(dtype)
-        normalize, half, half_t = problem.normalize, problem.half, problem.teacher_half
-        self.queries = embeddings(problem.query, normalize, half, self.tiles)
-        self.queries_t = embeddings(problem.teacher_query, normalize, half_t, tiles_t)
+
+        def laid_out(rows: Tensor, tiles: Tiling) -> Embeddings:
+            rows, normalize = with_rows_in_order(rows), problem.normalize
+            return embeddings(rows, normalize, tiles.product, tiles.dtype, tiles.depth)
+
+        self.queries = laid_out(problem.query, self.tiles)
+        self.queries_t = laid_out(problem.teacher_query, tiles_t)
         self.keys, self.keys_t = self.queries, self.queries_t
         if problem.key is not None:
-            self.keys = embeddings(problem.key, normalize, half, self.tiles)
+            self.keys = laid_out(problem.key, self.tiles)
         if problem.teacher_key is not None:
-            self.keys_t = embeddings(problem.teacher_key, normalize, half_t, tiles_t)
+            self.keys_t = laid_out(problem.teacher_key, tiles_t)
         self.most = self.scale.new_ones(())  # that a slope may be, and is divided by in the sweeps
         if problem.weights is not None:
             self.most = problem.weights.to(dtype).amax().clamp(min=1e-30)
@@ -82,17 +85,18 @@ class _SoftSweeps:
         is_one_matrix = self.problem.key is None
         losses, shifts = self._divergences()
         of_query = of_key = of_scale = None
+        most = self.most * 2**-HEADROOM
         if needs_query or needs_scale:
             values = self._weighted_differences(shifts, shifts if is_one_matrix else None)
-            gradient, along = self.queries.gradient(values, self.scale)
-            if needs_query:
-                of_query = gradient
-            if needs_scale:
-                # halved if the queries are the keys, because each pair was met from both sides
-                of_scale = along.sum() * (0.5 if is_one_matrix else 1.0)
+            of_query, of_scale = self.queries.gradient(
+                values, self.scale, needs_rows=needs_query, needs_scale=needs_scale, most=most,
+                is_double=is_one_matrix,
+            )  # fmt: skip
         if needs_key and not is_one_matrix:
             values = self._weighted_differences(None, shifts)
-            of_key, _ = self.keys.gradient(values, self.scale)
+            of_key, _ = self.keys.gradient(
+                values, self.scale, needs_rows=True, needs_scale=False, most=most
+            )
         return weighted_sum(losses, self.problem.weights), (of_query, of_key, of_scale)
 
     def _divergences(self) -> tuple[Tensor, Shifts]:
@@ -118,7 +122,7 @@ class _SoftSweeps:
     def _weighted_differences(
         self, row_shifts: Shifts | None, column_shifts: Shifts | None
     ) -> Tensor:
-        """Return Σ_j G_ij k_j, or without the shifts of rows Σ_i G_ij q_i."""
+        """Return Σ_j G_ij k_j in units of `most`, or without the shifts of rows Σ_i G_ij q_i."""
         x, x_t, y, y_t = self.queries, self.queries_t, self.keys, self.keys_t
         if row_shifts is None:
             x, x_t, y, y_t = y, y_t, x, x_t
@@ -131,4 +135,4 @@ class _SoftSweeps:
             **sizes_of(x, y, per_split, self.problem.first, is_swapped=row_shifts is None),
             **self.constants,
         )  # fmt: skip
-        return sum_of_splits(values) * (self.most * 2**-HEADROOM)
+        return values

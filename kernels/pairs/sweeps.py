@@ -25,19 +25,20 @@ from fastkd.kernels.pairs.tiles import (
     load_tile,
     mask_other_view,
     masked,
+    other_views,
     same_class,
     store_values,
 )
-from fastkd.kernels.tiles import LN2
+from fastkd.kernels.tiles import INFINITY, LN2, LOG2E
 
 # What varies with N and M is passed by itself, because members of a tuple are always specialised.
 
 
 class ColumnSums(NamedTuple):
-    """The sums over the rows of each program, for columns j."""
+    """The sums over the rows of each block, for columns j."""
 
-    largest_ptr: Any  # [n_programs, n_columns], the maximum of S_ij
-    total_ptr: Any  # [n_programs, n_columns], Σ_i exp2(S_ij − maximum_j)
+    largest_ptr: Any  # [n_blocks, n_columns], the maximum of S_ij
+    total_ptr: Any  # [n_blocks, n_columns], Σ_i exp2(S_ij − maximum_j)
 
 
 class Classes(NamedTuple):
@@ -52,20 +53,21 @@ class _Sums(NamedTuple):
     largest: Any  # [ROWS]
     total: Any  # [ROWS], Σ_j exp2(S_ij − largest_i)
     weighted: Any  # [ROWS, DEPTH], Σ_j exp2(S_ij − largest_i) g_j y_j
+    alike: Any  # [ROWS], Σ_j S_ij over the pairs of one class
+    rest: Any  # [ROWS], what its rounding added
 
 
-class _SumOperands(NamedTuple):
+class SumOperands(NamedTuple):
     similarities: Any
     block: Any
     other_view: Any  # [ROWS], columns; None: there are no two views
-    columns: Any  # this program's part of `ColumnSums`, or None
-    n_columns: Any
-    is_first: Any  # whether this is the first block of the program
+    classes_ptr: Any  # of the columns, or None
+    row_classes: Any  # [ROWS], or None
     WEIGHTED: Any
 
 
 @triton.jit
-def _add_exponentials(sums, operands, row, column, mask, MASKED: tl.constexpr, TILE):
+def add_exponentials(sums, operands, row, column, mask, MASKED: tl.constexpr, TILE):
     y, s = load_tile(operands.similarities, operands.block, column, TILE)
     if MASKED:
         s = masked(s, row, column, mask, TILE)
@@ -78,100 +80,74 @@ def _add_exponentials(sums, operands, row, column, mask, MASKED: tl.constexpr, T
         weighted = add_weighted(
             weighted * shrunk[:, None], lift(e, y.dtype), y, operands.similarities.y, column, TILE
         )
-    if operands.columns is not None:
-        _add_to_columns(s, operands, column, TILE)
-    return _Sums(risen, total, weighted)
+    alike, rest = sums.alike, sums.rest
+    if operands.classes_ptr is not None:
+        same = same_class(s, operands.row_classes, operands.classes_ptr, column, MASKED, TILE)
+        if operands.other_view is not None:
+            same &= s != -INFINITY
+        # compensated, because sums of many numbers that are alike are rounded often
+        part = tl.sum(tl.where(same, s, 0.0), 1) - rest
+        grown = alike + part
+        alike, rest = grown, (grown - alike) - part
+    return _Sums(risen, total, weighted, alike, rest)
 
 
 @triton.jit
-def _add_to_columns(s, operands, column, TILE):
-    """Add a tile to the sums of its columns, in memory of this program alone."""
-    columns, n_columns = operands.columns, operands.n_columns
-    places = column + tl.arange(0, TILE.COLUMNS)
-    known = (places < n_columns) & (operands.is_first == 0)
-    before = tl.load(columns.largest_ptr + places, mask=known, other=LOWEST)
-    risen = tl.maximum(before, tl.max(s, 0))
-    total = tl.load(columns.total_ptr + places, mask=known, other=0.0) * tl.exp2(before - risen)
-    total += tl.sum(tl.exp2(s - risen[None, :]), 0)
-    tl.store(columns.largest_ptr + places, risen, mask=places < n_columns)
-    tl.store(columns.total_ptr + places, total, mask=places < n_columns)
+def no_sums(TILE):
+    zeros = tl.zeros([TILE.ROWS], TILE.DTYPE)
+    return _Sums(
+        tl.full([TILE.ROWS], LOWEST, TILE.DTYPE),
+        zeros,
+        tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE),
+        zeros,
+        zeros,
+    )
 
 
-@triton.jit(do_not_specialize=["n", "m", "per_split", "n_columns", "diagonal"])
+@triton.jit(do_not_specialize=["n", "m", "per_split", "diagonal"])
 def log_sums(
     similarities,
-    other_view_ptr,  # [n_padded], the column of the other view of each row; None: no two views
+    row_classes_ptr,  # [n_padded], or None
+    column_classes_ptr,  # [m_padded], or None
     log_sums_ptr,  # [n_splits, n_padded]
+    alike_ptr,  # [n_splits, n_padded], Σ_j S_ij over the pairs of one class; None without classes
     values_ptr,  # [n_splits, n_padded, DEPTH], or None
-    columns,  # ColumnSums, or None
     n,
     n_padded,
     m,
     per_split,
-    n_columns,
     diagonal,
     TILE,
+    TWO_VIEWS: tl.constexpr,
 ):
-    """Compute log2 Σ_j exp2 S_ij; program (blocks of rows, split of the columns).
+    """Compute log2 Σ_j exp2 S_ij; program (tile of rows, split of the columns).
 
     The values are Σ_j softmax_j(S_ij) g_j y_j over the columns of the split.
     """
-    program, split = tl.program_id(0), tl.program_id(1)
+    row, split = tl.program_id(0) * TILE.ROWS, tl.program_id(1)
     low, high = columns_of_split(split, per_split, m)
-    if columns is not None:
-        place = program.to(tl.int64) * n_columns
-        columns = ColumnSums(columns.largest_ptr + place, columns.total_ptr + place)
-    for step in range(tl.cdiv(n_padded // TILE.ROWS - program, tl.num_programs(0))):
-        row, is_first = (program + step * tl.num_programs(0)) * TILE.ROWS, step == 0
-        if columns is not None:
-            tl.debug_barrier()  # so that what the block before stored can be read
-        block = load_block(similarities, row, TILE)
-        other_view = None
-        if other_view_ptr is not None:
-            other_view = tl.load(other_view_ptr + row + tl.arange(0, TILE.ROWS))
-        sums = _Sums(
-            tl.full([TILE.ROWS], LOWEST, TILE.DTYPE),
-            tl.zeros([TILE.ROWS], TILE.DTYPE),
-            tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE),
-        )
-        sums = fold_tiles(
-            sums,
-            _SumOperands(
-                similarities, block, other_view, columns, n_columns, is_first,
-                values_ptr is not None,
-            ),
-            row, low, high, Mask(n, m, diagonal, columns is not None), _add_exponentials, TILE,
-        )  # fmt: skip
-        rows = row + tl.arange(0, TILE.ROWS)
-        tl.store(log_sums_ptr + split * n_padded + rows, sums.largest + tl.log2(sums.total))
-        if values_ptr is not None:
-            total = lift(tl.where(sums.total == 0, 1.0, sums.total), block.x.dtype)
-            store_values(values_ptr, sums.weighted / total[:, None], split, n_padded, row, TILE)
-
-
-@triton.jit(do_not_specialize=["n_programs", "n_columns"])
-def column_log_sums(
-    columns,  # ColumnSums
-    log_sums_ptr,  # [n_columns]
-    n_programs,
-    n_columns,
-    LANES: tl.constexpr,
-):
-    """Compute log2 Σ_i exp2 S_ij from the sums that `log_sums` left; program (LANES columns)."""
-    places = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    exist = places < n_columns
-    largest_ptr, total_ptr = columns.largest_ptr, columns.total_ptr
-    largest = tl.load(largest_ptr + places, mask=exist, other=LOWEST)
-    total = tl.load(total_ptr + places, mask=exist, other=0.0)
-    for _ in range(1, n_programs):
-        largest_ptr += n_columns
-        total_ptr += n_columns
-        of_program = tl.load(largest_ptr + places, mask=exist, other=LOWEST)
-        risen = tl.maximum(largest, of_program)
-        total *= tl.exp2(largest - risen)
-        total += tl.load(total_ptr + places, mask=exist, other=0.0) * tl.exp2(of_program - risen)
-        largest = risen
-    tl.store(log_sums_ptr + places, largest + tl.log2(total), mask=exist)
+    rows = row + tl.arange(0, TILE.ROWS)
+    block = load_block(similarities, row, TILE)
+    other_view = None
+    if TWO_VIEWS:
+        other_view = other_views(rows, n, m, diagonal, False)
+    row_classes = None
+    if row_classes_ptr is not None:
+        row_classes = tl.load(row_classes_ptr + rows)
+    sums = fold_tiles(
+        no_sums(TILE),
+        SumOperands(
+            similarities, block, other_view, column_classes_ptr, row_classes,
+            values_ptr is not None,
+        ),
+        row, low, high, Mask(n, m, diagonal, False), add_exponentials, TILE,
+    )  # fmt: skip
+    tl.store(log_sums_ptr + split * n_padded + rows, sums.largest + tl.log2(sums.total))
+    if alike_ptr is not None:
+        tl.store(alike_ptr + split * n_padded + rows, sums.alike)
+    if values_ptr is not None:
+        total = lift(tl.where(sums.total == 0, 1.0, sums.total), block.x.dtype)
+        store_values(values_ptr, sums.weighted / total[:, None], split, n_padded, row, TILE)
 
 
 @triton.jit
@@ -237,7 +213,7 @@ def _add_softplus(sums, operands, row, column, mask, MASKED: tl.constexpr, TILE)
 @triton.jit(do_not_specialize=["n", "m", "per_split", "diagonal"])
 def softplus_sums(
     similarities,
-    positive_logits_ptr,  # a, [n_padded], in units of log2
+    positive_logits_ptr,  # a, [n]
     sums_ptr,  # [n_splits, n_padded]
     slopes_ptr,  # [n_splits, n_padded]
     values_ptr,  # [n_splits, n_padded, DEPTH], or None
@@ -256,7 +232,8 @@ def softplus_sums(
     low, high = columns_of_split(split, per_split, m)
     rows = row + tl.arange(0, TILE.ROWS)
     block = load_block(similarities, row, TILE)
-    positive_logits = tl.load(positive_logits_ptr + rows)
+    positive_logits = tl.load(positive_logits_ptr + rows, mask=rows < n, other=0.0)
+    positive_logits = positive_logits.to(TILE.DTYPE) * LOG2E
     sums = _Softplus(
         tl.zeros([TILE.ROWS], TILE.DTYPE),
         tl.zeros([TILE.ROWS], TILE.DTYPE),
@@ -298,7 +275,9 @@ def _add_slopes(values, operands, row, column, mask, MASKED: tl.constexpr, TILE)
         slopes, _ = _sigmoid(s - tl.load(operands.column_shifts_ptr + places)[None, :])
         slopes *= tl.load(operands.weights_ptr + places)[None, :]
     else:
-        slopes = tl.exp2(s - tl.load(operands.column_shifts_ptr + places)[None, :])
+        slopes = tl.zeros([TILE.ROWS, TILE.COLUMNS], TILE.DTYPE)
+        if operands.column_shifts_ptr is not None:
+            slopes += tl.exp2(s - tl.load(operands.column_shifts_ptr + places)[None, :])
         if operands.row_shifts is not None:
             slopes += tl.exp2(s - operands.row_shifts[:, None])
         if operands.classes is not None:
@@ -314,10 +293,9 @@ def _add_slopes(values, operands, row, column, mask, MASKED: tl.constexpr, TILE)
 @triton.jit(do_not_specialize=["n", "m", "per_split", "diagonal"])
 def weighed_sums(
     similarities,
-    other_view_ptr,  # [n_padded], the column of the other view of each row; None: no two views
     classes,  # Classes, or None
     row_shifts_ptr,  # [n_padded], or None
-    column_shifts_ptr,  # [m_padded]
+    column_shifts_ptr,  # [m_padded], or None
     weights_ptr,  # [m_padded], or None
     values_ptr,  # [n_splits, n_padded, DEPTH]
     n,
@@ -326,13 +304,15 @@ def weighed_sums(
     per_split,
     diagonal,
     TILE,
+    TWO_VIEWS: tl.constexpr,
+    OF_KEYS: tl.constexpr,  # whether rows are keys, and columns queries
     ROWS_ATTRACT: tl.constexpr,
     COLUMNS_ATTRACT: tl.constexpr,
 ):
     """Compute Σ_j G_ij g_j y_j; program (tile of rows, split of the columns).
 
-    G_ij = exp2(S_ij − column_shift_j) + exp2(S_ij − row_shift_i), the latter if there are row
-    shifts, minus attraction_i, attraction_j or both for each pair of one class; with weights it is
+    G_ij = exp2(S_ij − column_shift_j) + exp2(S_ij − row_shift_i), with the shifts that there are,
+    minus attraction_i, attraction_j or both for each pair of one class; with weights it is
     weight_j σ(S_ij − column_shift_j).
     """
     row, split = tl.program_id(0) * TILE.ROWS, tl.program_id(1)
@@ -344,8 +324,8 @@ def weighed_sums(
         row_classes = tl.load(classes.x_ptr + row + lanes)
         if ROWS_ATTRACT:
             attractions = tl.load(classes.attractions_ptr + row + lanes)
-    if other_view_ptr is not None:
-        other_view = tl.load(other_view_ptr + row + lanes)
+    if TWO_VIEWS:
+        other_view = other_views(row + lanes, n, m, diagonal, OF_KEYS)
     if row_shifts_ptr is not None:
         row_shifts = tl.load(row_shifts_ptr + row + lanes)
     values = tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE)

@@ -93,6 +93,16 @@ def load_tile(similarities, block, column, TILE):
 
 
 @triton.jit
+def load_transposed(similarities, block, column, TILE):
+    """Return a tile of Sᵀ, [COLUMNS, ROWS]."""
+    y = tl.load(row_pointers(similarities.y.ptr, column, TILE.COLUMNS, TILE.DEPTH))
+    s = tl.dot(y, tl.trans(block.x), input_precision=TILE.PRECISION, out_dtype=TILE.DTYPE)
+    if similarities.y.factors_ptr is not None:
+        s *= tl.load(similarities.y.factors_ptr + column + tl.arange(0, TILE.COLUMNS))[:, None]
+    return s * block.scales[None, :]
+
+
+@triton.jit
 def lift(weights, LIKE: tl.constexpr):
     """Return 4096 times the weights of float16 rows, because small ones would vanish in float16."""
     return weights * 4096.0 if LIKE == tl.float16 else weights
@@ -106,6 +116,36 @@ def add_weighted(total, weights, y, side, column, TILE):
     return tl.dot(
         weights.to(y.dtype), y, total, input_precision=TILE.PRECISION, out_dtype=TILE.DTYPE
     )
+
+
+@triton.jit
+def partners(rows, n_queries, first, TWO_VIEWS: tl.constexpr, OF_KEYS: tl.constexpr):
+    """Return the positive partners of queries among the keys or, OF_KEYS, of keys among queries.
+
+    Of each pair come the query's number, the partner's, and whether there is one. Query i and key
+    first + i are of one example; with TWO_VIEWS the key of its other view is the partner.
+    """
+    query = rows - first if OF_KEYS else rows
+    exist = (query >= 0) & (query < n_queries)
+    partner = query
+    if TWO_VIEWS:
+        half = n_queries // 2
+        partner = tl.where(query < half, query + half, query - half)
+    if OF_KEYS:
+        query = partner
+    else:
+        partner += first
+    return query, partner, exist
+
+
+@triton.jit
+def other_views(rows, n, m, diagonal, OF_KEYS: tl.constexpr):
+    """Return the column of the other view of each row's example, or −1."""
+    if OF_KEYS:
+        _, column, exist = partners(rows, m, -diagonal, True, True)
+    else:
+        _, column, exist = partners(rows, n, diagonal, True, False)
+    return tl.where(exist, column, -1)
 
 
 @triton.jit
@@ -135,11 +175,23 @@ def same_class(s, classes, classes_ptr, column, MASKED: tl.constexpr, TILE):
 def masked(s, row, column, mask, TILE):
     """Return S with −inf for masked pairs."""
     rows, columns = row + tl.arange(0, TILE.ROWS), column + tl.arange(0, TILE.COLUMNS)
-    s = tl.where((columns < mask.m)[None, :], s, -INFINITY)
+    return _masked(s, rows[:, None], columns[None, :], mask)
+
+
+@triton.jit
+def masked_transposed(s, row, column, mask, TILE):
+    """Return Sᵀ with −inf for masked pairs."""
+    rows, columns = row + tl.arange(0, TILE.ROWS), column + tl.arange(0, TILE.COLUMNS)
+    return _masked(s, rows[None, :], columns[:, None], mask)
+
+
+@triton.jit
+def _masked(s, rows, columns, mask):
+    s = tl.where(columns < mask.m, s, -INFINITY)
     if mask.EDGES:
-        s = tl.where((rows < mask.n)[:, None], s, -INFINITY)
+        s = tl.where(rows < mask.n, s, -INFINITY)
     if mask.diagonal is not None:
-        s = tl.where(rows[:, None] + mask.diagonal == columns[None, :], -INFINITY, s)
+        s = tl.where(rows + mask.diagonal == columns, -INFINITY, s)
     return s
 
 

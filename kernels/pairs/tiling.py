@@ -1,4 +1,4 @@
-"""Cut the similarities of a problem into tiles, and lay out embeddings as the kernels read them."""
+"""Cut the similarities of a problem into tiles, and these among programs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd.kernels.device import INTERPRETED, Device, device_of
-from fastkd.kernels.pairs.tiles import Side, Tile
-from fastkd.problems.pairs import SHORTEST, divisors, in_half
+from fastkd.kernels.pairs.embeddings import Embeddings
+from fastkd.kernels.pairs.tiles import Tile
 
-ALIGNMENT = 128  # matrices have a multiple of so many rows, which the sides of all tiles divide
 _WIDEST_HALF, _WIDEST_TF32 = 256, 128  # widths whose sums stay in registers
-_ROOM_FOR_TWO = 120 << 10  # bytes of shared memory that two stages of both networks' tiles fill
+# tiles in shared memory, so that the copies of the next ones run while one is multiplied
+_AHEAD = 3
+_SCRATCH = 2 << 10  # bytes of shared memory that a program needs besides
 
 
 class Tiling(NamedTuple):
@@ -71,7 +72,7 @@ def tiling(rows: Tensor, half: str, dtype: torch.dtype) -> Tiling | None:
         return Tiling(getattr(torch, half), dtype, depth, *_sides(depth, device, is_small))
     if depth > _WIDEST_TF32 or not _may_be_rounded(device.nvidia):
         return None
-    return Tiling(dtype, dtype, depth, 64, 32, 2, 4 if depth > 64 else 8)
+    return Tiling(dtype, dtype, depth, 64, 32, _AHEAD, 4 if depth > 64 else 8)
 
 
 def _sides(depth: int, device: Device, is_small: bool) -> tuple[int, int, int, int]:
@@ -82,11 +83,14 @@ def _sides(depth: int, device: Device, is_small: bool) -> tuple[int, int, int, i
     is_wide = depth > 128
     if device.generation == 9:  # because warps of one group share a product of 64 rows
         columns = 64 if is_wide else 128
-        return (64, columns, 2, 4) if is_small else (128, columns, 2, 8)
+        return (64, columns, _AHEAD, 4) if is_small else (128, columns, _AHEAD, 8)
     if device.generation == 10:
-        return (64, 64, 1, 8) if is_wide else (64, 64, 2, 4)
+        return (64, 64, 1, 8) if is_wide else (64, 64, _AHEAD, 4)
     if device.nvidia:
-        return (64, 64, 2, 8) if is_wide else (64, 64, 2, 4)
+        # half of the columns where another program, or any, would not fit beside it
+        room = device.shared_bytes // (1 if is_wide else 2) - _SCRATCH
+        columns = 64 if (64 + _AHEAD * 64) * depth * 2 <= room else 32
+        return 64, columns, _AHEAD, 8 if is_wide else 4
     return 64, 32 if is_wide else 64, 1, 4  # because there are 64 KB of shared memory
 
 
@@ -98,17 +102,21 @@ def tilings_of_two(
         return None
     device = device_of(rows)
     depth = max(tiles.depth, tiles_t.depth)
-    if torch.float32 in (tiles.product, tiles_t.product):
-        is_tight = depth > 64 and device.shared_bytes < _ROOM_FOR_TWO
-        warps = 8 if is_tight or depth <= 64 else 4
-        tiles = tiles._replace(rows=64, columns=32, stages=1 if is_tight else 2, warps=warps)
-    elif depth <= 128:
-        tiles = tiles._replace(rows=min(tiles.rows, 64), columns=min(tiles.columns, 64), warps=4)
-    elif device.generation in (9, 10):
-        tiles = tiles._replace(rows=128, columns=32, stages=2, warps=8)
-    else:
-        tiles = tiles._replace(rows=64, columns=32, stages=1, warps=4)
-    return tiles, tiles_t._replace(rows=tiles.rows, columns=tiles.columns)
+    has_tf32 = torch.float32 in (tiles.product, tiles_t.product)
+    n_rows, n_columns, warps = 64, 32, 4
+    if not has_tf32 and depth <= 128:
+        n_columns = min(tiles.columns, tiles_t.columns, 64)
+    elif not has_tf32 and device.generation in (9, 10):
+        n_rows, warps = 128, 8
+    stages = 1
+    if device.nvidia:  # as many as fit
+        of_row = sum(x.depth * x.product.itemsize for x in (tiles, tiles_t))
+        room = device.shared_bytes - _SCRATCH - n_rows * of_row
+        stages = max(1, min(_AHEAD, room // (n_columns * of_row)))
+    if has_tf32 and (depth <= 64 or stages == 1):
+        warps = 8
+    tiles = tiles._replace(rows=n_rows, columns=n_columns, stages=stages, warps=warps)
+    return tiles, tiles_t._replace(rows=n_rows, columns=n_columns)
 
 
 def _may_be_rounded(nvidia: bool) -> bool:
@@ -121,68 +129,6 @@ def _may_be_rounded(nvidia: bool) -> bool:
     return matmul.allow_tf32
 
 
-class Embeddings(NamedTuple):
-    """Queries, or keys: `matrix` times `factors` are the rows, divided by their lengths."""
-
-    rows: Tensor  # [n, D]
-    lengths: Tensor | None  # [n, 1]
-    matrix: Tensor  # [n_padded, depth]
-    factors: Tensor | None  # [n_padded]
-
-    @property
-    def side(self) -> Side:
-        """Return the pointers that the kernels read."""
-        return Side(self.matrix, self.factors)
-
-    def head(self, n: int) -> Embeddings:
-        """Return the first n rows."""
-        if n == len(self.rows):
-            return self
-        # the last tile may hold rows of others, whose results are not read
-        n_padded = _padded(n)
-        lengths = None if self.lengths is None else self.lengths[:n]
-        factors = None if self.factors is None else self.factors[:n_padded]
-        return Embeddings(self.rows[:n], lengths, self.matrix[:n_padded], factors)
-
-    def pad(self, numbers: Tensor, value: float = 0.0) -> Tensor:
-        """Return a number for each row of the matrix, `value` after the given ones."""
-        padded = numbers.new_full((len(self.matrix),), value)
-        padded[: len(numbers)] = numbers
-        return padded
-
-    def gradient(self, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient in the rows, and for each row x_i its ⟨x_i, Σ_j G_ij y_j⟩.
-
-        values: [n_padded, depth], Σ_j G_ij y_j. The sum of these products is the gradient in scale.
-        """
-        values = values[: len(self.rows), : self.rows.shape[1]]
-        if self.lengths is None:
-            return values * scale, torch.linalg.vecdot(self.rows, values)
-        units = self.rows / self.lengths
-        along = torch.linalg.vecdot(units, values)
-        gradient = torch.addcmul(values, units, along[:, None], value=-1)
-        return gradient.mul_(scale / divisors(self.lengths)), along
-
-
-def embeddings(rows: Tensor, normalize: bool, half: str, tiles: Tiling) -> Embeddings:
-    """Return rows [n, D] in the precision of the products, zeros up to whole tiles."""
-    n, width = rows.shape
-    matrix = rows.new_zeros((_padded(n), tiles.depth), dtype=tiles.product)
-    lengths = None
-    if normalize:
-        lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=SHORTEST)
-    if lengths is None or tiles.product == tiles.dtype:
-        matrix[:n, :width] = rows if lengths is None else rows / lengths
-        return Embeddings(rows, lengths, matrix, None)
-    factors = rows.new_zeros(len(matrix))
-    matrix[:n, :width], factors[:n] = in_half(rows, lengths, half)
-    return Embeddings(rows, lengths, matrix, factors)
-
-
-def _padded(n: int) -> int:
-    return triton.cdiv(n, ALIGNMENT) * ALIGNMENT
-
-
 def splits_of(x: Embeddings, y: Embeddings, tiles: Tiling) -> tuple[int, int]:
     """Return how many programs split the columns of a tile of rows, and the columns of each.
 
@@ -192,11 +138,6 @@ def splits_of(x: Embeddings, y: Embeddings, tiles: Tiling) -> tuple[int, int]:
     n_tiles = triton.cdiv(len(y.rows), tiles.columns)
     n_splits = max(1, min(device_of(x.rows).multiprocessors // n_blocks, n_tiles))
     return n_splits, triton.cdiv(n_tiles, n_splits) * tiles.columns
-
-
-def sum_of_splits(values: Tensor) -> Tensor:
-    """Return [n_padded, depth] from the [n_splits, n_padded, depth] of the programs."""
-    return values.sum(0) if len(values) > 1 else values[0]
 
 
 class Statistics(NamedTuple):

@@ -113,7 +113,8 @@ def test_where_a_tensor_lies_compiles_nothing_anew():
 PAIRS = [case for case in FUSED if case.problem == "pairs"]
 MOST_PRODUCTS = {"info_nce": 4, "clip_contrastive": 5, "siglip": 4, "nt_xent": 3, "sup_con": 3}
 MOST_PRODUCTS["similarity_kl"] = 3 + 2  # of the student and of the teacher, which is as wide
-MOST_LAUNCHES = {"clip_contrastive": 4}  # columns have sums of their own, and their sums an end
+# two sweeps, or three; embeddings are laid out, the loss is made of sums, gradients of what is left
+LAUNCHES = dict(info_nce=7, clip_contrastive=9, siglip=7, nt_xent=5, sup_con=6, similarity_kl=5)
 # what reads a chunk: its log-sum-exps or divergences or pairs, columns, slopes
 SWEEPS = dict(info_nce=2, clip_contrastive=3, siglip=1, nt_xent=2, sup_con=2, similarity_kl=2)
 each_pair = pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.name)
@@ -128,9 +129,9 @@ def test_products_launches_and_memory(case, shape):
     works = [work_of(launch) for launch in run.launches]
     flops = sum(work.flops for work in works if work)
     assert flops / (2 * n**2 * width) == MOST_PRODUCTS[case.name]
-    assert len(run.launches) == MOST_LAUNCHES.get(case.name, 2)
-    # rows of float32 numbers for both sides, and what programs leave of columns and of shares
-    of_programs = 2 * 4 * 132 * n + 2 * 4 * 132 * 64 * width
+    assert len(run.launches) == LAUNCHES[case.name]
+    # rows of float32 numbers for both sides, and what blocks of rows leave of columns, and splits
+    of_programs = 2 * 4 * (n / 64) * n + 2 * 4 * 132 * 64 * width
     assert run.peak_bytes <= 12 * 4 * n * width + of_programs + MIB
     assert n < 32768 or run.peak_bytes < 4 * n**2 / 8
     swept = [analyse(launch) for launch in run.launches if work_of(launch)]
@@ -147,7 +148,7 @@ def test_float32_where_it_may_be_rounded(case, target, monkeypatch):
     monkeypatch.setattr(tiling, "_may_be_rounded", lambda nvidia: nvidia)
     for shape in ((8192, 128), (1024, 64)):
         found = compiled(case, shape, torch.float32, target).launches
-        assert len(found) == MOST_LAUNCHES.get(case.name, 2)
+        assert len(found) == LAUNCHES[case.name]
         for launch in found:
             assert not analyse(launch).spills
             assert analyse(launch).total["tensor"] or not work_of(launch)
@@ -158,9 +159,10 @@ def test_float32_where_it_may_be_rounded(case, target, monkeypatch):
 def test_two_networks_of_any_precision(dtypes, monkeypatch):
     monkeypatch.setattr(tiling, "_may_be_rounded", lambda nvidia: nvidia)
     found = launches("similarity_kl", (8192, 128), dtypes[0], teacher_dtype=dtypes[1])
-    assert len(found) == 2
+    assert len(found) == LAUNCHES["similarity_kl"]
     for launch in found:
-        assert not analyse(launch).spills and analyse(launch).total["HGMMA"]
+        assert not analyse(launch).spills
+        assert analyse(launch).total["HGMMA"] or not work_of(launch)
 
 
 WIDE = [  # student and teacher
@@ -228,7 +230,7 @@ def test_what_goes_through_cublas(case, target, halves, monkeypatch):
 @pytest.mark.parametrize("width", [1, 17, 100, 200])
 def test_pairs_of_any_width(width):
     run = compiled(the("info_nce"), (1000, width), torch.bfloat16, "sm_90")
-    assert len(run.launches) == 2
+    assert len(run.launches) == LAUNCHES["info_nce"]
 
 
 # -------------------------------------------------------------------------------------- relations
