@@ -1,7 +1,9 @@
 """Engines, and which tests belong to `make test`.
 
-Without a GPU the kernels run in Triton's interpreter, corrected to round as a GPU does. What is
-marked `full` is left to `make test-all`; that marker is the only mechanism that chooses.
+Without a GPU the kernels run in Triton's interpreter, corrected to round as a GPU does; or, where
+PTX_TARGET is the name of a target such as sm_90, they are compiled for it and their PTX is executed
+(tests/ptx/). What is marked `full` is left to `make test-all`; that marker is the only mechanism
+that chooses.
 """
 
 import os
@@ -12,6 +14,7 @@ from choice import ENGINES
 from force import in_chunks_of
 
 import fastkd
+from fastkd import _backend
 from fastkd._backend import triton_obstacle
 
 torch.set_num_threads(1)  # because the tests run in two processes on two cores
@@ -20,6 +23,41 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter
 
     interpreter.correct()
+
+PTX_TARGET = os.environ.get("PTX_TARGET")
+
+
+def pytest_configure(config):
+    """Let an emulated GPU execute the PTX of kernels, for all of the session."""
+    if PTX_TARGET:
+        from ptx.triton_driver import emulated
+
+        emulator = emulated(PTX_TARGET)
+        config.emulator = emulator.__enter__()
+        config.add_cleanup(lambda: emulator.__exit__(None, None, None))
+        # it takes the tensors of a CPU, as the interpreter does
+        _backend._interpreted = _backend.interpreter_knows_bfloat16 = True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fail where the emulator saw a race, an access outside or another fault."""
+    emulator = getattr(item.config, "emulator", None)
+    if emulator is None:
+        return (yield)
+    emulator.problems.clear()
+    result = yield
+    if emulator.problems:
+        pytest.fail("\n".join(map(str, emulator.problems)), pytrace=False)
+    return result
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if hasattr(config, "emulator"):
+        import triton
+
+        summary = f"PTX of {PTX_TARGET} by triton {triton.__version__}: {config.emulator.summary()}"
+        terminalreporter.write_line(summary)
 
 
 @pytest.fixture(params=ENGINES)
