@@ -132,7 +132,9 @@ ORDERED = {
 def compare(form: Form, x: Array, y: Array) -> Array:
     """Compare; with a NaN an ordered comparison is false, and an unordered one (equ, ltu) true."""
     word = form.words[1]
-    if form.type[0] != "f":
+    if form.type == "bf16":
+        x, y = from_bfloat16(x), from_bfloat16(y)
+    elif form.type[0] != "f":
         return ORDERED[word](x, y)
     nan = np.isnan(x) | np.isnan(y)
     if word in ("num", "nan"):
@@ -148,7 +150,7 @@ FORMS = [
     "setp(.eq|.ne|.lt|.le|.gt|.ge|.lo|.ls|.hi|.hs){}(.u16|.u32|.u64)",
     "setp(.eq|.ne|.lt|.le|.gt|.ge){}(.s16|.s32|.s64)",
     f"setp{OF_NUMBERS}{{}}[.ftz].f32",
-    f"setp{OF_NUMBERS}{{}}.f64",
+    f"setp{OF_NUMBERS}{{}}(.f64|.f16|.bf16)",
 ]
 
 

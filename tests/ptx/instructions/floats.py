@@ -6,6 +6,7 @@ once, so that its error there, of one or two units in the last place, is not see
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..forms import Form, computes, flush, instruction
+from .conversions import from_bfloat16
 
 F32, F64, U32, U64 = np.float32, np.float64, np.uint32, np.uint64
 Array = Any
@@ -153,6 +155,28 @@ def test(form: Form, x: Array) -> Array:
     ]
 
 
+# ---------------------------------------------------------------------------- float32 with halves
+
+
+@computes("add[.rn].f32(.f16|.bf16)", "d:0, s:1, s:0")
+def add_to_half(form: Form, x: Array, y: Array) -> Array:
+    return widened(form, x) + y
+
+
+@computes("sub[.rn].f32(.f16|.bf16)", "d:0, s:1, s:0")
+def subtract_from_half(form: Form, x: Array, y: Array) -> Array:
+    return widened(form, x) - y
+
+
+@computes("fma.rn.f32(.f16|.bf16)", "d:0, s:1, s:1, s:0")
+def multiply_halves_add(form: Form, x: Array, y: Array, z: Array) -> Array:
+    return fused_32(widened(form, x), widened(form, y), z)
+
+
+def widened(form: Form, x: Array) -> Array:
+    return from_bfloat16(x) if form.type == "bf16" else np.asarray(x).astype(F32)
+
+
 # ------------------------------------------------------------------------------------------- pairs
 
 PAIRS = {"add": add, "sub": subtract, "mul": multiply, "fma": multiply_add}
@@ -215,6 +239,8 @@ def two_product(x: Array, y: Array) -> tuple[Array, Array]:
 def odd_sum(x: Array, y: Array) -> Array:
     """Return x + y rounded to odd: where it is not exact, to the neighbour whose last bit is 1."""
     total, error = two_sum(x, y)
+    if not error.any():
+        return total
     bits = np.asarray(total).view(np.int64)
     inexact = (error != 0) & np.isfinite(total) & (bits & 1 == 0)
     step = np.where((error > 0) == (total > 0), 1, -1)
@@ -222,21 +248,33 @@ def odd_sum(x: Array, y: Array) -> Array:
 
 
 def fused_64(x: Array, y: Array, z: Array) -> Array:
-    """Return x y + z in float64, as Boldo and Melquiond (2008) emulate it, from scaled numbers."""
-    numbers = x, y, z = np.broadcast_arrays(wide(x), y, z)
-    (x, power_x), (y, power_y), (scaled, power_z) = np.frexp(x), np.frexp(y), np.frexp(z)
-    power = power_x + power_y
-    # far apart, only the sign of the lesser one matters: it is brought near enough to keep that
-    gap = power_z - power
-    high, low = two_product(x, y)
-    middle, lowest = two_sum(np.ldexp(scaled, np.clip(gap, -250, 250)), low)
-    top, bottom = two_sum(high, middle)
-    result = np.ldexp(top + odd_sum(lowest, bottom), power)
-    plain = ~np.isfinite(x * y + z) | (x == 0) | (y == 0) | (z == 0)
-    result = np.where(plain, np.ldexp(x * y, power) + z, np.where(gap > 250, z, result))
-    tiny = (np.abs(result) < 2.0**-1021) & (x != 0) & (y != 0)
-    if tiny.any():  # where ldexp rounds again
-        result = result.copy()
-        exact = [[Fraction(float(v)) for v in n[tiny]] for n in numbers]
-        result[tiny] = [float(a * b + c) for a, b, c in zip(*exact, strict=True)]
+    """Return x y + z in float64, as Boldo and Melquiond (2008) emulate it."""
+    x, y, z = np.broadcast_arrays(wide(x), y, z)
+    product = np.abs(x * y)
+    largest = np.maximum(np.maximum(np.abs(x), np.abs(y)), np.maximum(np.abs(z), product))
+    tame = (product > 2.0**-900) & (largest < 2.0**900)
+    if tame.all():
+        return fused_tame(x, y, z)
+    result = np.asarray(x * y + z)  # which is exact where x y is 0, and right where it is no number
+    tame |= (product == 0) & (largest < 2.0**900) & ((x == 0) | (y == 0))
+    rest = ~tame & np.isfinite(x) & np.isfinite(y) & np.isfinite(z)
+    tame &= product > 0
+    result[tame] = fused_tame(x[tame], y[tame], z[tame])
+    exact = [[Fraction(float(value)) for value in number[rest]] for number in (x, y, z)]
+    result[rest] = [rounded(a * b + c) for a, b, c in zip(*exact, strict=True)]
     return result
+
+
+def fused_tame(x: Array, y: Array, z: Array) -> Array:
+    """Return x y + z where no part of it can overflow or be subnormal."""
+    high, low = two_product(x, y)
+    middle, lowest = two_sum(z, low)
+    top, bottom = two_sum(high, middle)
+    return top + odd_sum(lowest, bottom)
+
+
+def rounded(number: Fraction) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf

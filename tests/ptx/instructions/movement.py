@@ -172,7 +172,7 @@ def wait_for_all_copies(form: Form) -> Any:
     return execute
 
 
-# ------------------------------------------------------------------------------------------ shuffles
+# ----------------------------------------------------------------------- exchanges of a warp's lanes
 
 
 @instruction("shfl.sync(.bfly|.up|.down|.idx).b32", "d, s, s:u32, i, i", together="warp")
@@ -201,6 +201,31 @@ def shuffle(form: Form, destination: Any, source: Any, by: Any, clamp: int, mask
             inside = other <= last
         chosen = np.where(inside, other, lane)
         destination(machine, values[machine.numbers() - lane + chosen])
+
+    return execute
+
+
+@instruction("redux.sync(.max|.min)[.abs][.NaN].f32", "d, s, s:u32", together="warp")
+@instruction("redux.sync(.add|.max|.min)(.s32|.u32)", "d, s, s:u32", together="warp")
+@instruction("redux.sync(.and|.or|.xor).b32", "d, s, s:u32", together="warp")
+def reduce(form: Form, destination: Any, source: Any, mask: Any) -> Any:
+    """Write to every lane what the numbers of its warp make together."""
+    number = form.type == "f32"
+    functions = {
+        "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+        "max": np.fmax if number and not form.has("NaN") else np.maximum,
+        "min": np.fmin if number and not form.has("NaN") else np.minimum,
+    }  # fmt: skip
+    function = functions[form.words[2]]
+
+    def execute(machine: Any) -> None:
+        whole(machine, 32)
+        if (np.asarray(mask(machine)) != np.uint32(0xFFFFFFFF)).any():
+            raise ValueError("got a part of a warp, need all of it")
+        values = machine.spread(source(machine)).reshape(-1, 32)
+        if form.has("abs"):
+            values = np.abs(values)
+        destination(machine, np.repeat(function.reduce(values, axis=1, dtype=values.dtype), 32))
 
     return execute
 
