@@ -39,8 +39,9 @@ class Watch:
             self.several[units] = several | self._others(before, marks)
         self.reader[units] = marks
         latest = self.reader[units]
-        if (latest != marks).any():  # warps that read a unit at the same time
-            self.several[units] |= self._others(latest, marks)
+        hidden = latest != marks
+        if hidden.any():  # by another warp, which reads the unit at the same time
+            self.several[units[hidden]] |= self._others(latest[hidden], marks[hidden])
 
     def write(self, units: np.ndarray, marks: np.ndarray) -> None:
         """Note that lanes with these marks write these units."""
@@ -119,9 +120,10 @@ class GlobalMemory:
             else:
                 inside = np.zeros(len(lanes), bool)
             if not inside.all():
-                outside = f"{n} words of {width} bytes at {int(addresses[lanes][~inside][0]):#x}"
-                after = f", {int(offsets[~inside][0])} bytes after the start of {segment.name}"
-                self.report("access outside of every tensor", outside + after * (owner >= 0))
+                first = int(addresses[lanes][~inside][0])
+                before = f"behind {segment.name}" if owner >= 0 else "before all tensors"
+                what = f"{n} words of {width} bytes at {first:#x}, {before}"
+                self.report("access outside of every tensor", what)
                 lanes = lanes[inside]
                 if not len(lanes):
                     continue
