@@ -61,7 +61,11 @@ def test_every_barrier_is_missed(capsys):
         with emulated("sm_80", multiprocessors) as emulator, fastkd.backend("triton"):
             step()
             assert not emulator.problems
-            n = max(len(BARRIER.findall(x.decode())) for x in emulator.kernels if f".entry {kernel}(".encode() in x)
+            n = max(
+                len(BARRIER.findall(x.decode()))
+                for x in emulator.kernels
+                if f".entry {kernel}(".encode() in x
+            )
             for i in range(n):
                 emulator.problems.clear()
                 emulator.change = lambda ptx, kernel=kernel, i=i: removed(ptx, kernel, i)

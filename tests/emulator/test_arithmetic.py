@@ -42,7 +42,10 @@ def assert_bits(found, expected):
     expected = np.asarray(expected, found.dtype)
     if found.dtype.kind == "f":
         assert (np.isnan(found) == np.isnan(expected)).all()
-        found, expected = np.where(np.isnan(found), 0, found), np.where(np.isnan(expected), 0, expected)
+        found, expected = (
+            np.where(np.isnan(found), 0, found),
+            np.where(np.isnan(expected), 0, expected),
+        )
         assert (np.signbit(found) == np.signbit(expected)).all()
     np.testing.assert_array_equal(found, expected)
 
@@ -151,7 +154,10 @@ def test_extremes_with_modifiers():
     expected = np.where(np.signbit(x) ^ np.signbit(y), -magnitude, magnitude)
     assert_bits(found[~nan], expected[~nan])
     found = compute("max.ftz.f32 %0, %1, %2", "f32", *operands)
-    assert_bits(found[~nan], compute("max.f32 %0, %1, %2", "f32", ("f32", flushed(x)), ("f32", flushed(y)))[~nan])
+    assert_bits(
+        found[~nan],
+        compute("max.f32 %0, %1, %2", "f32", ("f32", flushed(x)), ("f32", flushed(y)))[~nan],
+    )
     z = floats("f32", 1)[0][: len(x)]
     x, y, z = (v[: len(z)] for v in (x, y, z))
     found = compute("max.f32 %0, %1, %2, %3", "f32", ("f32", x), ("f32", y), ("f32", z))
@@ -166,7 +172,8 @@ UNARY = {
     "ex2.approx.ftz.f32": lambda x: flushed(np.exp2(flushed(x).astype(F64)).astype(F32)),
     "lg2.approx.ftz.f32": lambda x: np.log2(flushed(x).astype(F64)),
     "rsqrt.approx.ftz.f32": lambda x: flushed(1 / np.sqrt(flushed(x).astype(F64))),
-    "neg.f64": np.negative, "abs.f64": np.abs, "sqrt.rn.f64": np.sqrt, "rcp.rn.f64": lambda x: 1 / x,
+    "neg.f64": np.negative, "abs.f64": np.abs, "sqrt.rn.f64": np.sqrt,
+    "rcp.rn.f64": lambda x: 1 / x,
     "cvt.rzi.f32.f32": np.trunc, "cvt.rni.f32.f32": np.rint, "cvt.rmi.f64.f64": np.floor,
     "cvt.rpi.f64.f64": np.ceil,
 }  # fmt: skip
@@ -244,7 +251,9 @@ ARITHMETIC = {
 def test_integers(name, kind):
     x, y = integers(kind, 2)
     found = compute(f"{name}.{kind} %0, %1, %2", kind, (kind, x), (kind, y))
-    expected = [wrapped(ARITHMETIC[name](a, b), kind) for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+    expected = [
+        wrapped(ARITHMETIC[name](a, b), kind) for a, b in zip(x.tolist(), y.tolist(), strict=True)
+    ]
     assert found.tolist() == expected
 
 
@@ -287,7 +296,9 @@ def test_bits(kind):
     x, y = integers(kind.replace("b", "u"), 2)
     for name, function in LOGIC.items():
         found = compute(f"{name}.{kind} %0, %1, %2", kind, (kind, x), (kind, y))
-        assert found.tolist() == [function(a, b) for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+        assert found.tolist() == [
+            function(a, b) for a, b in zip(x.tolist(), y.tolist(), strict=True)
+        ]
     found = compute(f"not.{kind} %0, %1", kind, (kind, x))
     assert found.tolist() == [wrapped(~a, kind.replace("b", "u")) for a in x.tolist()]
 
@@ -311,7 +322,10 @@ def test_shifts(kind):
     assert found.tolist() == expected
     if not signed and kind[0] == "b":
         found = compute(f"shl.{kind} %0, %1, %2", kind, (kind, x), ("u32", amount))
-        expected = [wrapped(a << min(int(n), 100), "u" + kind[1:]) for a, n in zip(x.tolist(), amount, strict=True)]
+        expected = [
+            wrapped(a << min(int(n), 100), "u" + kind[1:])
+            for a, n in zip(x.tolist(), amount, strict=True)
+        ]
         assert found.tolist() == expected
 
 
@@ -343,13 +357,21 @@ def test_other_functions_of_bits():
     assert found.tolist() == [a.bit_count() for a in x.tolist()]
     found = compute("clz.b32 %0, %1", "u32", ("b32", x))
     assert found.tolist() == [32 - a.bit_length() for a in x.tolist()]
-    selector = np.resize(np.array([0x3210, 0x7654, 0x1032, 0x5410, 0xB3A2, 0xFFFF], np.uint32), len(x))
+    selector = np.resize(
+        np.array([0x3210, 0x7654, 0x1032, 0x5410, 0xB3A2, 0xFFFF], np.uint32), len(x)
+    )
     found = compute("prmt.b32 %0, %1, %2, %3", "u32", ("b32", x), ("b32", y), ("b32", selector))
-    for result, a, b, s in zip(found.tolist(), x.tolist(), y.tolist(), selector.tolist(), strict=True):
+    for result, a, b, s in zip(
+        found.tolist(), x.tolist(), y.tolist(), selector.tolist(), strict=True
+    ):
         both = (a | b << 32).to_bytes(8, "little")
         picked = [(both[s >> 4 * i & 7], s >> 4 * i & 8) for i in range(4)]
-        assert result == sum((255 * (v > 127) if sign else v) << 8 * i for i, (v, sign) in enumerate(picked))
-    start, length = (np.resize(np.array(v, np.uint32), len(x)) for v in ([0, 3, 30, 32], [1, 5, 40]))
+        assert result == sum(
+            (255 * (v > 127) if sign else v) << 8 * i for i, (v, sign) in enumerate(picked)
+        )
+    start, length = (
+        np.resize(np.array(v, np.uint32), len(x)) for v in ([0, 3, 30, 32], [1, 5, 40])
+    )
     operands = ("b32", x), ("b32", y), ("u32", start), ("u32", length)
     found = compute("bfi.b32 %0, %1, %2, %3, %4", "u32", *operands)
     for result, a, b, s, n in zip(found, *(v.tolist() for v in (x, y, start, length)), strict=True):
@@ -365,7 +387,7 @@ def test_signs_of_integers():
             assert found.tolist() == [wrapped(function(a), kind) for a in x.tolist()]
 
 
-# --------------------------------------------------------------------------- conversions and choices
+# -------------------------------------------------------------------------- conversions and choices
 
 
 @pytest.mark.parametrize("target", ["u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"])
@@ -391,7 +413,9 @@ ROUNDINGS = {"rzi": math.trunc, "rni": round, "rmi": math.floor, "rpi": math.cei
 @pytest.mark.parametrize("target", ["s32", "u32", "s64", "u64"])
 @pytest.mark.parametrize("source", ["f32", "f64"])
 def test_floats_become_integers(source, target, rounding):
-    x = np.array([0.5, 1.5, -0.5, -2.5, 1e4, 3e9, -3e9, 1e30, -1e30, math.inf, math.nan], TYPES[source])
+    x = np.array(
+        [0.5, 1.5, -0.5, -2.5, 1e4, 3e9, -3e9, 1e30, -1e30, math.inf, math.nan], TYPES[source]
+    )
     found = compute(f"cvt.{rounding}.{target}.{source} %0, %1", target, (source, x))
     info = np.iinfo(TYPES[target])
     highest = info.min or 1 << 63
@@ -426,7 +450,9 @@ def test_floats_become_narrower_and_wider():
         good = ~np.isnan(x)
         assert (np.abs(value[good]) <= np.abs(x[good])).all()
     with np.errstate(over="ignore"):
-        assert_bits(compute("cvt.rn.f32.f64 %0, %1", "f32", ("f64", x / 3e0)), (x / 3e0).astype(F32))
+        assert_bits(
+            compute("cvt.rn.f32.f64 %0, %1", "f32", ("f64", x / 3e0)), (x / 3e0).astype(F32)
+        )
     assert_bits(compute("cvt.f64.f32 %0, %1", "f64", ("f32", x)), x.astype(F64))
 
 
@@ -436,7 +462,14 @@ def test_tf32_rounds_ties_away_from_zero():
     assert found.tolist() == [1 + 2**-10, 1, -(1 + 2**-10), 1 + 2 * 2**-10, math.inf]
 
 
-WORDS = {"eq": "__eq__", "ne": "__ne__", "lt": "__lt__", "le": "__le__", "gt": "__gt__", "ge": "__ge__"}
+WORDS = {
+    "eq": "__eq__",
+    "ne": "__ne__",
+    "lt": "__lt__",
+    "le": "__le__",
+    "gt": "__gt__",
+    "ge": "__ge__",
+}
 OF_UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 
 
@@ -488,7 +521,9 @@ def test_selections():
     sign = np.where(p, 1, -1).astype(np.int32)
     found = compute("slct.f32.s32 %0, %1, %2, %3", "f32", ("f32", x), ("f32", y), ("s32", sign))
     assert_bits(found, np.where(p, x, y))
-    assert_bits(compute("copysign.f32 %0, %1, %2", "f32", ("f32", x), ("f32", y)), np.copysign(y, x))
+    assert_bits(
+        compute("copysign.f32 %0, %1, %2", "f32", ("f32", x), ("f32", y)), np.copysign(y, x)
+    )
 
 
 @pytest.mark.parametrize(
@@ -496,7 +531,8 @@ def test_selections():
     [
         "add.sat.f32 %0, %1, %1", "add.rz.f32 %0, %1, %1", "min.xorsign.f32 %0, %1, %1",
         "fma.rn.relu.f32 %0, %1, %1, %1", "cvt.rn.satfinite.bf16.f32 %h0, %1", "mul.f32 %0, %1",
-        "mul.f32 %0, %1, %1, %1", "add.f32 %0, %1, %q1", "add.f32 %0, 1, %1", "mul24.lo.s32 %0, %1, %1",
+        "mul.f32 %0, %1, %1, %1", "add.f32 %0, %1, %q1", "add.f32 %0, 1, %1",
+        "mul24.lo.s32 %0, %1, %1",
         "ex2.approx.ftz.f16 %h0, %h0", "setp.gt.f32.f32 %p0, %1, %1", "shl.s32 %0, %1, %1",
         "add.f32 %0, %1, {%1, %1}", "add.f32 %0, %1, [%1]", "selp.f32 %0, %1, %1, %1",
     ],

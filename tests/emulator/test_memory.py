@@ -177,7 +177,9 @@ def test_scopes_may_declare_a_register_again():
 
 def test_shared_memory_behind_a_barrier_is_clean():
     y = np.zeros(64, np.uint64)
-    body = SHARED + "st.shared.b32 [%r2], %r9; {} ld.shared.b32 %r4, [%r3]; st.global.b32 [%a0], %r4;"
+    body = (
+        SHARED + "st.shared.b32 [%r2], %r9; {} ld.shared.b32 %r4, [%r3]; st.global.b32 [%a0], %r4;"
+    )
     assert not run(body.replace("{}", "bar.sync 0;"), y).problems
     assert (y == (np.arange(64) ^ 32) + 7).all()
     launched = run(body.replace("{}", ""), y)
@@ -193,20 +195,25 @@ def test_writes_after_reads_and_writes_need_a_barrier():
     assert seen(run(start + end, y), "shared memory is written where another warp read")
     assert not run(start + "bar.sync 0;" + end, y).problems
     twice = SHARED + "st.shared.b32 [%r2], %r9; {} st.shared.b32 [%r3], %r9;"
-    assert seen(run(twice.replace("{}", ""), y), "shared memory is written where another warp wrote")
+    assert seen(
+        run(twice.replace("{}", ""), y), "shared memory is written where another warp wrote"
+    )
     assert not run(twice.replace("{}", "bar.sync 0;"), y).problems
 
 
 def test_a_reader_is_seen_behind_another_one():
     """The first warp reads, then the second reads and writes: its own read hides nothing."""
     y = np.zeros(64, np.uint64)
-    body = SHARED + """
+    body = (
+        SHARED
+        + """
     st.shared.b32 [%r2], %r9; bar.sync 0;
     and.b32 %r5, %r1, 127; add.s32 %r5, %r0, %r5;
     ld.shared.b32 %r4, [%r5];
     setp.gt.u32 %p0, %t, 31;
     @%p0 st.shared.b32 [%r5], %r9;
     """
+    )
     assert seen(run(body, y), "shared memory is written where another warp read")
 
 
@@ -214,8 +221,13 @@ def test_lanes_that_store_different_numbers_in_one_place():
     y = np.zeros(64, np.uint64)
     assert seen(run(SHARED + "st.shared.b32 [%r0], %t;", y, threads=32), "lanes that disagree")
     assert not run(SHARED + "st.shared.b32 [%r0], 3;", y, threads=32).problems
-    assert seen(run("mov.b64 %q0, %a0; sub.s64 %q0, %a0, 0; and.b64 %q0, %q0, -512; st.global.b32 [%q0], %t;",
-                    aligned(512)), "lanes that disagree")
+    assert seen(
+        run(
+            "mov.b64 %q0, %a0; sub.s64 %q0, %a0, 0; and.b64 %q0, %q0, -512; st.global.b32 [%q0], %t;",
+            aligned(512),
+        ),
+        "lanes that disagree",
+    )
 
 
 def aligned(n_bytes):
@@ -264,14 +276,19 @@ def test_accesses_outside():
         access = "ld.global.b32 %r1, [%a0+{}];" if what == "read" else "st.global.b32 [%a0+{}], %t;"
         assert seen(run(access.format(offset), y), "access outside of every tensor")
     assert seen(run("ld.shared.b32 %r1, [memory+4096];", y), "access outside of shared memory")
-    assert seen(run("mov.b32 %r1, -16; st.shared.b32 [%r1], 3;", y, threads=32), "access outside of shared")
+    assert seen(
+        run("mov.b32 %r1, -16; st.shared.b32 [%r1], 3;", y, threads=32), "access outside of shared"
+    )
 
 
 def test_misaligned_vectors():
     y = np.zeros(200, np.uint64)
     body = "mov.b64 %q0, %a0; ld.global.v4.b32 {%r0, %r1, %r2, %r3}, [%q0];"
     assert seen(run(body, y), "misaligned vector in global memory")  # each second is
-    assert seen(run("mov.u32 %r0, memory; ld.shared.v2.b32 {%r1, %r2}, [%r0+4];", y), "misaligned vector in shared")
+    assert seen(
+        run("mov.u32 %r0, memory; ld.shared.v2.b32 {%r1, %r2}, [%r0+4];", y),
+        "misaligned vector in shared",
+    )
     assert seen(run("ld.global.b64 %q0, [%a0+4];", y, threads=32), "misaligned vector in global")
 
 
@@ -285,7 +302,9 @@ def test_deadlocks_and_barriers_that_some_miss():
     $end:
     """
     assert seen(run(body, y), "deadlock")
-    assert seen(run("setp.lt.u32 %p0, %t, 5; @%p0 bar.sync 0;", y), "a barrier that not all threads reach")
+    assert seen(
+        run("setp.lt.u32 %p0, %t, 5; @%p0 bar.sync 0;", y), "a barrier that not all threads reach"
+    )
 
 
 def test_a_register_that_was_never_written():
@@ -295,13 +314,16 @@ def test_a_register_that_was_never_written():
 
 # --------------------------------------------------------------------------------- copies (cp.async)
 
-COPY = SHARED + """
+COPY = (
+    SHARED
+    + """
 cp.async.ca.shared.global [%r2+0], [%a0+0], 0x4, %r8;
 cp.async.commit_group;
 {}
 ld.shared.b32 %r4, [%r2];
 st.global.b32 [%a1], %r4;
 """
+)
 
 
 def copied(wait, present="mov.b32 %r8, 4;"):
@@ -314,8 +336,12 @@ def test_a_copy_arrives_when_it_is_waited_for():
     assert not launched.problems and (y == np.arange(100, 164)).all()
     launched, y = copied("cp.async.wait_all;")
     assert not launched.problems and (y == np.arange(100, 164)).all()
-    launched, y = copied("cp.async.wait_group 0;", "setp.lt.u32 %p0, %t, 9; selp.b32 %r8, 4, 0, %p0;")
-    assert not launched.problems and (y == np.where(np.arange(64) < 9, np.arange(100, 164), 0)).all()
+    launched, y = copied(
+        "cp.async.wait_group 0;", "setp.lt.u32 %p0, %t, 9; selp.b32 %r8, 4, 0, %p0;"
+    )
+    assert (
+        not launched.problems and (y == np.where(np.arange(64) < 9, np.arange(100, 164), 0)).all()
+    )
 
 
 @pytest.mark.parametrize("wait", ["", "cp.async.wait_group 1;"])
@@ -329,7 +355,9 @@ def test_copies_of_others_need_a_barrier_too():
     text = COPY.replace("ld.shared.b32 %r4, [%r2]", "ld.shared.b32 %r4, [%r3]")
     x, y = WORDS.copy(), np.zeros(64, np.uint64)
     for barrier in ("bar.sync 0;", ""):
-        launched = run("mov.b32 %r8, 4;" + text.replace("{}", "cp.async.wait_group 0;" + barrier), x, y)
+        launched = run(
+            "mov.b32 %r8, 4;" + text.replace("{}", "cp.async.wait_group 0;" + barrier), x, y
+        )
         assert bool(launched.problems) == (not barrier)
 
 
@@ -440,10 +468,17 @@ def test_lines_and_sectors_of_a_warp():
     memory = aligned(32 * 256)
     for step, lines, sectors in ((4, 1, 4), (8, 2, 8), (32, 8, 32), (256, 32, 32)):
         traffic = Traffic()
-        body = f"ld.param.b64 %q1, [p0]; mad.wide.u32 %q0, %t, {step}, %q1; ld.global.b32 %r0, [%q0];"
+        body = (
+            f"ld.param.b64 %q1, [p0]; mad.wide.u32 %q0, %t, {step}, %q1; ld.global.b32 %r0, [%q0];"
+        )
         assert not run(body, memory, threads=32, traffic=traffic).problems
         counts = traffic.total("snippet", "load")
-        assert (counts.requests, counts.lines, counts.sectors, counts.n_bytes) == (1, lines, sectors, 128)
+        assert (counts.requests, counts.lines, counts.sectors, counts.n_bytes) == (
+            1,
+            lines,
+            sectors,
+            128,
+        )
         assert f"{lines / 1:.1f}" in traffic.table()
 
 

@@ -45,9 +45,7 @@ def run(body, words, result, threads=128):
     ld.param.b64 %q1, [p0]; mad.wide.u32 %q0, %t, {each}, %q1;
     mov.u32 %r0, memory; mad.lo.s32 %r1, %t, {each}, %r0; {copies}
     """
-    stores = "".join(
-        f"st.global.f32 [%q0+{4 * i}], %f{i};" for i in range(result.shape[1])
-    )
+    stores = "".join(f"st.global.f32 [%q0+{4 * i}], %f{i};" for i in range(result.shape[1]))
     end = f"ld.param.b64 %q1, [p1]; mad.wide.u32 %q0, %t, {4 * result.shape[1]}, %q1; {stores}"
     text = kernel(start + body + end, 2, ".reg .f32 %f<129>;")
     return launch(text, [words, result], (1,), threads, 4 * len(words))
@@ -194,9 +192,13 @@ def test_a_product_in_flight_keeps_its_operands(statement):
     wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {accumulators(8)}, %q2, %q3, 0{SIGNS}, 0, 0;
     """
     result = np.zeros((128, 8), np.float32)
-    clean = run(product + END + "setp.eq.b32 %p0, %t, 0; bar.sync 0; @%p0 " + statement, words, result)
+    clean = run(
+        product + END + "setp.eq.b32 %p0, %t, 0; bar.sync 0; @%p0 " + statement, words, result
+    )
     assert not clean.problems
-    begun = "wgmma.commit_group.sync.aligned; @%p0 " + statement + "wgmma.wait_group.sync.aligned 0;"
+    begun = (
+        "wgmma.commit_group.sync.aligned; @%p0 " + statement + "wgmma.wait_group.sync.aligned 0;"
+    )
     launched = run("setp.eq.b32 %p0, %t, 0;" + product + begun, words, result)
     fault = IN_FLIGHT[statement]
     assert kinds(launched) == ({fault} if fault else set())

@@ -136,14 +136,6 @@ class Emulator:
         self.launches.append(launched)
         self.problems += launched.problems
 
-    def summary(self) -> str:
-        """Return what was executed in one line."""
-        instructions = sum(launched.instructions for launched in self.launches)
-        return (
-            f"{len(self.launches)} launches of {len(self.kernels)} kernels,"
-            f" {instructions} instructions, {len(self.problems)} problems"
-        )
-
 
 class Argument(NamedTuple):
     name: str

@@ -54,7 +54,9 @@ def from_integer(form: Form, x: Array) -> Array:
     return np.asarray(x).astype(TYPES[form.types[0]])
 
 
-@computes("cvt(.rzi|.rni|.rmi|.rpi)[.ftz](.s16|.u16|.s32|.u32|.s64|.u64)(.f16|.f32|.f64)", "d:0, s:1")
+@computes(
+    "cvt(.rzi|.rni|.rmi|.rpi)[.ftz](.s16|.u16|.s32|.u32|.s64|.u64)(.f16|.f32|.f64)", "d:0, s:1"
+)
 def to_integer(form: Form, x: Array) -> Array:
     """Convert a number, which is clamped to those of the integer; NaN is 0, or the highest bit."""
     target, source = form.types
@@ -98,7 +100,9 @@ def truncated(form: Form, x: Array) -> Array:
         return np.where(np.isnan(x), U16(0x7FFF), cut)
     half = np.asarray(x).astype(F16)
     beyond = np.abs(half.astype(F32)) > np.abs(x)
-    return np.where(np.isnan(x), U16(0x7FFF), np.where(beyond, half.view(U16) - U16(1), half.view(U16)))
+    return np.where(
+        np.isnan(x), U16(0x7FFF), np.where(beyond, half.view(U16) - U16(1), half.view(U16))
+    )
 
 
 @computes("cvt.rn[.relu](.f16x2|.bf16x2).f32", "d:0, s:f32, s:f32")

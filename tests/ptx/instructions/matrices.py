@@ -42,7 +42,9 @@ def rows_of_warps(machine: Any, address: Any, n: int) -> np.ndarray:
     return places.reshape(-1, n, 8)
 
 
-@instruction("ldmatrix.sync.aligned.m8n8(.x1|.x2|.x4)[.trans].shared[::cta].b16", "{d}:b32, [a]", "warp")
+@instruction(
+    "ldmatrix.sync.aligned.m8n8(.x1|.x2|.x4)[.trans].shared[::cta].b16", "{d}:b32, [a]", "warp"
+)
 def load_matrices(form: Form, destinations: list, address: Any) -> Any:
     n = form.number("x")
 
@@ -59,7 +61,9 @@ def load_matrices(form: Form, destinations: list, address: Any) -> Any:
     return execute
 
 
-@instruction("stmatrix.sync.aligned.m8n8(.x1|.x2|.x4)[.trans].shared[::cta].b16", "[a], {s}:b32", "warp")
+@instruction(
+    "stmatrix.sync.aligned.m8n8(.x1|.x2|.x4)[.trans].shared[::cta].b16", "[a], {s}:b32", "warp"
+)
 def store_matrices(form: Form, address: Any, sources: list) -> Any:
     n = form.number("x")
 
@@ -97,13 +101,32 @@ def watch_rows(machine: Any, rows: np.ndarray, write: bool) -> None:
 ACCUMULATORS = [(ROW, 2 * PAIR), (ROW, 2 * PAIR + 1), (ROW + 8, 2 * PAIR), (ROW + 8, 2 * PAIR + 1)]
 
 
-@instruction("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "{d}:f32, {s}:b32, {s}:b32, {s}:f32", "warp")
-@instruction("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "{d}:f32, {s}:b32, {s}:b32, {s}:f32", "warp")
-@instruction("mma.sync.aligned.m16n8k8.row.col.f32(.bf16.bf16|.f16.f16|.tf32.tf32).f32", "{d}:f32, {s}:b32, {s}:b32, {s}:f32", "warp")
-@instruction("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32", "{d}:f32, {s}:b32, {s}:b32, {s}:f32", "warp")
+@instruction(
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+    "{d}:f32, {s}:b32, {s}:b32, {s}:f32",
+    "warp",
+)
+@instruction(
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+    "{d}:f32, {s}:b32, {s}:b32, {s}:f32",
+    "warp",
+)
+@instruction(
+    "mma.sync.aligned.m16n8k8.row.col.f32(.bf16.bf16|.f16.f16|.tf32.tf32).f32",
+    "{d}:f32, {s}:b32, {s}:b32, {s}:f32",
+    "warp",
+)
+@instruction(
+    "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32",
+    "{d}:f32, {s}:b32, {s}:b32, {s}:f32",
+    "warp",
+)
 def multiply(form: Form, destinations: list, left: list, right: list, addends: list) -> Any:
     """Compute A B + C of a warp, summed in float64 and rounded once."""
-    depth, kind = int(form.words[3].split("k")[1]), form.types[1] if "tf32" not in form.words else "tf32"
+    depth, kind = (
+        int(form.words[3].split("k")[1]),
+        form.types[1] if "tf32" not in form.words else "tf32",
+    )
     per = 1 if kind == "tf32" else 2  # numbers in a register
     if len(left) * 32 * per != 16 * depth or len(right) * 32 * per != 8 * depth:
         raise ValueError(f"got {len(left)} and {len(right)} registers for {form.text}")

@@ -12,7 +12,9 @@ from .control import whole
 MOVED = "(.pred|.b16|.b32|.b64|.u16|.u32|.u64|.s16|.s32|.s64|.f32|.f64)"
 LOADED = "(.b8|.b16|.b32|.b64|.u8|.u16|.u32|.u64|.s8|.s16|.s32|.s64|.f32|.f64)"
 # what tells the caches how long to keep a line changes no value
-CACHED = "[.ca|.cg|.cs|.lu|.cv][.L1::evict_last|.L1::evict_first|.L1::no_allocate|.L1::evict_normal]"
+CACHED = (
+    "[.ca|.cg|.cs|.lu|.cv][.L1::evict_last|.L1::evict_first|.L1::no_allocate|.L1::evict_normal]"
+)
 WRITTEN = "[.wb|.cg|.cs|.wt][.L1::evict_last|.L1::evict_first|.L1::no_allocate|.L1::evict_normal]"
 
 

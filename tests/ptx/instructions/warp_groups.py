@@ -81,20 +81,31 @@ class Swizzle:
 
 @instruction(
     "wgmma.mma_async.sync.aligned.m64n#k16.f32(.bf16.bf16|.f16.f16)",
-    "{d}:f32, s:b64, s:b64, p, i, i, i, i", "warp group",
+    "{d}:f32, s:b64, s:b64, p, i, i, i, i",
+    "warp group",
 )
 @instruction(
-    "wgmma.mma_async.sync.aligned.m64n#k8.f32.tf32.tf32", "{d}:f32, s:b64, s:b64, p, i, i", "warp group"
+    "wgmma.mma_async.sync.aligned.m64n#k8.f32.tf32.tf32",
+    "{d}:f32, s:b64, s:b64, p, i, i",
+    "warp group",
 )
 @instruction(
     "wgmma.mma_async.sync.aligned.m64n#k16.f32(.bf16.bf16|.f16.f16)",
-    "{d}:f32, {s}:b32, s:b64, p, i, i, i", "warp group",
+    "{d}:f32, {s}:b32, s:b64, p, i, i, i",
+    "warp group",
 )
 @instruction(
     "wgmma.mma_async.sync.aligned.m64n#k8.f32.tf32.tf32", "{d}:f32, {s}:b32, s:b64, p, i, i", "warp group"
 )  # fmt: skip
 def multiply(
-    form: Form, results: list, left: Any, right: Any, adds: Any, sign: int, sign_2: int, *turned: int
+    form: Form,
+    results: list,
+    left: Any,
+    right: Any,
+    adds: Any,
+    sign: int,
+    sign_2: int,
+    *turned: int,
 ) -> Any:
     """Begin D = A B + D, or A B where the predicate says so; it is summed in float64."""
     if (sign, sign_2) != (1, 1):
@@ -133,7 +144,9 @@ def multiply(
                 bits = machine.spread(source(machine)).reshape(-1, 128)
                 per = 4 // size
                 for j, part in enumerate(parts(bits, per)):
-                    a[:, ROW + 8 * (i % 2), 4 * per * (i // 2) + per * PAIR + j] = numbers(part, kind)
+                    a[:, ROW + 8 * (i % 2), 4 * per * (i // 2) + per * PAIR + j] = numbers(
+                        part, kind
+                    )
         else:
             a = matrix(left, 64, turns[0])
         b = matrix(right, width, turns[1])
