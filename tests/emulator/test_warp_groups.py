@@ -34,7 +34,7 @@ def descriptor(start, pitch, leading=0, stride=None):
     return start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | SWIZZLE[pitch] << 62
 
 
-def run(body, words, result, threads=128):
+def run(body, words, result, threads=128, wrap=lambda machine: None):
     """Run a body with the words in shared memory, written by all threads, behind a barrier."""
     copies = "".join(
         f"ld.global.b32 %r2, [%q0+{4 * i}]; st.shared.b32 [%r1+{4 * i}], %r2;"
@@ -48,7 +48,7 @@ def run(body, words, result, threads=128):
     stores = "".join(f"st.global.f32 [%q0+{4 * i}], %f{i};" for i in range(result.shape[1]))
     end = f"ld.param.b64 %q1, [p1]; mad.wide.u32 %q0, %t, {4 * result.shape[1]}, %q1; {stores}"
     text = kernel(start + body + end, 2, ".reg .f32 %f<129>;")
-    return launch(text, [words, result], (1,), threads, 4 * len(words))
+    return launch(text, [words, result], (1,), threads, 4 * len(words), wrap=wrap)
 
 
 def accumulators(n):
@@ -173,6 +173,26 @@ def test_what_a_product_reads_is_ordered_by_a_fence_and_a_barrier(order):
     # two warp groups, so that some of what each reads was written by the other
     launched = run(body, words, np.zeros((256, 8), np.float32), threads=256)
     assert kinds(launched) == ({fault} if fault else set())
+
+
+@pytest.mark.parametrize("fence", [FENCE, ""])
+def test_what_copies_wrote_needs_a_fence_too(fence):
+    words, result = np.zeros(4096, np.uint32), np.zeros((128, 8), np.float32)
+    body = f"""
+    cp.async.ca.shared.global [%r0+0], [%q1+0], 0x4; cp.async.wait_all; {BARRIER} {fence}
+    mov.b64 %q2, {descriptor(0, 32)}; mov.b64 %q3, {descriptor(2048, 32)};
+    wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {accumulators(8)}, %q2, %q3, 0{SIGNS}, 0, 0;
+    {END}
+    """
+    start = f"setp.eq.b32 %p0, %t, 0; {FENCE} {BARRIER} "
+    body = start + body.replace("cp.async.ca", "@%p0 cp.async.ca")
+    fault = set() if fence else {"a product reads what was written without fence.proxy.async"}
+    assert kinds(run(body, words, result)) == fault
+
+    def exempt(machine):  # as code of an older Triton needs it
+        machine.copies_need_fence = False
+
+    assert not run(body, words, result, wrap=exempt).problems
 
 
 IN_FLIGHT = {

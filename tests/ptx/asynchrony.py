@@ -94,19 +94,23 @@ class Asynchrony:
             marks = machine.marks(copy.lanes[real])
             data[:, real] = machine.memory.access(copy.sources[real], 4, words, marks)
             machine.count("load", copy.lanes[real], copy.sources[real], copy.n_bytes)
-        self.store(copy.lanes, copy.targets, 4, words, list(data))
+        units = self.store(copy.lanes, copy.targets, 4, words, list(data))
+        if not machine.copies_need_fence:
+            self.written[units] = 0
 
     # -------------------------------------------------------------------------------------- shared
 
     def store(
         self, lanes: np.ndarray, addresses: np.ndarray, width: int, n: int, data: list
-    ) -> None:
-        """Store into shared memory, and note when; products in flight must not read there."""
+    ) -> np.ndarray:
+        """Store into shared memory, and return the units, none of which a product may read."""
         machine = self.machine
         program = machine.program[lanes]
         machine.shared.access(program, addresses, width, n, machine.marks(lanes), data)
         places = np.clip(addresses.astype(np.int64), 0, machine.shared.n_bytes - width * n)
-        self.note_write(machine.shared.units(program * machine.shared.n_bytes + places, width * n))
+        units = machine.shared.units(program * machine.shared.n_bytes + places, width * n)
+        self.note_write(units)
+        return units
 
     def note_write(self, units: np.ndarray) -> None:
         """Note when units of shared memory are written, and whether a product reads them."""

@@ -56,7 +56,9 @@ class Machine:
         memory: dict[int, tuple[str, int]],  # by address: name and size
         shared_bytes: int = 0,
         traffic: Traffic | None = None,
+        copies_need_fence: bool = True,
     ):
+        self.copies_need_fence = copies_need_fence
         self.kernel, self.threads, self.parameters = kernel, threads, parameters
         self.grid = (*map(int, grid), 1, 1)[:3]
         self.traffic = traffic

@@ -10,7 +10,10 @@ import numpy as np
 
 @dataclass
 class Counts:
-    """Loads or stores of one width: of a warp each, what they touch, and what they ask for."""
+    """Loads or stores of one width: how many warps asked, what they touched, which bytes of it.
+
+    A byte that several lanes of a warp ask for counts once.
+    """
 
     requests: int = 0
     lines: int = 0
@@ -39,7 +42,7 @@ class Traffic:
         counts.requests += len(np.unique(warps))
         counts.sectors += pairs.shape[1]
         counts.lines += np.unique(np.stack([pairs[0], pairs[1] // 4]), axis=1).shape[1]
-        counts.n_bytes += len(addresses) * n_bytes
+        counts.n_bytes += np.unique(np.stack([warps, addresses]), axis=1).shape[1] * n_bytes
 
     def total(self, kernel: str, kind: str) -> Counts:
         """Return the sum over all widths."""

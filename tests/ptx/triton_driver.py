@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import triton
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
@@ -22,6 +23,11 @@ from .traffic import Traffic
 
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
+# Triton before 3.7 writes no fence between the arrival of cp.async and the wgmma that reads it, and
+# no kernel can mend that
+FENCES_COPIES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 
 
 class PtxBackend(CUDABackend):
@@ -129,8 +135,9 @@ class Emulator:
             else:
                 value = np.uint64(int(value) % (1 << 64))
             parameters[parameter.name] = value
+        threads = 32 * metadata.num_warps
         machine = Machine(
-            kernel, grid, 32 * metadata.num_warps, parameters, memory, metadata.shared, self.traffic
+            kernel, grid, threads, parameters, memory, metadata.shared, self.traffic, FENCES_COPIES
         )
         launched = machine.run(self.generator)
         self.launches.append(launched)

@@ -133,7 +133,7 @@ def elements(form: Form, operands: list) -> int:
 # -------------------------------------------------------------------------- copies in the background
 
 
-@instruction("cp.async(.ca|.cg).shared[::cta].global", "[a], [a], i, s?:u32")
+@instruction("cp.async(.ca|.cg).shared[::cta].global", "[a], [a], i, s:u32?")
 def copy(form: Form, target: Any, source: Any, n_bytes: int, *present: Any) -> Any:
     """Begin to copy; where a fourth operand says 0 bytes, begin to write zeros."""
 
