@@ -456,6 +456,14 @@ def test_floats_become_narrower_and_wider():
     assert_bits(compute("cvt.f64.f32 %0, %1", "f64", ("f32", x)), x.astype(F64))
 
 
+def test_doubles_become_bfloat16_in_one_rounding():
+    tie = 1 + 2.0**-8
+    x = np.array([tie, tie + 2.0**-40, tie - 2.0**-40, -tie - 2.0**-40, math.inf, 3.0, 0.0])
+    found = compute("cvt.rn.bf16.f64 %0, %1", "b16", ("f64", x))
+    back = compute("cvt.f64.bf16 %0, %1", "f64", ("b16", found))
+    assert back.tolist() == [1, 1 + 2**-7, 1, -1 - 2**-7, math.inf, 3, 0]
+
+
 def test_tf32_rounds_ties_away_from_zero():
     x = np.array([1 + 2**-11, 1 + 2**-11 - 2**-23, -(1 + 2**-11), 1 + 3 * 2**-11, math.inf], F32)
     found = compute("cvt.rna.tf32.f32 %0, %1", "b32", ("f32", x)).view(F32)

@@ -310,6 +310,9 @@ def test_deadlocks_and_barriers_that_some_miss():
 def test_a_register_that_was_never_written():
     with pytest.raises(RuntimeError, match="%r7 was never written"):
         run("add.s32 %r1, %r7, 1;", np.zeros(64, np.uint64))
+    y = np.zeros(64, np.uint64)  # the half of a pair that nobody reads need not be
+    assert not run("mov.b64 %q0, {%t, %r7}; st.global.b64 [%a0], %q0;", y).problems
+    assert y.tolist() == [t | 0xFFFFFFFF << 32 for t in range(64)]
 
 
 # --------------------------------------------------------------------------------- copies (cp.async)

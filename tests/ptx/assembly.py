@@ -47,6 +47,7 @@ class Kernel:
     parameters: list[Parameter]
     code: list[Statement] = field(default_factory=list)
     registers: list[str] = field(default_factory=list)  # the name of each slot
+    kinds: list[str] = field(default_factory=list)  # its type
     symbols: dict[str, int] = field(default_factory=dict)  # of shared memory
     shared_bytes: int = 0  # declared in the text
 
@@ -89,7 +90,8 @@ class Reader:
         self.kernel, self.where = kernel, ""
         self.slots: dict[str, tuple[int, str]] = {}  # register -> its slot and type
         self.scopes: list[dict] = []  # what the names declared in each meant outside
-        self.labels: dict[str, int] = {}
+        self.labels: list[dict[str, int]] = []  # of each scope around
+        self.branches: list[list[tuple[Statement, str]]] = []
         for name in SPECIALS:
             self.declare(name, "b32")
 
@@ -99,25 +101,40 @@ class Reader:
                 self.where = piece
             elif kind == "{":
                 self.scopes.append({})
+                self.labels.append({})
+                self.branches.append([])
             elif kind == "}":
                 self.slots.update(self.scopes.pop())
+                self.leave()
                 if not self.scopes:
                     break
             elif kind == "label":
-                self.labels[piece] = len(self.kernel.code)
+                self.labels[-1][piece] = len(self.kernel.code)
             elif piece.startswith("."):
                 self.directive(piece)
             else:
-                self.kernel.code.append(self.statement(piece))
-        for statement in self.kernel.code:
-            if statement.opcode == "bra":
-                statement.target = self.labels[statement.text.split()[-1]]
+                statement = self.statement(piece)
+                self.kernel.code.append(statement)
+                if statement.opcode == "bra":
+                    self.branches[-1].append((statement, piece.split()[-1]))
+
+    def leave(self) -> None:
+        """Find the labels of a scope's branches, or leave them to the scope around."""
+        labels, branches = self.labels.pop(), self.branches.pop()
+        for statement, label in branches:
+            if label in labels:
+                statement.target = labels[label]
+            elif self.branches:
+                self.branches[-1].append((statement, label))
+            else:
+                raise UnknownInstruction(f"`{statement.text}`: there is no such label")
 
     def declare(self, name: str, kind: str) -> None:
         if self.scopes and name in self.slots:
             self.scopes[-1].setdefault(name, self.slots[name])
         self.slots[name] = (len(self.kernel.registers), kind)
         self.kernel.registers.append(name)
+        self.kernel.kinds.append(kind)
 
     def directive(self, text: str) -> None:
         words = text.split(None, 2)

@@ -114,7 +114,7 @@ class Asynchrony:
 
     def note_write(self, units: np.ndarray) -> None:
         """Note when units of shared memory are written, and whether a product reads them."""
-        if self.products and self.read_by_products[units].any():
+        if self.read_by_products[units].any():
             self.machine.report("shared memory is written that a product in flight reads")
         self.clock += 1
         self.written[units] = self.clock
@@ -179,7 +179,7 @@ class Asynchrony:
 
     def touched(self, statement: Statement) -> None:
         """Report a statement that has to do with registers of a product in flight."""
-        if statement.opcode != "wgmma":
+        if statement.opcode not in ("wgmma", "tcgen05"):
             self.machine.report("a register of a product in flight is touched")
 
     def finish(self) -> None:

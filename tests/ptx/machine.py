@@ -10,13 +10,14 @@ import numpy as np
 
 from .assembly import SPECIALS, Kernel, Statement, parse
 from .asynchrony import Asynchrony
-from .forms import TYPES
+from .forms import BITS, SIZES, TYPES
 from .memory import EPOCH, PROGRAM, GlobalMemory, SharedMemory
+from .tensors import TensorMemory
 from .traffic import Traffic
 
 MOST_LANES = 16384  # threads that run together
 MOST_SHARED_BYTES = 1 << 23  # of the programs that run together
-MOST_STEPS = 20_000_000  # of one batch of programs: more is a loop without end
+MOST_STEPS = 5_000_000  # of one batch of programs: more is a loop without end
 UNITS = {"warp": 32, "warp group": 128}
 
 
@@ -82,8 +83,9 @@ class Machine:
         """Run every program."""
         x, y, z = self.grid
         chosen = generator.permutation(x * y * z)
+        most = MOST_LANES // (8 if self.kernel.uses("tcgen05") else 1)  # for their tensor memory
         together = min(
-            MOST_LANES // self.threads, MOST_SHARED_BYTES // max(self.shared_bytes, 1), len(chosen)
+            most // self.threads, MOST_SHARED_BYTES // max(self.shared_bytes, 1), len(chosen)
         )
         with np.errstate(all="ignore"):
             for first in range(0, len(chosen), max(1, together)):
@@ -101,6 +103,7 @@ class Machine:
         self.epoch = np.zeros(n, np.int64)
         self.shared = SharedMemory(n, self.shared_bytes, self.unit, self.report)
         self.flight = Asynchrony(self)
+        self.tensors = TensorMemory(self, n if self.kernel.uses("tcgen05") else 0)
         self.lanes: np.ndarray | None = None  # the active ones; None stands for all
         self.n = self.n_lanes
         self.registers: list[Any] = [None] * len(self.kernel.registers)
@@ -126,9 +129,15 @@ class Machine:
         """Return the bits of a register, of the active lanes; they may not be changed."""
         values = self.registers[slot]
         if values is None:
-            self.report("a register is read before it is written", self.kernel.registers[slot])
-            raise RuntimeError(f"{self.kernel.registers[slot]} was never written")
+            return self._unwritten(slot)
         return values if self.lanes is None else values[self.lanes]
+
+    def _unwritten(self, slot: int) -> np.ndarray:
+        """Return NaN for a register that is only moved: compilers pack halves that nobody reads."""
+        name, kind = self.kernel.registers[slot], self.kernel.kinds[slot]
+        if self.statement.opcode != "mov" or kind == "pred":
+            raise RuntimeError(f"{name} was never written")
+        return np.full(self.n, -1, np.int64).astype(BITS[SIZES[kind]])
 
     def write(self, slot: int, values: np.ndarray) -> None:
         if self.lanes is None:
@@ -251,6 +260,7 @@ class Machine:
             if not together:
                 places[active] = place
         self.flight.finish()
+        self.tensors.finish()
 
     def _complete(self, here: np.ndarray, alive: np.ndarray, together: str) -> np.ndarray:
         """Return the lanes that are here with all others of their warp, warp group or program."""

@@ -7,5 +7,6 @@ from . import (  # noqa: F401
     integers,
     matrices,
     movement,
+    tensor_memory,
     warp_groups,
 )

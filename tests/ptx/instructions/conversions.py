@@ -74,7 +74,7 @@ def to_integer(form: Form, x: Array) -> Array:
 
 
 @computes("cvt[.ftz].f32(.f16|.bf16)", "d:0, s:1")
-@computes("cvt.f64(.f16|.f32)", "d:0, s:1")
+@computes("cvt.f64(.f16|.bf16|.f32)", "d:0, s:1")
 def to_wider(form: Form, x: Array) -> Array:
     return number_of(form, x, form.types[1]).astype(TYPES[form.types[0]])
 
@@ -90,6 +90,17 @@ def to_half_precision(form: Form, x: Array) -> Array:
     if form.has("relu"):
         x = np.where(np.isnan(x), x, np.maximum(x, F32(0)))
     return to_bfloat16(x) if form.types[0] == "bf16" else to_half(x)
+
+
+@computes("cvt.rn.bf16.f64", "d:0, s:1")
+def to_bfloat16_at_once(form: Form, x: Array) -> Array:
+    """Round once: float32 in between is rounded to odd, so that it makes no tie."""
+    single = np.asarray(x).astype(F32)
+    error = x - single.astype(F64)
+    bits = single.view(np.int32)
+    inexact = (error != 0) & np.isfinite(single) & (bits & 1 == 0)
+    step = np.where((error > 0) == (x > 0), np.int32(1), np.int32(-1))
+    return to_bfloat16(np.where(inexact, bits + step, bits).view(F32))
 
 
 @computes("cvt.rz(.f16|.bf16).f32", "d:0, s:1")

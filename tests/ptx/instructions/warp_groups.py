@@ -50,12 +50,13 @@ class Swizzle:
     """
 
     PITCH = {1: 128, 2: 64, 3: 32}
+    MODE = 62, 2  # the first bit, and how many
 
     def __init__(self, descriptors: np.ndarray):
         def field(start: int, bits: int) -> np.ndarray:
             return (descriptors >> U64(start) & U64(2**bits - 1)).astype(np.int64)
 
-        modes = np.unique(field(62, 2))
+        modes = np.unique(field(*self.MODE))
         if len(modes) != 1 or int(modes[0]) not in self.PITCH:
             raise ValueError(f"got the swizzles {modes}, need one of 128, 64 or 32 bytes")
         if field(49, 3).any():
