@@ -5,11 +5,13 @@ INTEGRATIONS ?= .venv-integrations
 BIN = $(VENV)/bin
 ENVIRONMENT = $(VENV)/.installed
 TYPED = build/typed/fastkd
-# Each group is one process, because the interpreter decides at import and two cores run two groups.
+# Each group is a process of its own, because Triton decides at import whether it interprets, and
+# each target has an emulated GPU of its own, which executes what is compiled for it.
 INTERPRETED = TRITON_INTERPRET=1 $(BIN)/pytest -q --ignore=tests/compiled --ignore=tests/integrations
 COMPILED = $(BIN)/pytest -q tests/compiled
+EMULATED = $(BIN)/pytest -q -n 2 tests/test_contracts.py
 
-.PHONY: demo test test-all test-integrations bench check types mutants counted budgets docs
+.PHONY: demo test test-all test-integrations bench check types mutants counted budgets docs ptx
 
 demo: $(ENVIRONMENT)
 	$(BIN)/fastkd demo
@@ -18,11 +20,20 @@ demo: $(ENVIRONMENT)
 test: $(ENVIRONMENT)
 	$(INTERPRETED) -n 2 -m "not full"
 	$(COMPILED) -n 2 -m "not full"
+	PTX_TARGET=sm_90 $(EMULATED) -m "not full"
+	PTX_TARGET=sm_80 $(EMULATED) -m "not full" -k "forward_kl or info_nce or rkd or hint"
 
 # Everything: all cases, all targets, the types, the site and the wheel.
 test-all: $(ENVIRONMENT)
 	$(INTERPRETED) -n 2
 	$(COMPILED) -n 2
+	PTX_TARGET=sm_90 $(EMULATED) tests/test_kernels.py
+	PTX_TARGET=sm_80 $(EMULATED) tests/test_kernels.py
+
+# The kernels alone, on the targets of TARGETS: what the emulated GPUs executed, and how long it took.
+TARGETS ?= sm_80 sm_90
+ptx: $(ENVIRONMENT)
+	for target in $(TARGETS); do PTX_TARGET=$$target $(EMULATED) tests/test_kernels.py || exit 1; done
 
 # The frameworks live in an environment of their own: no other target needs them.
 test-integrations: $(INTEGRATIONS)/.installed

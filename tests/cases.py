@@ -20,7 +20,9 @@ from torch import Tensor
 import fastkd
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+EMULATED = "PTX_TARGET" in os.environ  # compiled kernels are executed on the CPU: tests/ptx
+ON_GPU = torch.cuda.is_available() and not INTERPRETED and not EMULATED
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
 def normal(

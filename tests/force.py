@@ -12,13 +12,12 @@ def in_chunks_of(n_elements, monkeypatch):
     monkeypatch.setattr(_chunks, "LIMIT", n_elements)
 
 
-def on_device_of(multiprocessors, monkeypatch, nvidia=False):
-    """Make launch sites divide the work for a device of so many multiprocessors."""
+def on_device_of(multiprocessors, monkeypatch):
+    """Make launch sites divide the work for this device with so many multiprocessors."""
     module = importlib.import_module("fastkd.kernels.device")
-    device = module.Device(multiprocessors, nvidia)
-    monkeypatch.setattr(module, "Device", lambda *_: device)  # which the interpreter's is made of
-    rows = importlib.import_module("fastkd.kernels.rows.launch")
-    monkeypatch.setattr(rows, "device_of", lambda tensor: device)
+    here = module.device_of(torch.empty(0))._replace(multiprocessors=multiprocessors)
+    monkeypatch.setattr(module, "Device", lambda *_: here)  # which the interpreter's is made of
+    monkeypatch.setattr(module, "_describe", lambda *_: here)  # which describes any other
 
 
 def through_chunks(monkeypatch, columns=16):

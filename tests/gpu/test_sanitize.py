@@ -25,7 +25,7 @@ def step(case, inputs, **options):
 )
 def test_every_access_to_rows_is_inside(n_cols, multiprocessors, monkeypatch):
     # a device of one multiprocessor is filled by two rows, and none is split
-    on_device_of(multiprocessors, monkeypatch, nvidia=DEVICE.type == "cuda")
+    on_device_of(multiprocessors, monkeypatch)
     step(ROWS, ROWS.inputs((2,), n_cols, torch.bfloat16), reduction="mean")
 
 

@@ -1,0 +1,81 @@
+"""Small PTX kernels of one instruction, whose inputs and outputs are numpy arrays."""
+
+import numpy as np
+from ptx import launch
+from ptx.forms import SIZES, TYPES
+
+HEAD = ".version 8.7\n.target sm_100a\n.address_size 64\n.extern .shared .align 16 .b8 memory[];\n"
+
+
+def kernel(body: str, n_pointers: int, registers: str = "") -> str:
+    """Return PTX whose thread t has its element of each array at address %a0, %a1 and so on.
+
+    Element sizes are fixed at 8 bytes; %t is the thread and %g its number through all programs.
+    """
+    parameters = ",\n".join(f".param .u64 p{i}" for i in range(n_pointers))
+    addresses = "\n".join(
+        f"ld.param.b64 %a{i}, [p{i}];\nmad.wide.u32 %a{i}, %g, 8, %a{i};" for i in range(n_pointers)
+    )
+    return f"""{HEAD}
+.visible .entry snippet(
+{parameters}
+)
+.reqntid 32
+{{
+.reg .pred %p<9>; .reg .b16 %h<9>; .reg .b32 %r<40>; .reg .b64 %q<40>;
+.reg .b64 %a<{max(n_pointers, 1)}>; .reg .b32 %t; .reg .b32 %g; .reg .b32 %c; .reg .b32 %n;
+{registers}
+mov.u32 %t, %tid.x;
+mov.u32 %c, %ctaid.x;
+mov.u32 %n, %ntid.x;
+mad.lo.s32 %g, %c, %n, %t;
+{addresses}
+{body}
+ret;
+}}"""
+
+
+REGISTER = {1: "%h", 2: "%h", 4: "%r", 8: "%q"}
+STORED = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}
+
+
+def register(kind: str, i: int) -> str:
+    return f"%p{i}" if kind == "pred" else f"{REGISTER[SIZES[kind]]}{i}"
+
+
+def compute(text: str, result: str, *operands: tuple[str, np.ndarray]) -> np.ndarray:
+    """Return what an instruction makes of arrays; its operands are %0 (the result), %1 and so on.
+
+    `result` and the operands have the names of PTX types.
+    """
+    kinds = [result, *(kind for kind, _ in operands)]
+    body, arrays = [], []
+    for i, (kind, values) in enumerate(operands, 1):
+        size = SIZES[kind]
+        column = np.zeros(len(values), np.uint64)
+        bits = np.ascontiguousarray(values, TYPES[kind])
+        column.view(np.uint8).reshape(-1, 8)[:, :size] = bits.view(np.uint8).reshape(-1, size)
+        arrays.append(column)
+        width = STORED[size]
+        where = f"%h{i}" if kind == "pred" else register(kind, i)
+        body.append(f"ld.global.{width} {where}, [%a{i - 1}];")
+        if kind == "pred":
+            body.append(f"setp.ne.b16 %p{i}, %h{i}, 0;")
+    names = [register(kind, i) for i, kind in enumerate(kinds)]
+    for i in reversed(range(len(names))):
+        text = text.replace(f"%{i}", names[i])
+    body.append(f"{text};")
+    if result == "pred":
+        body.append("selp.b16 %h0, 1, 0, %p0;")
+    width = STORED[SIZES[result]]
+    target = "%h0" if result == "pred" else names[0]
+    body.append(f"st.global.{width} [%a{len(operands)}], {target};")
+    n = len(arrays[0]) if arrays else 32
+    padded = -(-n // 32) * 32
+    arrays = [np.concatenate([x, np.zeros(padded - n, x.dtype)]) for x in arrays]
+    arrays.append(np.zeros(padded, np.uint64))
+    run = launch(kernel("\n".join(body), len(arrays)), arrays, (padded // 32,), 32)
+    assert not run.problems, run.problems
+    size = SIZES[result]
+    column = arrays[-1][:n].view(np.uint8).reshape(-1, 8)[:, :size]
+    return np.ascontiguousarray(column).view(TYPES[result])[:, 0]
