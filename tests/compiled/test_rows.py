@@ -96,7 +96,7 @@ def test_batches_of_any_size_compile_nothing_anew():
 
 @full
 def test_batches_of_long_rows_compile_what_splits_need():
-    """A row is swept by 8 warps, by 16, or by several programs and their sums are combined."""
+    """A row is swept by 8 warps, or by 16 where there are few."""
     sizes = [*range(200, 216), 300, 511, 512]
     names = kernels_of(sizes, 32000)
     assert {name: names.count(name) for name in names} == {"row_statistics": 2, "gradient": 1}
