@@ -126,12 +126,7 @@ def complaints(
 @functools.cache
 def disassemble(cubin: bytes) -> tuple[dict[str, int], list[Instruction]]:
     """Resource usage, and the instructions in order of address."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = run("cuobjdump", "--dump-resource-usage", file.name)
-        listing = run("nvdisasm", "-c", file.name)
-    resources = {what: int(number) for what, number in re.findall(r"([A-Z]+):(\d+)", usage)}
+    resources, listing = resources_of(cubin), run(cubin, "nvdisasm", "-c")
     addresses, pending, rows = {}, [], []
     for line in listing.splitlines():
         if label := LABEL.match(line):
@@ -150,9 +145,18 @@ def disassemble(cubin: bytes) -> tuple[dict[str, int], list[Instruction]]:
     return resources, instructions
 
 
-def run(program: str, *arguments: str) -> str:
-    command = [str(PROGRAMS / program), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def resources_of(cubin: bytes) -> dict[str, int]:
+    """Return the registers (REG), bytes of stack (STACK) and so on, sooner than a listing."""
+    usage = run(cubin, "cuobjdump", "--dump-resource-usage")
+    return {what: int(number) for what, number in re.findall(r"([A-Z]+):(\d+)", usage)}
+
+
+def run(cubin: bytes, program: str, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(PROGRAMS / program), option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def innermost_loops(instructions: list[Instruction]) -> list[tuple[int, int]]:

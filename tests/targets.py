@@ -1,4 +1,4 @@
-"""Compile every loss in every pair of dtypes for every target: python tests/targets.py [sm_90 ...]
+"""Compile every loss in every pair of dtypes for every target, or some: --help says how to choose.
 
 Prints for each target how many calls and kernels were compiled, which calls failed and why, and
 which kernels spill registers; exits with 1 if any call failed. A call is a loss with its gradient,
@@ -20,7 +20,7 @@ import torch
 import triton
 from counts import Case
 from gate import DEVICES, Launch, capture
-from sass import analyse, disassemble
+from sass import analyse, resources_of
 from workloads import WORKLOADS
 
 import fastkd
@@ -81,8 +81,7 @@ def spills_of(launch: Launch) -> int:
     """Return the instructions, or on AMD the registers, that a kernel spills."""
     if "amdgcn" in launch.asm:
         return int(launch.asm["amdgcn"].split(".vgpr_spill_count:")[1].split()[0])
-    resources, _ = disassemble(launch.asm["cubin"])
-    return analyse(launch).spills if resources["STACK"] else 0
+    return analyse(launch).spills if resources_of(launch.asm["cubin"])["STACK"] else 0
 
 
 @contextlib.contextmanager
@@ -98,11 +97,15 @@ def _tf32() -> Iterator[None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", default=TARGETS, help="by default all")
+    names = [loss.name for loss in LOSSES]
+    parser.add_argument("--loss", nargs="+", choices=names, default=names, metavar="NAME")
+    arguments = parser.parse_args()
+    chosen = [call for call in CALLS if call.loss.name in arguments.loss]
     warnings.simplefilter("error", UserWarning)  # as that of tiles which do not fit
     n_failures = 0
-    for target in parser.parse_args().targets:
+    for target in arguments.targets:
         kernels, failures, n_calls = {}, [], 0
-        for call in (call for call in CALLS if call.target == target):
+        for call in (call for call in chosen if call.target == target):
             n_calls += 1
             try:
                 kernels |= {id(x.kernel): (x, call) for x in compile_call(call)}
