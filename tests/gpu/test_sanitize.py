@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DEVICE, LOSSES, of
+from cases import LOSSES, of
 from force import on_device_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
