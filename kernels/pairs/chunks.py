@@ -40,7 +40,7 @@ from fastkd.kernels.pairs.chunk_sweeps import (
     pairs_of_chunk,
 )
 from fastkd.kernels.pairs.sweeps import Classes
-from fastkd.kernels.pairs.tiling import merge_statistics, sum_of_splits
+from fastkd.kernels.pairs.tiling import merge_statistics
 from fastkd.problems.pairs import (
     HEADROOM,
     Half,
@@ -245,7 +245,7 @@ class Chunks:
         )  # fmt: skip
         if self.trains:
             self.add_stored(rows, part)
-        return sum_of_splits(sums)
+        return sums.sum(0) if n_splits > 1 else sums[0]
 
     # ---------------------------------------------------------------------------- the gradients
 
