@@ -225,7 +225,7 @@ def test_pairs_are_two_floats(name):
     assert_bits(found, compute(f"{name}.f32 {places}", "f32", *(("f32", x) for x in numbers)))
 
 
-# --------------------------------------------------------------------------------------- integers
+# ----------------------------------------------------------------------------------------- integers
 
 
 def wrapped(value, kind):

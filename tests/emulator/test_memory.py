@@ -223,7 +223,7 @@ def test_lanes_that_store_different_numbers_in_one_place():
     assert not run(SHARED + "st.shared.b32 [%r0], 3;", y, threads=32).problems
     assert seen(
         run(
-            "mov.b64 %q0, %a0; sub.s64 %q0, %a0, 0; and.b64 %q0, %q0, -512; st.global.b32 [%q0], %t;",
+            "and.b64 %q0, %a0, -512; st.global.b32 [%q0], %t;",
             aligned(512),
         ),
         "lanes that disagree",
@@ -267,7 +267,7 @@ def test_global_memory_races_between_programs():
     assert not run(alone, y, threads=32, grid=(2,)).problems
 
 
-# ------------------------------------------------------------------------------------ other faults
+# ------------------------------------------------------------------------------------- other faults
 
 
 def test_accesses_outside():
@@ -315,7 +315,7 @@ def test_a_register_that_was_never_written():
     assert y.tolist() == [t | 0xFFFFFFFF << 32 for t in range(64)]
 
 
-# --------------------------------------------------------------------------------- copies (cp.async)
+# -------------------------------------------------------------------------------- copies (cp.async)
 
 COPY = (
     SHARED
@@ -364,7 +364,7 @@ def test_copies_of_others_need_a_barrier_too():
         assert bool(launched.problems) == (not barrier)
 
 
-# ------------------------------------------------------------------------------------------ matrices
+# ----------------------------------------------------------------------------------------- matrices
 
 
 def halves_of(x):
@@ -373,7 +373,7 @@ def halves_of(x):
 
 @pytest.mark.parametrize("trans", ["", ".trans"])
 def test_matrices_go_through_shared_memory(trans):
-    """Four matrices of 8 x 8: the lane's pair is in row lane / 4, columns 2 (lane % 4) and the next."""
+    """Each lane has a pair of four matrices: of row lane / 4, from column 2 (lane % 4) on."""
     x = np.random.default_rng(0).integers(0, 2**16, (4, 8, 8)).astype(np.uint16)
     source, y = x.reshape(32, 8).copy(), np.zeros((32, 4), np.uint32)
     body = f"""
@@ -439,9 +439,10 @@ def test_products_of_a_warp(form):
     result = np.zeros((32, 4), np.float32)
     loads = "".join(f"ld.global.b32 %r{i}, [%q0+{4 * i}];" for i in range(12))
     names = [", ".join(f"%r{i}" for i in range(s, s + n)) for s, n in ((0, n_a), (4, n_b), (8, 4))]
+    operands = ", ".join(f"{{{name}}}" for name in names)
     body = f"""
     mad.wide.u32 %q0, %t, 56, %a0; {loads}
-    mma.sync.aligned.{form} {{%r12, %r13, %r14, %r15}}, {{{names[0]}}}, {{{names[1]}}}, {{{names[2]}}};
+    mma.sync.aligned.{form} {{%r12, %r13, %r14, %r15}}, {operands};
     mad.wide.u32 %q1, %t, 8, %a1;
     st.global.v4.b32 [%q1], {{%r12, %r13, %r14, %r15}};
     """
@@ -464,7 +465,7 @@ def bits_of(numbers):
     return low | high << 16
 
 
-# ------------------------------------------------------------------------------------------- traffic
+# ------------------------------------------------------------------------------------------ traffic
 
 
 def test_lines_and_sectors_of_a_warp():
@@ -488,9 +489,12 @@ def test_lines_and_sectors_of_a_warp():
 @pytest.mark.parametrize(
     "text",
     [
-        "ld.global.b128 %q0, [%a0]", "ld.local.b32 %r0, [%r1]", "atom.global.add.f32 %r0, [%a0], %r1",
-        "ld.acquire.gpu.global.b32 %r0, [%a0]", "cp.async.bulk.shared.global [%r0], [%a0], 16, [%r1]",
-        "shfl.up.b32 %r0, %r1, 1, 0", "call foo, (%r0)", "tex.2d.v4.f32.f32 {%r0,%r1,%r2,%r3}, [%r4]",
+        "ld.global.b128 %q0, [%a0]", "ld.local.b32 %r0, [%r1]",
+        "atom.global.add.f32 %r0, [%a0], %r1",
+        "ld.acquire.gpu.global.b32 %r0, [%a0]",
+        "cp.async.bulk.shared.global [%r0], [%a0], 16, [%r1]",
+        "shfl.up.b32 %r0, %r1, 1, 0", "call foo, (%r0)",
+        "tex.2d.v4.f32.f32 {%r0,%r1,%r2,%r3}, [%r4]",
         "st.global.b32 [%a0+%r1], %r0", "mov.b32 %r0, %clock", "bar.red.popc.u32 %r0, 0, %p0",
     ],
 )  # fmt: skip

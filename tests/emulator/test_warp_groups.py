@@ -12,10 +12,12 @@ FENCE, BARRIER = "fence.proxy.async.shared::cta;", "bar.sync 0;"
 END = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
 SWIZZLE = {128: 1, 64: 2, 32: 3}  # bytes of a row, and the number in the descriptor
 SIGNS = ", 1, 1"
+LEFT = "{%r4, %r5, %r6, %r7}"
+MMA = "wgmma.mma_async.sync.aligned"
 
 
 def laid_out(matrix, pitch):
-    """Return the words of a matrix whose rows lie in blocks of 8, with their 16-byte parts mixed."""
+    """Return the words of a matrix whose 16-byte parts are mixed in blocks of 8 rows."""
     n_rows, size = matrix.shape[0], matrix.shape[1] * matrix.element_size()
     assert size == pitch
     raw = matrix.contiguous().view(torch.uint8).numpy().reshape(n_rows, size // 16, 16)
@@ -98,8 +100,8 @@ def test_products_of_matrices_in_shared_memory(dtype, pitch):
     {FENCE} {BARRIER} {zeros(8)}
     mov.b64 %q2, {descriptor(0, pitch)}; mov.b64 %q3, {descriptor(64 * pitch, pitch)};
     wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n16{FORMS[dtype]} {accumulators(8)}, %q2, %q3, 0{SIGNS}{turned};
-    wgmma.mma_async.sync.aligned.m64n16{FORMS[dtype]} {accumulators(8)}, %q2, %q3, 1{SIGNS}{turned};
+    {MMA}.m64n16{FORMS[dtype]} {accumulators(8)}, %q2, %q3, 0{SIGNS}{turned};
+    {MMA}.m64n16{FORMS[dtype]} {accumulators(8)}, %q2, %q3, 1{SIGNS}{turned};
     {END}
     """
     result = np.zeros((128, 8), np.float32)
@@ -127,7 +129,7 @@ def test_the_left_matrix_may_be_in_registers(dtype):
     mad.lo.s32 %r3, %t, 16, 4096; ld.shared.v4.b32 {{%r4, %r5, %r6, %r7}}, [%r3];
     mov.b64 %q3, {descriptor(0, pitch)};
     wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n16{FORMS[dtype]} {accumulators(8)}, {{%r4, %r5, %r6, %r7}}, %q3, 0{SIGNS}{turned};
+    {MMA}.m64n16{FORMS[dtype]} {accumulators(8)}, {LEFT}, %q3, 0{SIGNS}{turned};
     {END}
     """
     result = np.zeros((128, 8), np.float32)
@@ -144,7 +146,7 @@ def test_the_right_matrix_may_be_transposed():
     {FENCE} {BARRIER}
     mov.b64 %q2, {descriptor(0, 32)}; mov.b64 %q3, {descriptor(2048, 128, 0, 1024)};
     wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {accumulators(32)}, %q2, %q3, 0{SIGNS}, 0, 1;
+    {MMA}.m64n64k16.f32.bf16.bf16 {accumulators(32)}, %q2, %q3, 0{SIGNS}, 0, 1;
     {END}
     """
     result = np.zeros((128, 32), np.float32)
@@ -167,7 +169,7 @@ def test_what_a_product_reads_is_ordered_by_a_fence_and_a_barrier(order):
     words = np.zeros(4096, np.uint32)
     body = f"""
     {between} mov.b64 %q2, {descriptor(0, 32)}; mov.b64 %q3, {descriptor(2048, 32)};
-    wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {accumulators(8)}, %q2, %q3, 0{SIGNS}, 0, 0;
+    {MMA}.m64n16k16.f32.bf16.bf16 {accumulators(8)}, %q2, %q3, 0{SIGNS}, 0, 0;
     {END}
     """
     # two warp groups, so that some of what each reads was written by the other
@@ -181,7 +183,7 @@ def test_what_copies_wrote_needs_a_fence_too(fence):
     body = f"""
     cp.async.ca.shared.global [%r0+0], [%q1+0], 0x4; cp.async.wait_all; {BARRIER} {fence}
     mov.b64 %q2, {descriptor(0, 32)}; mov.b64 %q3, {descriptor(2048, 32)};
-    wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {accumulators(8)}, %q2, %q3, 0{SIGNS}, 0, 0;
+    {MMA}.m64n16k16.f32.bf16.bf16 {accumulators(8)}, %q2, %q3, 0{SIGNS}, 0, 0;
     {END}
     """
     start = f"setp.eq.b32 %p0, %t, 0; {FENCE} {BARRIER} "
@@ -209,7 +211,7 @@ def test_a_product_in_flight_keeps_its_operands(statement):
     product = f"""
     {FENCE} {BARRIER} {zeros(8)}
     mov.b64 %q2, {descriptor(0, 32)}; mov.b64 %q3, {descriptor(2048, 32)};
-    wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {accumulators(8)}, %q2, %q3, 0{SIGNS}, 0, 0;
+    {MMA}.m64n16k16.f32.bf16.bf16 {accumulators(8)}, %q2, %q3, 0{SIGNS}, 0, 0;
     """
     result = np.zeros((128, 8), np.float32)
     clean = run(
@@ -228,7 +230,7 @@ def test_a_product_that_is_not_waited_for():
     words, result = np.zeros(4096, np.uint32), np.zeros((128, 8), np.float32)
     body = f"""
     {FENCE} {BARRIER} mov.b64 %q2, {descriptor(0, 32)}; mov.b64 %q3, {descriptor(2048, 32)};
-    wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {accumulators(8)}, %q2, %q3, 0{SIGNS}, 0, 0;
+    {MMA}.m64n16k16.f32.bf16.bf16 {accumulators(8)}, %q2, %q3, 0{SIGNS}, 0, 0;
     wgmma.commit_group.sync.aligned; {{}}
     """
     launched = run(body.replace("{}", ""), words, result)

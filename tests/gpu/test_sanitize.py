@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DEVICE, named
+from cases import named
 from force import on_device_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]

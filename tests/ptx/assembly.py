@@ -1,4 +1,4 @@
-"""PTX text becomes a kernel: parameters, registers, and instructions bound to what executes them."""
+"""PTX text becomes a kernel: parameters, registers, and instructions with what executes them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Statement:
 
     text: str
     where: str  # in the source, as the compiler says
-    form: Form = Form("", ("",))
+    form: Form
     guard: int | None = None  # the slot of a predicate
     negated: bool = False
     execute: Callable = lambda machine: None
@@ -158,17 +158,17 @@ class Reader:
             raise UnknownInstruction(f"a directive that is not known: {text}")
 
     def statement(self, text: str) -> Statement:
-        result = Statement(text, self.where)
+        result = Statement(text, self.where, Form("", ("",)))
         guard = re.match(rf"@(!?)({NAME})\s+", text)
         if guard:
             result.negated = bool(guard[1])
             result.guard = self.register(guard[2], "pred", text)
             text = text[guard.end() :]
         opcode, _, rest = text.partition(" ")
-        form, instructions = known(opcode)
+        form, candidates = known(opcode)
         result.form = form
         operands = split(rest)
-        fitting = [each for each in instructions if fits(each.kinds, operands)]
+        fitting = [each for each in candidates if fits(each.kinds, operands)]
         if not fitting:
             raise UnknownInstruction(
                 f"{self.kernel.name}: `{text}` is not known to the emulator ({self.where}); declare"
@@ -333,11 +333,11 @@ def number(text: str, kind: str, whole: str) -> Any:
     return BITS[dtype.itemsize](value % (1 << 8 * dtype.itemsize)).view(dtype)
 
 
-# ------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def pieces(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the statements and directives of a body, its labels, braces and places in the source."""
+    """Yield the statements and directives of a body, its labels, braces and source lines."""
     rest = ""
     for line in text.splitlines():
         code, _, comment = line.partition("//")

@@ -1,4 +1,4 @@
-"""What goes on beside the threads: copies, products of warp groups, and the proxy they read by."""
+"""Operations beside the threads: copies, products of warp groups, and the proxy they read by."""
 
 from __future__ import annotations
 

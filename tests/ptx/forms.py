@@ -36,7 +36,7 @@ TWICE = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
 
 
 class Form:
-    """What an instruction is: its words, `add`, `rn`, `f32`, and its type, the last one."""
+    """The words of an instruction, `add`, `rn`, `f32`, and its type, the last one."""
 
     def __init__(self, text: str, words: tuple[str, ...]):
         self.text, self.words = text, words

@@ -37,7 +37,7 @@ class Problem(NamedTuple):
 
 @dataclass
 class Launched:
-    """What a launch did."""
+    """The result of a launch."""
 
     kernel: str
     grid: tuple[int, int, int]

@@ -135,7 +135,7 @@ def to_whole_number(form: Form, x: Array) -> Array:
     return rounding(x)
 
 
-# ------------------------------------------------------------------------------------ comparisons
+# -------------------------------------------------------------------------------------- comparisons
 
 ORDERED = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,

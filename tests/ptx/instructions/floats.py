@@ -155,7 +155,7 @@ def test(form: Form, x: Array) -> Array:
     ]
 
 
-# ---------------------------------------------------------------------------- float32 with halves
+# ------------------------------------------------------------------------------ float32 with halves
 
 
 @computes("add[.rn].f32(.f16|.bf16)", "d:0, s:1, s:0")
@@ -177,7 +177,7 @@ def widened(form: Form, x: Array) -> Array:
     return from_bfloat16(x) if form.type == "bf16" else np.asarray(x).astype(F32)
 
 
-# ------------------------------------------------------------------------------------------- pairs
+# -------------------------------------------------------------------------------------------- pairs
 
 PAIRS = {"add": add, "sub": subtract, "mul": multiply, "fma": multiply_add}
 

@@ -95,7 +95,7 @@ def watch_rows(machine: Any, rows: np.ndarray, write: bool) -> None:
         machine.shared.watch.read(units, marks)
 
 
-# ------------------------------------------------------------------------------------------ products
+# ----------------------------------------------------------------------------------------- products
 # where the registers of a lane lie in a matrix: (row, column) for each register, or pair of halves
 
 ACCUMULATORS = [(ROW, 2 * PAIR), (ROW, 2 * PAIR + 1), (ROW + 8, 2 * PAIR), (ROW + 8, 2 * PAIR + 1)]
@@ -148,10 +148,10 @@ def multiply(form: Form, destinations: list, left: list, right: list, addends: l
                 b[:, 4 * per * i + per * PAIR + j, ROW] = numbers(part, kind)
         c = np.zeros((n_warps, 16, 8))
         for place, values in zip(ACCUMULATORS, registers(addends), strict=True):
-            c[:, *place] = values
+            c[:, place[0], place[1]] = values
         result = (a @ b + c).astype(F32)
         for place, destination in zip(ACCUMULATORS, destinations, strict=True):
-            destination(machine, result[:, *place].ravel())
+            destination(machine, result[:, place[0], place[1]].ravel())
 
     return execute
 

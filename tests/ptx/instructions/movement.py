@@ -130,7 +130,7 @@ def elements(form: Form, operands: list) -> int:
     return n
 
 
-# -------------------------------------------------------------------------- copies in the background
+# ------------------------------------------------------------------------- copies in the background
 
 
 @instruction("cp.async(.ca|.cg).shared[::cta].global", "[a], [a], i, s:u32?")
@@ -174,7 +174,7 @@ def wait_for_all_copies(form: Form) -> Any:
     return execute
 
 
-# ----------------------------------------------------------------------- exchanges of a warp's lanes
+# ---------------------------------------------------------------------- exchanges of a warp's lanes
 
 
 @instruction("shfl.sync(.bfly|.up|.down|.idx).b32", "d, s, s:u32, i, i", together="warp")

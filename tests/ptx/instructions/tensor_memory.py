@@ -6,7 +6,7 @@ for the barrier to which it was committed.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -109,13 +109,13 @@ def store(form: Form, address: Any, split: int, sources: list) -> Any:
     return execute
 
 
-# ------------------------------------------------------------------------------------------ products
+# ----------------------------------------------------------------------------------------- products
 
 
 class TensorSwizzle(Swizzle):
     """The layout of a matrix in shared memory, as descriptors of this generation have it."""
 
-    PITCH = {2: 128, 4: 64, 6: 32}
+    PITCH: ClassVar = {2: 128, 4: 64, 6: 32}
     MODE = 61, 3
 
 
@@ -193,7 +193,7 @@ def commit(form: Form, address: Any) -> Any:
     return execute
 
 
-# ------------------------------------------------------------------------------------------ barriers
+# ----------------------------------------------------------------------------------------- barriers
 
 
 @instruction("mbarrier.init.shared[::cta].b64", "[a], i")

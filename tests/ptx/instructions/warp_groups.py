@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -43,13 +43,13 @@ def groups_of(machine: Any) -> np.ndarray:
 
 
 class Swizzle:
-    """How a matrix lies in shared memory: rows of 128, 64 or 32 bytes whose 16-byte parts are mixed.
+    """How a matrix lies in shared memory: rows of 128, 64 or 32 bytes, whose parts are mixed.
 
     The descriptor has its start, the distance between blocks along the leading dimension and along
     the other one (all in 16 bytes), and the swizzle.
     """
 
-    PITCH = {1: 128, 2: 64, 3: 32}
+    PITCH: ClassVar = {1: 128, 2: 64, 3: 32}
     MODE = 62, 2  # the first bit, and how many
 
     def __init__(self, descriptors: np.ndarray):
@@ -96,7 +96,8 @@ class Swizzle:
     "warp group",
 )
 @instruction(
-    "wgmma.mma_async.sync.aligned.m64n#k8.f32.tf32.tf32", "{d}:f32, {s}:b32, s:b64, p, i, i", "warp group"
+    "wgmma.mma_async.sync.aligned.m64n#k8.f32.tf32.tf32",
+    "{d}:f32, {s}:b32, s:b64, p, i, i", "warp group",
 )  # fmt: skip
 def multiply(
     form: Form,
