@@ -1,12 +1,13 @@
 """Kernels in the interpreter: every division of the work, bytes, boundaries, halves and TF32."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from cases import EMULATED, INTERPRETED, LOSSES, named, of
+from cases import DEVICE, EMULATED, INTERPRETED, LOSSES, named, of
 from choice import pairwise, quick_if
-from exactness import assert_exact, assert_same, exact, results
+from exactness import assert_exact, assert_same, by_formula, exact, results
 from force import in_chunks_of, multiplying_halves, on_device_of, through_chunks
 
 import fastkd
@@ -30,6 +31,9 @@ PAIRS = of("pairs")
 EACH = [case for case in LOSSES if case.problem == "pairs"]
 each_pair = pytest.mark.parametrize("case", PAIRS, ids=str)
 each_loss = pytest.mark.parametrize("case", EACH, ids=str)
+each_way = pytest.mark.parametrize("way", ["tiles", "chunks"])
+STRIDED = named("info_nce", "sup_con", "siglip-logit_scale=5.0-logit_bias=-2.0")
+SIGLIP = STRIDED[-1]
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +182,7 @@ def test_every_access_is_inside_and_every_output_written(
 
 # few have several tiles of rows and add to their own sums, many share the columns of one
 @pytest.mark.parametrize("case", [*PAIRS, *named("rkd")], ids=str)
-@pytest.mark.parametrize("way", ["tiles", "chunks"])
+@each_way
 @pytest.mark.parametrize("multiprocessors", [1, 3, 1000])
 @quick_if(
     lambda case, way, multiprocessors: (
@@ -191,6 +195,35 @@ def test_however_programs_share_the_work(case, way, multiprocessors, monkeypatch
     on_device_of(multiprocessors, monkeypatch)
     inputs = case.inputs((100 if way == "tiles" else 19,), 5)
     assert_same(results(case, inputs), results(case.truth, inputs), 1e-12)
+
+
+@each_way
+@pytest.mark.parametrize("case", STRIDED, ids=str)
+def test_weights_of_any_stride(case, way, monkeypatch):
+    if way == "chunks":
+        through_chunks(monkeypatch)
+    inputs = case.inputs((19,), 5)
+    weights = torch.full((19, 3), torch.nan, device=DEVICE, dtype=torch.float64)[:, 0]
+    weights.copy_(torch.arange(19))
+    reduction = "mean" if case.name == "sup_con" else "sum"  # neither divides the weights before
+
+    def found(weights):
+        return results(partial(case, weights=weights, reduction=reduction), inputs)
+
+    assert_same(found(weights), found(weights.contiguous()))
+
+
+@each_way
+def test_one_bias_of_all_images(way, monkeypatch):
+    if way == "chunks":
+        through_chunks(monkeypatch)
+    inputs = SIGLIP.inputs((19,), 5)
+    inputs.append(torch.tensor(-2.0, dtype=torch.float64, device=DEVICE, requires_grad=True))
+
+    def siglip(image, text, bias):
+        return fastkd.siglip(image, text, 5.0, bias)
+
+    assert_same(results(siglip, inputs), by_formula(siglip, inputs), 1e-10)
 
 
 @each_loss

@@ -65,6 +65,9 @@ from fastkd.problems.pairs import (
 _BLOCKS, _COLUMNS = 8, 128  # whose sums a program reads at once
 _BLOCK = 1024  # numbers that the one program of a loss reads at once
 _LABELS = 32  # whose keys a program counts
+_OF_EXAMPLES = (
+    "weights", "positive_logits", "key_weights", "key_positive_logits", "classes", "query_classes",
+)  # fmt: skip
 
 
 def value_and_gradients(
@@ -81,6 +84,7 @@ def value_and_gradients(
 
 
 def _solve_pairs(problem: Pairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gradients]:
+    problem = _with_numbers_in_order(problem)
     query, key = problem.query, problem.key
     tiles = tiling(query, problem.half, problem.scale.dtype)
     if tiles is not None and query.numel() and (key is None or key.numel()):
@@ -92,6 +96,12 @@ def _solve_pairs(problem: Pairs, needs_grad: Sequence[bool]) -> tuple[Tensor, Gr
 
 
 _by_chunks = with_positives(pairs_by_chunks)
+
+
+def _with_numbers_in_order(problem: Pairs) -> Pairs:
+    """Return the problem with the numbers of examples side by side, as the kernels read them."""
+    given = {name: getattr(problem, name) for name in _OF_EXAMPLES}
+    return problem._replace(**{name: x.contiguous() for name, x in given.items() if x is not None})
 
 
 class _Slopes(NamedTuple):
@@ -243,7 +253,7 @@ class _Sweeps:
         problem, x = self.problem, self.x
         assert problem.positive_logits is not None
         tiles, n, n_padded = self.tiles.narrow(), len(x.rows), len(x.matrix)
-        thresholds = problem.positive_logits.contiguous()
+        thresholds = problem.positive_logits
         n_splits, per_split = splits_of(x, self.y, tiles)
         sums = self.scale.new_empty((2, n_splits, n_padded))
         values = self._empty_values(x, n_splits) if self.trains_rows else None
@@ -364,15 +374,15 @@ class _Sweeps:
         if self.has_positives:
             return Positives(self.x.cosines, self.scale)
         assert self.problem.positive_logits is not None
-        return Positives(self.problem.positive_logits.contiguous(), None)
+        return Positives(self.problem.positive_logits, None)
 
     def _numbered(self, x: Embeddings, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return numbers of classes for the rows of a matrix, and how many keys each label has."""
         assert self.problem.classes is not None
         numbers, counts = self.scale.new_empty(len(x.matrix)), self.scale.new_empty(len(labels))
         class_numbers[(len(x.matrix) // _LABELS,)](
-            labels.contiguous(), self.problem.classes.contiguous(), numbers, counts, len(labels),
-            len(self.problem.classes), ROWS=_LABELS, COLUMNS=_COLUMNS,
+            labels, self.problem.classes, numbers, counts, len(labels), len(self.problem.classes),
+            ROWS=_LABELS, COLUMNS=_COLUMNS,
         )  # fmt: skip
         return numbers, counts
 
