@@ -303,7 +303,8 @@ def _row_weight(rows: Any, normalizer: Any, reduction: str) -> float:
         return 0.0
     if reduction == "sum":
         return 1.0
-    return 1 / ((rows.shape[:-1].numel() if normalizer is None else normalizer) or 1)
+    # a number of numpy would not count as plain, and the op would take the way of traced ones
+    return 1 / ((rows.shape[:-1].numel() if normalizer is None else float(normalizer)) or 1)
 
 
 def total(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Gradients that the forward makes because it knows what the losses are multiplied by."""
 
+import numpy as np
 import pytest
 import torch
 from cases import DEVICE, INTERPRETED, normal
@@ -61,6 +62,10 @@ def by_backward(name, student, teacher, upstream, **reduction):
 def test_six_bytes_an_entry_where_the_upstream_is_1(options):
     assert moved_by(logits(), **options) == (6, 0)
     assert moved_by(logits(), 0.5, **options) == (6, 6)
+
+
+def test_a_normalizer_of_numpy_is_a_number():
+    assert moved_by(logits(), normalizer=np.int64(1)) == (6, 0)
 
 
 def test_ten_bytes_where_the_weight_of_a_row_is_not_known():
