@@ -540,7 +540,7 @@ def test_selections():
         "add.sat.f32 %0, %1, %1", "add.rz.f32 %0, %1, %1", "min.xorsign.f32 %0, %1, %1",
         "fma.rn.relu.f32 %0, %1, %1, %1", "cvt.rn.satfinite.bf16.f32 %h0, %1", "mul.f32 %0, %1",
         "mul.f32 %0, %1, %1, %1", "add.f32 %0, %1, %q1", "add.f32 %0, 1, %1",
-        "mul24.lo.s32 %0, %1, %1",
+        "mul24.lo.s32 %0, %1, %1", "div.approx.f32 %0, %1, %1",
         "ex2.approx.ftz.f16 %h0, %h0", "setp.gt.f32.f32 %p0, %1, %1", "shl.s32 %0, %1, %1",
         "add.f32 %0, %1, {%1, %1}", "add.f32 %0, %1, [%1]", "selp.f32 %0, %1, %1, %1",
     ],

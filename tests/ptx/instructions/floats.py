@@ -45,7 +45,7 @@ def multiply_add(form: Form, x: Array, y: Array, z: Array) -> Array:
     return fused_32(x, y, z) if form.type == "f32" else fused_64(x, y, z)
 
 
-@computes("div(.rn|.full|.approx)[.ftz].f32", "d, s, s")
+@computes("div(.rn|.full)[.ftz].f32", "d, s, s")
 @computes("div.rn.f64", "d, s, s")
 def divide(form: Form, x: Array, y: Array) -> Array:
     return x / y
