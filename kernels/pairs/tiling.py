@@ -112,6 +112,8 @@ def tilings_of_two(
     if device.nvidia:  # as many as fit
         of_row = sum(x.depth * x.product.itemsize for x in (tiles, tiles_t))
         room = device.shared_bytes - _SCRATCH - n_rows * of_row
+        if device.generation == 10:  # because slopes pass through shared memory there
+            room -= 4 * n_rows * n_columns
         stages = max(1, min(_AHEAD, room // (n_columns * of_row)))
     if has_tf32 and (depth <= 64 or stages == 1):
         warps = 8

@@ -61,6 +61,17 @@ def test_the_next_tile_is_on_its_way_during_the_products(name, shape, target):
         assert not analyse(launch).spills, launch.name
 
 
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+@quick_if(lambda name, shape: (name, shape) == ("similarity_kl", (32768, 256)))
+def test_tiles_fit_where_products_are_added_in_tensor_memory(name, shape):
+    """There, slopes pass through shared memory; what does not fit would go through chunks."""
+    launches = compiled(BY_NAME[name], shape, BF16, "sm_100").launches
+    assert any("TILE" in x.args for x in launches)
+    assert not [x.name for x in launches if x.name.endswith("_of_chunk")]
+    assert not [x.name for x in launches if analyse(x).spills]
+
+
 @full
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90"])
 @pytest.mark.parametrize("width", [64, 128])
