@@ -22,7 +22,7 @@ import checkout  # noqa: F401
 import child
 import records
 import torch
-from counts import compiled, metered, scaled_down
+from counts import compiled, main_walk, metered, scaled_down
 from gate import Tensor
 from sass import analyse, count, disassemble
 from tables import section
@@ -165,8 +165,8 @@ def walked(
     """
     most = max((loop["load_bytes"] for loop in loops), default=0)
     walks = [loop for loop in loops if loop["load_bytes"] == most]
-    if any(loop["tensor"] for loop in walks):  # of tiles: others look at each pair, at the edges
-        walks = [min(walks, key=lambda loop: loop["instructions"])]
+    if any(loop["tensor"] for loop in walks):  # of tiles: others are for edges and for rare rows
+        walks = [main_walk(walks)]
     total: Counter[str] = Counter()
     for part, times in [
         (outside, started),

@@ -93,8 +93,13 @@ def resources(launch: Launch, element_bytes: int) -> dict[str, Any]:
 
 
 def main_walk(loops: list[Any]) -> Any:
-    """Return the loop that loads most and, among such loops over tiles, has least to do."""
-    return max(loops, key=lambda loop: (loop["load_bytes"], -loop["instructions"]))
+    """Return the loop that loads and stores most and, among such loops over tiles, has least to do.
+
+    One with a mask does more. One that only computes anew what was too small stores nothing.
+    """
+    return max(
+        loops, key=lambda loop: (loop["load_bytes"], loop["store_bytes"], -loop["instructions"])
+    )
 
 
 def scaled_down(case: Case, shape: tuple[int, ...], n: int = 2) -> tuple[tuple[int, ...], Any]:

@@ -2,13 +2,16 @@
 
 import json
 import sys
+from collections import Counter
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from floor import DEVICES, FILE, Counts, check, classes_of, executed, floor, summary
+from counts import main_walk
+from floor import DEVICES, FILE, Counts, check, classes_of, executed, floor, summary, walked
 from workloads import FUSED
 
 H100, H200, A100 = DEVICES
@@ -87,6 +90,17 @@ def test_trips_come_from_bytes(unrolled):
     assert found["MUFU"] == 100
     twice = executed(outside, [sweep, wait, sweep], loaded=64 + 6400)
     assert twice["instructions"] == 100 + 3 + 2000
+
+
+def test_the_loop_over_whole_tiles_is_walked():
+    """The one with a mask does more; the one that computes rows anew stores nothing of columns."""
+    moved = Counter(load_bytes=128, store_bytes=8, tensor=8)
+    whole, masked = (moved + Counter(instructions=n) for n in (100, 150))
+    anew = Counter(load_bytes=128, tensor=8, instructions=80)
+    for loops in permutations([whole, masked, anew]):
+        assert main_walk(loops) is whole
+        found = walked(Counter(instructions=7), loops, trips=10, started=1)
+        assert found["instructions"] == 7 + 10 * 100 + 150 + 80
 
 
 def test_a_time_below_its_floor_is_found():

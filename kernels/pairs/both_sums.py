@@ -86,7 +86,6 @@ def row_and_column_log_sums(
     """
     row, split = tl.program_id(0) * TILE.ROWS, tl.program_id(1)
     low, high = columns_of_split(split, per_split, m)
-    rows = row + tl.arange(0, TILE.ROWS)
     block = load_block(similarities, row, TILE)
     place = tl.program_id(0).to(tl.int64) * n_columns
     of_block = ColumnSums(columns.largest_ptr + place, columns.total_ptr + place)
@@ -98,6 +97,7 @@ def row_and_column_log_sums(
         _BothOperands(similarities, block, of_block, n_columns),
         row, low, high, Mask(n, m, diagonal, True), _add_to_both, TILE,
     )  # fmt: skip
+    rows = row + tl.arange(0, TILE.ROWS)
     largest = tl.max(both.largest, 0)
     total = tl.sum(both.total * tl.exp2(both.largest - largest)[:, None], 0)
     log_sums = largest + tl.log2(total)

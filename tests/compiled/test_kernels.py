@@ -130,9 +130,12 @@ def test_products_launches_and_memory(case, shape):
     flops = sum(work.flops for work in works if work)
     assert flops / (2 * n**2 * width) == MOST_PRODUCTS[case.name]
     assert len(run.launches) == LAUNCHES[case.name]
-    # rows of float32 numbers for both sides, and what blocks of rows leave of columns, and splits
-    of_programs = 2 * 4 * (n / 64) * n + 2 * 4 * 132 * 64 * width
-    assert run.peak_bytes <= 12 * 4 * n * width + of_programs + MIB
+    # rows of float32 numbers for both sides, the sums of splits, and two numbers of each column
+    # for each block of rows, where columns are summed
+    tiles = [x.args["TILE"] for x in run.launches if x.name == "row_and_column_log_sums"]
+    of_blocks = sum(8 * n * n / tile.ROWS for tile in tiles)
+    of_splits = 2 * 4 * 132 * 64 * width
+    assert run.peak_bytes <= 12 * 4 * n * width + of_splits + of_blocks + MIB
     assert n < 32768 or run.peak_bytes < 4 * n**2 / 8
     swept = [analyse(launch) for launch in run.launches if work_of(launch)]
     assert len(swept) >= 2
@@ -187,7 +190,7 @@ def test_wide_tiles_of_two_networks_fit_on_small_devices(target, networks, has_k
     with capture(target) as found, fastkd.backend("triton"):
         torch.autograd.grad(fastkd.similarity_kl(*rows[:2], **keys), rows[0])
     sweeps = ["divergences", *["weighed_differences"] * (1 + has_keys)]
-    assert [x.name for x in found] == sweeps
+    assert [x.name for x in found if work_of(x)] == sweeps
     assert not any(analyse(launch).spills for launch in found)
 
 
@@ -200,8 +203,10 @@ def test_tiles_that_fit_nowhere_go_by_chunks_with_a_warning(name, monkeypatch):
         for _ in range(2):
             run = compiled(the(name), (4096, 64), torch.bfloat16, "sm_90")
     assert len(warned) == 1
-    assert len(run.launches) == SWEEPS[name]
-    assert all("chunk" in launch.name for launch in run.launches)
+    # only the first sweep tells that tiles do not fit, after both sides are laid out
+    names = [launch.name for launch in run.launches]
+    assert names[:2] == ["lay_out"] * 2 and len(names[2:]) == SWEEPS[name]
+    assert all("chunk" in name for name in names[2:])
 
 
 @each_pair
