@@ -142,11 +142,6 @@ def splits_of(x: Embeddings, y: Embeddings, tiles: Tiling) -> tuple[int, int]:
     return n_splits, triton.cdiv(n_tiles, n_splits) * tiles.columns
 
 
-def sum_of_splits(values: Tensor) -> Tensor:
-    """Return [n_padded, depth] from the [n_splits, n_padded, depth] of the programs."""
-    return values.sum(0) if len(values) > 1 else values[0]
-
-
 class Statistics(NamedTuple):
     """The losses of rows, and the maximum and Σ_j exp(S_ij − maximum_i) of each, and of T."""
 
