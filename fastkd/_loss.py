@@ -22,6 +22,9 @@ _REDUCTION = ("weights", "normalizer", "reduction")  # parameters that a formula
 _ROW_LABELS = ("labels", "ignore_index")  # these too, where labels are an option
 _PARTS = "return_parts"
 _THIS_PROCESS = Ranks()
+_saved_tensors_hooks = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None
+)
 _LONG, _PART = 1 << 15, 1 << 12  # numbers of a sum that PyTorch cuts, and of a part of ours
 
 
@@ -300,6 +303,9 @@ def reduce(
 def _row_weight(rows: Any, normalizer: Any, reduction: str) -> float:
     """Return what `reduce` multiplies the losses of unweighted rows by, 0 if that is not known."""
     if reduction == "none" or isinstance(normalizer, Tensor) or not isinstance(rows, Tensor):
+        return 0.0
+    # checkpointing and offloading free what the graph saves, and a gradient is none of that
+    if _saved_tensors_hooks(True):
         return 0.0
     if reduction == "sum":
         return 1.0

@@ -5,6 +5,7 @@ import pytest
 import torch
 from cases import DEVICE, INTERPRETED, normal
 from choice import quick_if
+from torch.utils.checkpoint import checkpoint
 
 import fastkd
 
@@ -161,3 +162,23 @@ def test_transforms_give_the_same():
     torch.testing.assert_close(found, expected)
     with pytest.raises(RuntimeError, match="Double backward"):
         torch.autograd.grad(found.sum(), student)
+
+
+@pytest.mark.parametrize("saved", ["checkpointed", "offloaded"])
+def test_no_gradient_is_kept_where_saved_tensors_go_elsewhere(saved):
+    """The backward makes it then, so that chunks that are computed again keep nothing."""
+    inputs = logits()
+
+    def loss(student, teacher):
+        with fastkd.backend("triton"):
+            return fastkd.forward_kl(student, teacher)
+
+    with Meter() as forward:
+        if saved == "checkpointed":
+            found = checkpoint(loss, *inputs, use_reentrant=False)
+        else:
+            with torch.autograd.graph.save_on_cpu():
+                found = loss(*inputs)
+    assert bytes_of(forward, N * V) == 4
+    expected = by_backward("forward_kl", *inputs, 1.0, reduction="mean")
+    torch.testing.assert_close(torch.autograd.grad(found, inputs[0])[0], expected)
