@@ -1,4 +1,4 @@
-"""What one training step of a loss launches on a GPU and moves through its memory, counted without.
+"""Count what a training step of a loss launches on a GPU and moves through its memory, without one.
 
     python tests/step.py info_nce 65536x512 bfloat16 [sm_90]
     step = count(BY_NAME["info_nce"], (65536, 512), torch.bfloat16)
@@ -46,7 +46,7 @@ OVERWRITE = {"copy_", "zero_", "fill_"}  # do not read what they write to
 
 
 class Operation(NamedTuple):
-    """What PyTorch runs at once, or a launch of a kernel of ours."""
+    """An operation that PyTorch runs at once, or a launch of a kernel of ours."""
 
     name: str
     launches: int

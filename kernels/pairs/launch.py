@@ -236,7 +236,7 @@ class _Sweeps:
     def _with_further(
         self, parts: Tensor, values: Tensor | None
     ) -> tuple[_Slopes, _FirstSums | None]:
-        """Return the slopes with further logits, which are weighed in PyTorch."""
+        """Return the slopes with further logits, whose weights PyTorch applies."""
         x, n = self.x, len(self.x.rows)
         log_sums = (parts[:, :n] * LN2.value).logsumexp(0)
         loss, of_rows, of_logits, of_further = penalty(self.problem, log_sums, slice(0, n))

@@ -36,7 +36,7 @@ class Examples(NamedTuple):
 
 
 class ClassSums(NamedTuple):
-    """What tells the positive logits of queries whose classes have several keys."""
+    """The sums that give the positive logits of queries whose classes have several keys."""
 
     labels_ptr: Any  # [n]
     counts_ptr: Any  # [n], keys of the query's class

@@ -2,7 +2,7 @@
 
 With v_i the sum over all pairs of row i of their slopes times the other embedding, and u = x / ‖x‖,
 the gradient in x is scale · (v − ⟨u, v⟩ u) / ‖x‖. The pair of a row with its positive partner is
-left out by the sweeps and joins v here. `lay_out` reads an embedding, and its partner, and writes
+masked in the sweeps and joins v here. `lay_out` reads an embedding, and its partner, and writes
 it once; `gradients` reads both again, with the sums of all splits, and writes the gradient.
 """
 
@@ -26,7 +26,7 @@ class Sources(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """What the sums of the splits are multiplied by: u_i exp2(part_i − n_i) of each."""
+    """Factors of the sums of the splits, u_i exp2(part_i − n_i) of each."""
 
     parts_ptr: Any  # [n_splits, n_padded], log-sum-exps of the splits in units of log2
     log_sums_ptr: Any  # n, [n], over all splits

@@ -65,7 +65,7 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Te
         their weight is known, the gradient for that weight follows the statistics.
     """
     losses, statistics = _allocate(problem, n_statistics(problem))
-    if needs_grad[0] and _is_weighed(problem):
+    if needs_grad[0] and _foresees_weight(problem):
         gradient = torch.empty_like(problem.student)
         if losses[0].numel() and gradient.is_contiguous():
             _launch_whole_rows(problem, losses, gradient)
@@ -83,7 +83,7 @@ def backward(
     problem: Rows,
     statistics: Tensor,
     upstream: Sequence[Tensor | None],
-    weighed: Tensor | None = None,
+    foreseen: Tensor | None = None,
 ) -> Tensor:
     """Compute Σ upstream · ∂losses/∂student over both kinds of losses.
 
@@ -91,16 +91,16 @@ def backward(
         problem: The problem that `forward` solved.
         statistics: The tensor that `forward` saved.
         upstream: Upstream gradients (...) of the losses and of the cross-entropies; None for 0.
-        weighed: The gradient for the problem's row weight that `forward` saved, if it is still
+        foreseen: The gradient for the problem's row weight that `forward` saved, if it is still
             there. It becomes the result: rows with another upstream gradient are computed again.
 
     Returns:
         The gradient with respect to the student, in its shape and dtype, and in the order of its
         strides, for which one that the kernels write contiguously is copied.
     """
-    if weighed is not None:
-        _launch_whole_rows(problem, None, weighed, upstream, weighed=True)
-        return weighed
+    if foreseen is not None:
+        _launch_whole_rows(problem, None, foreseen, upstream, is_foreseen=True)
+        return foreseen
     found = gradient = torch.empty_like(problem.student)
     if not found.is_contiguous():
         gradient = torch.empty_like(found, memory_format=torch.contiguous_format)
@@ -157,7 +157,7 @@ def value_and_gradients(
     return losses, (gradient,)
 
 
-def _is_weighed(problem: Rows) -> bool:
+def _foresees_weight(problem: Rows) -> bool:
     """Return whether the forward may make the gradient, for the weight that the caller knows.
 
     It would be in vain in float16, where a loss is scaled so that its gradient does not vanish, and
@@ -181,7 +181,7 @@ def _launch_whole_rows(
     gradient: Tensor | None = None,
     upstream: Sequence[Tensor | None] = (None, None),
     *,
-    weighed: bool = False,
+    is_foreseen: bool = False,
 ) -> None:
     n_rows, n_cols = _shape(problem)
     student, teacher = rows_of(problem.student), rows_of(problem.teacher)
@@ -201,7 +201,7 @@ def _launch_whole_rows(
             ROWS=block,
             COLUMNS=columns,
             IN_PLACE=gradient is problem.student,
-            WEIGHED=weighed,
+            WEIGHED=is_foreseen,
             num_warps=num_warps,
         )
 

@@ -1,4 +1,4 @@
-"""What tiles of similarities cost on a GPU: launches of a step, instructions, copies ahead."""
+"""Tiles of similarities cost few launches and instructions on a GPU, and copy ahead."""
 
 import re
 
@@ -22,7 +22,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 @pytest.mark.parametrize("shape", [(4096, 256), (1024, 64)], ids=str)
 @quick_if(lambda name, shape: shape == (1024, 64) and name in ("clip_contrastive", "sup_con"))
 def test_small_contrasts_launch_little(name, shape):
-    """Of a small batch the time on the host is all of it."""
+    """A small batch takes as long as the host does to start it."""
     assert count(BY_NAME[name], shape, BF16).launches <= 16
 
 
