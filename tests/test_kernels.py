@@ -119,9 +119,9 @@ def test_gradients_that_the_forward_makes(name, dtype, upstream, pytestconfig):
         return [loss.detach(), gradient], count() - before
 
     launches = pytestconfig.emulator.launches if EMULATED else []
-    found, n_launches = step(inputs, lambda: len(launches))
-    if EMULATED:
-        assert (n_launches == 0) == (upstream == 1)
+    found, n_instructions = step(inputs, lambda: sum(x.instructions for x in launches))
+    if EMULATED:  # a kernel looks at the upstream, and returns
+        assert (n_instructions < 50) == (upstream == 1)
     with fastkd.backend("formula"):
         (yardstick, _), (truth, _) = step(inputs), step(exact(inputs))
     assert_as_exact(found, yardstick, truth)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from ptx import UnknownInstruction
 
-from .test_memory import kinds
+from .snippets import kinds
 from .test_warp_groups import BARRIER, FENCE, laid_out, problem, run
 
 ROOM = 128  # words behind the matrices, for a barrier and the address of the columns
