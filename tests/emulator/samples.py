@@ -7,7 +7,6 @@ from fractions import Fraction
 import numpy as np
 from ptx.forms import SIZES, TYPES
 
-
 F32, F64 = np.float32, np.float64
 SMALLEST = float(np.finfo(F32).smallest_normal)
 EDGES = [0.0, -0.0, 1.0, -1.0, 1 + 2**-23, 2**-149, -(2**-130), SMALLEST, 3e38, -3e38]
