@@ -9,7 +9,7 @@ TYPED = build/typed/fastkd
 # each target has an emulated GPU of its own, which executes what is compiled for it.
 INTERPRETED = TRITON_INTERPRET=1 $(BIN)/pytest -q --ignore=tests/compiled --ignore=tests/integrations
 COMPILED = $(BIN)/pytest -q tests/compiled
-EMULATED = $(BIN)/pytest -q -n 2 tests/test_contracts.py
+EMULATED = $(BIN)/pytest -q tests/test_contracts.py
 
 .PHONY: demo test test-all test-integrations bench check types mutants counted budgets docs ptx
 
@@ -27,13 +27,13 @@ test: $(ENVIRONMENT)
 test-all: $(ENVIRONMENT)
 	$(INTERPRETED) -n 2
 	$(COMPILED) -n 2
-	PTX_TARGET=sm_90 $(EMULATED) tests/test_kernels.py
-	PTX_TARGET=sm_80 $(EMULATED) tests/test_kernels.py
+	PTX_TARGET=sm_90 $(EMULATED) -n 2 tests/test_kernels.py
+	PTX_TARGET=sm_80 $(EMULATED) -n 2 tests/test_kernels.py
 
 # The kernels alone, on the targets of TARGETS: what the emulated GPUs executed, and how long it took.
 TARGETS ?= sm_80 sm_90
 ptx: $(ENVIRONMENT)
-	for target in $(TARGETS); do PTX_TARGET=$$target $(EMULATED) tests/test_kernels.py || exit 1; done
+	for target in $(TARGETS); do PTX_TARGET=$$target $(EMULATED) -n 2 tests/test_kernels.py || exit 1; done
 
 # The frameworks live in an environment of their own: no other target needs them.
 test-integrations: $(INTEGRATIONS)/.installed

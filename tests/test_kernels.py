@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import DEVICE, EMULATED, INTERPRETED, LOSSES, named, of
 from choice import pairwise, quick_if
-from exactness import assert_exact, assert_same, by_formula, exact, results
+from exactness import assert_as_exact, assert_exact, assert_same, by_formula, exact, results
 from force import in_chunks_of, multiplying_halves, on_device_of, through_chunks
 
 import fastkd
@@ -104,6 +104,31 @@ def test_gradients_in_place_overwrite_the_student_alone(n_cols, division):
         )
         sweeps_of_row = 2 if divergence in MIXTURES else 1
         assert moved // student.numel() == (6 if is_on_chip else 4 * sweeps_of_row + 6)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.3])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_gradients_that_the_forward_makes(name, dtype, upstream, pytestconfig):
+    """Compare with float64; where the upstream is 1, the backward has nothing left to do."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 3, ON_CHIP, generator=generator)
+    inputs = [student.to(dtype).requires_grad_(), teacher.to(dtype)]
+    function = getattr(fastkd, name)
+
+    def step(inputs, count=lambda: 0):
+        loss = function(*inputs)
+        before = count()
+        (gradient,) = torch.autograd.grad(loss, inputs[0], torch.full_like(loss, upstream))
+        return [loss.detach(), gradient], count() - before
+
+    launches = pytestconfig.emulator.launches if EMULATED else []
+    found, n_instructions = step(inputs, lambda: sum(x.instructions for x in launches))
+    if EMULATED:  # a kernel looks at the upstream, and returns
+        assert (n_instructions < 50) == (upstream == 1)
+    with fastkd.backend("formula"):
+        (yardstick, _), (truth, _) = step(inputs), step(exact(inputs))
+    assert_as_exact(found, yardstick, truth)
 
 
 @pytest.mark.parametrize("n_cols", [ON_CHIP, LOOPED])

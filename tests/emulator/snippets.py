@@ -1,8 +1,10 @@
 """Small PTX kernels of one instruction, whose inputs and outputs are numpy arrays."""
 
 import numpy as np
-from ptx import launch
+import torch
+from ptx import Traffic, launch
 from ptx.forms import SIZES, TYPES
+from ptx.machine import Launched
 
 HEAD = ".version 8.7\n.target sm_100a\n.address_size 64\n.extern .shared .align 16 .b8 memory[];\n"
 
@@ -79,3 +81,52 @@ def compute(text: str, result: str, *operands: tuple[str, np.ndarray]) -> np.nda
     size = SIZES[result]
     column = arrays[-1][:n].view(np.uint8).reshape(-1, 8)[:, :size]
     return np.ascontiguousarray(column).view(TYPES[result])[:, 0]
+
+
+def run(
+    body: str,
+    *arrays: np.ndarray,
+    threads: int = 64,
+    grid: tuple = (1,),
+    shared: int = 4096,
+    traffic: Traffic | None = None,
+) -> Launched:
+    """Run a body whose thread t has its element of array i at %ai."""
+    return launch(kernel(body, len(arrays)), arrays, grid, threads, shared, traffic)
+
+
+def kinds(launched: Launched) -> set[str]:
+    return {problem.kind for problem in launched.problems}
+
+
+def seen(launched: Launched, *words: str) -> bool:
+    """Return whether there is a problem, and each word is a part of every kind that there is."""
+    found = kinds(launched)
+    return bool(found) and all(word in kind for word in words for kind in found)
+
+
+def aligned(n_bytes: int) -> np.ndarray:
+    """Return 64-bit words that begin at a multiple of so many bytes."""
+    memory = np.zeros(2 * n_bytes // 8, np.uint64)
+    skip = -memory.ctypes.data % n_bytes // 8
+    return memory[skip : skip + n_bytes // 8]
+
+
+def bits_of(numbers: torch.Tensor) -> int:
+    """Return one or two numbers as a register."""
+    numbers = numbers.contiguous()
+    if numbers.dtype == torch.float32:
+        return int(numbers.view(torch.int32)[0]) & 0xFFFFFFFF
+    low, high = (int(x) & 0xFFFF for x in numbers.view(torch.int16))
+    return low | high << 16
+
+
+# two warps that each write words of shared memory, and read their own or those of the other
+SHARED = """
+mov.u32 %r0, memory;
+shl.b32 %r1, %t, 2;
+add.s32 %r2, %r0, %r1;      // the word of this thread
+xor.b32 %r3, %r1, 128;
+add.s32 %r3, %r0, %r3;      // that of the same lane in the other warp
+add.s32 %r9, %t, 7;
+"""

@@ -5,8 +5,7 @@ import pytest
 import torch
 from ptx import launch
 
-from .snippets import kernel
-from .test_memory import bits_of, kinds
+from .snippets import bits_of, kernel, kinds
 
 FENCE, BARRIER = "fence.proxy.async.shared::cta;", "bar.sync 0;"
 END = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"

@@ -104,6 +104,8 @@ class Machine:
         self.shared = SharedMemory(n, self.shared_bytes, self.unit, self.report)
         self.flight = Asynchrony(self)
         self.tensors = TensorMemory(self, n if self.kernel.uses("tcgen05") else 0)
+        self.asleep = np.zeros(self.n_lanes, bool)
+        self.some_sleep = False
         self.lanes: np.ndarray | None = None  # the active ones; None stands for all
         self.n = self.n_lanes
         self.registers: list[Any] = [None] * len(self.kernel.registers)
@@ -189,7 +191,8 @@ class Machine:
         """Run a batch of programs until all have returned.
 
         While all threads are at one place, `place` alone says where; when they part, each has its
-        own, and those that are least far go on until they meet.
+        own, and those that are least far go on until they meet. Who waits in a loop for a barrier
+        of products would be least far for ever: it sleeps until nobody else can go on.
         """
         code, end = self.kernel.code, len(self.kernel.code)
         everyone = np.arange(self.n_lanes)
@@ -205,9 +208,14 @@ class Machine:
             if not together:
                 if not alive.any():
                     break
-                ready = alive & ~waiting
+                ready = alive & ~waiting & ~self.asleep
                 if not ready.any():
-                    self.report("deadlock: threads wait for others at different barriers")
+                    if self.tensors.moved:
+                        self.wake()
+                        continue
+                    awaited = "a barrier at which no product arrives"
+                    others = awaited if self.some_sleep else "others at different barriers"
+                    self.report(f"deadlock: threads wait for {others}")
                     break
                 place = int(places[ready].min())
                 active = np.flatnonzero(ready & (places == place))
@@ -256,11 +264,22 @@ class Machine:
                 self.lanes = None if len(lanes) == self.n_lanes else lanes
                 self.n = len(lanes)
                 self._step(statement)
+                together = together and not self.some_sleep
             place += 1
             if not together:
                 places[active] = place
         self.flight.finish()
         self.tensors.finish()
+
+    def sleep(self, lanes: np.ndarray) -> None:
+        """Let others go on before these lanes, which have waited in vain."""
+        self.asleep[lanes] = True
+        self.some_sleep |= len(lanes) > 0
+
+    def wake(self) -> None:
+        """Let those who sleep look again, because a product or a barrier has gone on."""
+        self.asleep[:] = False
+        self.some_sleep = self.tensors.moved = False
 
     def _complete(self, here: np.ndarray, alive: np.ndarray, together: str) -> np.ndarray:
         """Return the lanes that are here with all others of their warp, warp group or program."""

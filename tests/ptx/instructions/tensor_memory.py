@@ -1,7 +1,7 @@
 """Products of Blackwell (tcgen05): accumulators in tensor memory, and barriers that count arrivals.
 
 A product is there at once, but what it reads and writes stays in flight until a thread has waited
-for the barrier to which it was committed.
+for the barrier to which it was committed. Who waits there in vain lets all others go on first.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ U16, U32, U64, F32 = np.uint16, np.uint32, np.uint64, np.float32
 @instruction("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32", "[a], i", together="warp")
 def allocate(form: Form, address: Any, n_columns: int) -> Any:
     """Reserve columns, and store the address of the first one in shared memory."""
+    check_columns(n_columns)
 
     def execute(machine: Any) -> None:
         whole(machine, 32)
@@ -34,11 +35,19 @@ def allocate(form: Form, address: Any, n_columns: int) -> Any:
 
 @instruction("tcgen05.dealloc.cta_group::1.sync.aligned.b32", "s, i", together="warp")
 def free(form: Form, address: Any, n_columns: int) -> Any:
+    check_columns(n_columns)
+
     def execute(machine: Any) -> None:
         whole(machine, 32)
-        machine.tensors.free(machine.program[machine.numbers()[::32]], n_columns)
+        firsts = machine.spread(address(machine))[::32]
+        machine.tensors.free(machine.program[machine.numbers()[::32]], firsts, n_columns)
 
     return execute
+
+
+def check_columns(n: int) -> None:
+    if n not in (32, 64, 128, 256, 512):
+        raise ValueError(f"got {n} columns, need a power of 2 from 32 to 512")
 
 
 @instruction("tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned", together="warp")
@@ -48,16 +57,17 @@ def relinquish(form: Form) -> Any:
 
 @instruction("tcgen05.wait::ld.sync.aligned", together="warp")
 def wait_for_loads(form: Form) -> Any:
-    def execute(machine: Any) -> None:
-        machine.flight.registers = frozenset()
-
-    return execute
+    return lambda machine: machine.tensors.wait_for_loads()
 
 
 @instruction("tcgen05.wait::st.sync.aligned", together="warp")
-@instruction("tcgen05.fence::(before|after)_thread_sync")
 def wait_for_stores(form: Form) -> Any:
-    """Order nothing: tensor memory is written at once here."""
+    return lambda machine: machine.tensors.wait_for_stores()
+
+
+@instruction("tcgen05.fence::(before|after)_thread_sync")
+def fence(form: Form) -> Any:
+    """Order nothing: products are ordered by barriers alone here."""
     return lambda machine: None
 
 
@@ -84,25 +94,34 @@ def cells(machine: Any, address: Any, n: int, split: int) -> tuple:
     return program[:, None], row[:, None] % 128, columns % 512
 
 
+def check_registers(form: Form, registers: list) -> None:
+    if len(registers) != form.number("x"):
+        raise ValueError(f"got {len(registers)} registers, need {form.number('x')} for {form.text}")
+
+
 SHAPE = ".sync.aligned.16x32bx2(.x1|.x2|.x4|.x8|.x16|.x32|.x64|.x128).b32"
 
 
 @instruction("tcgen05.ld" + SHAPE, "{d}, [a], i", together="warp")
 def load(form: Form, destinations: list, address: Any, split: int) -> Any:
+    check_registers(form, destinations)
     slots = frozenset(destination.slot for destination in destinations)
 
     def execute(machine: Any) -> None:
+        machine.tensors.load(slots)
         values = machine.tensors.words[cells(machine, address, len(destinations), split)]
         for i, destination in enumerate(destinations):
             destination(machine, values[:, i])
-        machine.flight.registers |= slots
 
     return execute
 
 
 @instruction("tcgen05.st" + SHAPE, "[a], i, {s}", together="warp")
 def store(form: Form, address: Any, split: int, sources: list) -> Any:
+    check_registers(form, sources)
+
     def execute(machine: Any) -> None:
+        machine.tensors.store()
         values = np.stack([machine.spread(source(machine)) for source in sources], 1)
         machine.tensors.words[cells(machine, address, len(sources), split)] = values
 
@@ -135,13 +154,12 @@ def multiply(form: Form, target: Any, left: Any, right: Any, shape: Any, adds: A
         if len(given) != 1:
             raise ValueError(f"got the shapes {given}, need one")
         bits = int(given[0])
-        kinds = {0: "f16", 1: "bf16", 2: "tf32"}
-        kind = kinds[bits >> 7 & 7]
+        kind = {0: "f16", 1: "bf16", 2: "tf32"}.get(bits >> 7 & 7)
         m, n = (bits >> 24 & 31) << 4, (bits >> 17 & 63) << 3
-        if bits & 0x602F or bits >> 4 & 3 != 1 or kinds[bits >> 10 & 7] != kind:
+        if bits & 0xE080606F or not bits >> 4 & 1 or (bits >> 10 ^ bits >> 7) & 7 or not kind:
             raise ValueError(f"got the shape {bits:#x}, need plain products of one type in float32")
-        if (kind == "tf32") != tf32 or m not in (64, 128):
-            raise ValueError(f"got {m} rows of {kind}, need 64 or 128 for {form.text}")
+        if (kind == "tf32") != tf32 or m not in (64, 128) or not n or n > 256 or n % (m // 8):
+            raise ValueError(f"got the shape {m} x {n} of {kind}, which {form.text} does not have")
         rows = np.arange(m) if m == 128 else np.arange(m) // 16 * 32 + np.arange(m) % 16
         touched = [np.zeros((len(lanes), 0), np.int64)]
 
@@ -202,6 +220,7 @@ def begin_barrier(form: Form, address: Any, n_arrivals: int) -> Any:
         raise ValueError(f"got a barrier of {n_arrivals} arrivals, need 1")
 
     def execute(machine: Any) -> None:
+        write_barrier(machine, address)
         machine.tensors.begin_barriers(machine.of_lanes(machine.program), address(machine))
 
     return execute
@@ -209,7 +228,17 @@ def begin_barrier(form: Form, address: Any, n_arrivals: int) -> Any:
 
 @instruction("mbarrier.inval.shared[::cta].b64", "[a]")
 def end_barrier(form: Form, address: Any) -> Any:
-    return lambda machine: None
+    def execute(machine: Any) -> None:
+        write_barrier(machine, address)
+        machine.tensors.end_barriers(machine.of_lanes(machine.program), address(machine))
+
+    return execute
+
+
+def write_barrier(machine: Any, address: Any) -> None:
+    """Write the memory of a barrier, so that who uses it without having waited races with this."""
+    places = address(machine)
+    machine.flight.store(machine.numbers(), places, 8, 1, [np.zeros(len(places), U64)])
 
 
 @instruction("mbarrier.try_wait.parity.shared[::cta].b64", "d:pred, [a], s:b32")
@@ -217,8 +246,11 @@ def try_barrier(form: Form, done: Any, address: Any, parity: Any) -> Any:
     """Say whether the phase of this parity has ended."""
 
     def execute(machine: Any) -> None:
-        program = machine.of_lanes(machine.program)
+        program, places = machine.of_lanes(machine.program), address(machine)
+        machine.shared.access(program, places, 8, 1, machine.marks())
         given = machine.spread(parity(machine)).astype(np.int64)
-        done(machine, machine.tensors.ended(program, address(machine), given))
+        ended = machine.tensors.ended(program, places, given)
+        done(machine, ended)
+        machine.sleep(machine.numbers()[~ended])
 
     return execute
