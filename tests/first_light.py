@@ -39,20 +39,24 @@ _CLIP, _SIGLIP = "clip_contrastive-logit_scale=5.0", "siglip-logit_scale=5.0-log
 _MSE = "token_relation-divergence=mse-normalize=True-temperature=1.0"
 _COSINE = "hint-weights-kind=cosine"
 _WHOLE, _LONG = ("whole_rows",), ("row_statistics", "combine", "gradient")
-_COLUMNS = ("log_sums", "column_log_sums", "weighed_sums")
-_POSITIVES = ("log_sums", "weighed_sums")
-_DIVERGENCES = ("divergences", "weighed_differences")
+_SIDES = ("lay_out", "gradients")
+_COLUMNS = (
+    *_SIDES, "row_and_column_log_sums", "column_log_sums", "log_sum_penalties", "weighed_sums",
+)  # fmt: skip
+_POSITIVES = (*_SIDES, "log_sums", "log_sum_penalties", "weighed_sums")
+_DIVERGENCES = (*_SIDES, "divergences", "weighed_differences")
 _CHUNK = ("exponentials_of_chunk", "log_sums_of_chunk")
 _DIFFERENCES = ("divergences_of_chunk", "differences_of_chunk")
 _TOKENS = ("relation_divergences", "relation_gradients")
-_EDGES = ("squares", "distances", "edges", "sum_splits", "laplacian")
+_EDGES = ("transposes", "squares", "distances", "edges", "sum_splits", "laplacian")
 
 LIGHTS = [
     _light(_KL, SPLIT, *_LONG),
     _light(_KL, SHORT, *_WHOLE),
     _light("info_nce", TILES, *_POSITIVES),
+    _light("sup_con", TILES, "class_numbers", *_POSITIVES),
     _light(_CLIP, TILES, *_COLUMNS),
-    _light(_SIGLIP, TILES, "softplus_sums", "weighed_sums"),
+    _light(_SIGLIP, TILES, *_SIDES, "softplus_sums", "pair_penalties", "weighed_sums"),
     _light("similarity_kl", TILES, *_DIVERGENCES),
     _light("info_nce", CHUNKS, *_CHUNK),
     _light(_CLIP, CHUNKS, *_CHUNK, "fold_chunk"),
@@ -76,14 +80,15 @@ LIGHTS = [
     _light(_CLIP, WIDE, *_COLUMNS),
     _light("similarity_kl", ((150,), 250), *_DIVERGENCES),
     _light("nt_xent", TILES, *_POSITIVES),
-    _light("sup_con", TILES, *_POSITIVES),
     _light("nt_xent", CHUNKS, *_CHUNK),
     _light("sup_con", CHUNKS, *_CHUNK),
     _light("info_nce", TILES, *_CHUNK, dtype=FLOAT),
     _light("similarity_kl", TILES, *_DIFFERENCES, dtype=FLOAT),
     _light("rkd", ((40,), 64), *_EDGES, dtype=FLOAT),
-    _light("rkd_distance", ((40,), 64), "squares", "distances", "sum_splits", "laplacian"),
-    _light("rkd_angle", ((40,), 64), "squares", "edges", "sum_splits", "laplacian"),
+    _light(
+        "rkd_distance", ((40,), 64), "transposes", "squares", "distances", "sum_splits", "laplacian"
+    ),
+    _light("rkd_angle", ((40,), 64), "transposes", "squares", "edges", "sum_splits", "laplacian"),
     _light("hint-weights", ((20,), 64), "values", "slopes"),
     _light(_COSINE, ((7,), 5), "values", "slopes"),
     _light("minilm_relation-n_heads=2-weights=[1.0, 0.5]", ((3,), 16), *_TOKENS),

@@ -137,17 +137,19 @@ NEEDS_EMBEDDINGS = {Pairs: (True, True, True, False, False), SoftPairs: (True,) 
 def pairs(form, first, n=34, n_keys=85, columns=False, two_views=False, further=0):
     """Return queries of one rank, whose positive keys are somewhere among those of all ranks."""
     scale = torch.tensor(3.0, dtype=torch.float64, device=DEVICE)
-    positive = normal(n, seed=3)
-    bank, classes, query_classes, attractions = normal(9, 5, seed=2), None, None, None
+    positive = positive_logits = normal(n, seed=3)
+    bank, classes, query_classes = normal(9, 5, seed=2), None, None
     if form == "classes":
-        classes = (torch.arange(n_keys, device=DEVICE) % 7).double()
-        query_classes, attractions = classes[first : first + n], normal(n, seed=6).square()
-        bank = None
+        classes = torch.arange(n_keys, device=DEVICE) % 7
+        query_classes, bank, positive_logits = classes[first : first + n], None, None
+    query, key = normal(n, 5), normal(n_keys, 5, seed=1)
+    if form == "classes":  # whose positive keys are those of the other examples of a class
+        query = key[first : first + n].clone()
     return Pairs(
-        query=normal(n, 5),
-        key=normal(n_keys, 5, seed=1),
+        query=query,
+        key=key,
         scale=scale,
-        positive_logits=positive,
+        positive_logits=positive_logits,
         further_logits=normal(n, further, seed=7) if further else None,
         weights=positive.square(),
         bank=bank,
@@ -156,8 +158,9 @@ def pairs(form, first, n=34, n_keys=85, columns=False, two_views=False, further=
         key_weights=normal(n_keys, seed=5).square() if columns else None,
         classes=classes,
         query_classes=query_classes,
-        attractions=attractions,
+        attractions=None,
         attractions_differ=True,
+        over_anchors=False,
         form=dict(classes="linear").get(form, form.split()[0]),
         first=first,
         two_views=two_views,
@@ -215,7 +218,8 @@ def test_queries_of_one_rank(form, first, way, request):
     is_quick = "portable" in request.node.name
     for needs_grad in NEEDS if is_quick else NEEDS[0:3:2] if first == 37 else NEEDS[:1]:
         needs_further = needs_grad[3] and problem.further_logits is not None
-        assert_twins_agree(way, problem, (*needs_grad, needs_further))
+        needs_logits = needs_grad[3] and problem.positive_logits is not None
+        assert_twins_agree(way, problem, (*needs_grad[:3], needs_logits, needs_further))
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
@@ -248,7 +252,7 @@ def test_slopes_that_are_small_survive_float16(solver, engine):
         *embeddings, positive_logits, of_examples = numbers
         problem = Pairs(
             *embeddings, positive_logits, None, of_examples, *[None] * 7,
-            False, "pairs", -1, False, True, kind, "",
+            False, False, "pairs", -1, False, True, kind, "",
         )  # fmt: skip
         return module.value_and_gradients(problem, (True, True, False, False, False))[1][:2]
 
