@@ -85,7 +85,7 @@ LIGHTS = [
     _light("info_nce", TILES, *_CHUNK, dtype=FLOAT),
     _light("similarity_kl", TILES, *_DIFFERENCES, dtype=FLOAT),
     _light("rkd", ((40,), 64), *_EDGES, dtype=FLOAT),
-    _light(
+    _light("rkd_distance", ((40,), 64), *_EDGES[:3], *_EDGES[4:]),
         "rkd_distance", ((40,), 64), "transposes", "squares", "distances", "sum_splits", "laplacian"
     ),
     _light("rkd_angle", ((40,), 64), "transposes", "squares", "edges", "sum_splits", "laplacian"),
