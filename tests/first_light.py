@@ -86,8 +86,6 @@ LIGHTS = [
     _light("similarity_kl", TILES, *_DIFFERENCES, dtype=FLOAT),
     _light("rkd", ((40,), 64), *_EDGES, dtype=FLOAT),
     _light("rkd_distance", ((40,), 64), *_EDGES[:3], *_EDGES[4:]),
-        "rkd_distance", ((40,), 64), "transposes", "squares", "distances", "sum_splits", "laplacian"
-    ),
     _light("rkd_angle", ((40,), 64), "transposes", "squares", "edges", "sum_splits", "laplacian"),
     _light("hint-weights", ((20,), 64), "values", "slopes"),
     _light(_COSINE, ((7,), 5), "values", "slopes"),
