@@ -19,3 +19,11 @@ def without_autocast(device: torch.device) -> Any:
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def multiplies_halves(rows: Tensor, half: str) -> bool:
+    """Return whether a product of half precision gives sums of the rows' dtype, not rounded."""
+    if not rows.is_cuda or torch.version.hip is not None or rows.dtype != torch.float32:
+        return False
+    rounded = getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
+    return half == "bfloat16" or not rounded

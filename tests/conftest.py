@@ -98,7 +98,7 @@ def engine(request, monkeypatch):
     if name == "portable in chunks":
         in_chunks_of(50, monkeypatch)
     if name == "triton":
-        from cases import DEVICE
+        from inputs import DEVICE
 
         obstacle = triton_obstacle([torch.empty(0, device=DEVICE)])
         if obstacle:

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from cases import INTERPRETED, normal
+from inputs import INTERPRETED, normal
 from torch.nn.parallel import DistributedDataParallel
 
 import fastkd

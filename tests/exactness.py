@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from cases import Case, normal
+from cases import Case
+from inputs import normal
 from torch import Tensor
 
 import fastkd

@@ -8,11 +8,12 @@ import os
 
 import pytest
 import torch
-from cases import CASES, DEVICE, named, of
+from cases import CASES, named, of
 from choice import quick_if
 from exactness import exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
+from inputs import DEVICE
 
 import fastkd
 

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import DEVICE, normal
+from inputs import DEVICE, normal
 
 import fastkd
 from fastkd import _backend, _op

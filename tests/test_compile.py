@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DEVICE, named
+from cases import named
 from choice import full, quick_if
 from exactness import assert_same, results
+from inputs import DEVICE
 
 import fastkd
 

@@ -7,9 +7,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, DEVICE, LOSSES, WAYS, Case, normal, of
+from cases import CASES, LOSSES, WAYS, Case, of
 from choice import ENGINES, full, pairwise, quick_if
 from exactness import assert_exact, assert_same, by_formula, in_dtype, results
+from inputs import DEVICE, normal
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint

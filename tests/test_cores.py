@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import LOSSES, logits
+from cases import LOSSES
 from exactness import results
 from force import in_chunks_of
+from inputs import logits
 from meter import PeakMemory
 
 import fastkd

@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import normal
 from exactness import assert_same
+from inputs import normal
 from torch import Tensor
 
 import fastkd

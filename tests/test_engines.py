@@ -4,10 +4,11 @@ import importlib
 
 import pytest
 import torch
-from cases import DEVICE, INTERPRETED, logits_and_labels, normal, of
+from cases import of
 from choice import quick_if
 from exactness import assert_same, results
 from force import in_chunks_of, through_chunks
+from inputs import DEVICE, INTERPRETED, logits_and_labels, normal
 
 import fastkd
 from fastkd.problems.pairs import Pairs, SoftPairs

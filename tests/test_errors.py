@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DEVICE, LOSSES, logits, of
+from cases import LOSSES, of
+from inputs import DEVICE, logits
 
 import fastkd
 

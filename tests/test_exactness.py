@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import normal
 from exactness import assert_exact
+from inputs import normal
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 

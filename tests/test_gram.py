@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from cases import DEVICE, named, normal, of
+from cases import named, of
 from exactness import assert_same, by_formula, exact, results
+from inputs import DEVICE, normal
 
 import fastkd
 

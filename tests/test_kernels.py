@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DEVICE, EMULATED, INTERPRETED, LOSSES, named, of
+from cases import LOSSES, named, of
 from choice import pairwise, quick_if
 from exactness import assert_as_exact, assert_exact, assert_same, by_formula, exact, results
 from force import in_chunks_of, multiplying_halves, on_device_of, through_chunks
+from inputs import DEVICE, EMULATED, INTERPRETED
 
 import fastkd
 

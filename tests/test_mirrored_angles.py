@@ -1,7 +1,7 @@
 """The portable engine spares the angles that mirror others, from 256 examples on."""
 
 import torch
-from cases import normal
+from inputs import normal
 
 import fastkd
 

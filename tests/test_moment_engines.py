@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DEVICE, INTERPRETED, normal
 from choice import pairwise
 from exactness import results
 from force import in_chunks_of, on_device_of
+from inputs import DEVICE, INTERPRETED, normal
 from meter import PeakMemory
 
 import fastkd

@@ -6,9 +6,9 @@ import published
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE, maps, normal
 from choice import pairwise, quick_if
 from exactness import assert_same, results
+from inputs import DEVICE, maps, normal
 
 import fastkd
 

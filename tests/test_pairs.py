@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE, LOSSES, OPTIONS, VIEWS, named, normal, of, with_bank, with_classes
+from cases import LOSSES, OPTIONS, VIEWS, named, of
 from choice import ENGINES, full, pairwise, quick_if
 from exactness import (
     assert_as_exact,
@@ -19,6 +19,7 @@ from exactness import (
     results,
 )
 from force import in_chunks_of
+from inputs import DEVICE, normal, with_bank, with_classes
 from meter import PeakMemory
 
 import fastkd

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from cases import DEVICE, LOSSES, named, normal
+from cases import LOSSES, named
 from choice import quick_if
 from exactness import assert_same, results
+from inputs import DEVICE, normal
 
 TWO = named(
     "jensen_shannon-temperature=2.0-beta=0.1", "kd-temperature=4.0-alpha=0.3-divergence=forward_kl"

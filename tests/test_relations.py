@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE, normal, of
+from cases import of
 from choice import full, quick_if
 from exactness import assert_same, exact, results
+from inputs import DEVICE, normal
 
 import fastkd
 

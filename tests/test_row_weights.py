@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from cases import DEVICE, INTERPRETED, normal
 from choice import quick_if
+from inputs import DEVICE, INTERPRETED, normal
 from torch.utils.checkpoint import checkpoint
 
 import fastkd

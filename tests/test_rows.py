@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, DEVICE, LOSSES, logits, logits_and_labels, named, normal, of
+from cases import CASES, LOSSES, named, of
 from choice import ENGINES, full, pairwise, quick_if
 from exactness import assert_exact, assert_same, by_formula, exact, results
 from force import in_chunks_of
+from inputs import DEVICE, logits, logits_and_labels, normal
 
 import fastkd
 

@@ -7,9 +7,10 @@ import pytest
 import textbook
 import torch
 import torch._dynamo.testing
-from cases import DEVICE, named, normal
+from cases import named
 from choice import full
 from exactness import assert_same, by_formula, results
+from inputs import DEVICE, normal
 from meter import PeakMemory
 
 import fastkd

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE, normal
 from choice import quick_if
 from exactness import assert_as_exact, assert_same, by_formula, in_dtype, results
+from inputs import DEVICE, normal
 from meter import PeakMemory
 
 import fastkd

@@ -6,8 +6,9 @@ import published
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE, named, normal
+from cases import named
 from exactness import assert_as_exact, assert_same, exact, in_dtype, results
+from inputs import DEVICE, normal
 from meter import PeakMemory
 
 import fastkd

@@ -6,10 +6,11 @@ import published
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, DEVICE, INTERPRETED, LOSSES, normal
+from cases import CASES, LOSSES
 from choice import ENGINES, full, pairwise, quick_if
 from exactness import assert_as_exact, assert_same, by_formula, exact, results
 from force import in_chunks_of
+from inputs import DEVICE, INTERPRETED, normal
 from meter import PeakMemory
 
 import fastkd

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._precision import multiplies_halves
 from fastkd.portable import _chunks
 from fastkd.problems.pairs import HEADROOM, Half, in_half, of_lengths, units
 
@@ -308,14 +309,6 @@ class _Sums:
     def gradient(self, scale: Tensor, lengths: Tensor | None) -> Tensor:
         """Return the gradient in the rows before they were divided by their lengths, in place."""
         return of_lengths(self.values.mul_(scale), self.x, lengths)
-
-
-def multiplies_halves(rows: Tensor, half: str) -> bool:
-    """Return whether a product of half precision gives sums of the rows' dtype."""
-    if not rows.is_cuda or torch.version.hip is not None or rows.dtype != torch.float32:
-        return False
-    rounded = getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
-    return half == "bfloat16" or not rounded
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -23,18 +23,17 @@ from torch import Tensor
 from fastkd.portable import _kept_pairs, _soft_pairs
 from fastkd.portable._chunks import by_workers
 from fastkd.portable._pair_chunks import PairChunks, are_large, are_many, lowest, powers
+from fastkd.problems._positives import means_over_classes, with_attractions
 from fastkd.problems.pairs import (
     LINEAR,
     Gradients,
     Pairs,
     SoftPairs,
     column_penalty,
-    means_over_classes,
     over_ranks,
     own_columns,
     penalty,
     widened,
-    with_attractions,
 )
 
 

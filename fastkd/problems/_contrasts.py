@@ -24,13 +24,13 @@ from fastkd.problems._embeddings import (
     number_like,
     zero_loss,
 )
+from fastkd.problems._positives import numbers_of_classes
 from fastkd.problems.pairs import (
     IGNORED,
     Number,
     Pairs,
     SoftPairs,
     directions,
-    numbers_of_classes,
     solve,
     solve_soft,
 )

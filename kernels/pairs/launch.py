@@ -28,7 +28,7 @@ from triton.runtime.errors import OutOfResources
 
 from fastkd.kernels.device import on_device, warn_of_chunks
 from fastkd.kernels.pairs.both_sums import column_log_sums, row_and_column_log_sums
-from fastkd.kernels.pairs.chunks import pairs_by_chunks
+from fastkd.kernels.pairs.by_chunks import pairs_by_chunks
 from fastkd.kernels.pairs.embeddings import Embeddings, Partners, embeddings, with_rows_in_order
 from fastkd.kernels.pairs.penalties import (
     ClassSums,
@@ -50,6 +50,7 @@ from fastkd.kernels.pairs.tiles import Similarities
 from fastkd.kernels.pairs.tiling import Tiling, sizes_of, splits_of, tiling
 from fastkd.kernels.pairs.vectors import Shares
 from fastkd.kernels.tiles import LN2, LOG2E
+from fastkd.problems._positives import with_attractions, with_positives
 from fastkd.problems.pairs import (
     HEADROOM,
     Gradients,
@@ -58,8 +59,6 @@ from fastkd.problems.pairs import (
     over_ranks,
     penalty,
     widened,
-    with_attractions,
-    with_positives,
 )
 
 _BLOCKS, _COLUMNS = 8, 128  # whose sums a program reads at once

@@ -10,13 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-
-def multiplies_halves(rows: Tensor, half: str) -> bool:
-    """Return whether cuBLAS multiplies half precision with a float32 result that is not rounded."""
-    if not rows.is_cuda or torch.version.hip is not None or rows.dtype != torch.float32:
-        return False
-    rounded = getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
-    return half == "bfloat16" or not rounded
+from fastkd._precision import multiplies_halves as multiplies_halves
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fastkd.kernels.device import warn_of_chunks
-from fastkd.kernels.pairs.chunks import soft_pairs_by_chunks
+from fastkd.kernels.pairs.by_chunks import soft_pairs_by_chunks
 from fastkd.kernels.pairs.embeddings import Embeddings, embeddings, with_rows_in_order
 from fastkd.kernels.pairs.similarity_kl import Shifts, divergences, weighed_differences
 from fastkd.kernels.pairs.tiles import Similarities

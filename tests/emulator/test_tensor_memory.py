@@ -6,7 +6,7 @@ import torch
 from ptx import UnknownInstruction
 
 from .snippets import kinds
-from .test_warp_groups import BARRIER, FENCE, laid_out, problem, run
+from .test_warp_groups import BARRIER, FENCE, ORDERS, laid_out, problem, run
 
 ROOM = 128  # words behind the matrices, for a barrier and the address of the columns
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as the shape names them
@@ -283,14 +283,6 @@ def test_products_outside():
     product = multiply(descriptor(0, 32), descriptor(2048, 32), wide, "%p2") + f"@%p1 {COMMIT}"
     found = faults(start(len(WORDS)) + FENCE + BARRIER + product + WAIT + END)
     assert found == {"columns of tensor memory that are not reserved"}
-
-
-ORDERS = {
-    "fence, barrier": (FENCE + BARRIER, None),
-    "barrier, fence": (BARRIER + FENCE, None),
-    "barrier alone": (BARRIER, "a product reads what was written without fence.proxy.async"),
-    "fence alone": (FENCE, "a product reads what another warp wrote, without a barrier"),
-}
 
 
 @pytest.mark.parametrize("order", ORDERS)

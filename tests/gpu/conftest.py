@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import DEVICE, INTERPRETED
+from inputs import DEVICE, INTERPRETED
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import checkout  # noqa: F401

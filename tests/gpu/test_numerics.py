@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from cases import CASES, DEVICE, LOSSES, named
+from cases import CASES, LOSSES, named
 from exactness import assert_exact, assert_same, results
+from inputs import DEVICE
 
 import fastkd
 
