@@ -42,7 +42,7 @@ def multiplying_halves(monkeypatch):
     def multiplies(rows, half):
         return bool(half) and rows.dtype == torch.float32
 
-    products = importlib.import_module("fastkd.kernels.pairs.products")
+    products = importlib.import_module("fastkd._products")
     for module, name in ((products, "product"), (_pair_chunks, "_product")):
         monkeypatch.setattr(module, "multiplies_halves", multiplies)
         monkeypatch.setattr(module, name, product)

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastkd
-from fastkd.kernels.pairs import products
+from fastkd import _products as products
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd.kernels.device import device_of
-from fastkd.kernels.pairs import products
+from fastkd import _products as products
 from fastkd.kernels.pairs.chunk_sweeps import (
     Factors,
     LogSums,
