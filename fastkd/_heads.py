@@ -88,10 +88,10 @@ class _Chunks:
         elif problem.teacher is not None:
             n_teacher = problem.teacher.shape[-1]
         self.width = max(self.n_cols, n_teacher)
-        self.hidden = hidden.reshape(self.n_rows, -1)
+        self.hidden = hidden.reshape(self.n_rows, hidden.shape[-1])
         self.teacher = None
         if problem.teacher is not None:
-            self.teacher = problem.teacher.reshape(self.n_rows, -1)
+            self.teacher = problem.teacher.reshape(self.n_rows, problem.teacher.shape[-1])
         self.labels = None if problem.labels is None else problem.labels.reshape(-1)
         self.weights = problem.row_weights
         if self.weights is not None:
