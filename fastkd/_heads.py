@@ -73,9 +73,7 @@ def gradients_of_rows(
 class _Chunks:
     """A problem whose rows are taken by chunks, with what all chunks share."""
 
-    def __init__(
-        self, problem: Linear, needs_grad: Sequence[bool], solve_rows: SolveRows
-    ) -> None:
+    def __init__(self, problem: Linear, needs_grad: Sequence[bool], solve_rows: SolveRows) -> None:
         self.problem, self.solve_rows = problem, solve_rows
         self.dtype, self.names = compute_dtype_of(problem), names_of(problem)
         self.needs_grad = needs_grad
@@ -99,9 +97,7 @@ class _Chunks:
         self.rows, self.is_cut_short = self._rows_that_count()
         # the gradient may replace the logits where nothing asks for them afterwards
         self.in_place = len(self.names) == 1 and not problem.student_is_capped
-        self.report = hidden.new_zeros(
-            (*self.examples, width_of_report(problem)), dtype=self.dtype
-        )
+        self.report = hidden.new_zeros((*self.examples, width_of_report(problem)), dtype=self.dtype)
 
     def solve(self) -> Gradients:
         """Fill the report and return the gradients, of every row with its weight."""
@@ -330,4 +326,3 @@ def _measure(z: Tensor, teacher: Tensor | None, report: Tensor) -> None:
             found.copy_(torch.special.entr(probabilities).sum(-1))
     if teacher is not None:
         report[:, 2] = z.argmax(-1) == teacher.argmax(-1)
-

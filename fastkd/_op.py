@@ -212,7 +212,9 @@ def _scaled(
         if len(gradients) == 1 and field.dtype != gradient.dtype and not _is_traced([gradient]):
             # rounded as it is written, because a head has no room for another one in float32
             if not transforms_active():
-                return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=field.dtype))
+                return torch.mul(
+                    gradient, factor, out=torch.empty_like(gradient, dtype=field.dtype)
+                )
         product = gradient * factor
         total = product if total is None else total + product
     if total is None or field is None or total.dtype == field.dtype:

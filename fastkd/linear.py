@@ -135,9 +135,7 @@ def linear_kd(
     student_weight, student_bias, *of_teacher = _restricted(
         vocab, student_weight, student_bias, teacher_weight, teacher_bias, teacher_logits
     )
-    z = _logits(
-        student_hidden, student_weight, student_bias, student_logit_scale, student_softcap
-    )
+    z = _logits(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
     teachers = [
         x.to(z.dtype)
         for x in _teachers(teacher_hidden, *of_teacher, teacher_logit_scale, teacher_softcap)

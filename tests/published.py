@@ -31,9 +31,10 @@ def linear_kd(
         "reverse_kl": lambda p, q: (q * (q.log() - p.log())).sum(-1),
         "total_variation": lambda p, q: (p - q).abs().sum(-1) / 2,
     }
-    known["jensen_shannon"] = lambda p, q: beta * known["forward_kl"](
-        p, beta * p + (1 - beta) * q
-    ) + (1 - beta) * known["forward_kl"](q, beta * p + (1 - beta) * q)
+    known["jensen_shannon"] = lambda p, q: (
+        beta * known["forward_kl"](p, beta * p + (1 - beta) * q)
+        + (1 - beta) * known["forward_kl"](q, beta * p + (1 - beta) * q)
+    )
     named = {divergence: 1.0} if isinstance(divergence, str) else divergence
     for name, weight in named.items():
         distance = known[name](log_p.exp(), log_q.exp())

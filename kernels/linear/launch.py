@@ -27,9 +27,7 @@ def value_and_gradients(
     return _heads.value_and_gradients(problem, needs_grad, _solve_rows)
 
 
-def forward(
-    problem: Linear, needs_grad: Sequence[bool]
-) -> tuple[tuple[Tensor], tuple[Tensor]]:
+def forward(problem: Linear, needs_grad: Sequence[bool]) -> tuple[tuple[Tensor], tuple[Tensor]]:
     """Return the loss of each row without its weight, and the report."""
     losses, report = _heads.losses_of_rows(problem, _solve_rows)
     return (losses,), (report,)

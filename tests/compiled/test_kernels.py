@@ -13,8 +13,8 @@ from sass import analyse, complaints
 from tile_work import work_of
 
 import fastkd
-from fastkd.kernels.device import warn_of_chunks
 from fastkd import _products as products
+from fastkd.kernels.device import warn_of_chunks
 from fastkd.kernels.pairs import tiling
 from fastkd.kernels.relations import launch as relations
 from fastkd.kernels.relations.tiles import TILE
