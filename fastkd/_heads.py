@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastkd._loss import total
 from fastkd._op import Number
-from fastkd._products import addends, multiply
+from fastkd._products import multiply, split
 from fastkd.problems.linear import Linear, compute_dtype_of, names_of, row_losses, width_of_report
 from fastkd.problems.rows import OPTIONS, Rows, is_exactly
 
@@ -27,6 +27,11 @@ _BLOCK = 1 << 18  # logits that metrics are made of at once
 # rows.value_and_gradients of an engine
 SolveRows = Callable[..., tuple[tuple[Tensor, Tensor | None], tuple[Tensor | None]]]
 Gradients = tuple[Tensor | None, ...]
+
+
+def are_at_hand(weights: Tensor) -> bool:
+    """Return whether a look at the weights is no host sync."""
+    return weights.is_cpu
 
 
 def value_and_gradients(
@@ -137,7 +142,7 @@ class _Chunks:
         weights = mask = None
         if self.weights is not None:
             weights = self.weights[rows]
-        if weights is not None and not weights.is_cpu:  # others take no row of weight 0
+        if weights is not None and not are_at_hand(weights):  # others take no row of weight 0
             mask = weights != 0
             hidden = torch.where(mask[:, None], hidden, 0)
             labels = None if labels is None else torch.where(mask, labels, -1)
@@ -248,26 +253,26 @@ class _Chunks:
             of_bias += dz.sum(0)
         if of_hidden is None and of_weight is None:
             return
-        head = problem.student_weight
-        parts = addends(dz, head)
-        for i, part in enumerate(parts):
-            if of_hidden is not None and isinstance(rows, slice):
-                multiply(part, head, of_hidden[rows], adds=i > 0)
-            elif of_hidden is not None:
-                sums = of_hidden.new_empty(hidden.shape)
-                multiply(part, head, sums)
-                of_hidden.index_add_(0, rows, sums)
+        head, halves = problem.student_weight, None
+        if hidden.dtype == head.dtype:
+            halves = split(dz, head)
+        if halves is not None:  # one below the other, because sums over rows are read and written
+            dz, hidden = halves.flatten(0, 1), hidden.repeat(2, 1)
+        if of_hidden is not None:
+            sums = of_hidden.new_empty(len(hidden), hidden.shape[1])
+            multiply(dz, head, sums)
+            if halves is not None:
+                sums = sums.view(2, -1, hidden.shape[1]).sum(0)
+            of_hidden[rows] = sums
         if of_weight is not None:
-            parts = parts if hidden.dtype == head.dtype else addends(dz, hidden)
-            for part in parts:
-                multiply(part.t(), hidden, of_weight, adds=True)
+            multiply(dz.t(), hidden, of_weight, adds=True)
 
     def _rows_that_count(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the numbers of rows to take, None for all, and whether some had no room."""
         weights, bound = self.weights, self.problem.n_valid
         if weights is None:
             return None, None
-        if weights.is_cpu:
+        if are_at_hand(weights):
             counts = weights != 0
             return (None if counts.all() else counts.nonzero().squeeze(1)), None
         if bound < 0 or bound >= self.n_rows:

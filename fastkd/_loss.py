@@ -29,7 +29,7 @@ _LONG, _PART = 1 << 15, 1 << 12  # numbers of a sum that PyTorch cuts, and of a 
 
 
 class Reduction(NamedTuple):
-    """What the caller of a per-example loss asked for."""
+    """How the caller wants a per-example loss reduced."""
 
     weights: Tensor | None
     normalizer: Any
@@ -49,7 +49,7 @@ class Call(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """What a statement returns that has reduced the losses."""
+    """The result of a statement that has reduced the losses."""
 
     result: Any
 

@@ -47,16 +47,18 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, adds: bool = False) -> None:
             adds = True
 
 
-def addends(x: Tensor, like: Tensor) -> list[Tensor]:
-    """Return tensors that a product with one like `like` multiplies quickly, and whose sum is x.
+def split(x: Tensor, like: Tensor) -> Tensor | None:
+    """Return two matrices [2, n, m] in the dtype of `like` whose sum is x, if that pays.
 
-    Two of half precision have twice its digits, in which a difference of nearly equal numbers is
-    not lost.
+    It does where factors of half precision are multiplied as they are. Two of them have twice the
+    digits of one, in which a difference of nearly equal numbers is not lost.
     """
     if x.dtype == like.dtype or not _multiplies(like, x):
-        return [x]
-    high = x.to(like.dtype)
-    return [high, (x - high).to(like.dtype)]
+        return None
+    halves = x.new_empty((2, *x.shape), dtype=like.dtype)
+    halves[0] = x
+    torch.sub(x, halves[0], out=halves[1])
+    return halves
 
 
 def _multiplies(half: Tensor, sums: Tensor) -> bool:

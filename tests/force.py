@@ -4,12 +4,14 @@ import importlib
 
 import torch
 
+from fastkd import _heads
 from fastkd.portable import _chunks, _pair_chunks
 
 
 def in_chunks_of(n_elements, monkeypatch):
     """Make the portable engines work in chunks of so many numbers at most."""
     monkeypatch.setattr(_chunks, "LIMIT", n_elements)
+    monkeypatch.setattr(_heads, "MOST_ROWS", max(1, n_elements // 16))
 
 
 def on_device_of(multiprocessors, monkeypatch):
