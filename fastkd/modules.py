@@ -109,9 +109,9 @@ class KDLoss(LossModule, function=vanilla.kd):
 
 
 class LinearKDLoss(LossModule, function=linear.linear_kd):
-    """α CE(q at T = 1, labels) + (1 − α) T² D(p, q) of the logits that two heads make.
+    """α CE(q at T = 1, labels) + (1 − α) T² D(p, q) of two heads, the module of `fastkd.linear_kd`.
 
-    The module of `fastkd.linear_kd`. It does not own the heads, which belong to the networks.
+    The heads belong to the networks and come with each call.
 
     Agarwal et al., On-Policy Distillation of Language Models, 2024. arXiv:2306.13649
     """

@@ -682,10 +682,7 @@ def test_the_weights_of_both_terms_are_free(inputs, engine):
 @pytest.mark.parametrize("divergence", [x for x in DIVERGENCES if x != "total_variation"])
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_the_gradient_of_a_certain_student_keeps_its_digits(divergence, n_rows, with_labels):
-    """Z = 1 + rest has lost the digits of a rest of 1e-6, and the largest slope would be made of it.
-
-    It is minus the sum of the others.
-    """
+    """Z = 1 + rest has lost the digits of a rest of 1e-6, which the largest slope would need."""
     n_cols = 1000
     teacher, student = 0.1 * normal(2, n_rows, n_cols, seed=3)
     student[:, 3], teacher[:, 3] = 20.7, 20.2
