@@ -85,12 +85,8 @@ class _Chunks:
         hidden, weight = problem.student, problem.student_weight
         self.examples, self.n_rows = hidden.shape[:-1], hidden.shape[:-1].numel()
         self.of_logits = problem.teacher is not None and problem.teacher_weight is None
-        self.n_cols = n_teacher = len(weight)
-        if problem.teacher_weight is not None:
-            n_teacher = len(problem.teacher_weight)
-        elif problem.teacher is not None:
-            n_teacher = problem.teacher.shape[-1]
-        self.width = max(self.n_cols, n_teacher)
+        self.n_cols = len(weight)
+        self.width = max(self.n_cols, n_teacher(problem))
         self.hidden = hidden.reshape(self.n_rows, hidden.shape[-1])
         self.teacher = None
         if problem.teacher is not None:
@@ -119,7 +115,7 @@ class _Chunks:
         size = self._size_of_chunks(n_rows)
         z = new((size, self.width), dtype=self.dtype)
         z_teacher = None if self.teacher is None else torch.empty_like(z)
-        if self.of_logits and self.rows is None and self.width == problem.teacher.shape[-1]:
+        if self.of_logits and self.rows is None and self.width == n_teacher(problem):
             z_teacher = None  # its rows are there already
         report = self.report.view(self.n_rows, self.report.shape[-1])
         for rows in self._chunks(n_rows, size):
@@ -299,6 +295,13 @@ class _Chunks:
         most = min(MOST_ROWS, max(fewest, budget // max(1, size)))
         n_chunks = max(1, -(-n_rows // most))
         return max(1, -(-n_rows // n_chunks))
+
+
+def n_teacher(problem: Linear) -> int:
+    """Return how many entries the teacher's vocabulary has, 0 without a teacher."""
+    if problem.teacher_weight is not None:
+        return len(problem.teacher_weight)
+    return 0 if problem.teacher is None else problem.teacher.shape[-1]
 
 
 def _logits(

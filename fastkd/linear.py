@@ -132,13 +132,13 @@ def linear_kd(
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
         Agarwal et al., On-Policy Distillation of Language Models, 2024. arXiv:2306.13649
     """
-    student_weight, student_bias, *of_teacher = _restricted(
+    student_weight, student_bias, *of_teachers = _restricted(
         vocab, student_weight, student_bias, teacher_weight, teacher_bias, teacher_logits
     )
     z = _logits(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
     teachers = [
         x.to(z.dtype)
-        for x in _teachers(teacher_hidden, *of_teacher, teacher_logit_scale, teacher_softcap)
+        for x in _teachers(teacher_hidden, of_teachers, teacher_logit_scale, teacher_softcap)
     ]
     if isinstance(vocab, str) and vocab == "pad":
         width = max(x.shape[-1] for x in (z, *teachers))
@@ -249,7 +249,8 @@ def _restricted(
     n = max(len(logits), len(heads))
     biases = teacher_bias if isinstance(teacher_bias, (list, tuple)) else [teacher_bias] * n
     logits, heads = (x if len(x) == n else [None] * n for x in (logits, heads))
-    found, student = [], (student_weight, student_bias)
+    found: list[tuple[Any, ...]] = []
+    student: list[Any] = [student_weight, student_bias]
     if isinstance(vocab, str) and vocab == "common":
         sizes = [linear.n_entries(x, y) for x, y in zip(heads, logits, strict=True)]
         vocab = torch.arange(
@@ -257,17 +258,16 @@ def _restricted(
             device=student_weight.device,
         )
     for head, bias, given in zip(heads, biases, logits, strict=True):
-        *student, head, bias, given = linear.restricted(
+        *student, own_head, own_bias, own_logits = linear.restricted(
             vocab, student_weight, student_bias, head, bias, given
         )
-        found.append((head, bias, given))
+        found.append((own_head, own_bias, own_logits))
     return (*student, *(list(x) for x in zip(*found, strict=True)))
 
 
-def _teachers(
-    hidden: Any, weights: Any, biases: Any, logits: Any, scale: Any, softcap: Any
-) -> list[Tensor]:
+def _teachers(hidden: Any, of_teachers: Sequence[Any], scale: Any, softcap: Any) -> list[Tensor]:
     """Return the constant logits of all teachers."""
+    weights, biases, logits = of_teachers
     hidden = hidden if isinstance(hidden, (list, tuple)) else [hidden] * len(weights)
     found = []
     for h, weight, bias, given in zip(hidden, weights, biases, logits, strict=True):

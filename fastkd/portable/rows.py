@@ -121,8 +121,7 @@ def value_and_gradients(
     problem = _in_compute_dtype(problem)
     student, dtype = problem.student, compute_dtype(problem.student, problem.teacher)
     if problem.divergence and not needs_grad[0]:
-        losses, _ = forward(problem, (False,))
-        return losses, (None,)
+        return forward(problem, (False,))[0], (None,)
     losses, cross_entropies = _empty_losses(problem)
     gradient = None
     if needs_grad[0]:

@@ -146,20 +146,34 @@ def linear_kd(
     teacher = teacher_hidden if teacher_logits is None else teacher_logits
     weights, labels = weights_of_rows(asked.weights, labels, ignore_index)
     is_distilled = teacher is not None
-    capped = student_softcap is not None, teacher_softcap is not None
     problem = Linear(
-        student_hidden, student_weight, student_bias,
-        teacher, teacher_weight, teacher_bias, labels, weights,
+        student_hidden,
+        student_weight,
+        student_bias,
+        teacher,
+        teacher_weight,
+        teacher_bias,
+        labels,
+        weights,
         stacked(list(shares.values()), student_hidden) if is_distilled else None,
-        *(1.0 if x is None else x for x in (student_logit_scale, teacher_logit_scale)),
-        *(1.0 if x is None else x for x in (student_softcap, teacher_softcap)),
-        temperature, beta, skew, weight,
+        1.0 if student_logit_scale is None else student_logit_scale,
+        1.0 if teacher_logit_scale is None else teacher_logit_scale,
+        1.0 if student_softcap is None else student_softcap,
+        1.0 if teacher_softcap is None else teacher_softcap,
+        temperature,
+        beta,
+        skew,
+        weight,
         temperature**2 if scale_t2 else 1.0,
-        alpha, 1 - alpha, "+".join(resolved) if is_distilled else "", *capped,
+        alpha,
+        1 - alpha,
+        "+".join(resolved) if is_distilled else "",
+        student_softcap is not None,
+        teacher_softcap is not None,
         -1 if num_valid is None else num_valid,
         -1 if memory_budget is None else memory_budget,
         metrics,
-    )  # fmt: skip
+    )
     if asked.reduction == "none":
         loss, report = solve_rows(call.engine, LinearRows(*problem))
         mask = None if weights is None else weights != 0
