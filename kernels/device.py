@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _WIDEST_VECTOR = 16  # elements, of 1 byte
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -61,6 +66,36 @@ def warn_of_chunks(resource: str, needed: int, limit: int) -> None:
         UserWarning,
         stacklevel=2,
     )
+
+
+@functools.cache
+def _warn_of_portable_engine(resource: str, needed: int, limit: int) -> None:
+    warnings.warn(
+        f"a kernel of this loss needs more {resource} than this GPU gives a program ({needed}, not "
+        f"{limit}), so that PyTorch's operations compute it: as exact, and slower. Please report "
+        "the GPU, and the shapes and dtypes of the inputs.",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def or_portable(function: _Function) -> _Function:
+    """Return a function of an engine that leaves what does not fit on a GPU to its portable twin.
+
+    A warning says so once. Decorate functions whose results the twin's `backward` can take.
+    """
+    problem = function.__module__.split(".")[-2]
+
+    @functools.wraps(function)
+    def solve(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except OutOfResources as error:
+            _warn_of_portable_engine(error.name, error.required, error.limit)
+        portable = importlib.import_module(f"fastkd.portable.{problem}")
+        return getattr(portable, function.__name__)(*arguments)
+
+    return solve  # type: ignore[return-value]
 
 
 class Strided(NamedTuple):

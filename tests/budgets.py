@@ -4,7 +4,8 @@ Prints what differs from budgets.json, and exits with 1 if anything is worse tha
 `--write` records the present counts. Instructions, special functions (mufu) and bytes are for each
 element of the input that is trained, extra_memory is in times that input. Of two numbers the first
 is of the forward, the second of forward and backward. A kernel that cannot keep the rules of
-sass.complaints has its own under "rules", written by hand, with the reason.
+sass.complaints has its own under "rules", written by hand, with the reason; "spills" are those that
+targets.py allows a kernel in some pair of dtypes.
 """
 
 from __future__ import annotations

@@ -81,6 +81,8 @@ def resources(launch: Launch, element_bytes: int) -> dict[str, Any]:
     if work and work.trips:
         walk = main_walk(report.loops)
         sweeps = [(walk, work.per_trip / (32 * report.warps))]
+    elif work:  # of pairs that are met once; loops are over the few numbers of a mean
+        sweeps = [(report.outside, report.outside["load_bytes"] / element_bytes)]
     return {
         "registers": report.registers,
         "shared_bytes": report.shared_bytes,

@@ -58,6 +58,7 @@ class Report:
     limited_by: str
     outside: Counter  # everything outside the innermost loops
     loops: list[Counter]  # one for each innermost loop, in the order of the code
+    bodies: list[Counter]  # one for each loop, without the loops inside it
 
     @property
     def main(self) -> Counter:
@@ -66,8 +67,12 @@ class Report:
 
     @property
     def sweeps(self) -> list[Counter]:
-        """The loops that load whole vectors; a kernel that has none reads everything once."""
+        """The loops that load whole vectors, or else all that load.
+
+        A kernel without such a loop reads everything once.
+        """
         found = [loop for loop in self.loops if loop["LDG.128"] or loop["LDGSTS.128"]]
+        found = found or [body for body in self.bodies if body["load_bytes"]]
         return found or [self.outside]
 
     @property
@@ -77,8 +82,8 @@ class Report:
 
 def analyse(launch) -> Report:
     resources, instructions = disassemble(launch.asm["cubin"])
-    ranges = innermost_loops(instructions)
-    loops = [[i for i in instructions if first <= i.address <= last] for first, last in ranges]
+    ranges = all_loops(instructions)
+    loops = [within(x, instructions) for x in innermost(ranges)]
     looped = {i.address for loop in loops for i in loop}
     outside = [i for i in instructions if i.address not in looped]
     everything = count(instructions)
@@ -93,6 +98,7 @@ def analyse(launch) -> Report:
         limited_by=limited_by,
         outside=count(outside),
         loops=[count(loop) for loop in loops],
+        bodies=[count(body_of(x, ranges, instructions)) for x in ranges],
     )
 
 
@@ -159,17 +165,37 @@ def run(cubin: bytes, program: str, option: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def innermost_loops(instructions: list[Instruction]) -> list[tuple[int, int]]:
-    """First and last address of every backward branch's range that contains no other one."""
+Range = tuple[int, int]  # first and last address
+
+
+def all_loops(instructions: list[Instruction]) -> list[Range]:
+    """Return the range of every backward branch, in the order of the code."""
     last_of = {}
     for i in instructions:
         if i.name == "BRA" and i.target is not None and i.target < i.address:
             last_of[i.target] = i.address
-    ranges = sorted(last_of.items())
+    return sorted(last_of.items())
+
+
+def innermost(loops: list[Range]) -> list[Range]:
+    return [loop for loop in loops if not any(is_inside(x, loop) for x in loops)]
+
+
+def is_inside(inner: Range, outer: Range) -> bool:
+    return inner != outer and outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
+def within(loop: Range, instructions: list[Instruction]) -> list[Instruction]:
+    return [i for i in instructions if loop[0] <= i.address <= loop[1]]
+
+
+def body_of(loop: Range, loops: list[Range], instructions: list[Instruction]) -> list[Instruction]:
+    """Return the instructions of a loop that are in no loop inside it."""
+    inner = [x for x in loops if is_inside(x, loop)]
     return [
-        outer
-        for outer in ranges
-        if not any(r != outer and outer[0] <= r[0] and r[1] <= outer[1] for r in ranges)
+        i
+        for i in within(loop, instructions)
+        if not any(first <= i.address <= last for first, last in inner)
     ]
 
 

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from cases import of
+from cases import named, of
 from choice import quick_if
 from exactness import assert_same, results
 from force import in_chunks_of, through_chunks
@@ -286,3 +286,50 @@ def test_parts_of_a_batch_have_shares_of_the_loss(parts, sizes, solver):
         assert_same([without], [loss])
         losses, gradients, first = [*losses, loss], [*gradients, gradient], first + n
     assert_same([torch.stack(losses).sum(), upstream * torch.cat(gradients)], expected)
+
+
+# --------------------------------------------------------------------- kernels that do not fit
+
+COSINES, LARGEST, DIVERGENCES_OF_TOKENS, SQUARES_OF_TOKENS = named(
+    "hint-weights-kind=cosine", "attention_transfer-p=3.0-kind=max", "token_relation-heads=2",
+    "token_relation-mask-divergence=mse-causal=True",
+)  # fmt: skip
+TOO_LARGE = [
+    (COSINES, "moments.sweeps.values"),
+    (COSINES, "moments.sweeps.slopes"),
+    (LARGEST, "moments.sweeps.slopes"),
+    (LARGEST, "moments.sweeps.map_differences"),
+    (DIVERGENCES_OF_TOKENS, "tokens.launch.relation_gradients"),
+    (SQUARES_OF_TOKENS, "tokens.launch.relation_squares"),
+]
+
+
+class TooLarge:
+    """A kernel that fits on no GPU."""
+
+    def __getitem__(self, grid):
+        from triton.runtime.errors import OutOfResources
+
+        def launch(*arguments, **options):
+            raise OutOfResources(300, 200, "shared memory")
+
+        return launch
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("case, kernel", TOO_LARGE, ids=str)
+def test_the_portable_engine_does_what_fits_on_no_gpu(case, kernel, monkeypatch):
+    """A backward takes the statistics of a forward that did fit; a warning says so once."""
+    from fastkd.kernels import device
+
+    inputs = case.inputs((5,), 4)
+    with fastkd.backend("portable"):
+        expected = results(case, inputs)
+    device._warn_of_portable_engine.cache_clear()
+    monkeypatch.setattr(f"fastkd.kernels.{kernel}", TooLarge())
+    with fastkd.backend("triton"), pytest.warns(UserWarning) as warned:
+        assert_same(results(case, inputs), expected)
+        assert_same(results(case, inputs), expected)
+    # numpy, which the interpreter computes with, warns in another category
+    (message,) = (str(x.message) for x in warned if x.category is UserWarning)
+    assert "needs more shared memory than this GPU gives a program (300, not 200)" in message

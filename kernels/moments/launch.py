@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastkd._op import Number
 from fastkd._precision import compute_dtype
-from fastkd.kernels.device import device_of, on_device
+from fastkd.kernels.device import device_of, on_device, or_portable
 from fastkd.kernels.moments import sweeps
 from fastkd.problems.moments import Maps, Moments
 from fastkd.problems.rows import is_exactly
@@ -33,6 +33,7 @@ def n_statistics(problem: Moments) -> int:
     return sweeps.N_STATISTICS.value if problem.kind in kinds else 0
 
 
+@or_portable
 def forward(problem: Moments, needs_grad: Sequence[bool]) -> tuple[Any, tuple[Tensor]]:
     """Compute the value of each position.
 
@@ -59,6 +60,7 @@ def forward(problem: Moments, needs_grad: Sequence[bool]) -> tuple[Any, tuple[Te
     return (values,), (statistics,)
 
 
+@or_portable
 def backward(problem: Moments, statistics: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
     """Compute Σ upstream · ∂values/∂student.
 
@@ -92,6 +94,7 @@ def backward(problem: Moments, statistics: Tensor, upstream: Sequence[Tensor | N
     return gradient
 
 
+@or_portable
 def value_and_gradients(
     problem: Maps, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, tuple[Tensor | None]]:

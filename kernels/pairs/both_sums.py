@@ -95,7 +95,7 @@ def row_and_column_log_sums(
             tl.zeros([TILE.COLUMNS, TILE.ROWS], TILE.DTYPE),
         ),
         _BothOperands(similarities, block, of_block, n_columns),
-        row, low, high, Mask(n, m, diagonal, True), _add_to_both, TILE,
+        row, low, high, Mask(n, m, diagonal, None, True), _add_to_both, TILE,
     )  # fmt: skip
     rows = row + tl.arange(0, TILE.ROWS)
     largest = tl.max(both.largest, 0)
@@ -103,8 +103,8 @@ def row_and_column_log_sums(
     log_sums = largest + tl.log2(total)
     if tl.min(tl.where(rows < n, total, 1.0)) < SMALLEST_TOTAL:
         sums = fold_tiles(
-            no_sums(TILE), SumOperands(similarities, block, None, None, None, False),
-            row, low, high, Mask(n, m, diagonal, False), add_exponentials, TILE,
+            no_sums(TILE), SumOperands(similarities, block, None, None, False),
+            row, low, high, Mask(n, m, diagonal, None, False), add_exponentials, TILE,
         )  # fmt: skip
         log_sums = sums.largest + tl.log2(sums.total)
     tl.store(log_sums_ptr + split * n_padded + rows, log_sums)

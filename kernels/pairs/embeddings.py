@@ -14,6 +14,7 @@ from fastkd.kernels.pairs.vectors import Shares, Sources, gradients, lay_out
 
 ALIGNMENT = 128  # matrices have a multiple of so many rows, which the sides of all tiles divide
 _NUMBERS = 2048  # of embeddings that a program handles
+_WARPS = 8  # of a gradient, so that a thread has one vector of each: two leave no registers
 
 
 class Partners(NamedTuple):
@@ -101,7 +102,7 @@ class Embeddings(NamedTuple):
             self.rows, values, most, weights, shares, slopes_ptr=slopes, scale_ptr=scale,
             gradient_ptr=gradient, along_ptr=along, n=n, n_padded=len(self.matrix),
             n_splits=len(values), width=width, stride=self.rows.stride(0), **places,
-            IS_DOUBLE=is_double, **self._constants(rows),
+            IS_DOUBLE=is_double, **self._constants(rows), num_warps=_WARPS,
         )  # fmt: skip
         return gradient, None if along is None else along.sum()
 

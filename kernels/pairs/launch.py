@@ -62,7 +62,7 @@ from fastkd.problems.pairs import (
 )
 
 _BLOCKS, _COLUMNS = 8, 128  # whose sums a program reads at once
-_BLOCK = 1024  # numbers that the one program of a loss reads at once
+_BLOCK, _WARPS = 4096, 16  # of the one program of a loss, which waits for memory once a block
 _LABELS = 32  # whose keys a program counts
 _OF_EXAMPLES = (
     "weights", "positive_logits", "key_weights", "key_positive_logits", "classes", "query_classes",
@@ -223,6 +223,7 @@ class _Sweeps:
             n=n, n_padded=len(x.matrix), n_splits=len(parts), n_columns=n_columns,
             n_columns_padded=len(y.matrix), first=problem.first,
             SOFTPLUS=problem.form == "softplus", BLOCK=_BLOCK, DTYPE=self.tiles.tile().DTYPE,
+            num_warps=_WARPS,
         )  # fmt: skip
         slopes = _Slopes(
             loss, of_positives, None, of_positives if self.has_positives else None, most,
@@ -267,7 +268,7 @@ class _Sweeps:
         pair_penalties[(1,)](
             sums, thresholds, problem.weights, positives, loss, of_logits, of_positives, most,
             shifts, weights, n=n, n_padded=n_padded, n_splits=n_splits, BLOCK=_BLOCK,
-            DTYPE=tiles.tile().DTYPE,
+            DTYPE=tiles.tile().DTYPE, num_warps=_WARPS,
         )  # fmt: skip
         slopes = _Slopes(
             loss, of_logits, None, of_positives if self.has_positives else None, most, shifts,

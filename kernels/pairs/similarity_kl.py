@@ -86,7 +86,7 @@ def divergences(
     sums = _Statistics(largest, zeros, largest, zeros, zeros)
     sums = fold_tiles(
         sums, _StatisticOperands(student, teacher, block, block_t, TILE_T, CROSS_ENTROPY),
-        row, low, high, Mask(n, m, diagonal, False), _add_divergence, TILE,
+        row, low, high, Mask(n, m, diagonal, None, False), _add_divergence, TILE,
     )  # fmt: skip
     statistics_ptr += split * 5 * n_padded + row + tl.arange(0, TILE.ROWS)
     tl.store(statistics_ptr, sums.largest)
@@ -166,6 +166,6 @@ def weighed_differences(
         _DifferenceOperands(
             student, teacher, block, block_t, of_rows, of_rows_t, column_shifts, TILE_T
         ),
-        row, low, high, Mask(n, m, diagonal, False), _add_differences, TILE,
+        row, low, high, Mask(n, m, diagonal, None, False), _add_differences, TILE,
     )  # fmt: skip
     store_values(values_ptr, values, split, n_padded, row, TILE)

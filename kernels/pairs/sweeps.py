@@ -23,13 +23,12 @@ from fastkd.kernels.pairs.tiles import (
     lift,
     load_block,
     load_tile,
-    mask_other_view,
     masked,
-    other_views,
     same_class,
     store_values,
+    two_views,
 )
-from fastkd.kernels.tiles import INFINITY, LN2, LOG2E
+from fastkd.kernels.tiles import LN2, LOG2E
 
 # What varies with N and M is passed by itself, because members of a tuple are always specialised.
 
@@ -60,7 +59,6 @@ class _Sums(NamedTuple):
 class SumOperands(NamedTuple):
     similarities: Any
     block: Any
-    other_view: Any  # [ROWS], columns; None: there are no two views
     classes_ptr: Any  # of the columns, or None
     row_classes: Any  # [ROWS], or None
     WEIGHTED: Any
@@ -71,8 +69,6 @@ def add_exponentials(sums, operands, row, column, mask, MASKED: tl.constexpr, TI
     y, s = load_tile(operands.similarities, operands.block, column, TILE)
     if MASKED:
         s = masked(s, row, column, mask, TILE)
-    if operands.other_view is not None:
-        s = mask_other_view(s, operands.other_view, column, TILE)
     risen = tl.maximum(sums.largest, tl.max(s, 1))
     e, shrunk = tl.exp2(s - risen[:, None]), tl.exp2(sums.largest - risen)
     total, weighted = sums.total * shrunk + tl.sum(e, 1), sums.weighted
@@ -83,8 +79,6 @@ def add_exponentials(sums, operands, row, column, mask, MASKED: tl.constexpr, TI
     alike, rest = sums.alike, sums.rest
     if operands.classes_ptr is not None:
         same = same_class(s, operands.row_classes, operands.classes_ptr, column, MASKED, TILE)
-        if operands.other_view is not None:
-            same &= s != -INFINITY
         # compensated, because sums of many numbers that are alike are rounded often
         part = tl.sum(tl.where(same, s, 0.0), 1) - rest
         grown = alike + part
@@ -128,19 +122,19 @@ def log_sums(
     low, high = columns_of_split(split, per_split, m)
     rows = row + tl.arange(0, TILE.ROWS)
     block = load_block(similarities, row, TILE)
-    other_view = None
+    views = None
     if TWO_VIEWS:
-        other_view = other_views(rows, n, m, diagonal, False)
+        views = two_views(n, m, diagonal, False)
     row_classes = None
     if row_classes_ptr is not None:
         row_classes = tl.load(row_classes_ptr + rows)
     sums = fold_tiles(
         no_sums(TILE),
         SumOperands(
-            similarities, block, other_view, column_classes_ptr, row_classes,
+            similarities, block, column_classes_ptr, row_classes,
             values_ptr is not None,
         ),
-        row, low, high, Mask(n, m, diagonal, False), add_exponentials, TILE,
+        row, low, high, Mask(n, m, diagonal, views, False), add_exponentials, TILE,
     )  # fmt: skip
     tl.store(log_sums_ptr + split * n_padded + rows, sums.largest + tl.log2(sums.total))
     if alike_ptr is not None:
@@ -241,7 +235,7 @@ def softplus_sums(
     )
     sums = fold_tiles(
         sums, _SoftplusOperands(similarities, block, positive_logits, values_ptr is not None),
-        row, low, high, Mask(n, m, diagonal, False), _add_softplus, TILE,
+        row, low, high, Mask(n, m, diagonal, None, False), _add_softplus, TILE,
     )  # fmt: skip
     tl.store(sums_ptr + split * n_padded + rows, sums.total)
     tl.store(slopes_ptr + split * n_padded + rows, sums.slopes)
@@ -253,7 +247,6 @@ def softplus_sums(
 class _SlopeOperands(NamedTuple):
     similarities: Any
     block: Any
-    other_view: Any  # [ROWS], or None
     classes: Any  # `Classes`, or None
     row_classes: Any  # [ROWS]
     attractions: Any  # [ROWS]; None: rows attract nothing
@@ -268,8 +261,6 @@ def _add_slopes(values, operands, row, column, mask, MASKED: tl.constexpr, TILE)
     y, s = load_tile(operands.similarities, operands.block, column, TILE)
     if MASKED:
         s = masked(s, row, column, mask, TILE)
-    if operands.other_view is not None:
-        s = mask_other_view(s, operands.other_view, column, TILE)
     places = column + tl.arange(0, TILE.COLUMNS)
     if operands.weights_ptr is not None:
         slopes, _ = _sigmoid(s - tl.load(operands.column_shifts_ptr + places)[None, :])
@@ -319,22 +310,22 @@ def weighed_sums(
     low, high = columns_of_split(split, per_split, m)
     block = load_block(similarities, row, TILE)
     lanes = tl.arange(0, TILE.ROWS)
-    other_view, row_classes, attractions, row_shifts = None, None, None, None
+    views, row_classes, attractions, row_shifts = None, None, None, None
     if classes is not None:
         row_classes = tl.load(classes.x_ptr + row + lanes)
         if ROWS_ATTRACT:
             attractions = tl.load(classes.attractions_ptr + row + lanes)
     if TWO_VIEWS:
-        other_view = other_views(row + lanes, n, m, diagonal, OF_KEYS)
+        views = two_views(n, m, diagonal, OF_KEYS)
     if row_shifts_ptr is not None:
         row_shifts = tl.load(row_shifts_ptr + row + lanes)
     values = tl.zeros([TILE.ROWS, TILE.DEPTH], TILE.DTYPE)
     values = fold_tiles(
         values,
         _SlopeOperands(
-            similarities, block, other_view, classes, row_classes, attractions, row_shifts,
+            similarities, block, classes, row_classes, attractions, row_shifts,
             column_shifts_ptr, weights_ptr, COLUMNS_ATTRACT,
         ),
-        row, low, high, Mask(n, m, diagonal, False), _add_slopes, TILE,
+        row, low, high, Mask(n, m, diagonal, views, False), _add_slopes, TILE,
     )  # fmt: skip
     store_values(values_ptr, values, split, n_padded, row, TILE)

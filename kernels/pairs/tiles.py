@@ -2,7 +2,7 @@
 
 S comes in units of log2, so that exp2 gives exp S. Matrices have DEPTH columns and whole tiles of
 rows, zeros where there are no embeddings: no load has a mask. A program that owns a block of rows
-of x walks over the tiles of y: first over those without a masked pair, then over those that the
+of x walks over the tiles of y: first over those without a masked pair, then over those that a
 masked diagonal crosses, or with an edge. It reads 2 bytes of y per element of a tile in half
 precision, mostly from the L2 cache, for 2 · ROWS FLOPs with each.
 """
@@ -54,12 +54,20 @@ class Block(NamedTuple):
     scales: Any  # [ROWS], scale · f_i
 
 
+class Views(NamedTuple):
+    """Two views of each example, of which queries i and i + half are made."""
+
+    half: Any
+    offset: Any  # row r is that of query r + offset, if there is one
+
+
 class Mask(NamedTuple):
-    """The masked pairs of a tile: those outside of [n, m], and those on a diagonal."""
+    """The masked pairs of a tile: those outside of [n, m], and those on diagonals."""
 
     n: Any
     m: Any
     diagonal: Any  # pairs (i, i + diagonal), of one example, are masked; None: no such pairs
+    views: Any  # Views: pairs of the two views of an example are masked too; or None
     EDGES: Any  # whether rows from n on are masked too; what they add up to is not read otherwise
 
 
@@ -139,23 +147,11 @@ def partners(rows, n_queries, first, TWO_VIEWS: tl.constexpr, OF_KEYS: tl.conste
 
 
 @triton.jit
-def other_views(rows, n, m, diagonal, OF_KEYS: tl.constexpr):
-    """Return the column of the other view of each row's example, or −1."""
+def two_views(n, m, diagonal, OF_KEYS: tl.constexpr):
+    """Return the Views of queries, which are the rows or, OF_KEYS, the columns."""
     if OF_KEYS:
-        _, column, exist = partners(rows, m, -diagonal, True, True)
-    else:
-        _, column, exist = partners(rows, n, diagonal, True, False)
-    return tl.where(exist, column, -1)
-
-
-@triton.jit
-def mask_other_view(s, other_view, column, TILE):
-    """Return S with −inf for the pairs of a row and the other view of its example.
-
-    other_view: [ROWS], columns.
-    """
-    columns = column + tl.arange(0, TILE.COLUMNS)[None, :]
-    return tl.where(other_view[:, None] == columns, -INFINITY, s)
+        return Views(m // 2, diagonal)
+    return Views(n // 2, tl.zeros([], tl.int32))
 
 
 @triton.jit
@@ -192,27 +188,57 @@ def _masked(s, rows, columns, mask):
         s = tl.where(rows < mask.n, s, -INFINITY)
     if mask.diagonal is not None:
         s = tl.where(rows + mask.diagonal == columns, -INFINITY, s)
+    if mask.views is not None:
+        query, half = rows + mask.views.offset, mask.views.half
+        other = rows + mask.diagonal + tl.where(query < half, half, -half)
+        exists = (query >= 0) & (query < 2 * half)
+        s = tl.where(exists & (other == columns), -INFINITY, s)
     return s
+
+
+class _Parts(NamedTuple):
+    """Tiles of columns: all of [first, end) that are whole, of which two parts are masked."""
+
+    first: Any
+    end: Any
+    masked: Any  # the first tile of the first masked part
+    n_masked: Any
+    other: Any  # and of the second, which comes after it
+    n_other: Any
+
+
+@triton.jit
+def _crossed(column, first, end, TILE):
+    """Return the tiles [start, stop) of [first, end) that meet ROWS columns from `column` on."""
+    start = tl.maximum(column, 0) // TILE.COLUMNS
+    stop = (tl.maximum(column + TILE.ROWS, 0) + TILE.COLUMNS - 1) // TILE.COLUMNS
+    start = tl.minimum(tl.maximum(start, first), end)
+    return start, tl.minimum(tl.maximum(stop, start), end)
 
 
 @triton.jit
 def split_tiles(row, low, high, mask, TILE):
-    """Split the whole tiles of columns [low, high) into unmasked, masked and unmasked ones.
-
-    Return the first tile, the first masked one, the number of masked ones, and the end.
-    """
+    """Return the parts of the whole tiles of columns [low, high)."""
     first, end = low // TILE.COLUMNS, tl.maximum(low, high) // TILE.COLUMNS
     start, stop = end, end
     if mask.diagonal is not None:
-        start = tl.maximum(row + mask.diagonal, 0) // TILE.COLUMNS
-        stop = tl.maximum(row + mask.diagonal + TILE.ROWS, 0) + TILE.COLUMNS - 1
-        stop = stop // TILE.COLUMNS
-        start = tl.minimum(tl.maximum(start, first), end)
-        stop = tl.minimum(tl.maximum(stop, start), end)
+        start, stop = _crossed(row + mask.diagonal, first, end, TILE)
     if mask.EDGES:
         is_whole = row + TILE.ROWS <= mask.n
         start, stop = tl.where(is_whole, start, first), tl.where(is_whole, stop, end)
-    return first, start, stop - start, end
+    other, other_stop = stop, stop
+    if mask.views is not None:
+        query, half = row + mask.views.offset, mask.views.half
+        column = row + mask.diagonal + tl.where(query < half, half, -half)
+        other, other_stop = _crossed(column, first, end, TILE)
+        # rows of both views have their other views in two places: all tiles are masked
+        is_one = (query >= half) | (query + TILE.ROWS <= half)
+        other, other_stop = tl.where(is_one, other, first), tl.where(is_one, other_stop, end)
+        is_first, begin, until = other < start, start, stop
+        start, stop = tl.where(is_first, other, start), tl.where(is_first, other_stop, stop)
+        other = tl.maximum(tl.where(is_first, begin, other), stop)
+        other_stop = tl.maximum(tl.where(is_first, until, other_stop), other)
+    return _Parts(first, end, start, stop - start, other, other_stop - other)
 
 
 @triton.jit
@@ -222,13 +248,19 @@ def fold_tiles(state, operands, row, low, high, mask, FOLD: tl.constexpr, TILE):
     FOLD(state, operands, row, column, mask, MASKED, TILE) returns the next state. Masked tiles have
     a loop of their own, so that the loop over all others compares no places.
     """
-    first, first_masked, n_masked, end = split_tiles(row, low, high, mask, TILE)
-    for k in range(first, end - n_masked):
-        column = tl.where(k < first_masked, k, k + n_masked) * TILE.COLUMNS
-        state = FOLD(state, operands, row, column, mask, False, TILE)
-    for k in range(n_masked + (high > end * TILE.COLUMNS)):
-        column = tl.where(k < n_masked, first_masked + k, end) * TILE.COLUMNS
-        state = FOLD(state, operands, row, column, mask, True, TILE)
+    parts = split_tiles(row, low, high, mask, TILE)
+    n_masked = parts.n_masked + parts.n_other
+    for k in range(parts.first, parts.end - n_masked):
+        tile = tl.where(k < parts.masked, k, k + parts.n_masked)
+        if mask.views is not None:
+            tile = tl.where(tile < parts.other, tile, tile + parts.n_other)
+        state = FOLD(state, operands, row, tile * TILE.COLUMNS, mask, False, TILE)
+    for k in range(n_masked + (high > parts.end * TILE.COLUMNS)):
+        tile = parts.masked + k
+        if mask.views is not None:
+            tile = tl.where(k < parts.n_masked, tile, parts.other + k - parts.n_masked)
+        tile = tl.where(k < n_masked, tile, parts.end)
+        state = FOLD(state, operands, row, tile * TILE.COLUMNS, mask, True, TILE)
     return state
 
 

@@ -212,7 +212,9 @@ def whole_rows(
     zs, zt = tl.sum(es, 1), tl.sum(et, 1)
     if IS_MIXTURE:
         summand, q, v = mixture(ds, dt, zs[:, None], zt[:, None], weight, DIVERGENCE, FAST)
-        value, slope_sum = mixture_value(tl.sum(summand, 1), tl.sum(q * v, 1), zs, zt, DIVERGENCE)
+        value, slope_sum = mixture_value(
+            tl.sum(summand, 1), tl.sum(q * v, 1), zs, zt, weight, DIVERGENCE
+        )
     else:
         zeros = tl.zeros([ROWS], DTYPE)
         a, b = add_products(zeros, zeros, ds, dt, es, et, DIVERGENCE)

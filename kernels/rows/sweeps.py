@@ -267,7 +267,7 @@ def row_statistics(
             rows, span, units, ms, zs, mt, zt, weight, DIVERGENCE, DTYPE, FAST, THREADS, WIDTH
         )
         if SWEEP == 0:
-            value, slope_sum = mixture_value(value, slope_sum, zs, zt, DIVERGENCE)
+            value, slope_sum = mixture_value(value, slope_sum, zs, zt, weight, DIVERGENCE)
     elif SWEEP == 0:
         value, slope_sum = kl_value(zs, zt, sums.a, sums.b, weight, DIVERGENCE)
 
@@ -335,7 +335,9 @@ def combine(
     else:
         summands, slopes = tl.load(place, inside, 0.0), tl.load(place + 1, inside, 0.0)
         zs, zt = tl.load(statistics_row + 1), tl.load(statistics_row + 3)
-        value, slope_sum = mixture_value(tl.sum(summands, 0), tl.sum(slopes, 0), zs, zt, DIVERGENCE)
+        value, slope_sum = mixture_value(
+            tl.sum(summands, 0), tl.sum(slopes, 0), zs, zt, weight, DIVERGENCE
+        )
         tl.store(statistics_row + 4, slope_sum)
     if SWEEP == 2 or not IS_MIXTURE:
         tl.store(losses_ptr + row, tl.where(unmasked, value * scale, 0.0))

@@ -17,6 +17,7 @@ from fastkd.kernels.tiles import LN2, log2
 
 LOWEST = tl.constexpr(-1e30)  # pivot of an empty sum: finite, so that differences are numbers
 SMALLEST = tl.constexpr(-120.0)  # log2 of the probability that a mixture takes for 0
+LEAST = tl.constexpr(2.0**-119)  # above exp2(SMALLEST), however that is rounded
 TINY = tl.constexpr(1e-30)  # q·log q is taken for 0 below this q
 
 
@@ -140,8 +141,9 @@ def kl_value(zs, zt, a, b, weight, DIVERGENCE: tl.constexpr):
 def mixture(ds, dt, zs, zt, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
     """Return d, q and v of a divergence that needs both Z and has the slope q·(v − Σ q·v).
 
-    The divergence is Σ d, and Σ d + Σ q·v of Jensen-Shannon, whose two sums are made alike, so that
-    with a weight of ½ student and teacher may change places.
+    The divergence is Σ d. Of Jensen-Shannon it is w Σ d + (1 − w) Σ q·v, in units of log2: its two
+    sums are made alike, so that with a weight of ½ student and teacher may change places, and
+    without their factors, because these would take a multiplication and a register of each entry.
     """
     if DIVERGENCE == "jensen_shannon":
         log_q, log_p = ds - tl.log2(zs), dt - tl.log2(zt)
@@ -166,12 +168,12 @@ def mixture(ds, dt, zs, zt, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr
     if DIVERGENCE == "skew_reverse_kl":
         above = q_above * LN2
         return q * above, q, above - weight * tl.exp2(q_above)
-    return p * (p_above * (weight * LN2)), q, q_above * ((1 - weight) * LN2)
+    return p * p_above, q, q_above
 
 
 @triton.jit
 def mixture_unit(zs, zt, DIVERGENCE: tl.constexpr):
-    """Return what the sums and the slopes of a mixture are multiplied by.
+    """Return what the sums of a mixture are multiplied by.
 
     It is NaN for a row without a softmax (all −∞, or +∞ in it), which shows in Z alone.
     """
@@ -181,11 +183,11 @@ def mixture_unit(zs, zt, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def mixture_value(summands, slopes, zs, zt, DIVERGENCE: tl.constexpr):
+def mixture_value(summands, slopes, zs, zt, weight, DIVERGENCE: tl.constexpr):
     """Return the value of a row, and Σ q·v, from the sums of d and of q·v."""
     each, value = mixture_unit(zs, zt, DIVERGENCE), summands
     if DIVERGENCE == "jensen_shannon":
-        value += slopes
+        value = (weight * summands + (1 - weight) * slopes) * LN2
     return not_below_0(value * each), slopes * each
 
 
@@ -197,13 +199,16 @@ def slope(ds, dt, row, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
     if (DIVERGENCE == "reverse_kl") or (DIVERGENCE == "symmetric_kl"):
         q = tl.exp2(ds) * (1 / row.zs)
         # compared this way round, so that a NaN stays a NaN
-        reverse = tl.where(q <= TINY, 0.0, q * ((ds - dt) - row.slope_sum) * LN2)
+        reverse = tl.where(q <= TINY, 0.0, q * ((ds - dt) - row.slope_sum))
         if DIVERGENCE == "reverse_kl":
-            return reverse
-        return (1 - weight) * reverse + weight * (q - tl.exp2(dt) * (1 / row.zt))
+            return reverse * LN2
+        of_reverse = (1 - weight) * LN2
+        return reverse * of_reverse + weight * (q - tl.exp2(dt) * (1 / row.zt))
     _, q, v = mixture(ds, dt, row.zs, row.zt, weight, DIVERGENCE, FAST)
     each = mixture_unit(row.zs, row.zt, DIVERGENCE)
-    return tl.where(ds <= SMALLEST, 0.0, q * (v - row.slope_sum)) * each
+    if DIVERGENCE == "jensen_shannon":
+        each *= (1 - weight) * LN2
+    return tl.where(q <= LEAST, 0.0, q * (v - row.slope_sum)) * each
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd._precision import compute_dtype
-from fastkd.kernels.device import INTERPRETED, device_of, on_device
+from fastkd.kernels.device import INTERPRETED, device_of, on_device, or_portable
 from fastkd.kernels.tokens.sweeps import (
     Network,
     Tile,
@@ -56,6 +56,7 @@ def takes(problem: TokenRelations) -> bool:
     return width <= _WIDEST_TF32 and not is_double and _may_be_rounded()
 
 
+@or_portable
 def value_and_gradients(
     problem: TokenRelations, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, tuple[Tensor | None]]:

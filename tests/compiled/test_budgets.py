@@ -77,6 +77,8 @@ def test_rules_have_reasons_and_kernels():
     assert set(RECORD["rules"]) <= kernels
     for rules in RECORD["rules"].values():
         assert len(rules) > 1 and rules["because"].endswith(".")
+    for spills in RECORD["spills"].values():
+        assert spills["most"] and spills["because"].endswith(".")
 
 
 def test_the_file_has_what_the_table_has():

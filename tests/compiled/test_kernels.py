@@ -14,7 +14,7 @@ from tile_work import work_of
 
 import fastkd
 from fastkd import _products as products
-from fastkd.kernels.device import warn_of_chunks
+from fastkd.kernels.device import _warn_of_portable_engine, warn_of_chunks
 from fastkd.kernels.pairs import tiling
 from fastkd.kernels.relations import launch as relations
 from fastkd.kernels.relations.tiles import TILE
@@ -208,6 +208,21 @@ def test_tiles_that_fit_nowhere_go_by_chunks_with_a_warning(name, monkeypatch):
     names = [launch.name for launch in run.launches]
     assert names[:2] == ["lay_out"] * 2 and len(names[2:]) == SWEEPS[name]
     assert all("chunk" in name for name in names[2:])
+
+
+@pytest.mark.parametrize(
+    "name, shape", [("attention_transfer", (16, 64, 8, 8)), ("token_relation", (8, 512, 768))]
+)
+def test_what_fits_nowhere_is_left_to_the_portable_engine_with_a_warning(name, shape, monkeypatch):
+    small = StandIn(DEVICES["sm_90"]._replace(shared_bytes=8), 2001)
+    monkeypatch.setitem(STAND_INS, "sm_90", small)
+    _warn_of_portable_engine.cache_clear()
+    with pytest.warns(UserWarning, match="needs more shared memory than .* not 8.") as warned:
+        for _ in range(2):
+            run = compiled(the(name), shape, torch.bfloat16, "sm_90")
+    needed = [launch.metadata.shared for launch in run.launches]
+    assert len({str(x.message) for x in warned}) == len(warned)
+    assert all(shared <= 8 for shared in needed)
 
 
 @each_pair

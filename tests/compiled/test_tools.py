@@ -118,6 +118,15 @@ def test_of_nested_loops_the_innermost_is_counted():
     assert loop["load_bytes"] % (1024 * 4 / (4 * 32)) == 0  # unrolled
     assert report.outside["barriers"]
     assert not loop["barriers"]
+    outer, inner = report.bodies
+    assert inner == loop and outer["barriers"]
+
+
+def test_loops_that_load_no_vectors_are_sweeps_too():
+    x, result = meta(4096, 4095, dtype=torch.float32), meta(4096, dtype=torch.float32)
+    report = analyse(launched(_row_sums[(132,)], x, result, 4096, 4095, BLOCK=1024))
+    (loop,) = report.loops
+    assert not loop["LDG.128"] and report.sweeps == [loop]
 
 
 def test_rows_that_are_not_aligned_load_narrowly():
