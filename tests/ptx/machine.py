@@ -91,6 +91,8 @@ class Machine:
             for first in range(0, len(chosen), max(1, together)):
                 self._start(chosen[first : first + max(1, together)])
                 self._run()
+        # they hold the machine, and with it each other until Python looks for such circles
+        del self.memory, self.shared, self.flight, self.registers
         return self.result
 
     def _start(self, programs: np.ndarray) -> None:
