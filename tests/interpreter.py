@@ -1,12 +1,13 @@
 """Make Triton's interpreter compute as a GPU does: call correct() before the first launch.
 
 As shipped (3.4 to 3.9, not every fault in each) it truncates float32 to bfloat16, adds and
-multiplies the bit patterns of bfloat16, gives tf32 dots the precision of float32, rounds tl.fma
-twice, lets NaN through tl.maximum and tl.max, takes a scalar comparison for a number when it is
-broadcast, and fails on constants in bfloat16 and on scalars with numpy >= 2.4.
+multiplies the bit patterns of bfloat16, gives tf32 dots the precision of float32, rounds elements
+of a dot by their place in the tile as its BLAS likes, rounds tl.fma twice, lets NaN through
+tl.maximum and tl.max, takes a scalar comparison for a number when it is broadcast, and fails on
+constants in bfloat16 and on scalars with numpy >= 2.4.
 
-Limits: exp2, log2 and division stay numpy's, more accurate than a GPU's; tl.fma rounds through
-float64, which differs from one rounding about once in 2**29; tl.sum adds in numpy's order.
+Limits: exp2, log2 and division stay numpy's, more accurate than a GPU's; tl.fma and tl.dot round
+through float64, which differs from one rounding about once in 2**29; tl.sum adds in numpy's order.
 """
 
 import functools
@@ -125,7 +126,13 @@ def create_dot(self, left, right, accumulator, precision, *rest):
     left, right = widened(left), widened(right)
     if both_float32 and precision == triton_interpreter._ir.INPUT_PRECISION.TF32:
         left, right = (TensorHandle(to_tf32(side.data), tl.float32) for side in (left, right))
-    return original["create_dot"](self, left, right, accumulator, precision, *rest)
+    kind = accumulator.dtype.scalar
+    if kind != tl.float32 or left.data.dtype.kind != "f":  # float8 comes as its bits
+        return original["create_dot"](self, left, right, accumulator, precision, *rest)
+    # a GPU adds up all elements in the same order, so that x_i y_j is y_j x_i to the last bit
+    wide = [TensorHandle(x.data.astype(np.float64), tl.float64) for x in (left, right, accumulator)]
+    total = original["create_dot"](self, *wide, precision, *rest).data
+    return TensorHandle(total.astype(np.float32), kind)
 
 
 def min_max(self, values, val_reduce_op, idx_reduce_op=None):

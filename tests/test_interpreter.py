@@ -106,6 +106,14 @@ def test_dots_have_the_precision_of_their_operands(dtype, precision, least, most
     assert least <= error <= most
 
 
+def test_dots_round_once_wherever_an_element_stands():
+    """BLAS rounds elements at the edge of its own tiles differently, on some machines."""
+    x, y = torch.randint(-(2**24), 2**24, (2, 32, 32)).float()
+    result = torch.empty(32, 32)
+    _dot[(1,)](x, y, result, PRECISION="ieee")
+    assert torch.equal(result, (x.double() @ y.double()).float())  # a sum that float64 holds
+
+
 def test_maximum_and_minimum_return_the_number_beside_a_nan():
     x = torch.tensor([math.nan, 1.0, math.nan, -3.0])
     y = torch.tensor([2.0, math.nan, math.nan, -4.0])

@@ -34,6 +34,9 @@ EACH = [case for case in LOSSES if case.problem == "pairs"]
 each_pair = pytest.mark.parametrize("case", PAIRS, ids=str)
 each_loss = pytest.mark.parametrize("case", EACH, ids=str)
 each_way = pytest.mark.parametrize("way", ["tiles", "chunks"])
+# Pairs, and columns of a block, that take several programs for a row of a chunk. Compiled ones have
+# 128 threads: each must have columns of its own, because slopes replace what a second would read.
+N_PAIRS, COLUMNS = (260, 256) if EMULATED else (19, 16)
 STRIDED = named("info_nce", "sup_con", "siglip-logit_scale=5.0-logit_bias=-2.0")
 SIGLIP = STRIDED[-1]
 
@@ -175,12 +178,13 @@ def test_vectors_start_on_their_boundary(view, dtype, division, monkeypatch):
             places.extend(moved.handle.data.ravel() % 16)
         return moved
 
-    for module in (sweeps, gradients):
-        monkeypatch.setattr(module, "at_boundary", watched)
+    if INTERPRETED:  # an emulated GPU reports by itself what is off
+        for module in (sweeps, gradients):
+            monkeypatch.setattr(module, "at_boundary", watched)
     student = VIEWS[view](3, LOOPED).to(dtype)
     room = torch.empty(3, LOOPED + 3, dtype=dtype)[:, :LOOPED].copy_(student)
     fastkd.forward_kl(room.requires_grad_(), VIEWS[view](3, LOOPED).to(dtype)).backward()
-    assert len(places) > 6 and not any(places)
+    assert EMULATED or (len(places) > 6 and not any(places))
 
 
 @pairwise(
@@ -208,8 +212,14 @@ def test_every_access_is_inside_and_every_output_written(
 
 
 # few have several tiles of rows and add to their own sums, many share the columns of one
-@pytest.mark.parametrize("case", [*PAIRS, *named("rkd")], ids=str)
-@each_way
+@pytest.mark.parametrize(
+    "case, way",
+    [
+        pytest.param(case, way, id=f"{case}-{way}")
+        for way, cases in (("tiles", [*PAIRS, *named("rkd")]), ("chunks", PAIRS))
+        for case in cases
+    ],
+)
 @pytest.mark.parametrize("multiprocessors", [1, 3, 1000])
 @quick_if(
     lambda case, way, multiprocessors: (
@@ -218,9 +228,9 @@ def test_every_access_is_inside_and_every_output_written(
 )
 def test_however_programs_share_the_work(case, way, multiprocessors, monkeypatch):
     if way == "chunks":
-        through_chunks(monkeypatch)
+        through_chunks(monkeypatch, COLUMNS)
     on_device_of(multiprocessors, monkeypatch)
-    inputs = case.inputs((100 if way == "tiles" else 19,), 5)
+    inputs = case.inputs((100 if way == "tiles" else N_PAIRS,), 5)
     assert_same(results(case, inputs), results(case.truth, inputs), 1e-12)
 
 
@@ -228,10 +238,10 @@ def test_however_programs_share_the_work(case, way, multiprocessors, monkeypatch
 @pytest.mark.parametrize("case", STRIDED, ids=str)
 def test_weights_of_any_stride(case, way, monkeypatch):
     if way == "chunks":
-        through_chunks(monkeypatch)
-    inputs = case.inputs((19,), 5)
-    weights = torch.full((19, 3), torch.nan, device=DEVICE, dtype=torch.float64)[:, 0]
-    weights.copy_(torch.arange(19))
+        through_chunks(monkeypatch, COLUMNS)
+    inputs = case.inputs((N_PAIRS,), 5)
+    weights = torch.full((N_PAIRS, 3), torch.nan, device=DEVICE, dtype=torch.float64)[:, 0]
+    weights.copy_(torch.arange(N_PAIRS))
     reduction = "mean" if case.name == "sup_con" else "sum"  # neither divides the weights before
 
     def found(weights):
@@ -243,8 +253,8 @@ def test_weights_of_any_stride(case, way, monkeypatch):
 @each_way
 def test_one_bias_of_all_images(way, monkeypatch):
     if way == "chunks":
-        through_chunks(monkeypatch)
-    inputs = SIGLIP.inputs((19,), 5)
+        through_chunks(monkeypatch, COLUMNS)
+    inputs = SIGLIP.inputs((N_PAIRS,), 5)
     inputs.append(torch.tensor(-2.0, dtype=torch.float64, device=DEVICE, requires_grad=True))
 
     def siglip(image, text, bias):
@@ -258,11 +268,11 @@ def test_one_bias_of_all_images(way, monkeypatch):
 @pytest.mark.parametrize("engine", ["triton", "portable"])
 def test_chunks_of_half_precision(case, dtype, engine, monkeypatch):
     """The loss is as exact as the formula, gradients to one more rounding, as tiles have them."""
-    through_chunks(monkeypatch)
+    through_chunks(monkeypatch, COLUMNS)
     in_chunks_of(100, monkeypatch)
     multiplying_halves(monkeypatch)
     with fastkd.backend(engine):
-        assert_exact(case, case.inputs((19,), 5, dtype), rounds_halves=True)
+        assert_exact(case, case.inputs((N_PAIRS,), 5, dtype), rounds_halves=True)
 
 
 @pytest.mark.parametrize("can", [True, False])

@@ -84,7 +84,7 @@ def backward(problem: Moments, statistics: Tensor, upstream: Sequence[Tensor | N
         sweeps.slopes[(grid * triton.cdiv(arguments["n_features"], arguments["COLUMNS"]),)](
             **arguments,
             gradient=_features(laid_out),
-            statistics_ptr=statistics,
+            statistics_ptr=statistics.contiguous(),  # mapped upstreams have one of all, expanded
             upstream_ptr=factors if is_expanded else factors.contiguous(),
             GRADIENT_UNIT=_unit(laid_out),  # not the student's, of which features may be expanded
             IS_EXPANDED=is_expanded,

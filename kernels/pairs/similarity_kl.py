@@ -116,8 +116,14 @@ class _DifferenceOperands(NamedTuple):
 
 @triton.jit
 def _add_differences(values, operands, row, column, mask, MASKED: tl.constexpr, TILE):
-    y, s = load_tile(operands.student, operands.block, column, TILE)
-    _, t = load_tile(operands.teacher, operands.block_t, column, operands.TILE_T)
+    if operands.student.y.ptr.dtype.element_ty == tl.float32:
+        # T first: for S in TF32 the tile is copied inside shared memory, and Triton takes the fence
+        # behind that for one behind the teacher's tile, which may still be on its way
+        _, t = load_tile(operands.teacher, operands.block_t, column, operands.TILE_T)
+        y, s = load_tile(operands.student, operands.block, column, TILE)
+    else:
+        y, s = load_tile(operands.student, operands.block, column, TILE)
+        _, t = load_tile(operands.teacher, operands.block_t, column, operands.TILE_T)
     if MASKED:
         s = masked(s, row, column, mask, TILE)
         t = masked(t, row, column, mask, TILE)

@@ -281,7 +281,7 @@ def _launch_gradient(
         gradients.gradient[(n_rows * n_blocks,)](
             **_arguments(problem),
             **_operands(student, teacher, gradient_rows, upstream),
-            statistics_ptr=statistics,
+            statistics_ptr=statistics.contiguous(),  # mapped upstreams have one of all, expanded
             n_blocks=n_blocks,
             FAST=_has_fast_log2(problem),
             CONGRUENT=congruent(student, teacher, width),

@@ -65,6 +65,17 @@ def test_fma_of_tiny_and_huge_doubles(low):
         assert result == once(a * b + c, "f64")
 
 
+def test_fma_of_zeros_and_infinities_beside_huge_doubles():
+    x, y, z = np.array([
+        [0.0, -1e300, -0.0], [-0.0, 1e300, -0.0], [0.0, 1e300, -0.0], [1e300, 1e300, -math.inf],
+        [1e300, -1e300, math.inf], [math.inf, 0.0, 1.0], [math.inf, 1.0, -math.inf],
+        [1e300, 1e10, -1e308],
+    ]).T  # fmt: skip
+    found = compute("fma.rn.f64 %0, %1, %2, %3", "f64", *(("f64", v) for v in (x, y, z)))
+    nan, inf = math.nan, math.inf
+    assert_bits(found, [-0.0, -0.0, 0.0, -inf, inf, nan, nan, inf])
+
+
 @pytest.mark.parametrize("kind", ["f32", "f64"])
 @pytest.mark.parametrize("name", ["max", "min"])
 def test_extremes_of_floats(name, kind):

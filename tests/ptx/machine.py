@@ -15,7 +15,7 @@ from .memory import EPOCH, PROGRAM, GlobalMemory, SharedMemory
 from .tensors import TensorMemory
 from .traffic import Traffic
 
-MOST_LANES = 16384  # threads that run together
+MOST_LANES = 8192  # threads that run together; malloc maps larger arrays anew each time
 MOST_SHARED_BYTES = 1 << 23  # of the programs that run together
 MOST_STEPS = 5_000_000  # of one batch of programs: more is a loop without end
 UNITS = {"warp": 32, "warp group": 128}
@@ -83,7 +83,7 @@ class Machine:
         """Run every program."""
         x, y, z = self.grid
         chosen = generator.permutation(x * y * z)
-        most = MOST_LANES // (8 if self.kernel.uses("tcgen05") else 1)  # for their tensor memory
+        most = MOST_LANES // (4 if self.kernel.uses("tcgen05") else 1)  # for their tensor memory
         together = min(
             most // self.threads, MOST_SHARED_BYTES // max(self.shared_bytes, 1), len(chosen)
         )
@@ -91,6 +91,8 @@ class Machine:
             for first in range(0, len(chosen), max(1, together)):
                 self._start(chosen[first : first + max(1, together)])
                 self._run()
+        # they hold the machine, and with it each other until Python looks for such circles
+        del self.memory, self.shared, self.flight, self.registers
         return self.result
 
     def _start(self, programs: np.ndarray) -> None:

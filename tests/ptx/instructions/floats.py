@@ -248,29 +248,36 @@ def odd_sum(x: Array, y: Array) -> Array:
 
 
 def fused_64(x: Array, y: Array, z: Array) -> Array:
-    """Return x y + z in float64, as Boldo and Melquiond (2008) emulate it."""
+    """Return x y + z in float64.
+
+    The sum is that of a rounded total and of what is left, which is rounded too: where both ends of
+    its error give the same, that is right. All others are added as fractions.
+    """
     x, y, z = np.broadcast_arrays(wide(x), y, z)
-    product = np.abs(x * y)
-    largest = np.maximum(np.maximum(np.abs(x), np.abs(y)), np.maximum(np.abs(z), product))
-    tame = (product > 2.0**-900) & (largest < 2.0**900)
-    if tame.all():
-        return fused_tame(x, y, z)
-    result = np.asarray(x * y + z)  # which is exact where x y is 0, and right where it is no number
-    tame |= (product == 0) & (largest < 2.0**900) & ((x == 0) | (y == 0))
-    rest = ~tame & np.isfinite(x) & np.isfinite(y) & np.isfinite(z)
-    tame &= product > 0
-    result[tame] = fused_tame(x[tame], y[tame], z[tame])
-    exact = [[Fraction(float(value)) for value in number[rest]] for number in (x, y, z)]
-    result[rest] = [rounded(a * b + c) for a, b, c in zip(*exact, strict=True)]
+    product, low = two_product(x, y)
+    total, left = two_sum(product, z)
+    left = left + low
+    result = np.asarray(total + left * F64(1 - 2.0**-52))
+    doubtful = result - (total + left * F64(1 + 2.0**-52)) != 0  # infinities and NaN too
+    tiny = np.abs(product) < 2.0**-900
+    if tiny.any():
+        is_zero = tiny & ((x == 0) | (y == 0))
+        result = np.where(is_zero, total, result)
+        doubtful |= tiny & ~is_zero
+    if doubtful.any():
+        doubtful &= ~np.isnan(product) & ~np.isnan(z)  # which result has already
+        result[doubtful] = fused_exactly(x[doubtful], y[doubtful], z[doubtful])
     return result
 
 
-def fused_tame(x: Array, y: Array, z: Array) -> Array:
-    """Return x y + z where no part of it can overflow or be subnormal."""
-    high, low = two_product(x, y)
-    middle, lowest = two_sum(z, low)
-    top, bottom = two_sum(high, middle)
-    return top + odd_sum(lowest, bottom)
+def fused_exactly(x: Array, y: Array, z: Array) -> Array:
+    """Return x y + z of float64 by fractions, where it is a number."""
+    of_finite = np.isfinite(x) & np.isfinite(y)
+    result = np.where(of_finite, z, x * y + z)  # an infinite z stays, whatever the product
+    finite = of_finite & np.isfinite(z)
+    exact = [[Fraction(float(value)) for value in number[finite]] for number in (x, y, z)]
+    result[finite] = [rounded(a * b + c) for a, b, c in zip(*exact, strict=True)]
+    return result
 
 
 def rounded(number: Fraction) -> float:
