@@ -86,7 +86,7 @@ def _device(text: str) -> str:
 
 def _demo(name: str, out: Path, seeds: int | None, steps: int | None, device: str) -> int:
     try:
-        from fastkd.demo import lm_report, report, scenes, study, text
+        from fastkd.demo import report, scenes, study, text
     except ModuleNotFoundError as error:
         missing = str(error.name).split(".")[0]
         if missing not in ("matplotlib", "rich", "sklearn"):
@@ -107,6 +107,8 @@ def _demo(name: str, out: Path, seeds: int | None, steps: int | None, device: st
     if name == "digits":
         return report.run(out, seeds, steps, device)
     if name == "lm":
+        from fastkd.demo import lm_report  # whose text no other demo needs
+
         return lm_report.run(out, seeds, steps, device)
     return study.run(text.STUDY if name == "text" else scenes.STUDY, out, seeds, steps, device)
 

@@ -30,12 +30,12 @@ LEGEND = (
     "Nats for each held-out character and perplexity, mean ± standard deviation over the seeds. "
     "Gain: nats less than no teacher, seed by seed. Wins: seeds with a gain."
 )
-OWN_HEADER = ("student learns from", "KL(q, p) of its text", "nats of held-out text")
+OWN_HEADER = ("student learns from", "reverse KL of its text", "nats of held-out text")
 OWN_TITLE = "text that the student samples"
 OWN_LEGEND = (
-    f"KL(q, p): of student and teacher, for each of {lm.N_SAMPLED} characters that the student "
-    f"adds to {lm.PROMPT} held-out ones. Its own text: {lm.OWN_STEPS} steps more on the reverse KL "
-    "of what it samples, without any other loss."
+    f"Reverse KL: KL(q, p) in nats for each of {lm.N_SAMPLED} characters that the student adds to "
+    f"{lm.PROMPT} held-out ones, where q is the student and p the teacher. Its own text: "
+    f"{lm.OWN_STEPS} steps more, on the reverse KL of what it samples alone."
 )
 COSTS_HEADER = ("loss and gradients", "memory, MiB", "time, ms")
 COSTS_LEGEND = (
@@ -78,8 +78,8 @@ def run(out: Path, seeds: int, steps: int, device: str) -> int:
     seconds = time.perf_counter() - began
     n_seeds = f"{seeds} seed{'s' * (seeds > 1)}"
     versions = (
-        f"{n_seeds}, {steps} steps, {seconds:.0f} s on {device} ({platform.machine()}), fastkd {fastkd.__version__}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}."
+        f"{n_seeds}, {steps} steps, {seconds:.0f} s on {device} ({platform.machine()}), fastkd "
+        f"{fastkd.__version__}, torch {torch.__version__}, Python {platform.python_version()}."
     )
     console.print(about)
     text = [about]
