@@ -47,7 +47,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 class Cost(NamedTuple):
-    """What a loss and its gradients take."""
+    """Memory and time of a loss and its gradients."""
 
     peak_bytes: int  # beyond the inputs; the gradients are among them
     seconds: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 import time
@@ -137,20 +138,17 @@ def own_table(fits: Sequence[Fit]) -> list[list[str]]:
 
 
 def costs(n_characters: int, device: str, watch: Watch) -> dict[str, list[list[str]]]:
-    """Return a table of memory and time for the demo's vocabulary and for a large one."""
+    """Return the rows of memory and time, for the demo's vocabulary and for a large one."""
     sections = {}
+    losses: dict[str, Callable[[Batch], Tensor]]
+    losses = {"eager PyTorch": lm.eager, "linear_kd": lm.distilled}
     for n_tokens, n_entries in ((lm.BATCH * lm.LENGTH, n_characters), LARGE):
         watch("memory and time")
-        batch = random_batch(n_tokens, n_entries, device)
-        losses: dict[str, Callable[[], Tensor]] = {
-            "eager PyTorch": lambda batch=batch: lm.eager(batch),
-            "linear_kd": lambda batch=batch: lm.distilled(batch),
-        }
         if (n_tokens, n_entries) == LARGE:
-            losses[f"linear_kd, {SMALL_BUDGET >> 20} MiB of logits"] = lambda batch=batch: (
-                linear_kd(*batch, alpha=lm.ALPHA, memory_budget=SMALL_BUDGET)
-            )
-        found = compare([*losses.values()], [batch.student, batch.student_head], n_rounds=3)
+            losses[f"linear_kd, {SMALL_BUDGET >> 20} MiB of logits"] = within_budget
+        batch = random_batch(n_tokens, n_entries, device)
+        calls = [functools.partial(loss, batch) for loss in losses.values()]
+        found = compare(calls, [batch.student, batch.student_head], n_rounds=3)
         sections[f"{n_tokens} tokens, {n_entries} entries of a vocabulary"] = [
             [name, f"{cost.peak_bytes / 2**20:.1f}", f"{cost.seconds * 1e3:.1f}"]
             for name, cost in zip(losses, found, strict=True)
@@ -158,16 +156,24 @@ def costs(n_characters: int, device: str, watch: Watch) -> dict[str, list[list[s
     return sections
 
 
+def within_budget(batch: Batch) -> Tensor:
+    return linear_kd(*batch, alpha=lm.ALPHA, memory_budget=SMALL_BUDGET)
+
+
 def random_batch(n_tokens: int, n_entries: int, device: str) -> Batch:
     """Return a batch of any vocabulary, whose student has hidden states and a head to train."""
     generator = torch.Generator().manual_seed(0)
-    networks = []
-    for width in (lm.STUDENT_WIDTH, lm.TEACHER_WIDTH):
-        networks.append(torch.randn(n_tokens, width, generator=generator).to(device))
-        networks.append(torch.randn(n_entries, width, generator=generator).to(device) / width**0.5)
+
+    def network(width: int) -> tuple[Tensor, Tensor]:
+        hidden = torch.randn(n_tokens, width, generator=generator)
+        head = torch.randn(n_entries, width, generator=generator) / width**0.5
+        return hidden.to(device), head.to(device)
+
+    student, teacher = network(lm.STUDENT_WIDTH), network(lm.TEACHER_WIDTH)
     labels = torch.randint(n_entries, (n_tokens,), generator=generator).to(device)
-    student, head, *teacher = networks
-    return Batch(student.requires_grad_(), head.requires_grad_(), *teacher, labels)
+    for tensor in student:
+        tensor.requires_grad_()
+    return Batch(*student, *teacher, labels)
 
 
 def check(fused: Tensor, eager: Tensor) -> tuple[bool, str]:
