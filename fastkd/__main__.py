@@ -30,14 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help=about, description=about)
     demo.add_argument(
         "name", nargs="?", choices=[*_DEMOS], default="digits",
-        help="digits (the default), text: paragraphs of Python's documentation, or segmentation: "
-        "scenes drawn from digits",
+        help="digits (the default), text: paragraphs of Python's documentation, segmentation: "
+        "scenes drawn from digits, or lm: a language model of Python's reference",
     )  # fmt: skip
     demo.add_argument(
         "--out", type=Path, default=Path("fastkd-demo"), help="folder for the results"
     )
     demo.add_argument("--seeds", type=_count, help="students for each loss (5, or 3 of the others)")
-    demo.add_argument("--steps", type=_count, help="training steps of a student (250, of text 200)")
+    demo.add_argument(
+        "--steps", type=_count, help="training steps of a student (250, of text 200, of lm 500)"
+    )
     demo.add_argument(
         "--device", type=_device, default="cpu", help="cpu (the default) or for example cuda"
     )
@@ -51,7 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _demo(**options) if options.pop("command") == "demo" else _doctor()
 
 
-_DEMOS = {"digits": (5, 250), "text": (3, 200), "segmentation": (3, 250)}  # seeds and steps
+_DEMOS = {  # seeds and steps
+    "digits": (5, 250),
+    "text": (3, 200),
+    "segmentation": (3, 250),
+    "lm": (3, 500),
+}
 
 
 def _complain(sentence: str) -> int:
@@ -99,6 +106,10 @@ def _demo(name: str, out: Path, seeds: int | None, steps: int | None, device: st
     seeds, steps = seeds or _DEMOS[name][0], steps or _DEMOS[name][1]
     if name == "digits":
         return report.run(out, seeds, steps, device)
+    if name == "lm":
+        from fastkd.demo import lm_report  # whose text no other demo needs
+
+        return lm_report.run(out, seeds, steps, device)
     return study.run(text.STUDY if name == "text" else scenes.STUDY, out, seeds, steps, device)
 
 

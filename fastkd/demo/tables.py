@@ -9,7 +9,12 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-WORDS = ("student learns from", "engine", "two towers")  # columns without numbers
+WORDS = (
+    "student learns from",
+    "engine",
+    "two towers",
+    "loss and gradients",
+)  # columns without numbers
 
 
 def of(method: Any, fits: Sequence[Any]) -> list[Any]:
@@ -17,16 +22,18 @@ def of(method: Any, fits: Sequence[Any]) -> list[Any]:
     return [fit for fit in fits if fit.method == method]
 
 
-def gain_and_wins(values: Sequence[float], baseline: Sequence[float]) -> tuple[str, str]:
+def gain_and_wins(
+    values: Sequence[float], baseline: Sequence[float], form: str = "+.1f"
+) -> tuple[str, str]:
     """Return the gain over another method, seed by seed, and in how many seeds there is one."""
     gains = [a - b for a, b in zip(values, baseline, strict=True)]
-    return spread(gains, "+.1f"), f"{sum(gain > 0 for gain in gains)}/{len(gains)}"
+    return spread(gains, form), f"{sum(gain > 0 for gain in gains)}/{len(gains)}"
 
 
 def spread(values: Sequence[float], form: str) -> str:
     """Return mean ± standard deviation, which one value does not have."""
     average = format(mean(values), form)
-    return f"{average} ± {stdev(values):.1f}" if len(values) > 1 else average
+    return f"{average} ± {stdev(values):{form.lstrip('+')}}" if len(values) > 1 else average
 
 
 Sections = Mapping[str, Sequence[Sequence[str]]]  # rows under their title
