@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.nn.parallel import scatter_gather
+from torch.nn.parallel import DistributedDataParallel, scatter_gather
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import fastkd
@@ -27,11 +27,12 @@ class Distillation:
         device = outputs.logits.device
         if device not in self.teachers:  # the threads of DataParallel must not move one teacher
             self.teachers[device] = copy.deepcopy(next(iter(self.teachers.values()))).to(device)
-        # an entry and no attribute, because DataParallel gathers the entries alone
-        outputs["teacher_logits"] = self.teachers[device](**inputs).logits
+        # in a field of its class: DataParallel gathers fields, and DDP makes a new output of them
+        outputs["hidden_states"] = (self.teachers[device](**inputs).logits,)
 
     def __call__(self, outputs, labels, num_items_in_batch=None):
-        student, teacher = outputs.logits[:, :-1], outputs.teacher_logits[:, :-1]
+        (teacher_logits,) = outputs.hidden_states
+        student, teacher = outputs.logits[:, :-1], teacher_logits[:, :-1]
         labels = labels[:, 1:]  # position i predicts token i + 1
         if num_items_in_batch is not None:  # under DataParallel one number for each device
             num_items_in_batch = torch.as_tensor(num_items_in_batch).sum()
@@ -43,9 +44,9 @@ kept = threading.local()  # DataParallel has a thread for each device
 
 
 def keep(head, inputs):
-    """Keep the hidden states of all positions, and have the logits of the last one made.
+    """Keep the hidden states of all positions, and have logits made of the last one.
 
-    DistributedDataParallel looks for the head in what the model returns.
+    They are not used, but DDP looks for the head in what the model returns.
     """
     (kept.hidden,) = inputs
     return kept.hidden[:, -1:]
@@ -66,22 +67,23 @@ class LinearDistillation:
         device = outputs.logits.device
         if device not in self.teachers:  # the threads of DataParallel must not move one teacher
             self.teachers[device] = copy.deepcopy(next(iter(self.teachers.values()))).to(device)
-        # entries and no attributes, because DataParallel gathers the entries alone
-        outputs["student_hidden"] = kept.hidden
+        student_hidden = kept.hidden
         self.teachers[device](**inputs)
-        outputs["teacher_hidden"] = kept.hidden
+        # in a field of its class: DataParallel gathers fields, and DDP makes a new output of them
+        outputs["hidden_states"] = student_hidden, kept.hidden
         del kept.hidden
 
     def __call__(self, outputs, labels, num_items_in_batch=None):
         # DataParallel gathers on the device of the student, whose own head gets the gradient
-        teacher = self.teachers[outputs.teacher_hidden.device]
+        student_hidden, teacher_hidden = outputs.hidden_states
+        teacher = self.teachers[teacher_hidden.device]
         student_head, teacher_head = (x.get_output_embeddings() for x in (self.student, teacher))
         if num_items_in_batch is not None:  # under DataParallel one number for each device
             num_items_in_batch = torch.as_tensor(num_items_in_batch).sum()
         return fastkd.linear_kd(
-            outputs.student_hidden[:, :-1],
+            student_hidden[:, :-1],
             student_head.weight,
-            outputs.teacher_hidden[:, :-1],
+            teacher_hidden[:, :-1],
             teacher_head.weight,
             labels[:, 1:],  # position i predicts token i + 1
             student_bias=student_head.bias,
@@ -97,7 +99,8 @@ class Expression(Distillation):
     def __call__(self, outputs, labels, num_items_in_batch=None):
         alpha, temperature = self.options["alpha"], self.options["temperature"]
         kept = labels[:, 1:] != -100
-        student, teacher = outputs.logits[:, :-1][kept], outputs.teacher_logits[:, :-1][kept]
+        (teacher_logits,) = outputs.hidden_states
+        student, teacher = outputs.logits[:, :-1][kept], teacher_logits[:, :-1][kept]
         hard = F.cross_entropy(student, labels[:, 1:][kept], reduction="sum")
         soft = F.kl_div(
             F.log_softmax(student / temperature, -1),
@@ -201,17 +204,28 @@ def test_two_devices_of_one_process_train_as_one(
 
 @LOSSES
 def test_each_device_has_a_teacher_of_its_own(tiny_llama, loss):
-    student, teacher, tokens = (
-        tiny_llama(0, width=16),
-        tiny_llama(1, width=32),
-        torch.ones(2, 3).long(),
-    )
-    loss = loss(student, teacher)
+    student, teacher = tiny_llama(0, width=16), tiny_llama(1, width=32)
+    loss, tokens = loss(student, teacher), torch.ones(2, 3).long()
     for device in ("cpu", "meta", "meta"):
         outputs = student.to(device)(input_ids=tokens.to(device))
-        (found,) = (x for name, x in outputs.items() if name.startswith("teacher"))
-        assert found.device.type == device
+        assert outputs.hidden_states[-1].device.type == device
     assert {x.type for x in loss.teachers} == {"cpu", "meta"} and teacher.device.type == "cpu"
+
+
+@LOSSES
+@pytest.mark.parametrize("finds_unused", [True, False])
+def test_a_process_for_each_device_trains_the_same(tiny_llama, one_rank, loss, finds_unused):
+    student, teacher = tiny_llama(0, width=16), tiny_llama(1, width=32)
+    tokens = torch.randint(1, 32, (2, 7), generator=torch.Generator().manual_seed(0))
+    loss, weights = loss(student, teacher, alpha=0.3), list(student.parameters())
+    expected = loss(student(input_ids=tokens), tokens)
+    gradients = torch.autograd.grad(expected, weights)
+    wrapped = DistributedDataParallel(student, find_unused_parameters=finds_unused)
+    for _ in range(2):  # the second forward asks whether the first one's gradients were all ready
+        student.zero_grad()
+        found = loss(wrapped(input_ids=tokens), tokens)
+        found.backward()
+    torch.testing.assert_close((found, *(x.grad for x in weights)), (expected, *gradients))
 
 
 def test_no_network_makes_the_logits_of_a_batch(tiny_llama):
@@ -222,8 +236,7 @@ def test_no_network_makes_the_logits_of_a_batch(tiny_llama):
     outputs = networks[0](input_ids=tokens)
     loss(outputs, tokens).backward()
     assert [logits.shape for logits in made] == [(2, 1, 32)] * 2
-    hidden = outputs.student_hidden, outputs.teacher_hidden
-    assert [x.shape for x in hidden] == [(2, 5, 16), (2, 5, 32)]
+    assert [x.shape for x in outputs.hidden_states] == [(2, 5, 16), (2, 5, 32)]
 
 
 def test_under_autocast_the_products_of_the_heads_are_in_bfloat16(tiny_llama):
@@ -233,14 +246,10 @@ def test_under_autocast_the_products_of_the_heads_are_in_bfloat16(tiny_llama):
     tokens = torch.randint(1, 32, (2, 12), generator=torch.Generator().manual_seed(0))
     outputs = student(input_ids=tokens)
     found = torch.autocast("cpu", torch.bfloat16)(loss)(outputs, tokens)
-    networks = (outputs.student_hidden[:, :-1], student), (outputs.teacher_hidden[:, :-1], teacher)
-    expected = fastkd.linear_kd(
-        *(
-            x.bfloat16()
-            for hidden, network in networks
-            for x in (hidden, network.lm_head.weight.detach())
-        )
-    )
+    heads = (network.lm_head.weight.detach() for network in (student, teacher))
+    operands = [x for pair in zip(outputs.hidden_states, heads, strict=True) for x in pair]
+    operands[::2] = (hidden[:, :-1] for hidden in operands[::2])
+    expected = fastkd.linear_kd(*(x.bfloat16() for x in operands))
     torch.testing.assert_close(found, expected)
     assert found != loss(outputs, tokens)
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.modules.module import register_module_forward_hook
@@ -295,14 +294,8 @@ def test_a_rank_without_a_token_has_a_loss_of_0_with_a_gradient():
     assert not any(x.any() for x in found)
 
 
-@pytest.fixture
-def mesh():
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
-
-
-def test_heads_that_fsdp_has_cut_up(mesh):
+def test_heads_that_fsdp_has_cut_up(one_rank):
+    mesh = init_device_mesh("cpu", (1,))
     student, teacher, *heads, mask = hidden_states_and_heads()
     expected = value_and_gradients(divergence_loss, student, teacher, *heads, mask, 0.5)
     heads = [distribute_tensor(x, mesh, [Shard(0)]) for x in heads]
