@@ -81,3 +81,12 @@ def same_curve():
         assert last < 0.95 * first, "nothing was learned: the curve proves nothing"
 
     return check
+
+
+@pytest.fixture
+def one_rank():
+    """Make a process group of this process alone, which needs no network."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
