@@ -76,7 +76,7 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("case, options", NUMBERS, ids=str)
-@quick
+@quick_if(lambda case, engine: engine == "portable" and case in (KD, RKD, DIST, NCE, SOFT))
 def test_a_new_number_compiles_nothing(case, options, engine):
     """Schedules change it at every step. The first is a constant, the second makes it vary."""
     inputs = case.inputs((9,), 7)

@@ -206,9 +206,11 @@ def slope(ds, dt, row, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
         return reverse * of_reverse + weight * (q - tl.exp2(dt) * (1 / row.zt))
     _, q, v = mixture(ds, dt, row.zs, row.zt, weight, DIVERGENCE, FAST)
     each = mixture_unit(row.zs, row.zt, DIVERGENCE)
+    is_none = ds <= SMALLEST
     if DIVERGENCE == "jensen_shannon":
         each *= (1 - weight) * LN2
-    return tl.where(q <= LEAST, 0.0, q * (v - row.slope_sum)) * each
+        is_none = q <= LEAST  # because ds would stay in a register of each entry until here
+    return tl.where(is_none, 0.0, q * (v - row.slope_sum)) * each
 
 
 @triton.jit
