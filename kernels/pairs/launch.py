@@ -221,7 +221,7 @@ class _Sweeps:
         log_sum_penalties[(1,)](
             parts, rows, columns, classes, loss, of_rows, of_positives, most,
             n=n, n_padded=len(x.matrix), n_splits=len(parts), n_columns=n_columns,
-            n_columns_padded=len(y.matrix), first=problem.first,
+            n_columns_padded=len(y.matrix), first=problem.first, HAS_COLUMNS=columns is not None,
             SOFTPLUS=problem.form == "softplus", BLOCK=_BLOCK, DTYPE=self.tiles.tile().DTYPE,
             num_warps=_WARPS,
         )  # fmt: skip

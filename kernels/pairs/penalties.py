@@ -165,6 +165,7 @@ def log_sum_penalties(
     n_columns,
     n_columns_padded,
     first,
+    HAS_COLUMNS: tl.constexpr,  # because older compilers compare no tuple with a None in it
     SOFTPLUS: tl.constexpr,
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -184,12 +185,12 @@ def log_sum_penalties(
         tl.store(rows.log_sums_ptr + places, odds.log_sums, mask=exist)
         tl.store(slopes_ptr + places, slopes, mask=exist)
         of_positives = -slopes
-        if columns is not None:
+        if HAS_COLUMNS:
             of_columns = _odds_of_columns(columns, first + places, exist, DTYPE)
             losses, slopes = _penalty(of_columns, exist, SOFTPLUS, DTYPE)
             total, of_positives = total + losses, of_positives - slopes
         tl.store(of_positives_ptr + places, of_positives, mask=exist)
-    if columns is not None:
+    if HAS_COLUMNS:
         for start in range(0, n_columns, BLOCK):
             places = start + tl.arange(0, BLOCK)
             exist = places < n_columns
@@ -215,7 +216,7 @@ def log_sum_penalties(
             pulls = tl.where(slopes == 0, 0.0, lifted)
             pulls *= 2.0 if classes.DOUBLE else 1.0
             tl.store(classes.pulls_ptr + places, pulls, mask=places < n_padded)
-    if columns is not None:
+    if HAS_COLUMNS:
         for start in range(0, n_columns_padded, BLOCK):
             places = start + tl.arange(0, BLOCK)
             exist = places < n_columns
