@@ -14,13 +14,17 @@ from fastkd._op import Number
 from fastkd.problems import linear, rows
 
 _FORMULAS = {name: getattr(divergences, name).formula for name in rows.DIVERGENCES}
-# what configurations call the factor of the logits, and whether they divide by it
+# what configurations call the cap of the logits
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# what they call the factor of the logits or of the hidden states, and whether they divide by it
 _SCALES = {
     "logit_scale": False,
     "output_multiplier": False,
     "lm_head_multiplier": False,
     "logits_scaling": True,
+    "logits_mup_width_multiplier": True,
 }
+_WITHOUT_LOGIT_SCALE = ("mpt",)  # whose model does not read its logit_scale
 _MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
 
 
@@ -182,9 +186,11 @@ def head_options(config: Any, network: str = "student") -> dict[str, float]:
     """Return the softcap and scale of a model's logits as options of `linear_kd`.
 
     Without them a loss from hidden states trains on other logits than the model's. Configurations
-    of Hugging Face have them under several names: `final_logit_softcapping` (Gemma), `logit_scale`
-    (Cohere), `output_multiplier`, `lm_head_multiplier` (Falcon-H1) and `logits_scaling`, by which
-    Granite and MiniCPM divide and HyperCLOVA X multiplies.
+    of Hugging Face have them under several names: the softcap as `final_logit_softcapping` (Gemma),
+    `logits_soft_cap` (RecurrentGemma) and `output_logit_soft_cap` (xLSTM), the scale as
+    `logit_scale` (Cohere), `output_multiplier`, `lm_head_multiplier` (Falcon-H1),
+    `logits_mup_width_multiplier` and `logits_scaling`, by which Granite and MiniCPM divide and
+    HyperCLOVA X multiplies.
 
     Args:
         config: The configuration, an object or a dict; one of a model of text and images may hold
@@ -202,14 +208,15 @@ def head_options(config: Any, network: str = "student") -> dict[str, float]:
         raise ValueError(f'network must be "student" or "teacher", got {network!r}')
     text = _entry(config, "text_config")
     config = config if text is None else text
-    found, softcap = {}, _entry(config, "final_logit_softcapping")
-    if softcap:
-        found[f"{network}_softcap"] = float(softcap)
-    scale = 1.0
-    kind = str(_entry(config, "model_type") or "")
+    found, scale, kind = {}, 1.0, str(_entry(config, "model_type") or "")
+    for name in _SOFTCAPS:
+        softcap = _entry(config, name)
+        if softcap:
+            found[f"{network}_softcap"] = float(softcap)
     for name, divides in _SCALES.items():
         value = _entry(config, name)
-        if value is not None:
+        is_read = name != "logit_scale" or kind not in _WITHOUT_LOGIT_SCALE
+        if value is not None and is_read:
             multiplies = name == "logits_scaling" and kind in _MULTIPLIES_BY_LOGITS_SCALING
             scale *= 1 / float(value) if divides and not multiplies else float(value)
     if scale != 1:
