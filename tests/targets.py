@@ -110,7 +110,7 @@ def _tf32() -> Iterator[None]:
 
 
 class Outcome(NamedTuple):
-    """What compiling a call led to, as a line of the record has it."""
+    """A call that was compiled, as a line of the record has it."""
 
     call: str
     kernels: dict[str, tuple[str, int]]  # name and spills, by Triton's hash
