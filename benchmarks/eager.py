@@ -21,6 +21,15 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(log_q, F.softmax(teacher / T, dim=-1), reduction="batchmean") * T**2
 
 
+def linear_kd(
+    student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor
+) -> Tensor:
+    z, z_teacher = F.linear(student, student_weight), F.linear(teacher, teacher_weight)
+    if z.dtype in (torch.float16, torch.bfloat16):
+        z, z_teacher = z.float(), z_teacher.float()
+    return forward_kl(z, z_teacher)
+
+
 def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     log_q, log_p = F.log_softmax(student / T, dim=-1), F.log_softmax(teacher / T, dim=-1)
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * T**2

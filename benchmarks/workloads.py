@@ -27,6 +27,7 @@ N_CROPS = (10, 2)  # of the student and of the teacher
 LEADERS = (
     "forward_kl", "info_nce", "rkd", "jensen_shannon", "clip_contrastive", "siglip",
     "similarity_kl", "dino", "hint", "attention_transfer", "embedding_mse", "token_relation",
+    "linear_kd",
 )  # fmt: skip
 
 
@@ -57,6 +58,9 @@ _PAIRS = Family(
     # many and few rows of tiles, and the widest tiles
     [(32768, 256), (32768, 128), (4096, 256), (4096, 64)],
 )
+# tokens, widths of student and teacher, vocabulary: a small one, Llama 2, Llama 3, Qwen 3
+_HEADS = [(256, 64, 128, 4096), (2048, 512, 512, 32000)]
+_OF_LANGUAGE_MODELS = [(8192, 2048, 4096, 128256), (8192, 2048, 4096, 151936)]
 # a small layer; layers of a ResNet and of a detector; tokens are rows with their features last
 _MAPS = [(16, 64, 8, 8), (64, 512, 28, 28), (16, 256, 64, 64)]
 _TOKENS = [(256, 768), (4096, 768)]
@@ -157,6 +161,13 @@ FAMILIES = {  # by problem, or by loss where a loss differs
     ),
     "clip_contrastive": _PAIRS._replace(sizes=[*_PAIRS.sizes, (65536, 64)]),
     "similarity_kl": _PAIRS._replace(compiled_sizes=[(32768, 256), (4096, 64)]),
+    "linear": Family(
+        lambda shape: shape[0] * shape[-1],  # logits
+        _HEADS,
+        [_HEADS[-1], *_OF_LANGUAGE_MODELS],
+        _OF_LANGUAGE_MODELS,
+        [],  # the kernels are those of "rows"
+    ),
     "dino": Family(
         lambda shape: N_CROPS[0] * math.prod(shape),
         _CROPS,
@@ -189,6 +200,17 @@ def with_labels(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[T
 
 def both_trained(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     return [x.requires_grad_() for x in two_networks(shape, dtype, device)]
+
+
+def heads(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Return hidden states and heads, whose logits have a deviation of 3; both trained first."""
+    n_tokens, width, *wider, n_cols = shape if len(shape) > 2 else (*shape, shape[-1])
+    found = []
+    for i, size in enumerate((width, *(wider or [width]))):
+        hidden = normal((n_tokens, size), dtype, device, seed=2 * i)
+        head = normal((n_cols, size), dtype, device, seed=2 * i + 1).div_(3 * size**0.5)
+        found += [hidden.requires_grad_(i == 0), head.requires_grad_(i == 0)]
+    return found
 
 
 def towers(n_numbers: int) -> Inputs:
@@ -254,6 +276,7 @@ INPUTS: dict[str, Inputs] = {
     "minilm_relation": relations,
     "kd": with_labels,
     "dino": crops,
+    "linear_kd": heads,
     "hint": weighted_maps,
     "info_nce": both_trained,
     "clip_contrastive": towers(1),
@@ -261,8 +284,8 @@ INPUTS: dict[str, Inputs] = {
     "nt_xent": views,
     "sup_con": with_classes,
 }
-# what the tests call with rows and is measured with maps
-PUBLIC = {"channel_wise": fastkd.channel_wise}
+# what the tests call with rows, or with a bias, and is measured otherwise
+PUBLIC = {"channel_wise": fastkd.channel_wise, "linear_kd": fastkd.linear_kd}
 OPTIONS: dict[str, Mapping[str, Any]] = {
     "dist_kd": {"temperature": T},
     "correlation_congruence": {"form": "kernel"},

@@ -39,6 +39,7 @@ from fastkd.feature_modules import (
     VIDLoss,
 )
 from fastkd.layers import LayerPairs
+from fastkd.linear import head_options, linear_kd
 from fastkd.modules import (
     ClipLoss,
     CorrelationCongruenceLoss,
@@ -48,6 +49,7 @@ from fastkd.modules import (
     InfoNCELoss,
     JensenShannonLoss,
     KDLoss,
+    LinearKDLoss,
     LogitMSELoss,
     NTXentLoss,
     PKTLoss,
@@ -90,6 +92,7 @@ __all__ = [
     "JensenShannonLoss",
     "KDLoss",
     "LayerPairs",
+    "LinearKDLoss",
     "LocalizationLoss",
     "LogitMSELoss",
     "MiniLMRelationLoss",
@@ -125,10 +128,12 @@ __all__ = [
     "forward_kl",
     "fsp",
     "gram_anchoring",
+    "head_options",
     "hint",
     "info_nce",
     "jensen_shannon",
     "kd",
+    "linear_kd",
     "localization",
     "logit_mse",
     "minilm_relation",

@@ -117,6 +117,12 @@ def _logits_and_labels(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [*logits, torch.arange(len(logits[0]), device=device)]
 
 
+def _heads(device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(67, 33), (1003, 33), (67, 65), (1003, 65)]
+    return [(torch.randn(*x, generator=generator) / 2).to(device, dtype) for x in shapes]
+
+
 def _embeddings(device: str, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(67, n, generator=generator).to(device, dtype) for n in (33, 65)]
@@ -172,6 +178,7 @@ def _tokens_of_relations(device: str, dtype: torch.dtype) -> list[Any]:
 Inputs = Callable[[str, torch.dtype], list[Any]]
 _BY_FIRST_PARAMETER: dict[str, Inputs] = {
     "student_logits": _logits,
+    "student_hidden": _heads,
     "student": _embeddings,
     "query": _embeddings_of_one_width,
     "view1": _embeddings_of_one_width,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd import _backend, _checks
 from fastkd._op import Number
-from fastkd._precision import compute_dtype, without_autocast
+from fastkd._precision import as_under_autocast, compute_dtype, without_autocast
 from fastkd._ranks import Ranks
 
 P = ParamSpec("P")
@@ -28,6 +28,15 @@ _saved_tensors_hooks = getattr(
 _LONG, _PART = 1 << 15, 1 << 12  # numbers of a sum that PyTorch cuts, and of a part of ours
 
 
+class Reduction(NamedTuple):
+    """How the caller wants a per-example loss reduced."""
+
+    weights: Tensor | None
+    normalizer: Any
+    reduction: str
+    return_parts: bool
+
+
 class Call(NamedTuple):
     """A call of a loss: all that a statement must know besides its tensors and options."""
 
@@ -36,6 +45,13 @@ class Call(NamedTuple):
     row_mask: Tensor | None  # bool, in the shape of the losses: examples of weight 0 are False
     ranks: Ranks
     row_weight: Number = 0.0  # what every loss is multiplied by in the reduction, 0 if not known
+    reduction: Reduction | None = None  # for a statement that reduces the losses itself
+
+
+class Reduced(NamedTuple):
+    """The result of a statement that has reduced the losses."""
+
+    result: Any
 
 
 class Term(NamedTuple):
@@ -44,6 +60,13 @@ class Term(NamedTuple):
     factor: Number
     losses: Tensor  # (...)
     row_mask: Tensor | None  # (...), bool: the examples that count in this term
+
+
+class Detailed(NamedTuple):
+    """The terms of a per-example loss, and detached numbers of each example, by their names."""
+
+    terms: Sequence[Term]
+    details: Mapping[str, Tensor]
 
 
 class Loss(Protocol[P, R]):
@@ -69,6 +92,7 @@ def loss(
     on_cpu_alone: bool = False,
     same_on_ranks: Sequence[str] = (),
     is_mean: bool = False,
+    multiplies: bool = False,
 ) -> Callable[[Callable[P, R]], Loss[P, R]]:
     """Decorate a formula, which keeps its signature and becomes a public loss.
 
@@ -84,13 +108,15 @@ def loss(
         per_example: True if the formula returns one loss for each row of the first tensor
             (..., V), a number if for each entry of so many leading dimensions, or below 0 of all
             but so many last ones. It may return a list of `Term` instead, of which the loss is the
-            sum.
+            sum, or `Detailed`; a statement may return `Reduced`.
         has_kernels: Whether the kernels solve the problem; otherwise the portable engine does.
         on_cpu_alone: Whether other devices compute the formula, which has fewer launches.
         same_on_ranks: Parameters of the batch that are no part of it, matrices: all ranks hold the
             same. With a dimension more they belong to the examples.
         is_mean: Whether a loss of the batch is a mean over examples that do not interact, so that
             ranks exchange nothing but their means.
+        multiplies: Whether the loss begins with matrix products, for which autocast casts the batch
+            as it does for those of PyTorch.
     """
 
     def decorate(formula: Callable[P, R]) -> Loss[P, R]:
@@ -132,14 +158,21 @@ def loss(
             return found[ranks.own(arguments[0])] if found.ndim else found
 
         def losses_of(
-            arguments: Sequence[Any], options: Any, mask: Any, ranks: Ranks, row_weight: float = 0.0
+            arguments: Sequence[Any],
+            options: Any,
+            mask: Any,
+            ranks: Ranks,
+            row_weight: float = 0.0,
+            reduction: Reduction | None = None,
         ) -> Any:
+            if multiplies:
+                arguments = [as_under_autocast(x) for x in arguments]
             tensors = _tensors(arguments)
             engine = engine_for(tensors)
             with without_autocast(tensors[0].device):
                 found = NotImplemented
                 if engine != "formula" and statement is not None:
-                    call = Call(name, engine, mask, ranks, row_weight)
+                    call = Call(name, engine, mask, ranks, row_weight, reduction)
                     found = statement(call, *arguments, **options)
                 if found is NotImplemented:
                     return from_formula(arguments, options, mask, ranks)
@@ -180,10 +213,17 @@ def loss(
                 mask = weights if weights.dtype == torch.bool else weights.detach() != 0
             elif per_example is True and not torch.compiler.is_compiling():
                 row_weight = _row_weight(arguments[0], normalizer, reduction)
-            found = losses_of(arguments, options, mask, _THIS_PROCESS, row_weight)
+            asked = Reduction(weights, normalizer, reduction, return_parts)
+            found = losses_of(arguments, options, mask, _THIS_PROCESS, row_weight, asked)
             if isinstance(found, Tensor):
                 return reduce(found, weights, mask, normalizer, reduction)
-            return _sum_of_terms(found, weights, mask, normalizer, reduction, return_parts)
+            if isinstance(found, Reduced):
+                return found.result
+            if not isinstance(found, Detailed):
+                return _sum_of_terms(found, weights, mask, normalizer, reduction, return_parts)
+            terms, details = found
+            total = _sum_of_terms(terms, weights, mask, normalizer, reduction, return_parts)
+            return (*total, details) if return_parts else (total, details)
 
         def check_only(of_batch: Mapping[str, Any], options: dict[str, Any]) -> None:
             arguments = _bound(signature, batch, (), dict(of_batch), name)
@@ -285,19 +325,27 @@ def reduce(
         losses = selected(losses * weights, row_mask)
     if reduction == "none":
         return losses
+    if reduction == "mean" and normalizer is None and weights is None:
+        n = losses.numel()
+        if n and not _is_cut(losses, n):
+            return losses.mean()
+    return divided(total(losses), weights, losses.numel(), normalizer, reduction)
+
+
+def divided(
+    total_loss: Tensor, weights: Tensor | None, n: int, normalizer: Any, reduction: str
+) -> Tensor:
+    """Return Σ w·l of n examples over what its reduction divides it by."""
     if reduction == "sum":
-        return total(losses)
+        return total_loss
     if normalizer is None:
-        if weights is None:
-            n = losses.numel()
-            return losses.mean() if n and not _is_cut(losses, n) else total(losses) / (n or 1)
-        normalizer = total(weights)
+        normalizer = n if weights is None else total(weights.to(total_loss.dtype))
     if isinstance(normalizer, Tensor):
         whole = not normalizer.is_floating_point()
-        return total(losses) / (
+        return total_loss / (
             normalizer.clamp(min=1) if whole else torch.where(normalizer == 0, 1, normalizer)
         )
-    return total(losses) / (normalizer or 1)
+    return total_loss / (normalizer or 1)
 
 
 def _row_weight(rows: Any, normalizer: Any, reduction: str) -> float:

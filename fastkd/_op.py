@@ -20,6 +20,11 @@ whose gradient is as large as its input and cheap to compute again has besides
     n_statistics(problem) -> how many numbers for each example the statistics have; without
         needs_grad there are statistics
 
+An engine may report numbers of each row that get no gradient, which the op returns after its
+losses: then `value_and_gradients` returns (loss, report) in place of the loss, and the statistics
+of `forward` are the report. Where several fields are trained, `backward` takes needs_grad in place
+of the gradients, and returns a tuple.
+
 Kernels that are no gain for some problems have `takes(problem)`, which is False for those that the
 portable engine solves.
 """
@@ -80,7 +85,9 @@ class Op:
         per_example: Whether a loss has one value for each example. All tensors of the problem then
             start with the example dimensions, which are those of the first trained field but its
             last one, or with a number −n but its last n.
-        recomputes: Whether the engines have `forward` and `backward`, with one trained field.
+        shared: The tensors that all examples share, and which therefore have no such dimensions.
+        recomputes: Whether the engines have `forward` and `backward`.
+        reports: Whether the engines report numbers of each row, (..., n_statistics(problem)).
         keeps_strides: Whether the gradient of `backward` is laid out as `torch.empty_like` lays out
             what is like the field; otherwise it is contiguous.
     """
@@ -92,22 +99,30 @@ class Op:
         trained: Sequence[str],
         losses: Sequence[str | None] = (None,),
         per_example: bool | int = False,
+        shared: Sequence[str] = (),
         recomputes: bool = False,
+        reports: bool = False,
         keeps_strides: bool = False,
     ) -> None:
         kinds = typing.get_type_hints(problem)
         fields: tuple[str, ...] = problem._fields  # type: ignore[attr-defined]
         self.problem, self.recomputes, self.per_example = problem, recomputes, bool(per_example)
         self.examples = slice(-1 if per_example is True else int(per_example))  # of the dimensions
-        self.keeps_strides = keeps_strides
+        self.keeps_strides, self.reports = keeps_strides, reports
         self.losses = [None if name is None else fields.index(name) for name in losses]
         self.n_losses, self.n_fields = len(losses), len(fields)
+        self.n_outputs = self.n_losses + reports
+        # a report that the backward takes is saved too
+        self.n_before_saved = self.n_losses if recomputes else self.n_outputs
         self.module, self.name = problem.__module__.rpartition(".")[2], problem.__name__.lower()
         self.n_arguments = len(fields) + len(trained) + 1
         self.trained = [fields.index(name) for name in trained]
         self.numbers = [i for i, name in enumerate(fields) if kinds[name] == Number]
         self.tensors = [i for i, x in enumerate(fields) if kinds[x] in (Tensor, Tensor | None)]
-        self.rowwise = [self.per_example and i in self.tensors for i in range(self.n_arguments)]
+        of_examples = [i for i in self.tensors if per_example and fields[i] not in shared]
+        self.rowwise = [i in of_examples for i in range(self.n_arguments)]
+        # a gradient that all examples share is a sum over them
+        self.maps_gradients = all(self.rowwise[i] for i in self.trained)
         self.opaque = OpaqueOps(self, {name: kinds[name] for name in fields}, trained)
         _ops[self.name] = self
         self._eager, self._mapped, self._traced = _differentiable(self.name)
@@ -132,7 +147,7 @@ class Op:
             # this is what `apply` does without torch.func: to bind a signature costs a launch
             function: Any = super(torch.autograd.Function, self._eager)
             outputs = function.apply(*arguments)
-        return outputs[0] if self.n_losses == 1 else outputs[: self.n_losses]
+        return outputs[0] if self.n_outputs == 1 else outputs[: self.n_outputs]
 
     def forward(self, *arguments: Any) -> tuple[Any, ...]:
         """Return the losses and what the backward wants, None in place of what is not there."""
@@ -142,8 +157,8 @@ class Op:
         if self.recomputes:
             losses, saved = engine.forward(problem, needs_grad)
             return *losses, *saved
-        loss, gradients = engine.value_and_gradients(problem, needs_grad)
-        return loss, *gradients
+        found, gradients = engine.value_and_gradients(problem, needs_grad)
+        return (*found, *gradients) if self.reports else (found, *gradients)
 
     def backward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients from the upstream ones, what the forward saved and its arguments."""
@@ -158,9 +173,12 @@ class Op:
             return (_scaled(gradients, upstream, fields[self.trained[0]]),)
         if _is_traced((*upstream, *fields)):
             traced = self.opaque.numbers_as_tensors(fields)
-            return (self.opaque.backward(*upstream, statistics, *traced),)
-        problem, _, engine = self.read(fields)
+            found = self.opaque.backward(*upstream, statistics, *traced)
+            return (found,) if isinstance(found, Tensor) else found
+        problem, needs_grad, engine = self.read(fields)
         with without_autocast(fields[self.trained[0]].device):
+            if len(self.trained) > 1:
+                return engine.backward(problem, statistics, upstream, needs_grad)
             return (engine.backward(problem, statistics, upstream, *gradients),)
 
     def read(self, arguments: Sequence[Any]) -> tuple[Any, Sequence[bool], types.ModuleType]:
@@ -191,6 +209,12 @@ def _scaled(
             return gradient
         for _ in range(gradient.ndim - factor.ndim if factor.ndim else 0):
             factor = factor.unsqueeze(-1)
+        if len(gradients) == 1 and field.dtype != gradient.dtype and not _is_traced([gradient]):
+            # rounded as it is written, because a head has no room for another one in float32
+            if not transforms_active():
+                return torch.mul(
+                    gradient, factor, out=torch.empty_like(gradient, dtype=field.dtype)
+                )
         product = gradient * factor
         total = product if total is None else total + product
     if total is None or field is None or total.dtype == field.dtype:
@@ -291,6 +315,7 @@ def _differentiable(name: str) -> tuple[type[torch.autograd.Function], ...]:
             op = _ops[name]
             n_before = len(arguments) - op.n_arguments
             rowwise = [op.per_example] * n_before + op.rowwise
+            rowwise = [op.maps_gradients and x for x in rowwise]
             return _batched(Gradient, rowwise, info.batch_size, in_dims, arguments)
 
     class Eager(torch.autograd.Function):
@@ -298,12 +323,14 @@ def _differentiable(name: str) -> tuple[type[torch.autograd.Function], ...]:
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
             op = _ops[name]
             outputs = op.forward(*arguments)
-            _keep(ctx, op, arguments, outputs[op.n_losses :])
-            return outputs[: op.n_losses]
+            _keep(ctx, op, arguments, outputs[op.n_before_saved :])
+            ctx.mark_non_differentiable(*outputs[op.n_losses : op.n_outputs])
+            return outputs[: op.n_outputs]
 
         @staticmethod
         def backward(ctx: Any, *upstream: Any) -> Any:
-            return _gradients(ctx, _ops[name], Gradient, upstream)
+            op = _ops[name]
+            return _gradients(ctx, op, Gradient, upstream[: op.n_losses])
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -317,9 +344,8 @@ def _differentiable(name: str) -> tuple[type[torch.autograd.Function], ...]:
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             op = _ops[name]
-            saved = output[op.n_losses :]
-            ctx.mark_non_differentiable(*saved)
-            _keep(ctx, op, inputs, saved)
+            ctx.mark_non_differentiable(*output[op.n_losses :])
+            _keep(ctx, op, inputs, output[op.n_before_saved :])
             ctx.absent = [field is not None and inputs[field] is None for field in op.losses]
 
         @staticmethod

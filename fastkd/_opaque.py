@@ -41,18 +41,19 @@ class OpaqueOps:
         name = f"{op.name}_{{}}_{__version__.replace('.', '_')}"
         schema = [f"{_SCHEMA[kind]} {field}" for field, kind in fields.items()]
         arguments = ", ".join([*schema, *(f"bool needs_{x}" for x in trained), "str engine"])
-        n_saved = 1 if op.recomputes else len(trained)
+        n_saved = 1 if op.recomputes else op.reports + len(trained)
         outputs = ", ".join(["Tensor"] * (op.n_losses + n_saved))
         self.forward = _define(
             name.format("forward"), f"({arguments}) -> ({outputs})", self._forward, self._outputs
         )
         if op.recomputes:
             upstream = ", ".join(f"Tensor? upstream_{i}" for i in range(op.n_losses))
+            gradients = ", ".join(["Tensor"] * len(trained))
             self.backward = _define(
                 name.format("backward"),
-                f"({upstream}, Tensor statistics, {arguments}) -> Tensor",
+                f"({upstream}, Tensor statistics, {arguments}) -> ({gradients})",
                 self._backward,
-                self._gradient,
+                self._gradients,
             )
 
     def numbers_as_tensors(self, arguments: Sequence[Any]) -> list[Any]:
@@ -89,8 +90,11 @@ class OpaqueOps:
 
     def _backward(self, *arguments: Any) -> Any:
         with torch.no_grad():
-            (gradient,) = self.op.backward(*_detached(arguments))
-        return gradient
+            found = self.op.backward(*_detached(arguments))
+        if len(found) == 1:
+            return found[0]
+        like = arguments[len(arguments) - self.op.n_arguments + self.op.trained[0]]
+        return tuple(like.new_empty(0) if x is None else x for x in found)
 
     def _outputs(self, *arguments: Any) -> tuple[Tensor, ...]:
         op = self.op
@@ -101,15 +105,24 @@ class OpaqueOps:
         examples = like.shape[op.examples]
         absent = [field is not None and problem[field] is None for field in op.losses]
         losses = [new((*examples, 0) if gone else examples) for gone in absent]
+        if op.recomputes or op.reports:
+            losses.append(new((*like.shape[:-1], engine.n_statistics(problem))))
         if op.recomputes:
-            return *losses, new((*examples, engine.n_statistics(problem)))
+            return tuple(losses)
         gradients = zip(op.trained, needs_grad, strict=True)
         return *losses, *(new(problem[i].shape if needed else 0) for i, needed in gradients)
 
-    def _gradient(self, *arguments: Any) -> Tensor:
-        field = arguments[len(arguments) - self.op.n_arguments + self.op.trained[0]]
-        kept, contiguous = torch.preserve_format, torch.contiguous_format
-        return torch.empty_like(field, memory_format=kept if self.op.keeps_strides else contiguous)
+    def _gradients(self, *arguments: Any) -> Any:
+        op, start = self.op, len(arguments) - self.op.n_arguments
+        kept = torch.preserve_format if op.keeps_strides else torch.contiguous_format
+        needs_grad = arguments[start + op.n_fields : -1]
+        fields = [arguments[start + i] for i in op.trained]
+        if len(fields) == 1:
+            return torch.empty_like(fields[0], memory_format=kept)
+        return tuple(
+            torch.empty_like(x, memory_format=kept) if needed else fields[0].new_empty(0)
+            for x, needed in zip(fields, needs_grad, strict=True)
+        )
 
 
 def _define(name: str, schema: str, body: Callable, fake: Callable) -> Any:

@@ -21,9 +21,13 @@ def without_autocast(device: torch.device) -> Any:
     return contextlib.nullcontext()
 
 
-def multiplies_halves(rows: Tensor, half: str) -> bool:
-    """Return whether a product of half precision gives sums of the rows' dtype, not rounded."""
-    if not rows.is_cuda or torch.version.hip is not None or rows.dtype != torch.float32:
-        return False
-    rounded = getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
-    return half == "bfloat16" or not rounded
+def as_under_autocast(x: Any) -> Any:
+    """Return an operand of a matrix product in the dtype that autocast would give it."""
+    if isinstance(x, (list, tuple)):
+        return [as_under_autocast(each) for each in x]
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))

@@ -27,6 +27,7 @@ from fastkd import (
     contrastive,
     correlation,
     divergence,
+    linear,
     relational,
     self_distillation,
     vanilla,
@@ -105,6 +106,31 @@ class KDLoss(LossModule, function=vanilla.kd):
 
     Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
     """
+
+
+class LinearKDLoss(LossModule, function=linear.linear_kd):
+    """α CE(q at T = 1, labels) + (1 − α) T² D(p, q) of two heads, the module of `fastkd.linear_kd`.
+
+    The heads belong to the networks and come with each call.
+
+    Agarwal et al., On-Policy Distillation of Language Models, 2024. arXiv:2306.13649
+    """
+
+    of_a_batch = (
+        *LossModule.of_a_batch, "student_bias", "teacher_bias", "teacher_logits",
+        "teacher_weights", "num_valid",
+    )  # fmt: skip
+
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
+        """Return no positions, and heads of as many entries as the options speak of."""
+        if not name.endswith("_weight"):
+            return super()._of_empty_batch(name, empty, options)
+        vocab = options["vocab"]
+        return empty.new_empty(len(vocab) if isinstance(vocab, Tensor) else 1, 1)
+
+    def _is_in_empty_batch(self, parameter: inspect.Parameter, options: Mapping[str, Any]) -> bool:
+        """Return whether it is one of the tensors, a teacher's too."""
+        return parameter.kind is parameter.POSITIONAL_OR_KEYWORD
 
 
 class RKDDistanceLoss(LossModule, function=relational.rkd_distance):

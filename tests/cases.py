@@ -17,6 +17,7 @@ from inputs import (
     Inputs,
     crops,
     embeddings,
+    heads,
     logits,
     logits_and_labels,
     maps,
@@ -177,6 +178,13 @@ _minilm.__name__ = "minilm_relation"
 _minilm.has_kernels = _minilm.has_engines = True
 
 
+def _linear(**options: Any) -> Case:
+    """Return a case of hidden states and heads, the student's with a bias."""
+    loss = _last(fastkd.linear_kd, "student_bias")
+    as_published = _last(published.linear_kd, "student_bias")
+    return Case(loss, "linear", heads, as_published, options)
+
+
 _with_weights = _last(fastkd.hint, "weights")
 ONE_WIDTH, TWO_WIDTHS, UNIT = embeddings(), embeddings(wider=2), embeddings(trained=2, unit=True)
 VIEWS = embeddings(trained=2)
@@ -205,6 +213,10 @@ CASES = [
     _kd("forward_kl", textbook.FORWARD_KL),
     _kd("jensen_shannon", textbook.JENSEN_SHANNON, beta=0.1),
     _kd("total_variation", textbook.TOTAL_VARIATION),
+    _linear(alpha=0.3, temperature=2.0),
+    _linear(alpha=0.3, divergence="jensen_shannon", beta=0.1, reduction="none"),
+    _linear(divergence={"reverse_kl": 0.5, "total_variation": 2.0}, student_softcap=2.0),
+    _linear(alpha=1.0, student_logit_scale=0.5),
     _batch("rows", fastkd.dino, crops),
     _batch("rows", fastkd.dino, crops, skip_same_view=False, teacher_temperature=0.07),
     _batch("relations", fastkd.rkd, TWO_WIDTHS),
@@ -342,6 +354,8 @@ def named(*ids: str) -> list[Case]:
 WAYS = named(
     "forward_kl-temperature=4.0", "jensen_shannon-temperature=2.0-beta=0.1",
     "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "dino", "rkd", "pkt", "dist_kd",
+    "linear_kd-alpha=0.3-temperature=2.0",
+    "linear_kd-alpha=0.3-divergence=jensen_shannon-beta=0.1-reduction=none",
     "info_nce", "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",
     "siglip-logit_scale=5.0-logit_bias=-2.0", "sup_con", "similarity_kl-keys-symmetric=True",
     "hint-weights-kind=cosine", "attention_transfer-p=3.0-kind=max",

@@ -4,12 +4,14 @@ import importlib
 
 import torch
 
+from fastkd import _heads
 from fastkd.portable import _chunks, _pair_chunks
 
 
 def in_chunks_of(n_elements, monkeypatch):
     """Make the portable engines work in chunks of so many numbers at most."""
     monkeypatch.setattr(_chunks, "LIMIT", n_elements)
+    monkeypatch.setattr(_heads, "MOST_ROWS", max(1, n_elements // 16))
 
 
 def on_device_of(multiprocessors, monkeypatch):
@@ -42,7 +44,7 @@ def multiplying_halves(monkeypatch):
     def multiplies(rows, half):
         return bool(half) and rows.dtype == torch.float32
 
-    products = importlib.import_module("fastkd.kernels.pairs.products")
+    products = importlib.import_module("fastkd._products")
     for module, name in ((products, "product"), (_pair_chunks, "_product")):
         monkeypatch.setattr(module, "multiplies_halves", multiplies)
         monkeypatch.setattr(module, name, product)

@@ -127,6 +127,21 @@ def with_keys(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     return queries + embeddings(wider=2)((*examples[:-1], 11), width, dtype, seed + 5, device)
 
 
+def heads(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return hidden states and heads of two networks, labels, some of them ignored, and a bias."""
+    *batches, n = examples
+    found = []
+    for i, size in enumerate((width, width + 2)):
+        hidden = normal(*batches, n, size, dtype=dtype, seed=seed + i, device=device)
+        head = 2 * normal(*batches, 13, size, seed=seed + 3 + i, device=device) / size**0.5
+        found += [hidden.requires_grad_(i == 0), head.to(dtype).requires_grad_(i == 0)]
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(13, (*batches, n), generator=generator).to(device)
+    labels[..., 2::5] = -100
+    bias = normal(*batches, 13, dtype=dtype, seed=seed + 9, device=device)
+    return [*found, labels, bias.requires_grad_()]
+
+
 def crops(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     """Return outputs of four and two crops and a centre, small as the temperatures want them."""
     *batches, n = examples

@@ -38,13 +38,14 @@ TEST_SECONDS, BYTES = 60, 8 << 30  # of CPU, and of memory: so that endless loop
 IGNORED = ("compiled", "integrations", "test_docs.py")  # which quotes the code as it is laid out
 INTERPRETED = ["tests", *(f"--ignore=tests/{name}" for name in IGNORED)]
 COMPILED = ["tests/compiled"]
-PROBLEMS = {"rows", "pairs", "relations", "gram", "moments", "tokens"}
+PROBLEMS = {"rows", "pairs", "relations", "gram", "moments", "tokens", "linear"}
 # a part of a file's path, and the tests that cover it: those of its problem, what else is about it
 TOPICS = [
     ("kernels/rows|_row_terms", "rows reduction kernels"),
     ("portable/rows", "rows reduction memory"),
     ("kernels/pairs", "pairs kernels"),
     ("kernels/relations", "relations mirrored_angles kernels"),
+    ("linear|_heads|_products", "linear"),
     ("moments|_features|_pages|feature.py", "moments moment_engines"),
     ("kernels/tokens", "tokens"),
     ("tokens", "tokens"),

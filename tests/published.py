@@ -11,6 +11,39 @@ def unit(x):
     return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-12)
 
 
+# ----------------------------------------------------------------------------------------- linear
+
+
+def linear_kd(
+    student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias=None,
+    alpha=0.0, temperature=1.0, divergence="forward_kl", beta=0.5, student_softcap=None,
+    student_logit_scale=1.0, reduction="mean",
+):  # fmt: skip
+    """Return the mean over tokens with a label, from all logits at once."""
+    z = (student_hidden @ student_weight.T + student_bias) * student_logit_scale
+    if student_softcap is not None:
+        z = student_softcap * torch.tanh(z / student_softcap)
+    log_q = F.log_softmax(z / temperature, -1)
+    log_p = F.log_softmax(teacher_hidden @ teacher_weight.T / temperature, -1)
+    losses = alpha * F.cross_entropy(z, labels, reduction="none")
+    known = {
+        "forward_kl": lambda p, q: (p * (p.log() - q.log())).sum(-1),
+        "reverse_kl": lambda p, q: (q * (q.log() - p.log())).sum(-1),
+        "total_variation": lambda p, q: (p - q).abs().sum(-1) / 2,
+    }
+    known["jensen_shannon"] = lambda p, q: (
+        beta * known["forward_kl"](p, beta * p + (1 - beta) * q)
+        + (1 - beta) * known["forward_kl"](q, beta * p + (1 - beta) * q)
+    )
+    named = {divergence: 1.0} if isinstance(divergence, str) else divergence
+    for name, weight in named.items():
+        distance = known[name](log_p.exp(), log_q.exp())
+        losses = losses + (1 - alpha) * weight * temperature**2 * distance
+    counted = labels != -100
+    losses = torch.where(counted, losses, 0)
+    return losses if reduction == "none" else losses.sum() / counted.sum().clamp(min=1)
+
+
 # ------------------------------------------------------------------------------------------ pairs
 
 

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastkd
-from fastkd.kernels.pairs import products
+from fastkd import _products as products
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -42,6 +42,7 @@ FREE = {
 }
 # made of several others inside PyTorch
 SEVERAL = {"logsumexp": 9, "constant_pad_nd": 2, "masked_fill": 2}
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 OVERWRITE = {"copy_", "zero_", "fill_"}  # do not read what they write to
 
 
@@ -53,6 +54,7 @@ class Operation(NamedTuple):
     read: int  # bytes
     written: int
     is_kernel: bool
+    flops: int = 0  # of a product of matrices
 
 
 class Step(NamedTuple):
@@ -68,6 +70,10 @@ class Step(NamedTuple):
     @property
     def bytes(self) -> int:
         return sum(x.read + x.written for x in self.operations)
+
+    @property
+    def flops(self) -> int:
+        return sum(x.flops for x in self.operations)
 
 
 class Operations(TorchDispatchMode):
@@ -88,7 +94,11 @@ class Operations(TorchDispatchMode):
         read += [value for key, value in kwargs.items() if not is_out(function, key)]
         inputs = {id(x): x for x in tensors_of(read)}.values()
         sizes = (sum(map(bytes_of, x)) for x in (inputs, outputs))
-        self.found.append(Operation(name, SEVERAL.get(name, 1), *sizes, is_kernel=False))
+        flops = 0
+        if name.removesuffix("_") in PRODUCTS:
+            *_, a, b = (x for x in args if isinstance(x, torch.Tensor))
+            flops = 2 * a.numel() * b.shape[-1]
+        self.found.append(Operation(name, SEVERAL.get(name, 1), *sizes, False, flops))
         return result
 
 
@@ -180,6 +190,8 @@ def unit_of(case: Workload, shape: tuple[int, ...]) -> tuple[str, int]:
     """Return what bytes are counted for, and how many of it there are."""
     if case.problem in ("pairs", "relations"):
         return "pair", shape[0] ** 2
+    if case.problem == "linear":
+        return "logit", shape[0] * shape[-1]
     return "element", prod(shape)
 
 
@@ -190,6 +202,9 @@ def table(step: Step, unit: str, n: int) -> list[str]:
         f"{step.launches} launches ({step.launches - ours} of PyTorch, {ours} of our kernels), "
         f"{step.bytes / n:.2f} bytes for each {unit}"
     ]
+    if step.flops:
+        n_products = sum(x.launches for x in step.operations if x.flops)
+        lines[0] += f", {n_products} products of matrices with {step.flops / 1e12:.3g} TFLOP"
     kinds: dict[str, list[Operation]] = defaultdict(list)
     for operation in step.operations:
         kinds[operation.name + " (kernel)" * operation.is_kernel].append(operation)

@@ -134,13 +134,16 @@ def test_batches(engine, problem, data):
 def test_few_pairs_are_as_exact_as_the_formula():
     """Their errors do not average out, and those of a student near its teacher show most."""
     (case,) = named("similarity_kl")
-    for seed in range(20):
+    errors = {"portable": [], "formula": []}
+    for seed in range(40):
         difference, teacher = case.inputs((3,), 5, torch.float32, seed=seed)
         teacher = teacher[:, :5]
         inputs = [teacher + 0.1 * difference.detach(), teacher]
         truth = case.truth(*exact(inputs)).detach()
-        errors = []
-        for engine in ("portable", "formula"):
+        for engine, found in errors.items():
             with fastkd.backend(engine):
-                errors.append((case(*inputs).detach().double() - truth).abs())
-        assert errors[0] <= 2 * errors[1] + 1e-6 * truth
+                found.append((case(*inputs).detach().double() - truth).abs() / truth)
+    # how one number is rounded is luck, which differs from one processor to the next
+    for measure in (torch.max, torch.median):
+        ours, of_formula = (measure(torch.stack(found)) for found in errors.values())
+        assert ours <= 2 * of_formula + 1e-6

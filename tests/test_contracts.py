@@ -38,6 +38,7 @@ OTHERS = {"rows": [((2,), 20011)], "pairs": [((2,), 3), ((150,), 5)]}
 OTHERS["relations"] = [((2,), 3), ((5,), 1)]
 SMALL["moments"], LARGE["moments"], OTHERS["moments"] = [((7,), 5)], [((3,), 140)], [((21,), 2)]
 SMALL["tokens"], LARGE["tokens"], OTHERS["tokens"] = [((3,), 5)], [((9,), 33)], [((5,), 2)]
+SMALL["linear"], LARGE["linear"], OTHERS["linear"] = [((7,), 5)], [((67,), 33)], [((3,), 2)]
 SHAPES = [
     pytest.param(case, shape, id=f"{case}-{shape}", marks=marks)
     for shapes, marks in ((SMALL, ()), (LARGE, ()), (OTHERS, full))
@@ -273,7 +274,8 @@ def test_only_some_get_a_gradient(case, engine):
 TAUGHT = [
     case
     for case in LOSSES
-    if (case.problem != "pairs" or case.name == "similarity_kl") and case.name != "minilm_relation"
+    if (case.problem not in ("pairs", "linear") or case.name == "similarity_kl")
+    and case.name != "minilm_relation"
 ]
 
 
@@ -370,7 +372,7 @@ def test_what_is_overwritten_before_the_backward_is_noticed_or_not_needed(case, 
         assert_same(found, expected)
 
 
-@each_case
+@pytest.mark.parametrize("case", [case for case in CASES if case.problem != "linear"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @quick_if(lambda case, dtype, engine: dtype == torch.bfloat16 and case in WAYS)
 @of_ops
@@ -426,7 +428,7 @@ def test_jacrev_of_several_losses(case, engine):
 
     def losses(x):
         found = case(x, *inputs[1:])
-        return found.sum(-1) if case.per_example else found * factors
+        return found.sum(-1) if case.per_example else found.sum() * factors
 
     factors = normal(3, seed=5)
     found = torch.func.jacrev(losses)(inputs[0].detach())

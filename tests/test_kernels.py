@@ -20,7 +20,8 @@ if not INTERPRETED and not EMULATED:
 if INTERPRETED:
     from meter import Meter
 
-from fastkd.kernels.pairs import chunks, products, tiling
+from fastkd import _products as products
+from fastkd.kernels.pairs import chunks, tiling
 from fastkd.kernels.rows import gradients, launch, sweeps
 from fastkd.portable import rows as twin
 from fastkd.problems.rows import Rows

@@ -27,6 +27,7 @@ OPTIONS = {  # none of them a default
     fastkd.SoftCrossEntropyLoss: dict(temperature=2.0, reduction="sum"),
     fastkd.LogitMSELoss: dict(temperature=2.0, scale_t2=False),
     fastkd.KDLoss: dict(alpha=0.2, temperature=2.0, divergence="skew_kl", skew=0.3),
+    fastkd.LinearKDLoss: dict(temperature=2.0, divergence="jensen_shannon", beta=0.3),
     fastkd.RKDDistanceLoss: dict(normalize=True, smooth_l1_beta=0.3),
     fastkd.RKDAngleLoss: dict(normalize=True, smooth_l1_beta=0.3),
     fastkd.RKDLoss: dict(distance_weight=1.0, angle_weight=3.0, normalize=True),
@@ -83,6 +84,8 @@ def batch(module):
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 5, 11, generator=generator)
     tensors = [student.requires_grad_(), teacher]
+    if module is fastkd.LinearKDLoss:
+        return [student, teacher.sin().requires_grad_(), teacher, student.detach().cos()]
     if module is fastkd.SupConLoss:
         return [student, torch.tensor([3, 0, 3, 0, 5])]
     if module is fastkd.DINOLoss:
@@ -163,7 +166,7 @@ def test_every_loss_has_one_module_and_all_are_exported():
     ]
     functions = [module.function for module in classes]
     names = (name for name in fastkd.__all__ if name.islower() and name != "__version__")
-    public = [getattr(fastkd, name) for name in names if name != "backend"]
+    public = [getattr(fastkd, name) for name in names if name not in ("backend", "head_options")]
     assert len(public) == len(classes) and {*classes} == {*OPTIONS} | OWNERS
     assert all(functions.count(function) == 1 for function in public)
     assert all(getattr(fastkd, module.__name__, None) is module for module in classes)

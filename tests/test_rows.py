@@ -676,3 +676,30 @@ def test_the_weights_of_both_terms_are_free(inputs, engine):
     nothing = fastkd.kd(student, math.inf * teacher, labels, alpha=0.0, distill_weight=0.0)
     nothing.backward()
     assert nothing == 0 and not student.grad.any()
+
+
+@pytest.mark.parametrize("n_rows", [3, 400])  # one chunk, and several
+@pytest.mark.parametrize("divergence", [x for x in DIVERGENCES if x != "total_variation"])
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_the_gradient_of_a_certain_student_keeps_its_digits(divergence, n_rows, with_labels):
+    """Z = 1 + rest has lost the digits of a rest of 1e-6, which the largest slope would need."""
+    n_cols = 1000
+    teacher, student = 0.1 * normal(2, n_rows, n_cols, seed=3)
+    student[:, 3], teacher[:, 3] = 20.7, 20.2
+    labels = torch.full((n_rows,), 3, device=DEVICE)
+
+    def gradient(dtype, backend):
+        z = student.to(dtype).requires_grad_()
+        with fastkd.backend(backend):
+            if with_labels:
+                loss = fastkd.kd(
+                    z, teacher.to(dtype), labels, alpha=0.5, temperature=1.0, divergence=divergence
+                )
+            else:
+                loss = getattr(fastkd, divergence)(z, teacher.to(dtype))
+        return torch.autograd.grad(loss, z)[0].double()
+
+    truth = gradient(torch.float64, "formula")
+    found = gradient(torch.float32, "portable")
+    assert (found[:, 3] - truth[:, 3]).abs().max() <= 1e-5 * truth[:, 3].abs().max()
+    assert (found - truth).norm() <= 1e-5 * truth.norm()

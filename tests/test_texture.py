@@ -115,10 +115,22 @@ OF_ONE_EXAMPLE = {
 }
 
 
+def depends_on_threads(maps):
+    """Return whether the BLAS cuts the product of the channels by the number of threads."""
+    rows, found = maps.flatten(1), []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        found.append(rows @ rows.T)
+    torch.set_num_threads(1)
+    return not all(torch.equal(x, found[0]) for x in found)
+
+
 @pytest.mark.parametrize("name", OF_ONE_EXAMPLE)
 def test_one_example_is_the_same_for_any_number_of_threads(name):
     """A sum of all its numbers at once would be cut by the number of threads."""
     loss, n_maps, shape = OF_ONE_EXAMPLE[name]
+    # products are as the BLAS of this machine makes them
+    cuts_products = name in ("nst", "fsp") and depends_on_threads(normal(*shape).cpu().float())
     for seed in range(0, 8 * n_maps, n_maps):  # because sums may agree by luck
         maps = [normal(1, *shape, seed=seed + i, device="cpu").float() for i in range(n_maps)]
         found = []
@@ -126,7 +138,11 @@ def test_one_example_is_the_same_for_any_number_of_threads(name):
             torch.set_num_threads(n)
             found.append(results(loss, [maps[0].requires_grad_(), *maps[1:]]))
         torch.set_num_threads(1)
-        assert all(torch.equal(*x) for y in found[1:] for x in zip(y, found[0], strict=True))
+        for y in found[1:]:
+            if cuts_products:
+                assert_same(y, found[0], 1e-5)
+            else:
+                assert all(torch.equal(*x) for x in zip(y, found[0], strict=True))
 
 
 # --------------------------------------------------------------------------- weights and masks

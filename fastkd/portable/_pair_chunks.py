@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._precision import multiplies_halves
+from fastkd._products import multiplies_halves
 from fastkd.portable import _chunks
 from fastkd.problems.pairs import HEADROOM, Half, in_half, of_lengths, units
 

@@ -7,6 +7,7 @@ overwritten as soon as they are not needed any more.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,8 +19,10 @@ from fastkd._op import Number
 
 N_SCRATCH = 6  # buffers of a chunk: d and e of both networks, and two for a divergence
 _LN2 = math.log(2)
+_CERTAIN = 1 / 0.9  # Z of a row, relative to its maximum, with a class of probability 0.9
 
 Scratch = Sequence[Tensor | None]
+Certain = tuple[Tensor, Tensor] | None  # numbers of rows, or a bool for each, and their classes
 
 
 class Softmax(NamedTuple):
@@ -86,6 +89,40 @@ def terms_of(
     if mean is None:
         return _DIVERGENCES[divergence](q, p, weight, scratch)
     return _DIVERGENCES[divergence](q, p, weight, scratch, mean)
+
+
+def certain_rows(logits: Tensor, totals: Sequence[Tensor]) -> Certain:
+    """Return which rows [R, V] have a student that is nearly certain of one class, and of which.
+
+    There Z = 1 + rest has lost the digits of the rest, and the slope of that class would be the
+    difference of numbers near 1: see `centre`. None stands for no such row.
+    """
+    certain = functools.reduce(torch.minimum, totals) < _CERTAIN
+    if not logits.is_cpu:  # a look at the numbers would be a host sync
+        return certain, logits.argmax(-1, keepdim=True)
+    if not certain.any():
+        return None
+    rows = certain.squeeze(1).nonzero().squeeze(1)
+    return rows, logits[rows].argmax(-1, keepdim=True)
+
+
+def centre(slopes: Tensor, certain: Certain) -> None:
+    """Make the slope of a certain class minus the sum of the others, which have all their digits.
+
+    The slopes of every row have the sum 0.
+    """
+    if certain is None:
+        return
+    rows, places = certain
+    if rows.dtype == torch.bool:
+        slopes.copy_(torch.where(rows, _summing_to_0(slopes, places), slopes))
+    else:
+        slopes[rows] = _summing_to_0(slopes[rows], places)
+
+
+def _summing_to_0(slopes: Tensor, places: Tensor) -> Tensor:
+    others = slopes.scatter(-1, places, 0)
+    return others.scatter_(-1, places, others.sum(-1, keepdim=True).neg_())
 
 
 def cross_entropy(q: Softmax, classes: Tensor) -> Tensor:

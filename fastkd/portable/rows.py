@@ -25,6 +25,8 @@ from fastkd.portable._row_terms import (
     N_SCRATCH,
     Scratch,
     Softmax,
+    centre,
+    certain_rows,
     cross_entropy,
     logit_mse,
     softmax,
@@ -113,18 +115,61 @@ def value_and_gradients(
     """Return the losses, and the gradient of Σ row_weights · losses + Σ ce_weights · them.
 
     It is for a caller that knows the weights beforehand, on chunks of logits that are thrown away
-    afterwards: `in_place` writes the gradient over the student.
+    afterwards: `in_place` writes the gradient over the student. Without the name of a divergence
+    there is the cross-entropy alone.
     """
     problem = _in_compute_dtype(problem)
-    losses, (statistics,) = forward(problem, (False,))
-    if not needs_grad[0]:
-        return losses, (None,)
-    gradient = problem.student
-    if not in_place:
-        gradient = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-    weights = losses[0].new_ones(losses[0].shape) if row_weights is None else row_weights
-    _fill(gradient, problem, statistics, *_factors(problem, weights, ce_weights))
-    return losses, (gradient,)
+    student, dtype = problem.student, compute_dtype(problem.student, problem.teacher)
+    if problem.divergence and not needs_grad[0]:
+        return forward(problem, (False,))[0], (None,)
+    losses, cross_entropies = _empty_losses(problem)
+    gradient = None
+    if needs_grad[0]:
+        gradient = student if in_place else torch.empty_like(student, dtype=dtype)
+    weights = losses.new_ones(losses.shape) if row_weights is None else row_weights
+    factors, ce_factors = _factors(problem, weights, ce_weights)
+    assert factors is not None
+    factors = factors * (problem.scale / problem.student_temperature)
+    labels, of_labels = _column(problem.labels), cross_entropies
+    is_masked = student.is_cpu and bool((factors == 0).any())
+
+    def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
+        z, z_teacher, *out = chunks
+        q = softmax(z, problem.student_temperature, dtype, scratch[:2])
+        slope, certain, plain = out[0] if out else None, None, None
+        if labels is not None and of_labels is not None:
+            plain = without_temperature(q, problem.student_temperature, scratch[2:4])
+            of_labels.view(-1, 1)[rows] = cross_entropy(plain, labels[rows])
+        if slope is not None:
+            totals = [q.total] if plain is None else [q.total, plain.total]
+            certain = certain_rows(z, totals)
+        if plain is not None and labels is not None:
+            if slope is not None and ce_factors is not None:
+                factor = ce_factors[rows]
+                torch.mul(plain.e, factor / plain.total, out=slope)
+                _select(slope, factor)
+                slope.scatter_add_(1, labels[rows].clamp(min=0), -factor)
+        if problem.divergence:
+            p = softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4])
+            terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
+            losses.view(-1, 1)[rows] = terms.value(problem.scale)
+            if slope is not None:
+                of_terms = slope if ce_factors is None else terms.spare
+                terms.slope(of_terms, factors[rows])
+                if is_masked or not z.is_cpu:
+                    _select(of_terms, factors[rows])
+                if of_terms is not slope:
+                    slope.add_(of_terms)
+        elif slope is not None and ce_factors is None:
+            slope.zero_()
+        if slope is not None:
+            centre(slope, certain)
+
+    tensors = [student, problem.teacher] + ([] if gradient is None else [gradient])
+    _for_chunks(work, _n_scratch(problem), *tensors)
+    if not problem.divergence:
+        losses.zero_()
+    return _masked(problem, losses, cross_entropies), (gradient,)
 
 
 def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | None:
@@ -135,7 +180,7 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
     """
     student, labels, cross_entropies, ce_slopes = problem.student, problem.labels, None, None
     z, z_teacher, examples = _matrix(student), _matrix(problem.teacher), student.shape[:-1]
-    dtype, slopes = compute_dtype(z, z_teacher), None
+    dtype, slopes, certain = compute_dtype(z, z_teacher), None, None
     scratch: Scratch = _NO_SCRATCH
     if z.numel() > _FEW:
         # one allocation, because the system would take back and clear the pages of many each time
@@ -148,11 +193,14 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
         if labels is not None:
             plain = without_temperature(q, problem.student_temperature, scratch[2:4])
             cross_entropies, ce_slopes = _of_labels(plain, labels.reshape(-1, 1))
+            centre(ce_slopes, certain_rows(z, [plain.total]))
+        certain = certain_rows(z, [q.total])
         p = softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4])
         terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
     losses = terms.value(problem.scale)
     slopes = terms.spare if slopes is None else slopes
     terms.slope(slopes, problem.scale / problem.student_temperature)
+    centre(slopes, certain)
     if problem.row_mask is not None:
         masked = ~problem.row_mask.reshape(-1, 1)
         losses.masked_fill_(masked, 0)
@@ -229,11 +277,15 @@ def _fill(
             terms.slope(slope, scaled[rows])
             if has_masked:
                 _select(slope, factors[rows])
+        totals = [] if problem.divergence == "logit_mse" else [known[1]]
+        totals += [known[-1]] if ce_factors is not None and labels is not None else []
+        certain = certain_rows(z, totals) if totals else None
         if ce_factors is not None and labels is not None:
             factor = ce_factors[rows]
             q = softmax(z, 1.0, dtype, scratch, (known[0], known[-1]))
             slope.add_(_select(q.e.mul_(factor / q.total), factor))
             slope.scatter_add_(1, labels[rows].clamp(min=0), -factor)
+        centre(slope, certain)
         if in_scratch:
             out.copy_(slope)
 

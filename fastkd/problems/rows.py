@@ -177,6 +177,14 @@ def is_exactly(number: Number, value: float) -> bool:
     return not isinstance(number, Tensor) and number == value
 
 
+def limit_of(divergence: str, option: Number) -> str:
+    """Return the name of the divergence that one with this option is."""
+    # only numbers that are a limit are looked up, otherwise torch.compile would specialise on them
+    if is_exactly(option, 0) or is_exactly(option, 1):
+        return _LIMITS.get((divergence, option), divergence)  # type: ignore[arg-type]
+    return divergence
+
+
 def divergence(call: Call, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
     """Solve for the divergence that the loss is named after."""
     losses, _ = _solve(call, call.name, student, teacher, None, **options)
@@ -244,9 +252,7 @@ def _solve(
     **own: Number,
 ) -> tuple[Tensor, Tensor]:
     mixture = (*own.values(), 0.0)[0]
-    # only numbers that are a limit are looked up, otherwise torch.compile would specialise on them
-    if is_exactly(mixture, 0) or is_exactly(mixture, 1):
-        name = _LIMITS.get((name, mixture), name)  # type: ignore[arg-type]
+    name = limit_of(name, mixture)
     of_student, of_teacher = temperatures(temperature, student_temperature, teacher_temperature)
     scale = of_student * of_teacher if scale_t2 else 1.0
     if teacher_form != "logits":

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastkd import _products as products
 from fastkd.kernels.device import device_of
-from fastkd.kernels.pairs import products
 from fastkd.kernels.pairs.chunk_sweeps import (
     Factors,
     LogSums,

@@ -13,8 +13,9 @@ from sass import analyse, complaints
 from tile_work import work_of
 
 import fastkd
+from fastkd import _products as products
 from fastkd.kernels.device import _warn_of_portable_engine, warn_of_chunks
-from fastkd.kernels.pairs import products, tiling
+from fastkd.kernels.pairs import tiling
 from fastkd.kernels.relations import launch as relations
 from fastkd.kernels.relations.tiles import TILE
 from fastkd.kernels.tokens import launch as tokens

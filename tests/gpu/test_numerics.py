@@ -17,6 +17,7 @@ SHAPES["pairs"] = [((67,), 33), ((150,), 256), ((300,), 512)]
 # positions in one block and in several; one tile of tokens, and heads of several widths
 SHAPES["moments"] = [((7,), 5), ((33,), 140)]
 SHAPES["tokens"] = [((3,), 16), ((2,), 60)]
+SHAPES["linear"] = [((33,), 16), ((1500,), 64)]  # a chunk, and several
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 KERNELS = [case for case in LOSSES if case.has_kernels]
 

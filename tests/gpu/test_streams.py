@@ -11,7 +11,9 @@ pytestmark = pytest.mark.gpu
 SHAPES = {"rows": [((64,), 1000), ((3,), 20011), ((150,), 8999)], "pairs": [((300,), 64)]}
 SHAPES["relations"] = [((20,), 33), ((300,), 64)]
 SHAPES["moments"], SHAPES["tokens"] = [((20,), 64)], [((3,), 16)]
+SHAPES["linear"] = [((1500,), 64)]
 LARGE = {"rows": [(4096, 32000), (8192, 8192), (4096, 1000), (8, 128256)], "pairs": []}
+LARGE["linear"] = []  # whose memory is that of its heads
 LARGE["moments"], LARGE["tokens"] = [(256, 64)], [(64, 32)]
 LARGE["relations"] = [(256, 512), (1024, 512), (2048, 100)]
 KERNELS = [case for case in LOSSES if case.has_kernels and case.name != "dino"]

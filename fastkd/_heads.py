@@ -1,0 +1,336 @@
+"""Losses of hidden states under two heads, by chunks of rows whose logits are thrown away.
+
+The logits of a row are z = softcap(scale · (W h + b)). A chunk of rows takes two products to have
+those of both networks, gets dz together with their divergences, which an engine solves as `Rows`,
+and takes two more, dh = dz W and dW = dzᵀ h: four in all, three where the head is frozen and two
+without gradients. Gradients are sums over rows in the compute dtype: what the caller divides by
+comes in when they are cast, because it would round a float16 to 0 before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd._loss import total
+from fastkd._op import Number
+from fastkd._products import multiply, split
+from fastkd.problems.linear import Linear, compute_dtype_of, names_of, row_losses, width_of_report
+from fastkd.problems.rows import OPTIONS, Rows, is_exactly
+
+MOST_ROWS, FEWEST_ROWS = 1024, 256  # of a chunk, between which the products are quick
+_BUDGET = {"cpu": 1 << 28, "elsewhere": 1 << 30}  # bytes
+_BLOCK = 1 << 18  # logits that metrics are made of at once
+
+# rows.value_and_gradients of an engine
+SolveRows = Callable[..., tuple[tuple[Tensor, Tensor | None], tuple[Tensor | None]]]
+Gradients = tuple[Tensor | None, ...]
+
+
+def are_at_hand(weights: Tensor) -> bool:
+    """Return whether a look at the weights is no host sync."""
+    return weights.is_cpu
+
+
+def value_and_gradients(
+    problem: Linear, needs_grad: Sequence[bool], solve_rows: SolveRows
+) -> tuple[tuple[Tensor, Tensor], Gradients]:
+    """Return Σ weight · loss and the report, and the gradients of hidden states, head and bias."""
+    chunks = _Chunks(problem, needs_grad, solve_rows)
+    gradients = chunks.solve()
+    losses = row_losses(problem, chunks.report)
+    if problem.row_weights is not None:
+        weights = problem.row_weights.to(losses.dtype)
+        losses = torch.where(weights != 0, losses * weights, 0)
+    summed = total(losses)
+    if chunks.is_cut_short is not None:
+        summed = torch.where(chunks.is_cut_short, torch.nan, summed)
+    return (summed, chunks.report), gradients
+
+
+def losses_of_rows(problem: Linear, solve_rows: SolveRows) -> tuple[Tensor, Tensor]:
+    """Return the loss of each row without its weight, and the report."""
+    chunks = _Chunks(problem, (False, False, False), solve_rows)
+    chunks.solve()
+    losses = row_losses(problem, chunks.report)
+    if chunks.is_cut_short is not None:
+        losses = torch.where(chunks.is_cut_short, torch.nan, losses)
+    return losses, chunks.report
+
+
+def gradients_of_rows(
+    problem: Linear, upstream: Tensor, needs_grad: Sequence[bool], solve_rows: SolveRows
+) -> Gradients:
+    """Return the gradients of Σ upstream · loss in the dtypes of what they belong to."""
+    weights = upstream
+    if problem.row_weights is not None:
+        weights = torch.where(problem.row_weights != 0, upstream, 0)
+    chunks = _Chunks(problem._replace(row_weights=weights), needs_grad, solve_rows)
+    fields = problem.student, problem.student_weight, problem.student_bias
+    return tuple(
+        None if gradient is None or field is None else gradient.to(field.dtype)
+        for gradient, field in zip(chunks.solve(), fields, strict=True)
+    )
+
+
+class _Chunks:
+    """A problem whose rows are taken by chunks, with what all chunks share."""
+
+    def __init__(self, problem: Linear, needs_grad: Sequence[bool], solve_rows: SolveRows) -> None:
+        self.problem, self.solve_rows = problem, solve_rows
+        self.dtype, self.names = compute_dtype_of(problem), names_of(problem)
+        self.needs_grad = needs_grad
+        hidden, weight = problem.student, problem.student_weight
+        self.examples, self.n_rows = hidden.shape[:-1], hidden.shape[:-1].numel()
+        self.of_logits = problem.teacher is not None and problem.teacher_weight is None
+        self.n_cols = len(weight)
+        self.width = max(self.n_cols, n_teacher(problem))
+        self.hidden = hidden.reshape(self.n_rows, hidden.shape[-1])
+        self.teacher = None
+        if problem.teacher is not None:
+            self.teacher = problem.teacher.reshape(self.n_rows, problem.teacher.shape[-1])
+        self.labels = None if problem.labels is None else problem.labels.reshape(-1)
+        self.weights = problem.row_weights
+        if self.weights is not None:
+            self.weights = self.weights.reshape(-1).to(self.dtype)
+        self.rows, self.is_cut_short = self._rows_that_count()
+        # the gradient may replace the logits where nothing asks for them afterwards
+        self.in_place = len(self.names) == 1 and not problem.student_is_capped
+        self.report = hidden.new_zeros((*self.examples, width_of_report(problem)), dtype=self.dtype)
+
+    def solve(self) -> Gradients:
+        """Fill the report and return the gradients, of every row with its weight."""
+        problem, (of_hidden, of_weight, of_bias) = self.problem, self.needs_grad
+        new = self.hidden.new_empty
+        gradients: list[Tensor | None] = [None, None, None]
+        if of_hidden:  # rows of weight 0 may be in no chunk
+            gradients[0] = torch.zeros_like(self.hidden, dtype=self.dtype)
+        if of_weight:
+            gradients[1] = torch.zeros_like(problem.student_weight, dtype=self.dtype)
+        if of_bias and problem.student_bias is not None:
+            gradients[2] = torch.zeros_like(problem.student_bias, dtype=self.dtype)
+        n_rows = self.n_rows if self.rows is None else len(self.rows)
+        size = self._size_of_chunks(n_rows)
+        z = new((size, self.width), dtype=self.dtype)
+        z_teacher = None if self.teacher is None else torch.empty_like(z)
+        if self.of_logits and self.rows is None and self.width == n_teacher(problem):
+            z_teacher = None  # its rows are there already
+        report = self.report.view(self.n_rows, self.report.shape[-1])
+        for rows in self._chunks(n_rows, size):
+            self._solve_chunk(rows, z, z_teacher, report, gradients)
+        if gradients[0] is not None:
+            gradients[0] = gradients[0].view(problem.student.shape)
+        return tuple(gradients)
+
+    def _solve_chunk(
+        self,
+        rows: slice | Tensor,
+        z: Tensor,
+        z_teacher: Tensor | None,
+        report: Tensor,
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        problem = self.problem
+        hidden = self.hidden[rows]
+        labels = None if self.labels is None else self.labels[rows]
+        weights = mask = None
+        if self.weights is not None:
+            weights = self.weights[rows]
+        if weights is not None and not are_at_hand(weights):  # others take no row of weight 0
+            mask = weights != 0
+            hidden = torch.where(mask[:, None], hidden, 0)
+            labels = None if labels is None else torch.where(mask, labels, -1)
+        n = len(hidden)
+        z = self._student_logits(hidden, z[:n])
+        teacher = self._teacher_logits(rows, mask, z_teacher)
+        columns = report[rows] if isinstance(rows, slice) else report.new_zeros(n, report.shape[1])
+        if problem.metrics:
+            _measure(z, teacher, columns[:, 1 + len(self.names) :])
+        gradient = self._solve_rows(z, teacher, labels, mask, weights, columns)
+        if not isinstance(rows, slice):
+            report[rows] = columns
+        if gradient is not None:
+            self._add_products(rows, hidden, gradient[:, : self.n_cols], z, gradients)
+
+    def _student_logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        problem = self.problem
+        _logits(
+            hidden, problem.student_weight, problem.student_bias, problem.student_scale,
+            problem.student_softcap if problem.student_is_capped else None, out,
+        )  # fmt: skip
+        return out
+
+    def _teacher_logits(
+        self, rows: slice | Tensor, mask: Tensor | None, out: Tensor | None
+    ) -> Tensor | None:
+        problem = self.problem
+        if self.teacher is None:
+            return None
+        teacher = self.teacher[rows]
+        if self.of_logits:
+            if teacher.shape[1] == self.width:
+                return teacher
+            assert out is not None
+            out = out[: len(teacher)]
+            out[:, : teacher.shape[1]] = teacher
+            out[:, teacher.shape[1] :] = -torch.inf
+            return out
+        if mask is not None:
+            teacher = torch.where(mask[:, None], teacher, 0)
+        assert out is not None and problem.teacher_weight is not None
+        out = out[: len(teacher)]
+        _logits(
+            teacher, problem.teacher_weight, problem.teacher_bias, problem.teacher_scale,
+            problem.teacher_softcap if problem.teacher_is_capped else None, out,
+        )  # fmt: skip
+        return out
+
+    def _solve_rows(
+        self,
+        z: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        weights: Tensor | None,
+        report: Tensor,
+    ) -> Tensor | None:
+        """Write the losses of a chunk to its report, and return dz if a gradient is needed."""
+        problem, needs_grad, gradient = self.problem, any(self.needs_grad), None
+        if weights is None:
+            weights = z.new_ones(len(z))
+        of_labels = None
+        if labels is not None and not is_exactly(problem.alpha, 0):
+            of_labels = weights * problem.alpha
+        for i, name in enumerate(self.names or [""]):
+            rows = Rows(
+                z, z if teacher is None else teacher, labels if i == 0 else None, mask,
+                problem.temperature, problem.temperature, self._option(name), problem.scale, name,
+            )  # fmt: skip
+            (losses, cross_entropies), (slopes,) = self.solve_rows(
+                rows,
+                (needs_grad,),
+                row_weights=weights * self._share(i) if name else None,
+                ce_weights=of_labels if i == 0 else None,
+                in_place=self.in_place,
+            )
+            if name:
+                report[:, 1 + i] = losses
+            if cross_entropies is not None:
+                report[:, 0] = cross_entropies
+            if slopes is not None:
+                gradient = slopes if gradient is None else gradient.add_(slopes)
+        return gradient
+
+    def _option(self, name: str) -> Number:
+        option = OPTIONS.get(name)
+        return 0.0 if option is None else getattr(self.problem, option)
+
+    def _share(self, i: int) -> Number:
+        shares = self.problem.shares
+        return self.problem.share if shares is None else self.problem.share * shares[i]
+
+    def _add_products(
+        self,
+        rows: slice | Tensor,
+        hidden: Tensor,
+        dz: Tensor,
+        z: Tensor,
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        problem, (of_hidden, of_weight, of_bias) = self.problem, gradients
+        if problem.student_is_capped:  # the slope of c tanh(z / c)
+            slope = z[:, : self.n_cols].div_(problem.student_softcap).square_().neg_().add_(1)
+            dz.mul_(slope)
+        if not is_exactly(problem.student_scale, 1):
+            dz.mul_(problem.student_scale)
+        if of_bias is not None:
+            of_bias += dz.sum(0)
+        if of_hidden is None and of_weight is None:
+            return
+        head, halves = problem.student_weight, None
+        if hidden.dtype == head.dtype:
+            halves = split(dz, head)
+        if halves is not None:  # one below the other, because sums over rows are read and written
+            dz, hidden = halves.flatten(0, 1), hidden.repeat(2, 1)
+        if of_hidden is not None:
+            sums = of_hidden.new_empty(len(hidden), hidden.shape[1])
+            multiply(dz, head, sums)
+            if halves is not None:
+                sums = sums.view(2, -1, hidden.shape[1]).sum(0)
+            of_hidden[rows] = sums
+        if of_weight is not None:
+            multiply(dz.t(), hidden, of_weight, adds=True)
+
+    def _rows_that_count(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the numbers of rows to take, None for all, and whether some had no room."""
+        weights, bound = self.weights, self.problem.n_valid
+        if weights is None:
+            return None, None
+        if are_at_hand(weights):
+            counts = weights != 0
+            return (None if counts.all() else counts.nonzero().squeeze(1)), None
+        if bound < 0 or bound >= self.n_rows:
+            return None, None
+        # without a look at the weights, which would be a host sync
+        rows = (weights == 0).to(torch.uint8).argsort(stable=True)[:bound]
+        return rows, (weights != 0).sum() > bound
+
+    def _chunks(self, n_rows: int, size: int) -> Iterator[slice | Tensor]:
+        for start in range(0, n_rows, size):
+            places = slice(start, min(start + size, n_rows))
+            yield places if self.rows is None else self.rows[places]
+
+    def _size_of_chunks(self, n_rows: int) -> int:
+        """Return how many rows a chunk has: as the budget allows, and all chunks about as many."""
+        n_tensors = 1 + (self.teacher is not None)
+        if any(self.needs_grad):
+            n_tensors += 0 if self.in_place else min(2, 1 + len(self.names))
+            n_tensors += self.hidden.is_cuda and self.hidden.dtype != self.dtype
+        size = n_tensors * self.width * self.report.element_size()
+        budget, fewest = self.problem.memory_budget, 1
+        if budget < 0:
+            budget, fewest = _BUDGET["cpu" if self.hidden.is_cpu else "elsewhere"], FEWEST_ROWS
+        most = min(MOST_ROWS, max(fewest, budget // max(1, size)))
+        n_chunks = max(1, -(-n_rows // most))
+        return max(1, -(-n_rows // n_chunks))
+
+
+def n_teacher(problem: Linear) -> int:
+    """Return how many entries the teacher's vocabulary has, 0 without a teacher."""
+    if problem.teacher_weight is not None:
+        return len(problem.teacher_weight)
+    return 0 if problem.teacher is None else problem.teacher.shape[-1]
+
+
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Number,
+    softcap: Number | None,
+    out: Tensor,
+) -> None:
+    """Write softcap(scale · (W h + b)) to the first columns of `out`, and −∞ to those after."""
+    z = out[:, : len(weight)]
+    multiply(hidden, weight.t(), z)
+    if bias is not None:
+        z.add_(bias)
+    if not is_exactly(scale, 1):
+        z.mul_(scale)
+    if softcap is not None:
+        z.div_(softcap).tanh_().mul_(softcap)
+    out[:, len(weight) :] = -torch.inf
+
+
+def _measure(z: Tensor, teacher: Tensor | None, report: Tensor) -> None:
+    """Write the entropies of both networks at T = 1, and whether their largest logits agree."""
+    size = max(1, _BLOCK // z.shape[1])
+    networks = [z] if teacher is None else [z, teacher]
+    for column, logits in enumerate(networks):
+        for block, found in zip(logits.split(size), report[:, column].split(size), strict=True):
+            probabilities = block.to(report.dtype).softmax(-1)
+            found.copy_(torch.special.entr(probabilities).sum(-1))
+    if teacher is not None:
+        report[:, 2] = z.argmax(-1) == teacher.argmax(-1)

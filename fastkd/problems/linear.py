@@ -1,0 +1,275 @@
+"""Hidden states under heads: divergences and cross-entropies of logits that are never whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd._checks import all_labelled
+from fastkd._loss import Call, Reduced, divided, selected, total
+from fastkd._op import Number, Op
+from fastkd._precision import compute_dtype
+from fastkd.problems import _linear_checks as checks
+from fastkd.problems import rows
+
+check = checks.check
+
+
+class Linear(NamedTuple):
+    """Σ over rows of weight · [alpha · CE + share · Σ_k share_k · scale · D_k(p, q)].
+
+    The logits are z = softcap(scale · (W h + b)) of the hidden states h of a network, p and q their
+    softmax at the temperature, and CE that of the student at T = 1.
+    """
+
+    student: Tensor  # (..., H)
+    student_weight: Tensor  # [V, H]
+    student_bias: Tensor | None  # [V]
+    teacher: Tensor | None  # (..., H_t), or logits (..., V) where there is no weight
+    teacher_weight: Tensor | None  # [V, H_t]
+    teacher_bias: Tensor | None  # [V]
+    labels: Tensor | None  # (...), a negative one means no label
+    row_weights: Tensor | None  # (...), None for 1
+    shares: Tensor | None  # [K], None for 1
+    student_scale: Number
+    teacher_scale: Number
+    student_softcap: Number
+    teacher_softcap: Number
+    temperature: Number
+    beta: Number  # the options of divergences
+    skew: Number
+    weight: Number
+    scale: Number
+    alpha: Number
+    share: Number
+    divergences: str  # K names with "+" between them
+    student_is_capped: bool
+    teacher_is_capped: bool
+    n_valid: int  # an upper bound of the rows with a weight, below 0 if that is not known
+    memory_budget: int  # bytes of a chunk, below 0 for the engine's choice
+    metrics: bool  # whether the report has more than losses
+
+
+class LinearRows(Linear):
+    """The same for each row, without its weight: a row of weight 0 counts for nothing."""
+
+
+_TRAINED = ("student", "student_weight", "student_bias")
+_SHARED = ("student_weight", "student_bias", "teacher_weight", "teacher_bias", "shares")
+solve = Op(Linear, trained=_TRAINED, reports=True)
+solve_rows = Op(
+    LinearRows, trained=_TRAINED, per_example=True, shared=_SHARED, recomputes=True, reports=True
+)
+
+# what the report of a row has besides its losses, asked for by `metrics`
+METRICS = ("student_entropy", "teacher_entropy", "top1_agreement")
+
+
+def names_of(problem: Linear) -> list[str]:
+    """Return the names of the divergences."""
+    return problem.divergences.split("+") if problem.divergences else []
+
+
+def width_of_report(problem: Linear) -> int:
+    """Return how many numbers a row's report has: cross-entropy, divergences, metrics."""
+    return 1 + len(names_of(problem)) + len(METRICS) * problem.metrics
+
+
+def compute_dtype_of(problem: Linear) -> torch.dtype:
+    """Return float64 if a tensor of a network is float64, else float32."""
+    fields = problem.student, problem.student_weight, problem.teacher, problem.teacher_weight
+    return compute_dtype(*(x for x in fields if x is not None))
+
+
+def row_losses(problem: Linear, report: Tensor) -> Tensor:
+    """Return the loss of each row from its report; a term of share 0 counts for nothing."""
+    losses, divergences = torch.zeros_like(report[..., 0]), names_of(problem)
+    if problem.labels is not None and not rows.is_exactly(problem.alpha, 0):
+        losses = losses + problem.alpha * report[..., 0]
+    if divergences and not rows.is_exactly(problem.share, 0):
+        of_teacher = report[..., 1 : 1 + len(divergences)]
+        if problem.shares is not None:
+            shares = problem.shares
+            of_teacher = torch.where(shares != 0, of_teacher * shares, 0)
+        losses = losses + problem.share * of_teacher.sum(-1)
+    return losses
+
+
+def linear_kd(
+    call: Call,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Any,
+    teacher_weight: Any,
+    labels: Tensor | None,
+    *,
+    student_bias: Tensor | None,
+    teacher_bias: Any,
+    teacher_logits: Any,
+    alpha: Number,
+    temperature: Number,
+    scale_t2: bool,
+    divergence: Any,
+    beta: Number,
+    skew: Number,
+    weight: Number,
+    ignore_index: int,
+    num_valid: int | None,
+    student_softcap: Number | None,
+    teacher_softcap: Number | None,
+    student_logit_scale: Number | None,
+    teacher_logit_scale: Number | None,
+    vocab: Any,
+    memory_budget: int | None,
+    metrics: bool,
+    teacher_weights: Any,
+) -> Any:
+    """Solve for the weighted sum of all rows, or for each row where it is asked for."""
+    is_many = any(isinstance(x, (list, tuple)) for x in (teacher_hidden, teacher_logits))
+    if is_many or teacher_weights is not None:
+        return NotImplemented
+    asked = call.reduction
+    assert asked is not None
+    shares = shares_of(divergence)
+    options = dict(beta=beta, skew=skew, weight=weight)
+    resolved = [
+        rows.limit_of(name, options[rows.OPTIONS[name]]) if name in rows.OPTIONS else name
+        for name in shares
+    ]
+    heads = restricted(
+        vocab, student_weight, student_bias, teacher_weight, teacher_bias, teacher_logits
+    )
+    student_weight, student_bias, teacher_weight, teacher_bias, teacher_logits = heads
+    teacher = teacher_hidden if teacher_logits is None else teacher_logits
+    weights, labels = weights_of_rows(asked.weights, labels, ignore_index)
+    is_distilled = teacher is not None
+    problem = Linear(
+        student_hidden,
+        student_weight,
+        student_bias,
+        teacher,
+        teacher_weight,
+        teacher_bias,
+        labels,
+        weights,
+        stacked(list(shares.values()), student_hidden) if is_distilled else None,
+        1.0 if student_logit_scale is None else student_logit_scale,
+        1.0 if teacher_logit_scale is None else teacher_logit_scale,
+        1.0 if student_softcap is None else student_softcap,
+        1.0 if teacher_softcap is None else teacher_softcap,
+        temperature,
+        beta,
+        skew,
+        weight,
+        temperature**2 if scale_t2 else 1.0,
+        alpha,
+        1 - alpha,
+        "+".join(resolved) if is_distilled else "",
+        student_softcap is not None,
+        teacher_softcap is not None,
+        -1 if num_valid is None else num_valid,
+        -1 if memory_budget is None else memory_budget,
+        metrics,
+    )
+    if asked.reduction == "none":
+        loss, report = solve_rows(call.engine, LinearRows(*problem))
+        mask = None if weights is None else weights != 0
+        loss = selected(loss * weights.to(loss.dtype), mask) if weights is not None else loss
+    else:
+        loss, report = solve(call.engine, problem)
+        n = student_hidden.shape[:-1].numel()
+        loss = divided(loss, weights, n, asked.normalizer, asked.reduction)
+    result = [loss]
+    if asked.return_parts:
+        parts = report[..., : 1 + len(shares) * is_distilled].unbind(-1)
+        result += [_reduced(part, weights, asked.normalizer, asked.reduction) for part in parts]
+    if metrics:
+        result.append(_metrics(problem, report, list(shares) if is_distilled else []))
+    return Reduced(tuple(result) if len(result) > 1 else loss)
+
+
+def _reduced(part: Tensor, weights: Tensor | None, normalizer: Any, reduction: str) -> Tensor:
+    """Return a column of the report as the loss is reduced."""
+    if weights is not None:
+        part = selected(part * weights.to(part.dtype), weights != 0)
+    if reduction == "none":
+        return part
+    return divided(total(part), weights, part.numel(), normalizer, reduction)
+
+
+def _metrics(problem: Linear, report: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    cross_entropy, *others = report.unbind(-1)
+    found = dict(zip([*names, *METRICS], others, strict=True))
+    if problem.labels is not None:
+        found["label_log_probability"] = -cross_entropy
+    if problem.teacher is None:
+        del found["teacher_entropy"], found["top1_agreement"]
+    return found
+
+
+def shares_of(divergence: Any) -> dict[str, Number]:
+    """Return the share of each divergence by its name: 1 where none is given."""
+    if isinstance(divergence, Mapping):
+        return dict(divergence)
+    return dict.fromkeys([divergence] if isinstance(divergence, str) else divergence, 1.0)
+
+
+def stacked(shares: Sequence[Number], like: Tensor) -> Tensor | None:
+    """Return the shares as a tensor [K], None where there is one of 1."""
+    if len(shares) == 1 and rows.is_exactly(shares[0], 1):
+        return None
+    new, dtype = like.new_ones, compute_dtype(like)
+    return torch.stack([new((), dtype=dtype) * x for x in shares])
+
+
+def weights_of_rows(
+    weights: Tensor | None, labels: Tensor | None, ignore_index: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return weights that are 0 where a label is to be ignored, and labels that are −1 there."""
+    if labels is None:
+        return weights, None
+    labels = labels.long()  # −100 is 156 in uint8
+    if all_labelled(labels, ignore_index):
+        return weights, labels
+    labelled = labels != ignore_index
+    weights = labelled if weights is None else torch.where(labelled, weights, 0)
+    return weights, labels.masked_fill(~labelled, -1)
+
+
+def restricted(
+    vocab: Any,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    teacher_logits: Tensor | None,
+) -> tuple[Any, ...]:
+    """Return heads, biases and logits of the entries of the vocabulary that both networks have."""
+    of_student = [student_weight, student_bias]
+    of_teacher = [teacher_weight, teacher_bias]
+    if isinstance(vocab, str) and vocab != "common":
+        return *of_student, *of_teacher, teacher_logits
+    n_student = len(student_weight)
+    n_teacher = n_entries(teacher_weight, teacher_logits)
+    if isinstance(vocab, str):
+        entries: Any = slice(0, n_student if n_teacher is None else min(n_student, n_teacher))
+        n_entries_left = entries.stop
+    else:
+        entries, n_entries_left = vocab, len(vocab)
+    # a network with as many entries as are left has just those
+    if n_student != n_entries_left:
+        of_student = [None if x is None else x[entries] for x in of_student]
+    if n_teacher not in (None, n_entries_left):
+        of_teacher = [None if x is None else x[entries] for x in of_teacher]
+        teacher_logits = None if teacher_logits is None else teacher_logits[..., entries]
+    return *of_student, *of_teacher, teacher_logits
+
+
+def n_entries(teacher_weight: Any, teacher_logits: Any) -> int | None:
+    """Return the size of the teacher's vocabulary, None without a teacher."""
+    if teacher_logits is not None:
+        return teacher_logits.shape[-1]
+    return None if teacher_weight is None else len(teacher_weight)

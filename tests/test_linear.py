@@ -1,0 +1,502 @@
+"""Losses from hidden states and heads: vocabularies, rows that count, products, memory, options."""
+
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exactness import assert_same
+from inputs import DEVICE, heads, normal
+from meter import PeakMemory
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastkd
+from fastkd import _heads, _products
+from fastkd.problems.rows import DIVERGENCES
+
+N_ENTRIES = 13
+
+
+@pytest.fixture
+def networks():
+    """Return hidden states and heads of 9 positions, and their labels."""
+    *tensors, labels, _ = heads((9,), 5)
+    return tensors, labels
+
+
+def trained(tensors):
+    student, weight, *teacher = (x.detach().clone() for x in tensors)
+    return [student.requires_grad_(), weight.requires_grad_(), *teacher]
+
+
+def results(tensors, *more, loss=fastkd.linear_kd, **options):
+    """Return the loss and the gradients of the student's hidden states and head."""
+    tensors = trained(tensors)
+    value = loss(*tensors, *more, **options)
+    upstream = normal(*value.shape, dtype=value.dtype, seed=99)
+    return [value.detach(), *torch.autograd.grad(value, tensors[:2], upstream)]
+
+
+def eager(student, weight, teacher, teacher_weight, labels=None, entries=slice(None)):
+    """Return the forward KL of all logits at once, of some entries of the vocabulary."""
+    log_q = (student @ weight[entries].T).log_softmax(-1)
+    log_p = (teacher @ teacher_weight[entries].T).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+# ----------------------------------------------------------------------------------- vocabularies
+
+
+def test_vocabularies_of_two_sizes_are_refused_with_three_ways_out(networks):
+    (student, weight, teacher, teacher_weight), _ = networks
+    ways = r'(?s)13 .* 11.*vocab="common".*vocab="pad".*vocab=ids'
+    with pytest.raises(ValueError, match=ways):
+        fastkd.linear_kd(student, weight, teacher, teacher_weight[:11])
+
+
+def test_the_common_vocabulary_is_renormalised(networks, engine):
+    (student, weight, teacher, teacher_weight), _ = networks
+    expected = results(networks[0], loss=lambda *x: eager(*x, entries=slice(0, 11)))
+    longer = [student, weight, teacher, teacher_weight[:11]]
+    assert_same(results(longer, vocab="common"), expected)
+    shorter = [student, weight[:11], teacher, teacher_weight]
+    found = results(shorter, vocab="common")
+    assert_same(found, [expected[0], expected[1], expected[2][:11]])
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_missing_entries_are_padded_with_a_probability_of_0(networks, divergence, engine):
+    (student, weight, teacher, teacher_weight), _ = networks
+    loss = getattr(fastkd, divergence)
+
+    def expected(student, weight, teacher, teacher_weight):
+        z, z_teacher = student @ weight.T, teacher @ teacher_weight.T
+        width = max(z.shape[1], z_teacher.shape[1])
+        z, z_teacher = (F.pad(x, (0, width - x.shape[1]), value=-torch.inf) for x in (z, z_teacher))
+        with fastkd.backend("formula"):
+            return loss(z, z_teacher)
+
+    for tensors in (
+        [student, weight, teacher, teacher_weight[:11]],
+        [student, weight[:11], teacher, teacher_weight],
+    ):
+        found = results(tensors, vocab="pad", divergence=divergence)
+        truth = results(tensors, loss=expected)
+        assert_same(found[:1], truth[:1])
+        if truth[0].isfinite():
+            assert_same(found, truth)
+
+
+def test_ids_restrict_the_vocabulary(networks, engine):
+    (student, weight, teacher, teacher_weight), _ = networks
+    ids = torch.tensor([7, 2, 12, 0], device=DEVICE)
+    expected = results(networks[0], loss=lambda *x: eager(*x, entries=ids))
+    assert_same(results(networks[0], vocab=ids), expected)
+    # a draft model has these entries alone
+    draft = [student, weight[ids], teacher, teacher_weight]
+    assert_same(results(draft, vocab=ids), [*expected[:2], expected[2][ids]])
+    logits = teacher @ teacher_weight.T
+    found = results([student, weight], vocab=ids, teacher_logits=logits)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_entries_that_both_biases_exclude_change_nothing(divergence, engine):
+    """Vocabularies are padded to a multiple of 64, with biases of −∞, where others give NaN."""
+    student, weight, teacher, teacher_weight = heads((9,), 5)[:4]
+    bias = normal(N_ENTRIES, seed=4)
+    excluding = torch.where(torch.arange(N_ENTRIES, device=DEVICE) < 11, bias, -torch.inf)
+    options = dict(divergence=divergence, skew=0.1)
+    found = results(
+        [student, weight, teacher, teacher_weight],
+        student_bias=excluding, teacher_bias=excluding, **options,
+    )  # fmt: skip
+    fewer = [student, weight[:11], teacher, teacher_weight[:11]]
+    expected = results(fewer, student_bias=bias[:11], teacher_bias=bias[:11], **options)
+    assert all(x.isfinite().all() for x in found)
+    assert_same([*found[:2], found[2][:11]], expected)
+    assert not found[2][11:].any()
+
+
+# ------------------------------------------------------------------------------ rows that count
+
+
+@pytest.fixture(params=["at hand", "on a GPU"])
+def weights_are(request, monkeypatch):
+    """Let the loop treat weights as a GPU's, at which it must not look."""
+    if request.param == "on a GPU":
+        monkeypatch.setattr(_heads, "are_at_hand", lambda weights: False)
+    return request.param
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_rows_of_weight_0_reach_no_product(networks, reduction, weights_are, engine):
+    tensors, labels = networks
+    weights = torch.tensor([1.0, 0, 2, 0.5, 0, 1, 1, 0, 3], device=DEVICE, dtype=torch.float64)
+    options = dict(alpha=0.3, weights=weights, reduction=reduction)
+    expected = results(tensors, labels, **options)
+    student, weight, teacher, teacher_weight = (x.detach().clone() for x in tensors)
+    student[weights == 0], teacher[weights == 0] = torch.nan, torch.inf
+    found = results([student, weight, teacher, teacher_weight], labels, **options)
+    assert_same(found, expected)
+    assert not found[1][weights == 0].any()
+
+
+def test_a_bound_of_the_rows_that_count_saves_the_others(networks, weights_are):
+    tensors, labels = networks
+    weights = torch.tensor([0, 1.0, 0, 2, 0, 0, 0, 3, 0.5], device=DEVICE, dtype=torch.float64)
+    expected = results(tensors, labels, alpha=0.3, weights=weights)
+    for bound in (3, 4, 9, 12):
+        with Products() as products:
+            found = results(tensors, labels, alpha=0.3, weights=weights, num_valid=bound)
+        assert_same(found, expected)
+        rows = 3 if weights_are == "at hand" else min(bound, 9)
+        assert products.rows == {rows}
+    found = results(tensors, labels, alpha=0.3, weights=weights, num_valid=2)
+    assert found[0].isnan() == (weights_are == "on a GPU")
+
+
+# --------------------------------------------------------------------------- products and memory
+
+
+class Products(TorchDispatchMode):
+    """The products of a region, and how many rows of hidden states the first ones have."""
+
+    def __init__(self):
+        super().__init__()
+        self.n, self.rows = 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            if self.n < 1:
+                self.rows.add(len(args[0]))
+            self.n += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("n_chunks", [1, 3])
+def test_products_of_a_chunk(networks, n_chunks, monkeypatch, engine):
+    """Four with both gradients, three with a frozen head, two without a gradient."""
+    monkeypatch.setattr(_heads, "MOST_ROWS", 9 // n_chunks)
+    (student, weight, teacher, teacher_weight), labels = networks
+    options = dict(alpha=0.3, divergence=("forward_kl", "total_variation", "jensen_shannon"))
+    frozen = [student.detach().requires_grad_(), weight.detach()]
+    for of_student, n in ((trained(networks[0])[:2], 4), (frozen, 3)):
+        with Products() as products:
+            loss = fastkd.linear_kd(*of_student, teacher, teacher_weight, labels, **options)
+            loss.backward()
+        # labels at hand leave 7 rows
+        assert products.n == n * (3 if n_chunks == 3 else 1)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context, Products() as products:
+            fastkd.linear_kd(student, weight, teacher, teacher_weight, labels, **options)
+        assert products.n == 2 * (3 if n_chunks == 3 else 1)
+    with Products() as products:
+        results(networks[0], labels, reduction="none", **options)
+    assert products.n == (2 + 4) * (3 if n_chunks == 3 else 1)
+
+
+@pytest.mark.parametrize("budget", [1 << 18, 1 << 22, 1 << 30])
+def test_a_chunk_takes_no_more_than_its_budget(budget):
+    n_rows, n_cols, width = 300, 2000, 16
+    hidden, head, other = (torch.empty(x, width, device="meta") for x in (n_rows, n_cols, n_cols))
+    with fastkd.backend("portable"), PeakMemory() as memory:
+        loss = fastkd.linear_kd(
+            hidden.requires_grad_(), head.requires_grad_(), hidden.detach(), other,
+            memory_budget=budget,
+        )  # fmt: skip
+        loss.backward()
+    of_gradients = 4 * (n_rows + n_cols) * width
+    # scratch of a chunk of rows; a head's gradient is there twice, before and after its upstream
+    scratch = 8 * min(1 << 23, n_rows * n_cols) * 4
+    logits = 2 * 4 * n_rows * n_cols
+    assert memory.peak_bytes <= min(budget, logits) + 2 * of_gradients + scratch
+
+
+def test_chunks_are_balanced():
+    def size(n_rows, budget=-1, n_cols=32000):
+        hidden, head = torch.empty(n_rows, 8, device="meta"), torch.empty(n_cols, 8, device="meta")
+        seen = []
+
+        def solve_rows(rows, needs_grad, **_):
+            seen.append(len(rows.student))
+            return (rows.student[:, 0] * 0, None), (None,)
+
+        with fastkd.backend("portable"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fastkd.portable.rows.value_and_gradients", solve_rows)
+            options = {} if budget < 0 else {"memory_budget": budget}
+            fastkd.linear_kd(hidden, head, hidden, head, **options)
+        return seen
+
+    assert size(2048, n_cols=1000) == [1024, 1024]
+    assert size(1100, n_cols=1000) == [550, 550]
+    assert size(1000, budget=1, n_cols=100) == [1] * 1000
+    assert size(100, budget=8 * 1000 * 30, n_cols=1000) == [25] * 4
+    assert size(2048, n_cols=1 << 21)[0] == 256  # fewer would make products slow
+
+
+# ------------------------------------------------------------------------------------ exactness
+
+
+@pytest.mark.parametrize("is_close", [False, True])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_gradients_of_bfloat16_are_rounded_once(divergence, is_close):
+    """Rounding a result of float64 once errs by 1.66e-3; dz in bfloat16 would err by 2.3e-3."""
+    n, n_cols, width = 128, 512, 64
+    hidden, head = normal(n, width), normal(n_cols, width, seed=1) / 4
+    teacher = hidden + 1e-2 * normal(n, width, seed=2) if is_close else normal(n, width, seed=2)
+    other = head if is_close else normal(n_cols, width, seed=3) / 4
+    tensors = [x.bfloat16() for x in (hidden, head, teacher, other)]
+    _, *found = results(tensors, divergence=divergence)
+    with fastkd.backend("formula"):
+        _, *truth = results([x.double() for x in tensors], divergence=divergence)
+    for x, y in zip(found, truth, strict=True):
+        assert x.dtype == torch.bfloat16
+        assert (x.double() - y).norm() <= 1.75e-3 * y.norm()
+
+
+def test_products_of_halves_keep_what_one_half_would_lose(monkeypatch):
+    """CUDA multiplies factors of half precision as they are, and dz becomes two of them."""
+    seen = []
+
+    def product(a, b, out):
+        seen.append(a.dtype)
+        return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+    def multiplies(half, sums):
+        return half.dtype == torch.bfloat16
+
+    monkeypatch.setattr(_products, "product", product)
+    monkeypatch.setattr(_products, "_multiplies", multiplies)
+    monkeypatch.setattr(
+        _products,
+        "add_product",
+        lambda a, b, sums: sums.add_(product(a, b, torch.empty_like(sums))),
+    )
+    test_gradients_of_bfloat16_are_rounded_once("forward_kl", True)
+    assert {*seen} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("shapes", [(3, 5, 4), (3, 4, 700), (3, 700, 4)], ids=str)
+@pytest.mark.parametrize("adds", [False, True])
+def test_products_of_tiles(shapes, adds, monkeypatch):
+    monkeypatch.setattr(_products, "_TILE", 100)
+    n, k, m = shapes
+    a, b = normal(n, k, dtype=torch.float32), normal(k, m, dtype=torch.bfloat16, seed=1)
+    out = normal(n, m, dtype=torch.float32, seed=2)
+    expected = a.double() @ b.double() + (out.double() if adds else 0)
+    _products.multiply(a, b, out, adds=adds)
+    assert_same([out], [expected], 1e-6)
+
+
+# ----------------------------------------------------------------------------------- what is asked
+
+
+def test_parts_and_metrics(networks, engine):
+    tensors, labels = networks
+    student, weight, teacher, teacher_weight = tensors
+    names = {"forward_kl": 0.5, "jensen_shannon": 2.0}
+    loss, ce, *parts, found = fastkd.linear_kd(
+        *tensors, labels, alpha=0.3, temperature=2.0, divergence=names, metrics=True,
+        return_parts=True,
+    )  # fmt: skip
+    z, z_teacher, counted = student @ weight.T, teacher @ teacher_weight.T, labels != -100
+    own = [getattr(fastkd, name)(z, z_teacher, temperature=2.0, reduction="none") for name in names]
+    losses = F.cross_entropy(z, labels, reduction="none")
+    assert_same([ce], [losses[counted].mean()])
+    assert_same(parts, [x[counted].mean() for x in own])
+    assert_same([loss], [0.3 * ce + 0.7 * (0.5 * parts[0] + 2.0 * parts[1])])
+    assert not any(x.requires_grad for x in (ce, *parts, *found.values()))
+    q, p = z.softmax(-1), z_teacher.softmax(-1)
+    expected = {
+        **dict(zip(names, own, strict=True)),
+        "student_entropy": -(q * q.log()).sum(-1),
+        "teacher_entropy": -(p * p.log()).sum(-1),
+        "top1_agreement": (q.argmax(-1) == p.argmax(-1)).double(),
+        "label_log_probability": -losses,
+    }
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert_same([found[name]], [torch.where(counted, x, 0)])
+
+
+def test_cross_entropy_alone_needs_no_teacher(networks, engine):
+    (student, weight, *_), labels = networks
+    found = results([student, weight], None, None, labels, alpha=1.0)
+    expected = results([student, weight], loss=lambda h, w: F.cross_entropy(h @ w.T, labels))
+    assert_same(found, expected)
+
+
+def test_autocast_multiplies_as_a_linear_layer(networks):
+    tensors = [x.detach().float() for x in networks[0]]
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = results(tensors)
+    halves = [x.bfloat16() for x in tensors]
+    expected = results(halves)
+    assert [x.dtype for x in found] == [torch.float32] * 3
+    assert_same(found, [x.float() for x in expected], 0)
+
+
+def test_a_tied_head_gets_both_gradients(networks, engine):
+    """The teacher of a tied head is the same matrix, as a constant."""
+    (student, weight, *_), _ = networks
+    embedding = weight.detach().clone().requires_grad_()
+    ids = torch.arange(9, device=DEVICE)
+
+    def loss(embedding, own):
+        hidden = F.embedding(ids, embedding)
+        return own(hidden, embedding, student.detach(), weight.detach())
+
+    found = torch.autograd.grad(3 * loss(embedding, fastkd.linear_kd), embedding)
+    assert_same(found, torch.autograd.grad(3 * loss(embedding, eager), embedding))
+
+
+def test_a_compiled_loss_is_one_op(networks):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(
+        lambda *x: fastkd.linear_kd(*x, memory_budget=1), backend=backend, fullgraph=True
+    )
+    with torch.no_grad():
+        compiled(*networks[0])
+    (graph,) = graphs
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum("fastkd.linear_forward" in name for name in called) == 1
+    assert not any("mm" in name for name in called)
+
+
+# ------------------------------------------------------------------------------- many teachers
+
+
+def test_several_teachers_are_a_mixture(networks):
+    (student, weight, teacher, teacher_weight), _ = networks
+    another = normal(9, 3, seed=20), normal(N_ENTRIES, 3, seed=21)
+    logits = [teacher @ teacher_weight.T, another[0] @ another[1].T]
+    of_rows = normal(9, 2, seed=22).softmax(-1)
+    for shares in (None, torch.tensor([0.3, 0.7], dtype=torch.float64, device=DEVICE), of_rows):
+        p = torch.stack([(x / 2).softmax(-1) for x in logits], -1)
+        p = p.mean(-1) if shares is None else (p * shares[..., None, :]).sum(-1)
+
+        def expected(student, weight, p=p):
+            return fastkd.forward_kl(
+                student @ weight.T, p, temperature=2.0, teacher_form="probabilities",
+                teacher_temperature=1.0, scale_t2=False,
+            ) * 4  # fmt: skip
+
+        options = dict(teacher_weights=shares, temperature=2.0)
+        truth = results([student, weight], loss=expected)
+        heads_of_both = [teacher, another[0]], [teacher_weight, another[1]]
+        assert_same(results([student, weight], *heads_of_both, **options), truth)
+        assert_same(results([student, weight], teacher_logits=logits, **options), truth)
+
+
+# -------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (dict(final_logit_softcapping=30.0), dict(student_softcap=30.0)),
+        (dict(final_logit_softcapping=None), {}),
+        (dict(logit_scale=0.0625), dict(student_logit_scale=0.0625)),
+        (dict(model_type="granite", logits_scaling=8.0), dict(student_logit_scale=1 / 8)),
+        (dict(model_type="hyperclovax", logits_scaling=8.0), dict(student_logit_scale=8.0)),
+        (dict(lm_head_multiplier=0.5), dict(student_logit_scale=0.5)),
+        (dict(output_multiplier=2.0), dict(student_logit_scale=2.0)),
+        (dict(text_config=dict(final_logit_softcapping=5.0)), dict(student_softcap=5.0)),
+        (dict(logit_scale=1.0), {}),
+    ],
+    ids=str,
+)
+def test_options_of_a_configuration(config, expected):
+    text = config.get("text_config")
+    as_object = dict(config) | ({} if text is None else dict(text_config=fake(text)))
+    for given in (config, fake(as_object)):
+        assert fastkd.head_options(given) == expected
+        of_teacher = {k.replace("student", "teacher"): x for k, x in expected.items()}
+        assert fastkd.head_options(given, "teacher") == of_teacher
+    with pytest.raises(ValueError, match='network must be "student" or "teacher"'):
+        fastkd.head_options(config, "peer")
+
+
+def fake(attributes):
+    return types.SimpleNamespace(**attributes)
+
+
+def test_softcap_and_scale_are_those_of_the_model(networks, engine):
+    tensors, labels = networks
+    options = dict(student_softcap=2.0, teacher_softcap=3.0, student_logit_scale=0.5)
+    options |= dict(teacher_logit_scale=2.0, alpha=0.3)
+
+    def expected(student, weight, teacher, teacher_weight, labels):
+        z = 2 * torch.tanh(0.5 * (student @ weight.T) / 2)
+        z_teacher = 3 * torch.tanh(2 * (teacher @ teacher_weight.T) / 3)
+        return fastkd.kd(z, z_teacher, labels, alpha=0.3, temperature=1.0)
+
+    assert_same(results(tensors, labels, **options), results(tensors, labels, loss=expected))
+
+
+def test_the_module_has_the_options_of_the_function(networks):
+    tensors, labels = networks
+    module = fastkd.LinearKDLoss(alpha=0.3, divergence="reverse_kl", temperature=2.0)
+    options = dict(alpha=0.3, divergence="reverse_kl", temperature=2.0)
+    assert_same([module(*tensors, labels)], [fastkd.linear_kd(*tensors, labels, **options)])
+    ids = torch.tensor([7, 2, 12], device=DEVICE)
+    module = fastkd.LinearKDLoss(vocab=ids)
+    assert_same([module(*tensors)], [fastkd.linear_kd(*tensors, vocab=ids)])
+
+
+# --------------------------------------------------------------------------------------- errors
+
+
+class Sharded:
+    """A tensor that is a DTensor by what is looked at."""
+
+    def full_tensor(self):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda x: x.update(student_weight=Sharded()), r"DTensor.*student_weight.full_tensor\(\)"),
+        (lambda x: x.update(student_weight=x["student_weight"].T), r"H = 5.*student_weight.t\(\)"),
+        (lambda x: x.update(teacher_hidden=x["teacher_hidden"][:3]), "the same positions"),
+        (lambda x: x.update(teacher_weight=None), "teacher_weight is missing"),
+        (lambda x: x.update(teacher_logits=torch.zeros(9, 13)), "got teacher_logits and"),
+        (
+            lambda x: x.update(teacher_hidden=None, teacher_weight=None),
+            "got no teacher and alpha=0.0",
+        ),
+        (lambda x: x.update(alpha=0.5), "needs labels"),
+        (lambda x: x.update(student_bias=torch.zeros(5)), r"needs the shape \[13\]"),
+        (lambda x: x.update(divergence="kl"), "divergence must be one of forward_kl"),
+        (lambda x: x.update(divergence=("reverse_kl",) * 2), "names one twice"),
+        (lambda x: x.update(divergence={"reverse_kl": -1.0}), r"reverse_kl.* at least 0"),
+        (lambda x: x.update(divergence="jensen_shannon", beta=2.0), "beta must be a number in"),
+        (lambda x: x.update(temperature=0.0), "temperature must be a finite number above 0"),
+        (lambda x: x.update(student_softcap=0.0), "student_softcap must be a finite number above"),
+        (lambda x: x.update(num_valid=2.5), "num_valid must be a whole number of at least 0"),
+        (lambda x: x.update(memory_budget=0), "memory_budget must be a whole number of at least 1"),
+        (lambda x: x.update(vocab="both"), 'vocab must be "same" or "common" or "pad"'),
+        (lambda x: x.update(vocab=torch.tensor([0, 0])), "holds an entry twice"),
+        (lambda x: x.update(vocab=torch.tensor([0, 13])), r"entries in \[0, 13\)"),
+        (lambda x: x.update(vocab=torch.zeros(2)), r"a tensor \[K\] of entries"),
+        (lambda x: x.update(labels=torch.full((9,), 13), alpha=0.5), r"lie in \[0, 13\)"),
+        (lambda x: x.update(teacher_weights=[1.0, 2.0]), "for each of 1 teachers"),
+        (lambda x: x.update(student_hidden=x["student_hidden"].long()), "floating-point"),
+        (lambda x: x.update(teacher_hidden=[x["teacher_hidden"]]), "several teachers need"),
+    ],
+)
+def test_errors_say_what_to_do(change, sentence):
+    names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+    given = dict(zip(names, (x.detach() for x in heads((9,), 5)[:4]), strict=True))
+    given = {name: x.cpu() for name, x in given.items()}
+    change(given)
+    with pytest.raises((TypeError, ValueError), match=f"(?s).*{sentence}"):
+        fastkd.linear_kd(**given)
