@@ -110,7 +110,7 @@ def _tf32() -> Iterator[None]:
 
 
 class Outcome(NamedTuple):
-    """The result of compiling a call, as a line of the record has it."""
+    """A call that was compiled, as a line of the record has it."""
 
     call: str
     kernels: dict[str, tuple[str, int]]  # name and spills, by Triton's hash

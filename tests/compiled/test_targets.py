@@ -23,7 +23,7 @@ def test_every_pair_of_dtypes_compiles(call):
 
 
 def test_a_sweep_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
-    """The record has the calls that passed, but not those that failed, nor a line cut off."""
+    """The record has what passed, but not what failed, nor a line that was cut off."""
     file, compiled = tmp_path / "record", []
 
     def outcome_of(call):
