@@ -89,7 +89,7 @@ def torchdistill() -> dict[str, Loss]:
 
 
 def open_clip() -> dict[str, Loss]:
-    module = _alone("open_clip.loss")
+    module = alone("open_clip.loss")
     return {"clip_contrastive": module.ClipLoss(), "siglip": module.SigLipLoss()}
 
 
@@ -110,7 +110,7 @@ def pytorch_metric_learning() -> dict[str, Loss]:
 def lightly() -> dict[str, Loss]:
     # of a memory bank, which is off
     others = ["lightly.models", "lightly.models.modules", "lightly.models.utils"]
-    return {"nt_xent": _alone("lightly.loss.ntx_ent_loss", *others).NTXentLoss(0.5)}
+    return {"nt_xent": alone("lightly.loss.ntx_ent_loss", *others).NTXentLoss(0.5)}
 
 
 def info_nce_pytorch() -> dict[str, Loss]:
@@ -146,7 +146,7 @@ def _info_nce(fused: Loss) -> Loss:
     return info_nce
 
 
-def _alone(name: str, *others: str) -> Any:
+def alone(name: str, *others: str) -> Any:
     """Import a module with its packages and others left empty, which import much more than it."""
     parts = name.split(".")
     for left_empty in [*(".".join(parts[:i]) for i in range(1, len(parts))), *others]:

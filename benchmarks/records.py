@@ -5,7 +5,7 @@
     runs               utc, commit, torch, python, peers; of a GPU ceilings, sweep and steps
       peers            the version of each, or what it lacks here
       steps            when each began, its seconds, and what it did and left
-    rows               one on a line: loss, shape, dtype, direction, threads (of a CPU)
+    rows               one on a line: loss, shape, dtype, direction, threads (of a CPU), options
       load             processes for each core, the benchmark itself included
       run              index into runs
       sources          hash of the code that the row is a figure of: when that changes it is stale
@@ -40,6 +40,8 @@ import checkout
 import torch
 
 ROOT = checkout.ROOT
+# the problems and their engines, and what several of these share
+_PACKAGES = ("kernels", "portable", "problems", "_heads", "_products")
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
 
@@ -101,7 +103,8 @@ class Record:
 
 
 def key_of(row: Row) -> tuple:
-    return row["loss"], *row["shape"], row["dtype"], row["direction"], row.get("threads")
+    place = row["loss"], *row["shape"], row["dtype"], row["direction"], row.get("threads")
+    return (*place, row["options"]) if "options" in row else place
 
 
 def write(file: Path, content: Mapping[str, Any]) -> None:
@@ -198,13 +201,13 @@ def modules(problem: str, engine: str) -> list[Path]:
     found: set[Path] = set()
     waiting = [f"fastkd.kernels.{problem}.launch" if kernels else f"fastkd.portable.{problem}"]
     while waiting:
-        package, *inside = waiting.pop().split(".")[1:]
+        package, *inside = waiting.pop().split(".")[1:] or [""]
         file = ROOT.joinpath(*["fastkd"] * (package != "kernels"), package, *inside)
         file = file.with_suffix(".py")
-        if package in ("kernels", "portable", "problems") and file.is_file() and file not in found:
+        if package in _PACKAGES and file.is_file() and file not in found:
             found.add(file)
             for node in ast.walk(parsed(file)):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastkd."):
+                if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("fastkd."):
                     waiting += [f"{node.module}", *(f"{node.module}.{x.name}" for x in node.names)]
     return sorted(found)
 

@@ -1,4 +1,4 @@
-"""Print the tables of the records: python benchmarks/report.py [measured counted inductor modelled]
+"""Print the tables of the records: python benchmarks/report.py [measured heads counted ...]
 
 Reads benchmarks/results and tests/budgets.json. A row is stale when the code that it is a figure of
 has changed since; `--check` lists those and exits 1.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import checkout
+import heads
 import peers
 import records
 from tables import markdown, pair, section
@@ -191,14 +192,15 @@ def counted() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    kinds = ["measured", "counted", *MADE_BY]
+    kinds = ["measured", "heads", "counted", *MADE_BY]
     parser.add_argument("kinds", nargs="*", help=f"of {', '.join(kinds)}; all")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of records")
     parser.add_argument("--check", action="store_true", help="exit 1 where a row is stale")
     options = parser.parse_args()
-    measured = records.read(options.results)
+    measured, of_heads = (records.read(options.results / x) for x in ("", "heads"))
     if options.check:
-        stale = [(r["device"], row["loss"]) for r in measured for row in r["rows"] if is_stale(row)]
+        found = [*measured, *of_heads]
+        stale = [(r["device"], row["loss"]) for r in found for row in r["rows"] if is_stale(row)]
         for device, loss in sorted({*stale}):
             print(f"stale: {stale.count((device, loss))} rows of {loss} on {device}")
         return 1 if stale else 0
@@ -207,6 +209,8 @@ def main() -> int:
             print(*map(page, measured), sep="\n")
             if not any("ceilings" in run for record in measured for run in record["runs"]):
                 print("There is no figure of a GPU yet.\n")
+        elif kind == "heads":
+            print(*map(heads.page, of_heads), sep="\n")
         elif kind == "counted":
             print(counted())
         else:

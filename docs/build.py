@@ -45,11 +45,13 @@ def slower() -> str:
         "| device | loss | shape | direction | threads | faster | its time / fastkd's |",
         "|---|---|---:|---|---:|---|---:|",
     ]
-    for file in sorted((ROOT / "benchmarks/results").glob("*.json")):
+    for file in sorted((ROOT / "benchmarks/results").rglob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
         for row in record["rows"] if record.get("label") == "measured" else ():
             shape = "×".join(map(str, row["shape"]))
-            what = [record["device"], f"`{row['loss']}`", shape, row["direction"]]
+            loss = f"`{row['loss']}`"
+            loss += f" {row['options']}, {row['dtype']}" if "options" in row else ""
+            what = [record["device"], loss, shape, row["direction"]]
             for name, found in row["implementations"].items():
                 if found.get("ratio", 1) < _CLEARLY:
                     cells = [*what, row.get("threads") or "–", name, f"{found['ratio']:.2f}"]

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastkd._loss import total
 from fastkd._op import Number
 from fastkd._products import multiply, split
+from fastkd.portable._pages import in_huge_pages
 from fastkd.problems.linear import Linear, compute_dtype_of, names_of, row_losses, width_of_report
 from fastkd.problems.rows import OPTIONS, Rows, is_exactly
 
@@ -108,13 +109,14 @@ class _Chunks:
         if of_hidden:  # rows of weight 0 may be in no chunk
             gradients[0] = torch.zeros_like(self.hidden, dtype=self.dtype)
         if of_weight:
-            gradients[1] = torch.zeros_like(problem.student_weight, dtype=self.dtype)
+            head = problem.student_weight
+            gradients[1] = in_huge_pages(torch.empty_like(head, dtype=self.dtype)).zero_()
         if of_bias and problem.student_bias is not None:
             gradients[2] = torch.zeros_like(problem.student_bias, dtype=self.dtype)
         n_rows = self.n_rows if self.rows is None else len(self.rows)
         size = self._size_of_chunks(n_rows)
-        z = new((size, self.width), dtype=self.dtype)
-        z_teacher = None if self.teacher is None else torch.empty_like(z)
+        z = in_huge_pages(new((size, self.width), dtype=self.dtype))
+        z_teacher = None if self.teacher is None else in_huge_pages(torch.empty_like(z))
         if self.of_logits and self.rows is None and self.width == n_teacher(problem):
             z_teacher = None  # its rows are there already
         report = self.report.view(self.n_rows, self.report.shape[-1])

@@ -38,12 +38,15 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, adds: bool = False) -> None:
         multiply(a, b.to(out.dtype), out, adds=adds)
     elif n_cols >= n_inner:
         size = max(1, _TILE // n_inner)
+        # one buffer, because the system may not take back those of earlier tiles
+        cast = torch.empty_like(b[:, :size], dtype=out.dtype)
         for tile, part in zip(b.split(size, 1), out.split(size, 1), strict=True):
-            multiply(a, tile.to(out.dtype), part, adds=adds)
+            multiply(a, cast[:, : tile.shape[1]].copy_(tile), part, adds=adds)
     else:
         size = max(1, _TILE // n_cols)
+        cast = torch.empty_like(b[:size], dtype=out.dtype)
         for tile, part in zip(b.split(size), a.split(size, 1), strict=True):
-            multiply(part, tile.to(out.dtype), out, adds=adds)
+            multiply(part, cast[: len(tile)].copy_(tile), out, adds=adds)
             adds = True
 
 

@@ -1,0 +1,625 @@
+"""Measure losses of hidden states and heads on this CPU: python benchmarks/heads.py --peers FOLDER
+
+Beside fastkd.linear_kd stand eager PyTorch and the libraries of head_losses.py, whose wheels FOLDER
+has unpacked. The record is results/heads/<device>.json, written after every step, so that a run
+that was cut off goes on from it. A row is made in parts:
+
+    errors    of loss and gradients against float64, at a size where that is cheap
+    memory    of each contender in a process of its own: the most that is resident at once beyond
+              what is after a step of a small problem and the inputs, without `.grad`, so that new
+              gradients count; what PyTorch's allocator hands out, in all threads; and the products
+              of matrices and their FLOP. The latter two are PyTorch's profiler's
+    time      forward and backward, all contenders in turn in one process, round after round; and
+              the CPU time of all threads, which tells more where the machine has other work to do
+
+What the memory and errors of others are does not depend on fastkd: they stay when its code changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import checkout  # noqa: F401
+import devices
+import head_losses
+import records
+import runner
+import torch
+from head_losses import Batch, Contender, Loss
+from peers import MISSING
+from tables import markdown
+from torch import Tensor
+from workloads import BY_NAME, heads
+
+RESULTS = records.RESULTS / "heads"
+PARTS = ("errors", "memory", "time")
+N_TOKENS, SMALL, TINY = 2048, (512, 4096, 512), (64, 256, 32)
+PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "addbmm")
+# how many times all logits in float32 those have at once that have most, as they were measured
+_LOGITS = {
+    "eager": {"forward_kl": 8, "reverse_kl": 9, "jensen_shannon": 13},
+    "liger-kernel": {"forward_kl": 12, "reverse_kl": 12, "jensen_shannon": 39},
+}
+# all that a row knows of a contender and that no other machine or load changes
+_TIMES = ("milliseconds", "cpu_milliseconds", "quartiles", "calls", "ratio", "ratio_quartiles")
+_COUNTED = ("errors", "result", "peak_extra_bytes", "peak_allocated_bytes", "products", "flops")
+
+
+_WORDS = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jensen_shannon": "JSD"}
+
+
+class Row(NamedTuple):
+    """A loss at a size, or the errors of a loss."""
+
+    loss: Loss
+    shape: tuple[int, int, int]  # tokens, vocabulary, width of both networks
+    dtype: str = "float32"
+    head: str = "trained"  # or "frozen"
+    gradient: bool = True
+    teacher: str = "other"  # "near": the student with noise of 0.01; "padded": −∞ in both biases
+
+    @property
+    def has_errors(self) -> bool:
+        return self.shape == SMALL
+
+    @property
+    def name(self) -> str:
+        words = [_WORDS[self.loss.divergence]] if self.loss.alpha != 1 else []
+        words += ["CE"] if self.loss.alpha else []
+        name = " + ".join(words)
+        name += f" at T = {self.loss.temperature:g}" if self.loss.temperature != 1 else ""
+        name += " with a frozen head" if self.head == "frozen" else ""
+        name += "" if self.gradient else " without gradient"
+        return name + (f" of a {self.teacher} teacher" if self.teacher != "other" else "")
+
+    def in_record(self, device: devices.Cpu) -> dict[str, Any]:
+        direction = "errors" if self.has_errors else runner.DIRECTIONS[not self.gradient]
+        return {
+            "loss": "linear_kd",
+            "options": self.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "direction": direction,
+            "threads": device.threads,
+            "sources": records.sources(BY_NAME["linear_kd"].case, device.engine),
+            "implementations": {},
+        }
+
+
+def rows() -> list[Row]:
+    """Return the rows, those first that tell most."""
+    forward, jsd, reverse = map(Loss, ("forward_kl", "jensen_shannon", "reverse_kl"))
+    both, of_labels = Loss("forward_kl", 0.5, 2.0), Loss("forward_kl", 1.0)
+    found = [Row(x, SMALL, dtype) for dtype in ("float32", "bfloat16") for x in (forward, jsd)]
+    found += [Row(reverse, SMALL), Row(both, SMALL), Row(of_labels, SMALL)]
+    found += [Row(x, SMALL, "bfloat16", teacher="near") for x in (forward, jsd)]
+    found += [Row(x, SMALL, teacher="padded") for x in (forward, jsd)]
+    for width in (512, 1024):
+        for n_cols in (32000, 128256):
+            size = N_TOKENS, n_cols, width
+            found += [Row(x, size, y) for y in ("float32", "bfloat16") for x in (forward, jsd)]
+            if (width, n_cols) == (512, 32000):
+                found += [Row(reverse, size), Row(both, size), Row(of_labels, size)]
+                found += [Row(forward, size, head="frozen"), Row(forward, size, gradient=False)]
+    return found
+
+
+def batch_of(row: Row, shape: tuple[int, int, int] | None = None) -> Batch:
+    n_tokens, n_cols, width = shape or row.shape
+    dtype = getattr(torch, row.dtype)
+    x = Batch(
+        *heads((n_tokens, width, width, n_cols), dtype),
+        torch.randint(n_cols, (n_tokens,), generator=torch.Generator().manual_seed(9)),
+    )
+    if row.teacher == "near":
+        noise = torch.randn(x.student.shape, generator=torch.Generator().manual_seed(8))
+        x = x._replace(
+            teacher=(x.student.detach() + 0.01 * noise).to(dtype),
+            teacher_weight=x.student_weight.detach().clone(),
+        )
+    if row.teacher == "padded":
+        bias = torch.zeros(n_cols, dtype=dtype)
+        bias[-n_cols // 16 :] = -torch.inf
+        x = x._replace(student_bias=bias.clone().requires_grad_(), teacher_bias=bias)
+    x.student_weight.requires_grad_(row.head == "trained")
+    return x
+
+
+def step_of(contender: Contender, row: Row, x: Batch) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        forget_gradients(x)
+        with contextlib.nullcontext() if row.gradient else torch.no_grad():
+            value = contender(row.loss, x)
+        if row.gradient:
+            value.backward()
+        return value.detach()
+
+    return step
+
+
+def forget_gradients(x: Batch) -> None:
+    for tensor in x:
+        if tensor is not None:
+            tensor.grad = None
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+def measure_errors(row: Row, contenders: Mapping[str, Contender], entry: dict[str, Any]) -> None:
+    """Write each contender's errors, and what rounding the results in float64 once costs."""
+    x = batch_of(row)
+    wide = Batch(
+        *(
+            y.detach().double().requires_grad_(y.requires_grad)
+            if y is not None and y.is_floating_point()
+            else y
+            for y in x
+        )
+    )
+    # there the formula itself is 0 · ∞ outside fastkd, so that it is taken without the padding
+    exact = results_of(head_losses.eager, row, _unpadded(wide) if row.teacher == "padded" else wide)
+    entry["floor"] = {
+        name: runner.figure(error_of(_rounded(y, name, x), y)) for name, y in exact.items()
+    }
+    for name, contender in contenders.items():
+        try:
+            found = results_of(contender, row, x)
+        except Exception as error:  # its entry says so, the others go on
+            entry["implementations"][name] = {"note": runner.sentence(error)}
+            continue
+        if row.teacher == "padded":
+            result = {"result": _in_words(found, len(exact["head"]))}
+            found = {y: z[: len(exact[y])] if y == "head" else z for y, z in found.items()}
+        else:
+            result = {}
+        off = {y: error_of(found[y], exact[y]) for y in exact}
+        off = {y: runner.figure(z) if math.isfinite(z) else "NaN" for y, z in off.items()}
+        entry["implementations"].setdefault(name, {}).update(errors=off, **result)
+
+
+def error_of(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def results_of(contender: Contender, row: Row, x: Batch) -> dict[str, Tensor]:
+    value = step_of(contender, row, x)()
+    found = {"loss": value, "hidden": x.student.grad, "head": x.student_weight.grad}
+    return {name: y.detach() for name, y in found.items() if y is not None}
+
+
+def _rounded(y: Tensor, name: str, x: Batch) -> Tensor:
+    """Return a result as its dtype holds it; every loss is float32 at least."""
+    return y.to(torch.float32 if name == "loss" else x.student.dtype)
+
+
+def _unpadded(x: Batch) -> Batch:
+    kept = x.student_bias.detach().isfinite()
+    student = x.student_weight.detach()[kept].requires_grad_(x.student_weight.requires_grad)
+    return Batch(x.student, student, x.teacher, x.teacher_weight[kept], x.labels)
+
+
+def _in_words(found: Mapping[str, Tensor], n_cols: int) -> str:
+    """Return what comes out of a vocabulary that is padded after its first entries."""
+    words = [f"loss {found['loss'].item():.6g}"]
+    for name in ("hidden", "head"):
+        y = found[name]
+        words.append(f"{name} {'finite' if y.isfinite().all() else 'not finite'}")
+    if found["head"][n_cols:].count_nonzero():
+        words.append("a gradient of what is padded")
+    return ", ".join(words)
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+def measure_memory(row: Row, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a contender needs at once and what it multiplies, from a process of its own."""
+    if available_bytes() < needed_bytes(row, name):
+        return {}
+    command = [sys.executable, "-W", "ignore", __file__, "--child", json.dumps([row, name])]
+    command += ["--peers", str(options.peers)] if options.peers else []
+    child = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    if child.returncode:
+        why = (child.stderr.strip().splitlines() or [f"status {child.returncode}"])[-1]
+        return {"memory_note": why[:200]}
+    return json.loads(child.stdout.strip().splitlines()[-1])
+
+
+def serve(text: str) -> dict[str, Any]:
+    """Return the figures of one contender, in the process that was started for it."""
+    (loss, *others), name = json.loads(text)
+    row = Row(Loss(*loss), *others)
+    contender = head_losses.CONTENDERS[name]()
+    with profiler():  # both load what they need on the first use
+        step_of(contender, row, batch_of(row, TINY))()
+    step = step_of(contender, row, batch_of(row))
+    if "compiled" in name:
+        step()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with profiler() as profile:
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
+        step()
+        peak = resident("VmHWM")
+    n, flops = products(profile)
+    return {
+        "peak_extra_bytes": peak - before,
+        "peak_allocated_bytes": allocated(profile),
+        "products": n,
+        "flops": flops,
+    }
+
+
+def profiler() -> torch.profiler.profile:
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    return torch.profiler.profile(activities=kinds, record_shapes=True, profile_memory=True)
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def products(profile: torch.profiler.profile) -> tuple[int, int]:
+    """Return how many products of matrices were made, and their FLOP."""
+    n = flops = 0
+    for event in profile.events():
+        name = event.name.removeprefix("aten::")
+        if name in PRODUCTS and event.name.startswith("aten::"):
+            a, b = event.input_shapes[1:3] if "add" in name else event.input_shapes[:2]
+            n += 1
+            flops += 2 * math.prod(a) * b[-1]
+    return n, flops
+
+
+def allocated(profile: torch.profiler.profile) -> int:
+    """Return the most bytes of PyTorch's allocator in use at once, beyond those at the start."""
+    events = [x for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda x: x.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def needed_bytes(row: Row, name: str) -> int:
+    """Return about how much memory a contender takes beyond the inputs."""
+    logits = 4 * row.shape[0] * row.shape[1]
+    return logits * _LOGITS.get(name.split()[0], {}).get(row.loss.divergence, 2)
+
+
+def available_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+# ------------------------------------------------------------------------------------------- time
+
+
+def measure_time(
+    row: Row, contenders: Mapping[str, Contender], rounds: int, entry: dict[str, Any]
+) -> None:
+    """Write how long a step of each contender takes, and its ratio to fastkd's."""
+    x, found = batch_of(row), entry["implementations"]
+    for name in found:  # what was not timed side by side is never shown side by side
+        for field in (*_TIMES, "note") if name in contenders else _TIMES:
+            found[name].pop(field, None)
+    tolerance = 1e-3 if row.dtype == "float32" else 0.05
+    ours: runner.Found | None = None
+    steps: dict[str, Callable[[], Tensor]] = {}
+    for name, contender in contenders.items():
+        if available_bytes() < needed_bytes(row, name):
+            needed = needed_bytes(row, name) / 1e9
+            found.setdefault(name, {})["note"] = f"needs about {needed:.0f} GB, which are not free"
+            continue
+        try:
+            tiny = batch_of(row, TINY)  # shows whether it is the same loss
+            result = runner.Found(step_of(contender, row, tiny)(), tiny.student.grad)
+            ours = ours or result
+            if off := runner.disagreement(result, ours, tolerance):
+                raise ValueError(off)
+            steps[name] = step_of(contender, row, x)
+            if "compiled" in name:
+                steps[name]()
+        except Exception as error:
+            found.setdefault(name, {})["note"] = runner.sentence(error)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    cpu_times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            forget_gradients(x)
+            began, cpu_began = time.perf_counter(), time.process_time()
+            step()
+            cpu_times[name].append(1e3 * (time.process_time() - cpu_began))
+            times[name].append(1e3 * (time.perf_counter() - began))
+    for name, of_name in times.items():
+        batches = [devices.Batch([y]) for y in of_name]
+        found.setdefault(name, {}).update(runner.times(batches, times.get("fastkd", [])))
+        found[name]["cpu_milliseconds"] = runner.figure(statistics.median(cpu_times[name]))
+    entry["load"] = round(os.getloadavg()[0] / (os.cpu_count() or 1), 1)
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def table(found: Iterable[dict[str, Any]]) -> str:
+    """Return the rows of times and memory, with the times and bytes of others over fastkd's."""
+    lines = []
+    for row in found:
+        if row["direction"] == "errors":
+            continue
+        ours = row["implementations"].get("fastkd", {})
+        for name, entry in row["implementations"].items():
+            what = [row["options"], "×".join(map(str, row["shape"])), row["dtype"]]
+            what += [row["direction"]]
+            if "note" in entry and "milliseconds" not in entry:
+                lines.append([*what, name, entry["note"], *["–"] * 9])
+                continue
+            lines.append([
+                *what, name, _number(entry.get("milliseconds"), 1e3), _ratio(entry),
+                _number(entry.get("cpu_milliseconds"), 1e3),
+                _times(entry, ours, "cpu_milliseconds"),
+                _number(entry.get("peak_extra_bytes"), 2**20),
+                _times(entry, ours, "peak_extra_bytes"),
+                _number(entry.get("peak_allocated_bytes"), 2**20),
+                entry.get("products", "–"), _number(entry.get("flops"), 1e9),
+                _status(row),
+            ])  # fmt: skip
+    columns = ["loss", "tokens×V×H", "dtype", "direction", "of", "seconds", "/ fastkd's"]
+    columns += ["CPU seconds", "/ fastkd's"]
+    columns += ["peak, MiB", "/ fastkd's", "allocated, MiB", "products", "GFLOP", ""]
+    return markdown(columns, lines)
+
+
+def table_of_errors(found: Iterable[dict[str, Any]]) -> str:
+    lines = []
+    for row in (x for x in found if x["direction"] == "errors"):
+        what = [row["options"], "×".join(map(str, row["shape"])), row["dtype"]]
+        lines.append([*what, "rounded once", *_errors(row["floor"]), ""])
+        for name, entry in row["implementations"].items():
+            if "errors" in entry:
+                lines.append([*what, name, *_errors(entry["errors"]), entry.get("result", "")])
+    return markdown(["loss", "tokens×V×H", "dtype", "of", "loss", "dh", "dW", ""], lines)
+
+
+def _errors(entry: Mapping[str, Any]) -> list[str]:
+    found = [entry.get(name, "–") for name in ("loss", "hidden", "head")]
+    return [x if isinstance(x, str) else f"{x:.1e}" for x in found]
+
+
+def _number(x: float | None, unit: float) -> str:
+    return "–" if x is None else f"{x / unit:.3g}" if x < 1000 * unit else f"{x / unit:.0f}"
+
+
+def _ratio(entry: Mapping[str, Any]) -> str:
+    return f"{entry['ratio']:.2f}" if "ratio" in entry else "–"
+
+
+def _times(entry: Mapping[str, Any], ours: Mapping[str, Any], field: str) -> str:
+    return f"{entry[field] / ours[field]:.2f}" if field in entry and ours.get(field) else "–"
+
+
+def _status(row: Mapping[str, Any]) -> str:
+    stale = records.is_stale(row, [BY_NAME["linear_kd"].case])
+    return ", ".join(["stale"] * stale + ["busy"] * (row.get("load", 0) > 1.5))
+
+
+_UNITS = {"milliseconds": "time", "cpu_milliseconds": "CPU time", "peak_extra_bytes": "memory"}
+
+
+def bars(found: Iterable[dict[str, Any]]) -> str:
+    """Return what was asked for beside what came out."""
+    found = list(found)
+    by_place = {(x["options"], *x["shape"][1:], x["dtype"], x["direction"]): x for x in found}
+    lines = []
+
+    def add(what: str, asked: str, x: float | None, is_met: bool) -> None:
+        came = "–" if x is None else f"{x:.2f}"
+        lines.append([what, asked, came, "–" if x is None else "met" if is_met else "missed"])
+
+    def ratio(row: Mapping[str, Any], name: str, field: str) -> float | None:
+        entries = row.get("implementations", {})
+        theirs, ours = (entries.get(x, {}).get(field) for x in (name, "fastkd"))
+        return theirs / ours if theirs is not None and ours else None
+
+    asked = [("forward KL", 32000, 1.4, 3), ("JSD", 32000, 2.2, 5)]
+    for loss, n_cols, faster, leaner in [*asked, ("JSD", 128256, 3, 14)]:
+        row = by_place.get((loss, n_cols, 512, "float32", runner.DIRECTIONS[0]), {})
+        what = f"eager / fastkd, {loss} {n_cols}×512 float32"
+        for field, unit in _UNITS.items():
+            x, least = ratio(row, "eager", field), leaner if unit == "memory" else faster
+            add(f"{what}, {unit}", f"≥ {least}", x, x is not None and x >= least)
+    for name in ("unsloth_zoo", "trl", "liger-kernel", "liger-kernel compiled"):
+        is_unsloth = name == "unsloth_zoo"
+        for field, unit in _UNITS.items():
+            of_name = [
+                (ratio(row, name, field), row["options"], *row["shape"][1:], row["dtype"])
+                for row in found
+                if not (is_unsloth and unit != "memory" and row["dtype"] != "float32")
+            ]
+            of_name = [x for x in of_name if x[0] is not None]
+            if not of_name:
+                continue
+            least = 1.3 if is_unsloth and unit != "memory" else 1
+            worst = min(of_name)
+            where = " ".join(map(str, worst[1:]))
+            what = f"{name} / fastkd, {unit}, the least of {len(of_name)} rows ({where})"
+            add(what, f"≥ {least}", worst[0], worst[0] >= least)
+        pairs = [
+            (row["implementations"][name]["errors"][x], ours["errors"][x], row["options"], x)
+            for row in found
+            if (ours := row["implementations"].get("fastkd", {})).get("errors")
+            for x in row["implementations"].get(name, {}).get("errors", {})
+            if name != "unsloth_zoo"
+        ]
+        ratios = [
+            (math.inf if "NaN" in (a, b) else _above_noise(a) / _above_noise(b), loss, x)
+            for a, b, loss, x in pairs
+        ]
+        if ratios:
+            worst = min(ratios)
+            what = f"{name}'s error / fastkd's, the least of {len(ratios)} ({worst[1]}, {worst[2]})"
+            add(what, "≥ 1", worst[0], worst[0] >= 1)
+    return markdown(["what", "asked for", "came out", ""], lines)
+
+
+def _above_noise(error: float) -> float:
+    """Return an error, or what rounding to float32 costs at most where it is smaller by chance."""
+    return max(error, 2.0**-24)
+
+
+LEGEND = """\
+*Measured*, forward and backward of one step: the median of interleaved rounds, and the median of
+the rounds' ratios; the CPU time of all threads, which tells more of a busy machine. Peak: the most
+resident memory beyond the inputs, of a process of its own, the new gradients included. Counted:
+what PyTorch's allocator hands out at once, and the products of matrices. Busy: the machine had
+other work to do.
+"""
+OF_ERRORS = """\
+Errors against float64, by norm. Rounded once: the result in float64, rounded to the dtype of what
+is trained. A near teacher is the student with noise of 0.01; of a padded vocabulary the last 16th
+has −∞ in both biases.
+"""
+
+
+def page(record: dict[str, Any]) -> str:
+    """Return all that is known of a device."""
+    latest, found = record["runs"][-1], record["rows"]
+    versions = {name: x for run in record["runs"] for name, x in run["peers"].items()}
+    missing = [f"- {name} {x}" for name, x in versions.items() if x.startswith(MISSING)]
+    facts = [f"{x} {latest[x]}" for x in ("torch", "commit", "utc")]
+    facts += [f"{name} {x}" for name, x in versions.items() if not x.startswith(MISSING)]
+    facts += [f"{x} threads" for x in dict.fromkeys(row["threads"] for row in found)]
+    parts = [f"### Heads on {record['device']}\n", f"{'; '.join(facts)}.\n", LEGEND, table(found)]
+    parts += ["Missing on this machine:\n", *missing, ""] if missing else []
+    parts += [OF_ERRORS, table_of_errors(found), "What was asked for:\n", bars(found)]
+    return "\n".join(parts)
+
+
+# --------------------------------------------------------------------------------------------- run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", type=Path, help="folder with the wheels of others, unpacked")
+    parser.add_argument("--rows", default="", help="their names, with commas between them")
+    parser.add_argument("--sizes", default="", help="for example 2048x32000x512,512x4096x512")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what is done of each row")
+    parser.add_argument("--only", default=",".join(head_losses.CONTENDERS), help="contenders")
+    parser.add_argument("--threads", type=int, help="of PyTorch, which has its own default")
+    parser.add_argument("--rounds", type=int, default=3, help="of the times")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    parser.add_argument("--print", action="store_true", help="print the record, measure nothing")
+    parser.add_argument("--again", action="store_true", help="measure what is in the record too")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peers:
+        sys.path.append(str(options.peers.resolve()))
+    if options.child:
+        print(json.dumps(serve(options.child)))
+        return 0
+    device = devices.Cpu(options.threads)
+    contenders, versions = head_losses.available()
+    run = records.new_run(**device.description(), peers=versions)
+    record = records.Record(options.out, device.label, run.pop("device"), run)
+    if not options.print:
+        for row in chosen(options):
+            measure(row, contenders, versions, device, record, options)
+    print(head_losses.expressions())
+    print(page(record.content))
+    return 0
+
+
+def chosen(options: argparse.Namespace) -> list[Row]:
+    sizes = [tuple(map(int, x.split("x"))) for x in options.sizes.split(",") if x]
+    found = [x for x in rows() if x.dtype in options.dtypes.split(",")]
+    if options.rows:
+        found = [x for x in found if x.name in options.rows.split(",")]
+    if not sizes:
+        return found
+    # any size may be asked for, of the losses of another
+    return [
+        *dict.fromkeys(
+            x._replace(shape=size)
+            for size in sizes
+            for x in found
+            if x.has_errors == (size == SMALL)
+        )
+    ]
+
+
+def measure(
+    row: Row,
+    contenders: Mapping[str, Contender],
+    versions: Mapping[str, str],
+    device: devices.Cpu,
+    record: records.Record,
+    options: argparse.Namespace,
+) -> None:
+    """Do what the record lacks of a row."""
+    only, parts = options.only.split(","), options.parts.split(",")
+    entry = goes_on(record, row.in_record(device))
+    found = entry["implementations"]
+    able = {}
+    for name in only:
+        if name not in contenders:
+            found[name] = {"note": versions[name]}
+        elif why := head_losses.lacks(name, row.loss):
+            found[name] = {"note": why}
+        else:
+            able[name] = contenders[name]
+    began = time.perf_counter()
+    if row.has_errors:
+        todo = [x for x in able if options.again or "errors" not in found.get(x, {})]
+        if todo and "errors" in parts:
+            measure_errors(row, {x: able[x] for x in todo}, entry)
+            record.add(entry)
+    else:
+        for name in able if "memory" in parts else ():
+            if options.again or "peak_extra_bytes" not in found.get(name, {}):
+                found.setdefault(name, {}).update(measure_memory(row, name, options))
+                record.add(entry)
+        calls = [y.get("calls", 0) for x in able if "note" not in (y := found.get(x, {}))]
+        if "time" in parts and (
+            options.again or min(calls, default=options.rounds) < options.rounds
+        ):
+            measure_time(row, able, options.rounds, entry)
+            record.add(entry)
+    took = time.perf_counter() - began
+    print(f"{row.name} {row.shape} {row.dtype}: {took:.0f} s", file=sys.stderr, flush=True)
+
+
+def goes_on(record: records.Record, row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row as the record has it; of other code all but fastkd's figures and all times."""
+    place = records.key_of(row)
+    old = next((x for x in record.content["rows"] if records.key_of(x) == place), None)
+    if old is None:
+        return row
+    entry = {**old, **row, "implementations": old["implementations"]}
+    entry.pop("run")
+    if old["sources"] != row["sources"]:
+        entry["implementations"] = {
+            name: {x: y for x, y in found.items() if x in _COUNTED} if name != "fastkd" else {}
+            for name, found in old["implementations"].items()
+        }
+    return entry
+
+
+if __name__ == "__main__":
+    sys.exit(main())
