@@ -147,7 +147,10 @@ class _Chunks:
         teacher = self._teacher_logits(rows, mask, z_teacher)
         columns = report[rows] if isinstance(rows, slice) else report.new_zeros(n, report.shape[1])
         if problem.metrics:
-            _measure(z, teacher, columns[:, 1 + len(self.names) :])
+            measured = columns[:, 1 + len(self.names) :]
+            _measure(z, teacher, measured)
+            if mask is not None:
+                measured.masked_fill_(~mask[:, None], 0)
         gradient = self._solve_rows(z, teacher, labels, mask, weights, columns)
         if not isinstance(rows, slice):
             report[rows] = columns
@@ -275,7 +278,10 @@ class _Chunks:
             return None, None
         # without a look at the weights, which would be a host sync
         rows = (weights == 0).to(torch.uint8).argsort(stable=True)[:bound]
-        return rows, (weights != 0).sum() > bound
+        is_cut_short = (weights != 0).sum() > bound
+        # no step of an optimizer shall take a gradient from which rows are missing
+        self.weights = torch.where(is_cut_short, torch.nan, weights)
+        return rows, is_cut_short
 
     def _chunks(self, n_rows: int, size: int) -> Iterator[slice | Tensor]:
         for start in range(0, n_rows, size):
