@@ -9,6 +9,7 @@ comes in when they are cast, because it would round a float16 to 0 before.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -104,13 +105,15 @@ class _Chunks:
         """Fill the report and return the gradients, of every row with its weight."""
         problem, (of_hidden, of_weight, of_bias) = self.problem, self.needs_grad
         new = self.hidden.new_empty
+        # contiguous, as torch.compile is told, even if the head is a transposed matrix
+        zeros = functools.partial(self.hidden.new_zeros, dtype=self.dtype)
         gradients: list[Tensor | None] = [None, None, None]
         if of_hidden:  # rows of weight 0 may be in no chunk
-            gradients[0] = torch.zeros_like(self.hidden, dtype=self.dtype)
+            gradients[0] = zeros(self.hidden.shape)
         if of_weight:
-            gradients[1] = torch.zeros_like(problem.student_weight, dtype=self.dtype)
+            gradients[1] = zeros(problem.student_weight.shape)
         if of_bias and problem.student_bias is not None:
-            gradients[2] = torch.zeros_like(problem.student_bias, dtype=self.dtype)
+            gradients[2] = zeros(problem.student_bias.shape)
         n_rows = self.n_rows if self.rows is None else len(self.rows)
         size = self._size_of_chunks(n_rows)
         z = new((size, self.width), dtype=self.dtype)

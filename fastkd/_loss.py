@@ -126,6 +126,7 @@ def loss(
         signature = inspect.signature(formula)
         parameters = signature.parameters.values()
         batch = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        absent = {p.name: p.default for p in parameters if p.kind is not p.KEYWORD_ONLY}
         defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         constant = [name.startswith("teacher") for name in batch]
         spread = [name not in same_on_ranks for name in batch]
@@ -189,7 +190,7 @@ def loss(
         @functools.wraps(formula)
         def compute(*arguments: Any, **options: Any) -> Any:
             if len(arguments) != len(batch):
-                arguments = _bound(signature, batch, arguments, options, name)
+                arguments = _bound(signature, absent, arguments, options, name)
             if options:
                 _checks.options(options, defaults, name)
             options = defaults | options
@@ -239,7 +240,7 @@ def loss(
             return (*total, details) if return_parts else (total, details)
 
         def check_only(of_batch: Mapping[str, Any], options: dict[str, Any]) -> None:
-            arguments = _bound(signature, batch, (), dict(of_batch), name)
+            arguments = _bound(signature, absent, (), dict(of_batch), name)
             options = defaults | options
             if per_example:
                 *_, reduction = map(options.pop, _REDUCTION)
@@ -263,7 +264,7 @@ def loss(
 
 def _bound(
     signature: inspect.Signature,
-    batch: Sequence[str],
+    defaults: Mapping[str, Any],
     arguments: Any,
     options: dict[str, Any],
     loss: str,
@@ -272,19 +273,20 @@ def _bound(
 
     Those that were given by name are taken out of the options.
     """
-    given = {name: options.pop(name) for name in batch if name in options}
-    rest = [signature.parameters[name].default for name in batch[len(arguments) :]]
-    if not given and rest and inspect.Parameter.empty not in rest:  # faster than to bind
+    given = {name: options.pop(name) for name in defaults if name in options}
+    names = [*defaults][len(arguments) :]
+    rest = [given.get(name, defaults[name]) for name in names]
+    is_whole = all(x is not inspect.Parameter.empty for x in rest)
+    if is_whole and len(arguments) <= len(defaults) and all(name in names for name in given):
         return *arguments, *rest
-    try:
-        bound = signature.bind(*arguments, **given)
+    try:  # which fails and says why
+        signature.bind(*arguments, **given)
     except TypeError as error:
         raise TypeError(
-            f"{loss} takes {', '.join(batch)} and then its options by name, as option=value, got "
-            f"{len(arguments) + len(given)} of them: {error}"
+            f"{loss} takes {', '.join(defaults)} and then its options by name, as option=value, "
+            f"got {len(arguments) + len(given)} of them: {error}"
         ) from None
-    bound.apply_defaults()
-    return bound.args
+    raise AssertionError
 
 
 def _tensors(arguments: Sequence[Any]) -> list[Tensor]:

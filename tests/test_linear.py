@@ -453,6 +453,52 @@ def test_a_compiled_loss_is_one_op(networks):
     assert not any("mm" in name for name in called)
 
 
+def compiled(loss, backend="aot_eager"):
+    torch._dynamo.reset()
+    return torch.compile(loss, backend=backend, fullgraph=True)
+
+
+def test_a_bound_of_the_rows_that_count_is_not_specialised_on(networks):
+    """It is another number in each step, which would compile again until the limit is reached."""
+    tensors, labels = networks
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    loss = compiled(lambda *x: fastkd.linear_kd(*x[:-1], alpha=0.3, num_valid=x[-1]), backend)
+    for bound in (6, 7, 8, 9):
+        loss(*tensors, labels, bound)
+    assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_options(networks, reduction):
+    """One tensor may be passed twice, a wide one that does not widen the result, and by name."""
+    (student, weight, *_), labels = networks
+    head = weight.detach().float().T.contiguous().T  # stored as its transpose
+    student, bias = student.detach().float(), torch.zeros(len(head), device=DEVICE)
+    weights = normal(9, seed=25).exp()
+    options = dict(alpha=0.3, weights=weights, student_bias=bias, teacher_bias=bias)
+
+    def loss(function):
+        def of(student, weight):
+            return function(
+                student, weight, teacher_hidden=student.detach() / 2, teacher_weight=head,
+                labels=labels, reduction=reduction, **options,
+            )  # fmt: skip
+
+        return of
+
+    found, expected = (
+        results([student, head], loss=loss(function))
+        for function in (compiled(fastkd.linear_kd), fastkd.linear_kd)
+    )
+    assert [x.dtype for x in found] == [torch.float32] * 3
+    assert_same(found, expected, 1e-6)
+
+
 # ------------------------------------------------------------------------------- many teachers
 
 
