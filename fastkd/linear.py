@@ -14,7 +14,7 @@ from fastkd._op import Number
 from fastkd.problems import linear, rows
 
 _FORMULAS = {name: getattr(divergences, name).formula for name in rows.DIVERGENCES}
-# what configurations call the factor of the logits, and whether they divide by it
+# the names of the factor of the logits in configurations, and whether models divide by it
 _SCALES = {
     "logit_scale": False,
     "output_multiplier": False,
@@ -196,7 +196,7 @@ def head_options(config: Any, network: str = "student") -> dict[str, float]:
     Without them a loss from hidden states trains on other logits than the model's. Configurations
     of Hugging Face have them under several names: `final_logit_softcapping` (Gemma), `logit_scale`
     (Cohere), `output_multiplier`, `lm_head_multiplier` (Falcon-H1) and `logits_scaling`, by which
-    Granite and MiniCPM divide and HyperCLOVA X multiplies.
+    Granite divides and HyperCLOVA X multiplies. MiniCPM divides by `hidden_size / dim_model_base`.
 
     Args:
         config: The configuration, an object or a dict; one of a model of text and images may hold
@@ -224,6 +224,9 @@ def head_options(config: Any, network: str = "student") -> dict[str, float]:
         if value is not None:
             multiplies = name == "logits_scaling" and kind in _MULTIPLIES_BY_LOGITS_SCALING
             scale *= 1 / float(value) if divides and not multiplies else float(value)
+    base = _entry(config, "dim_model_base")
+    if base and kind.startswith("minicpm") and _entry(config, "logits_scaling") is None:
+        scale *= float(base) / float(_entry(config, "hidden_size"))
     if scale != 1:
         found[f"{network}_logit_scale"] = scale
     return found

@@ -587,6 +587,11 @@ def test_terms_of_share_0_count_for_nothing(networks, backend):
         (dict(logit_scale=0.0625), dict(student_logit_scale=0.0625)),
         (dict(model_type="granite", logits_scaling=8.0), dict(student_logit_scale=1 / 8)),
         (dict(model_type="hyperclovax", logits_scaling=8.0), dict(student_logit_scale=8.0)),
+        (
+            dict(model_type="minicpm", hidden_size=2304, dim_model_base=256),
+            dict(student_logit_scale=1 / 9),
+        ),
+        (dict(hidden_size=2304, dim_model_base=256), {}),
         (dict(lm_head_multiplier=0.5), dict(student_logit_scale=0.5)),
         (dict(output_multiplier=2.0), dict(student_logit_scale=2.0)),
         (dict(text_config=dict(final_logit_softcapping=5.0)), dict(student_softcap=5.0)),
