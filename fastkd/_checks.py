@@ -161,7 +161,7 @@ def labels(labels: Tensor, student: Tensor, ignore_index: int, divergence: str =
         )
     same_device(student_logits=student, labels=labels)
     # on a GPU this look at the values would be a host sync; there a wrong class gives a NaN loss
-    if not _has_values_at_hand(labels) or not labels.numel():
+    if not has_values_at_hand(labels) or not labels.numel():
         return
     n_classes, labels = student.shape[-1], labels.long()  # a narrow type holds no large n_classes
     lowest, highest = (x.item() for x in labels.aminmax())
@@ -186,7 +186,7 @@ def _classes_last(logits: Tensor | None, of_rows: Tensor) -> str:
 
 def probabilities(teacher: Tensor, form: str) -> None:
     """Raise an error if a teacher of this form holds what is no probability or logarithm of one."""
-    if not _has_values_at_hand(teacher) or not teacher.numel():
+    if not has_values_at_hand(teacher) or not teacher.numel():
         return
     lowest, highest = (x.item() for x in teacher.aminmax())
     if form == "probabilities" and lowest < 0:
@@ -203,7 +203,7 @@ def probabilities(teacher: Tensor, form: str) -> None:
 
 def all_labelled(labels: Tensor, ignore_index: int) -> bool:
     """Return whether it is known, without a host sync, that no label is to be ignored."""
-    if ignore_index >= 0 or not _has_values_at_hand(labels) or not labels.numel():
+    if ignore_index >= 0 or not has_values_at_hand(labels) or not labels.numel():
         return False
     return labels.long().min().item() >= 0  # a narrow type has no minimum
 
@@ -369,7 +369,7 @@ def same_device(**tensors: Tensor) -> None:
         raise ValueError(f"{first} is on {a.device}, {second} on {b.device}: move them together")
 
 
-def _has_values_at_hand(tensor: Tensor) -> bool:
+def has_values_at_hand(tensor: Tensor) -> bool:
     """Return whether the values can be read without a host sync: on a CPU, not traced or mapped."""
     return (
         type(tensor) is Tensor

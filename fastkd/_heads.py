@@ -9,6 +9,7 @@ comes in when they are cast, because it would round a float16 to 0 before.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -105,14 +106,16 @@ class _Chunks:
         """Fill the report and return the gradients, of every row with its weight."""
         problem, (of_hidden, of_weight, of_bias) = self.problem, self.needs_grad
         new = self.hidden.new_empty
+        # contiguous, as torch.compile is told, even if the head is a transposed matrix
+        zeros = functools.partial(self.hidden.new_zeros, dtype=self.dtype)
         gradients: list[Tensor | None] = [None, None, None]
         if of_hidden:  # rows of weight 0 may be in no chunk
-            gradients[0] = torch.zeros_like(self.hidden, dtype=self.dtype)
+            gradients[0] = zeros(self.hidden.shape)
         if of_weight:
-            head = problem.student_weight
-            gradients[1] = in_huge_pages(torch.empty_like(head, dtype=self.dtype)).zero_()
+            shape = problem.student_weight.shape
+            gradients[1] = in_huge_pages(new(shape, dtype=self.dtype)).zero_()
         if of_bias and problem.student_bias is not None:
-            gradients[2] = torch.zeros_like(problem.student_bias, dtype=self.dtype)
+            gradients[2] = zeros(problem.student_bias.shape)
         n_rows = self.n_rows if self.rows is None else len(self.rows)
         size = self._size_of_chunks(n_rows)
         z = in_huge_pages(new((size, self.width), dtype=self.dtype))
@@ -149,7 +152,10 @@ class _Chunks:
         teacher = self._teacher_logits(rows, mask, z_teacher)
         columns = report[rows] if isinstance(rows, slice) else report.new_zeros(n, report.shape[1])
         if problem.metrics:
-            _measure(z, teacher, columns[:, 1 + len(self.names) :])
+            measured = columns[:, 1 + len(self.names) :]
+            _measure(z, teacher, measured)
+            if mask is not None:
+                measured.masked_fill_(~mask[:, None], 0)
         gradient = self._solve_rows(z, teacher, labels, mask, weights, columns)
         if not isinstance(rows, slice):
             report[rows] = columns
@@ -277,7 +283,10 @@ class _Chunks:
             return None, None
         # without a look at the weights, which would be a host sync
         rows = (weights == 0).to(torch.uint8).argsort(stable=True)[:bound]
-        return rows, (weights != 0).sum() > bound
+        is_cut_short = (weights != 0).sum() > bound
+        # no step of an optimizer shall take a gradient from which rows are missing
+        self.weights = torch.where(is_cut_short, torch.nan, weights)
+        return rows, is_cut_short
 
     def _chunks(self, n_rows: int, size: int) -> Iterator[slice | Tensor]:
         for start in range(0, n_rows, size):

@@ -63,10 +63,10 @@ class Term(NamedTuple):
 
 
 class Detailed(NamedTuple):
-    """The terms of a per-example loss, and detached numbers of each example, by their names."""
+    """The terms of a per-example loss, whose parts are detached, and numbers of each example."""
 
     terms: Sequence[Term]
-    details: Mapping[str, Tensor]
+    details: Mapping[str, Tensor] | None  # by their names and detached, None where none are asked
 
 
 class Loss(Protocol[P, R]):
@@ -93,6 +93,7 @@ def loss(
     same_on_ranks: Sequence[str] = (),
     is_mean: bool = False,
     multiplies: bool = False,
+    of_examples: Sequence[str] = (),
 ) -> Callable[[Callable[P, R]], Loss[P, R]]:
     """Decorate a formula, which keeps its signature and becomes a public loss.
 
@@ -116,13 +117,16 @@ def loss(
         is_mean: Whether a loss of the batch is a mean over examples that do not interact, so that
             ranks exchange nothing but their means.
         multiplies: Whether the loss begins with matrix products, for which autocast casts the batch
-            as it does for those of PyTorch.
+            as it does for those of PyTorch. Its matrices decide the compute dtype, as the rows do.
+        of_examples: Options that hold a row for each example, in a tensor or in a list of them, and
+            take part in the choice of the engine and of the compute dtype.
     """
 
     def decorate(formula: Callable[P, R]) -> Loss[P, R]:
         signature = inspect.signature(formula)
         parameters = signature.parameters.values()
         batch = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        absent = {p.name: p.default for p in parameters if p.kind is not p.KEYWORD_ONLY}
         defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         constant = [name.startswith("teacher") for name in batch]
         spread = [name not in same_on_ranks for name in batch]
@@ -136,7 +140,12 @@ def loss(
         def from_formula(
             arguments: Sequence[Any], options: dict[str, Any], mask: Tensor | None, ranks: Ranks
         ) -> Any:
-            dtype = compute_dtype(*_tensors(arguments[:2]))
+            given = [options[option] for option in of_examples]
+            dtype = compute_dtype(*_tensors([*arguments[: None if multiplies else 2], *given]))
+            options = options | {
+                option: _prepared_rows(x, dtype, mask)
+                for option, x in zip(of_examples, given, strict=True)
+            }
             tensors = [
                 _prepared(x, dtype, mask if is_spread else None, is_constant)
                 for x, is_constant, is_spread in zip(arguments, constant, spread, strict=True)
@@ -167,7 +176,7 @@ def loss(
         ) -> Any:
             if multiplies:
                 arguments = [as_under_autocast(x) for x in arguments]
-            tensors = _tensors(arguments)
+            tensors = _tensors([*arguments, *(options[option] for option in of_examples)])
             engine = engine_for(tensors)
             with without_autocast(tensors[0].device):
                 found = NotImplemented
@@ -181,7 +190,7 @@ def loss(
         @functools.wraps(formula)
         def compute(*arguments: Any, **options: Any) -> Any:
             if len(arguments) != len(batch):
-                arguments = _bound(signature, batch, arguments, options, name)
+                arguments = _bound(signature, absent, arguments, options, name)
             if options:
                 _checks.options(options, defaults, name)
             options = defaults | options
@@ -202,7 +211,7 @@ def loss(
             if weights is not None:
                 (first, *_), of_rows = _tensors(arguments[:1]), per_example is True
                 n_dims = first.ndim - 1 if of_rows else per_example
-                logits = first if of_rows else None
+                logits = first if of_rows and not multiplies else None
                 _checks.weights(weights, first.shape[:n_dims], first.device, logits)
             if labels is not None:
                 _checks.labels(labels, arguments[0], ignore_index)
@@ -223,10 +232,15 @@ def loss(
                 return _sum_of_terms(found, weights, mask, normalizer, reduction, return_parts)
             terms, details = found
             total = _sum_of_terms(terms, weights, mask, normalizer, reduction, return_parts)
+            if return_parts:
+                total = (total[0], *(part.detach() for part in total[1:]))
+            if details is None:
+                return total
+            details = {name: selected(x, mask) for name, x in details.items()}
             return (*total, details) if return_parts else (total, details)
 
         def check_only(of_batch: Mapping[str, Any], options: dict[str, Any]) -> None:
-            arguments = _bound(signature, batch, (), dict(of_batch), name)
+            arguments = _bound(signature, absent, (), dict(of_batch), name)
             options = defaults | options
             if per_example:
                 *_, reduction = map(options.pop, _REDUCTION)
@@ -250,7 +264,7 @@ def loss(
 
 def _bound(
     signature: inspect.Signature,
-    batch: Sequence[str],
+    defaults: Mapping[str, Any],
     arguments: Any,
     options: dict[str, Any],
     loss: str,
@@ -259,19 +273,20 @@ def _bound(
 
     Those that were given by name are taken out of the options.
     """
-    given = {name: options.pop(name) for name in batch if name in options}
-    rest = [signature.parameters[name].default for name in batch[len(arguments) :]]
-    if not given and rest and inspect.Parameter.empty not in rest:  # faster than to bind
+    given = {name: options.pop(name) for name in defaults if name in options}
+    names = [*defaults][len(arguments) :]
+    rest = [given.get(name, defaults[name]) for name in names]
+    is_whole = all(x is not inspect.Parameter.empty for x in rest)
+    if is_whole and len(arguments) <= len(defaults) and all(name in names for name in given):
         return *arguments, *rest
-    try:
-        bound = signature.bind(*arguments, **given)
+    try:  # which fails and says why
+        signature.bind(*arguments, **given)
     except TypeError as error:
         raise TypeError(
-            f"{loss} takes {', '.join(batch)} and then its options by name, as option=value, got "
-            f"{len(arguments) + len(given)} of them: {error}"
+            f"{loss} takes {', '.join(defaults)} and then its options by name, as option=value, "
+            f"got {len(arguments) + len(given)} of them: {error}"
         ) from None
-    bound.apply_defaults()
-    return bound.args
+    raise AssertionError
 
 
 def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
@@ -299,6 +314,19 @@ def _prepared(x: Any, dtype: torch.dtype, mask: Tensor | None, is_constant: bool
         x = selected(x, mask)
     # autograd cannot save what torch.inference_mode made
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+
+
+def _prepared_rows(x: Any, dtype: torch.dtype, mask: Tensor | None) -> Any:
+    """Return rows of a teacher in the compute dtype, with 1 where the mask is False.
+
+    Of that one can take a logarithm or a softmax, so that masked rows give no NaN.
+    """
+    if isinstance(x, (list, tuple)):
+        return [_prepared_rows(each, dtype, mask) for each in x]
+    x = _prepared(x, dtype, None, False)
+    if mask is None or not isinstance(x, Tensor) or x.ndim <= mask.ndim:
+        return x
+    return torch.where(mask.unsqueeze(-1), x, 1)
 
 
 def selected(rows: Tensor, mask: Tensor | None) -> Tensor:

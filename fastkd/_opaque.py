@@ -21,7 +21,7 @@ _SCHEMA = {
     Tensor | None: "Tensor?",
     float | Tensor: "Tensor",  # the compiler would specialise on the value of a float
     str: "str",
-    int: "int",
+    int: "SymInt",  # an int would be specialised on, too
     bool: "bool",
 }
 
@@ -57,17 +57,25 @@ class OpaqueOps:
             )
 
     def numbers_as_tensors(self, arguments: Sequence[Any]) -> list[Any]:
-        """Return the arguments with a new tensor in place of each number.
+        """Return the arguments with a new tensor in place of each number and each second mention.
 
-        The compiler would specialise on numbers, and it refuses a tensor that is passed twice. A
-        product makes the tensor, because torch.full would be specialised as well.
+        The compiler would specialise on numbers, and it refuses a tensor that is passed twice, as a
+        head that both networks share. A product makes the tensor, because torch.full would be
+        specialised as well.
         """
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         wide = any(x.dtype == torch.float64 and x.ndim for x in tensors)
         # some devices have no float64
         dtype = torch.float64 if wide else torch.float32
         one = torch.ones((), dtype=dtype, device=tensors[0].device)
-        return [one * x if i in self.op.numbers else x for i, x in enumerate(arguments)]
+        found: list[Any] = []
+        for i, x in enumerate(arguments):
+            if i in self.op.numbers:
+                x = one * x
+            elif isinstance(x, Tensor) and any(x is y for y in found):
+                x = x.view_as(x)
+            found.append(x)
+        return found
 
     def solve(self, *arguments: Any) -> tuple[Tensor, ...]:
         """Return what `Op.forward` returns, with an empty tensor for each that is not there."""
@@ -100,8 +108,11 @@ class OpaqueOps:
         op = self.op
         problem, needs_grad, engine = op.read(arguments)
         like = problem[op.trained[0]]
-        wide = [x for x in problem if isinstance(x, Tensor) and x.ndim]
-        new = functools.partial(like.new_empty, dtype=compute_dtype(*wide))
+        if hasattr(engine, "compute_dtype_of"):  # which knows fields that do not widen it
+            dtype = engine.compute_dtype_of(problem)
+        else:
+            dtype = compute_dtype(*(x for x in problem if isinstance(x, Tensor) and x.ndim))
+        new = functools.partial(like.new_empty, dtype=dtype)
         examples = like.shape[op.examples]
         absent = [field is not None and problem[field] is None for field in op.losses]
         losses = [new((*examples, 0) if gone else examples) for gone in absent]

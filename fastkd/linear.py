@@ -34,6 +34,7 @@ _MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
     per_example=True,
     same_on_ranks=("student_weight", "teacher_weight"),
     multiplies=True,
+    of_examples=("teacher_logits", "teacher_weights"),
 )
 def linear_kd(
     student_hidden: Tensor,
@@ -85,8 +86,8 @@ def linear_kd(
         student_bias, teacher_bias: b, [V]; a sequence, None for none, for several teachers.
         teacher_logits: Logits (..., V) in place of a teacher's hidden states and head, or a
             sequence of logits.
-        teacher_weights: The shares of several teachers in the mixture, [K] or (..., K); without
-            them all have the same. They are used as given.
+        teacher_weights: The shares of K teachers in the mixture, [K] or (..., K), at least 0, which
+            are divided by their sum. Without them all teachers have the same share.
         alpha: α in [0, 1], the share of the cross-entropy. A term of share 0 counts for nothing,
             even where it is infinite. Without a teacher it must be 1.
         temperature: T > 0, which divides both networks' logits in D.
@@ -99,7 +100,7 @@ def linear_kd(
         ignore_index: Positions with this label count in neither term.
         num_valid: An upper bound of the positions that count, where the collator knows it. On a GPU
             it saves the products of the others, which a CPU does not make anyway. If it is too
-            small the loss is NaN.
+            small, the loss and its gradients are NaN there.
         student_softcap, teacher_softcap: c, as `final_logit_softcapping` of Gemma is; None for
             none.
         student_logit_scale, teacher_logit_scale: scale, as `logit_scale` of Cohere is; None for 1.
@@ -139,6 +140,12 @@ def linear_kd(
     student_weight, student_bias, *of_teachers = _restricted(
         vocab, student_weight, student_bias, teacher_weight, teacher_bias, teacher_logits
     )
+    labelled = None
+    if labels is not None:
+        labels = labels.long()  # −100 is 156 in uint8
+        labelled = labels != ignore_index
+        # before the product, because the gradient of the head is one with the hidden states
+        student_hidden = selected(student_hidden, labelled)
     z = _logits(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
     teachers = [
         x.to(z.dtype)
@@ -147,17 +154,16 @@ def linear_kd(
     if isinstance(vocab, str) and vocab == "pad":
         width = max(x.shape[-1] for x in (z, *teachers))
         z, *teachers = (_padded(x, width) for x in (z, *teachers))
-    labelled = None
-    cross_entropies = torch.zeros_like(z[..., 0])
-    if labels is not None:
-        labels = labels.long()  # −100 is 156 in uint8
-        labelled = labels != ignore_index
+    # 0 on the graph, so that a loss whose terms all have the share 0 has a gradient of 0
+    cross_entropies = selected(z[..., 0], torch.zeros_like(z[..., 0], dtype=torch.bool))
+    if labels is not None and labelled is not None:
         z = selected(z, labelled)
         classes = torch.where(labelled, labels, 0).unsqueeze(-1)
         cross_entropies = -z.log_softmax(-1).gather(-1, classes).squeeze(-1)
     parts, shares = {}, linear.shares_of(divergence)
     if teachers:
-        log_p = _mixture([selected(x, labelled) for x in teachers], teacher_weights, temperature)
+        teachers = [selected(x, labelled) for x in teachers]
+        log_p = selected(_mixture(teachers, teacher_weights, temperature), labelled)
         for name in shares:
             own = dict(beta=beta, skew=skew, weight=weight)
             parts[name] = _FORMULAS[name](
@@ -165,12 +171,18 @@ def linear_kd(
                 teacher_form="log_probabilities", temperature=1.0, scale_t2=False,
                 **{option: own[option] for option in [rows.OPTIONS.get(name)] if option},
             ) * (temperature**2 if scale_t2 else 1.0)  # fmt: skip
+    share = 1 - alpha
     terms = [Term(alpha, selected(cross_entropies, labelled), labelled)] + [
-        Term((1 - alpha) * shares[name], selected(x, labelled), labelled)
+        # a tensor of 0 would not be known to be 0, and 0 · ∞ be NaN
+        Term(
+            0.0 if rows.is_exactly(share, 0) else share * shares[name],
+            selected(x, labelled),
+            labelled,
+        )
         for name, x in parts.items()
     ]
     if not metrics:
-        return terms
+        return Detailed(terms, None)
     details = {name: x.detach() for name, x in parts.items()}
     details["student_entropy"] = _entropy(z)
     if teachers:
@@ -189,8 +201,8 @@ def head_options(config: Any, network: str = "student") -> dict[str, float]:
     of Hugging Face have them under several names: the softcap as `final_logit_softcapping` (Gemma),
     `logits_soft_cap` (RecurrentGemma) and `output_logit_soft_cap` (xLSTM), the scale as
     `logit_scale` (Cohere), `output_multiplier`, `lm_head_multiplier` (Falcon-H1),
-    `logits_mup_width_multiplier` and `logits_scaling`, by which Granite and MiniCPM divide and
-    HyperCLOVA X multiplies.
+    `logits_mup_width_multiplier` and `logits_scaling`, by which Granite divides and HyperCLOVA X
+    multiplies. MiniCPM divides by `hidden_size / dim_model_base`.
 
     Args:
         config: The configuration, an object or a dict; one of a model of text and images may hold
@@ -219,6 +231,9 @@ def head_options(config: Any, network: str = "student") -> dict[str, float]:
         if value is not None and is_read:
             multiplies = name == "logits_scaling" and kind in _MULTIPLIES_BY_LOGITS_SCALING
             scale *= 1 / float(value) if divides and not multiplies else float(value)
+    base = _entry(config, "dim_model_base")
+    if base and kind.startswith("minicpm") and _entry(config, "logits_scaling") is None:
+        scale *= float(base) / float(_entry(config, "hidden_size"))
     if scale != 1:
         found[f"{network}_logit_scale"] = scale
     return found

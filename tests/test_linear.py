@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from exactness import assert_same
 from inputs import DEVICE, heads, normal
 from meter import PeakMemory
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
@@ -154,6 +155,88 @@ def test_a_bound_of_the_rows_that_count_saves_the_others(networks, weights_are):
         assert products.rows == {rows}
     found = results(tensors, labels, alpha=0.3, weights=weights, num_valid=2)
     assert found[0].isnan() == (weights_are == "on a GPU")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_bound_without_weights_or_labels_changes_nothing(networks, reduction, weights_are):
+    expected = results(networks[0], reduction=reduction)
+    assert_same(results(networks[0], reduction=reduction, num_valid=2), expected)
+
+
+def test_a_bound_that_is_too_small_gives_no_gradient_to_step_with(networks, monkeypatch):
+    monkeypatch.setattr(_heads, "are_at_hand", lambda weights: False)
+    tensors, labels = networks
+    loss, _, of_head = results(tensors, labels, alpha=0.3, num_valid=2)
+    assert loss.isnan() and of_head.isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["portable", "formula"])
+@pytest.mark.parametrize("teachers", ["hidden", "logits", "several", "shares"])
+@pytest.mark.parametrize("by", ["labels", "weights"])
+def test_what_does_not_count_may_hold_anything(networks, teachers, by, backend):
+    """A NaN there would reach the head, whose gradient is a product with the hidden states."""
+    (student, weight, teacher, teacher_weight), labels = networks
+    out = labels == -100
+    options = dict(metrics=True) | (dict(weights=~out) if by == "weights" else {})
+    given = dict(labels=labels, alpha=0.3) if by == "labels" else {}
+    logits = teacher @ teacher_weight.T
+
+    def found(of_student, of_teacher, of_logits, shares):
+        tensors, more = trained([of_student, weight, of_teacher, teacher_weight]), {}
+        if teachers == "hidden":
+            batch = tensors
+        elif teachers == "several":
+            batch = [*tensors[:2], [tensors[2]] * 2, [teacher_weight] * 2]
+        else:
+            batch = tensors[:2]
+            more["teacher_logits"] = of_logits if teachers == "logits" else [of_logits] * 2
+            more |= {} if teachers == "logits" else {"teacher_weights": shares}
+        with fastkd.backend(backend):
+            loss, details = fastkd.linear_kd(*batch, **given, **options, **more)
+            gradients = torch.autograd.grad(loss, tensors[:2])
+        return [loss.detach(), *gradients, *details.values()]
+
+    shares = normal(9, 2, seed=22).softmax(-1)
+    expected = found(student, teacher, logits, shares)
+    assert not any(x[out].any() for x in expected[3:])  # nor is it measured
+    dirty = [x.detach().clone() for x in (student, teacher, logits, shares)]
+    for x, value in zip(dirty, (torch.nan, torch.inf, torch.nan, 0.0), strict=True):
+        x[out] = value
+    assert_same(found(*dirty), expected)
+
+
+def test_metrics_of_what_does_not_count_are_0_on_a_gpu_too(networks, weights_are):
+    tensors, labels = networks
+    _, found = fastkd.linear_kd(*tensors, labels, alpha=0.3, metrics=True)
+    assert len(found) == 5
+    for x in found.values():
+        assert not x[labels == -100].any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_that_are_learnt_get_a_gradient(networks, reduction, engine):
+    (student, weight, teacher, teacher_weight), labels = networks
+    initial = normal(9, seed=23).exp()
+
+    def found(loss):
+        weights = initial.clone().requires_grad_()
+        value = loss(weights)
+        upstream = normal(*value.shape, seed=24)
+        return [value.detach(), *torch.autograd.grad(value, weights, upstream)]
+
+    z, z_teacher = student @ weight.T, teacher @ teacher_weight.T
+    options = dict(alpha=0.3, reduction=reduction)
+    expected = found(lambda w: fastkd.kd(z, z_teacher, labels, weights=w, temperature=1, **options))
+
+    def loss(weights):
+        value, *parts = fastkd.linear_kd(
+            student, weight, teacher, teacher_weight, labels,
+            weights=weights, return_parts=True, **options,
+        )  # fmt: skip
+        assert not any(x.requires_grad for x in parts)
+        return value
+
+    assert_same(found(loss), expected)
 
 
 # --------------------------------------------------------------------------- products and memory
@@ -370,6 +453,52 @@ def test_a_compiled_loss_is_one_op(networks):
     assert not any("mm" in name for name in called)
 
 
+def compiled(loss, backend="aot_eager"):
+    torch._dynamo.reset()
+    return torch.compile(loss, backend=backend, fullgraph=True)
+
+
+def test_a_bound_of_the_rows_that_count_is_not_specialised_on(networks):
+    """It is another number in each step, which would compile again until the limit is reached."""
+    tensors, labels = networks
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    loss = compiled(lambda *x: fastkd.linear_kd(*x[:-1], alpha=0.3, num_valid=x[-1]), backend)
+    for bound in (6, 7, 8, 9):
+        loss(*tensors, labels, bound)
+    assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_options(networks, reduction):
+    """One tensor may be passed twice, a wide one that does not widen the result, and by name."""
+    (student, weight, *_), labels = networks
+    head = weight.detach().float().T.contiguous().T  # stored as its transpose
+    student, bias = student.detach().float(), torch.zeros(len(head), device=DEVICE)
+    weights = normal(9, seed=25).exp()
+    options = dict(alpha=0.3, weights=weights, student_bias=bias, teacher_bias=bias)
+
+    def loss(function):
+        def of(student, weight):
+            return function(
+                student, weight, teacher_hidden=student.detach() / 2, teacher_weight=head,
+                labels=labels, reduction=reduction, **options,
+            )  # fmt: skip
+
+        return of
+
+    found, expected = (
+        results([student, head], loss=loss(function))
+        for function in (compiled(fastkd.linear_kd), fastkd.linear_kd)
+    )
+    assert [x.dtype for x in found] == [torch.float32] * 3
+    assert_same(found, expected, 1e-6)
+
+
 # ------------------------------------------------------------------------------- many teachers
 
 
@@ -395,6 +524,58 @@ def test_several_teachers_are_a_mixture(networks):
         assert_same(results([student, weight], teacher_logits=logits, **options), truth)
 
 
+def test_shares_of_teachers_are_divided_by_their_sum(networks):
+    (student, weight, teacher, teacher_weight), _ = networks
+    logits = [teacher @ teacher_weight.T, normal(9, N_ENTRIES, seed=20)]
+    found, expected = (
+        results([student, weight], teacher_logits=logits, teacher_weights=shares)
+        for shares in ([1.0, 3.0], [0.25, 0.75])
+    )
+    assert_same(found, expected)
+
+
+def test_the_parts_of_several_teachers_are_detached(networks):
+    (student, weight, teacher, teacher_weight), _ = networks
+    student, weight = trained(networks[0])[:2]
+    loss, *parts = fastkd.linear_kd(
+        student, weight, [teacher] * 2, [teacher_weight] * 2, return_parts=True
+    )
+    assert loss.requires_grad and not any(x.requires_grad for x in parts)
+
+
+@pytest.mark.parametrize("backend", ["portable", "formula"])
+def test_the_compute_dtype_is_the_widest_of_all_networks(networks, backend):
+    student, weight, teacher, teacher_weight = (x.detach().float() for x in networks[0])
+    logits = (teacher @ teacher_weight.T).double()
+    with fastkd.backend(backend):
+        for loss in (
+            fastkd.linear_kd(student, weight, teacher.double(), teacher_weight),
+            fastkd.linear_kd(student, weight, teacher, teacher_weight.double()),
+            fastkd.linear_kd(student, weight, teacher_logits=logits),
+            fastkd.linear_kd(student, weight, teacher_logits=[logits, logits]),
+        ):
+            assert loss.dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", ["portable", "formula"])
+def test_terms_of_share_0_count_for_nothing(networks, backend):
+    (student, weight, teacher, teacher_weight), labels = networks
+    student, weight = trained(networks[0])[:2]
+    with fastkd.backend(backend):
+        loss = fastkd.linear_kd(
+            student, weight, teacher, teacher_weight, divergence={"forward_kl": 0.0}
+        )
+        assert loss == 0
+        assert not any(x.any() for x in torch.autograd.grad(loss, [student, weight]))
+        # the forward KL is +∞ where the student lacks what the teacher has
+        half = torch.tensor(0.5, device=DEVICE)
+        value = fastkd.linear_kd(
+            student, weight[:11], teacher, teacher_weight, labels.clamp(max=10),
+            alpha=1.0, vocab="pad", divergence={"forward_kl": half},
+        )  # fmt: skip
+    assert value.isfinite()
+
+
 # -------------------------------------------------------------------------------------- options
 
 
@@ -410,6 +591,11 @@ def test_several_teachers_are_a_mixture(networks):
         (dict(output_logit_soft_cap=30.0), dict(student_softcap=30.0)),
         (dict(logits_mup_width_multiplier=4.0), dict(student_logit_scale=0.25)),
         (dict(model_type="mpt", logit_scale="inv_sqrt_d_model"), {}),
+        (
+            dict(model_type="minicpm", hidden_size=2304, dim_model_base=256),
+            dict(student_logit_scale=1 / 9),
+        ),
+        (dict(hidden_size=2304, dim_model_base=256), {}),
         (dict(lm_head_multiplier=0.5), dict(student_logit_scale=0.5)),
         (dict(output_multiplier=2.0), dict(student_logit_scale=2.0)),
         (dict(text_config=dict(final_logit_softcapping=5.0)), dict(student_softcap=5.0)),
@@ -494,7 +680,23 @@ class Sharded:
         (lambda x: x.update(labels=torch.full((9,), 13), alpha=0.5), r"lie in \[0, 13\)"),
         (lambda x: x.update(teacher_weights=[1.0, 2.0]), "for each of 1 teachers"),
         (lambda x: x.update(student_hidden=x["student_hidden"].long()), "floating-point"),
+        (lambda x: x.update(teacher_weights=[-1.0]), "shares of the mixture, must be at least 0"),
+        (lambda x: x.update(teacher_weights=[0.0]), "one of them above"),
+        (lambda x: x.update(teacher_weights="a"), "for each of 1 teachers"),
         (lambda x: x.update(teacher_hidden=[x["teacher_hidden"]]), "several teachers need"),
+        (lambda x: x.update(teacher_weight=[x["teacher_weight"]]), "several teachers need"),
+        (lambda x: x.update(student_weight=nn.Linear(5, 13)), "pass its .weight, and its .bias"),
+        (lambda x: x.update(divergence=5), "divergence must be one of forward_kl"),
+        (lambda x: x.update(divergence=iter(["forward_kl"])), "divergence must be one of"),
+        (lambda x: x.update(temperature=torch.ones(9)), "neither bias nor softcap nor alpha"),
+        (
+            lambda x: x.update(student_logit_scale=torch.ones((), requires_grad=True)),
+            "multiply the hidden states by one that is learnt",
+        ),
+        (
+            lambda x: x.update(student_softcap=torch.ones((), requires_grad=True)),
+            "make the logits and pass them to fastkd.kd",
+        ),
     ],
 )
 def test_errors_say_what_to_do(change, sentence):
@@ -504,3 +706,9 @@ def test_errors_say_what_to_do(change, sentence):
     change(given)
     with pytest.raises((TypeError, ValueError), match=f"(?s).*{sentence}"):
         fastkd.linear_kd(**given)
+
+
+def test_the_error_for_weights_speaks_of_no_logits():
+    hidden, head = torch.zeros(2, 4, 5), torch.zeros(13, 5)
+    with pytest.raises(ValueError, match=r"shape \[2, 4\], got \[2, 5\] of torch.float32$"):
+        fastkd.linear_kd(hidden, head, hidden, head, weights=torch.zeros(2, 5))

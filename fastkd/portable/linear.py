@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd import _heads
 from fastkd.portable import rows
-from fastkd.problems.linear import Linear
+from fastkd.problems.linear import Linear, compute_dtype_of  # noqa: F401
 from fastkd.problems.linear import width_of_report as n_statistics  # noqa: F401
 
 Gradients = tuple[Tensor | None, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from fastkd._op import Number
 from fastkd.problems import rows
 
 VOCABULARIES = ("same", "common", "pad")
+# what to do where each position has a temperature of its own
 _DIVIDED = (
-    "divide by it: {network}_hidden / temperature[..., None], where there is no bias, with "
-    'reduction="none"'
+    "divide both networks' hidden states by it, student_hidden / temperature[..., None] and "
+    "teacher_hidden / temperature[..., None], where there is neither bias nor softcap nor alpha, "
+    'with reduction="none", and multiply what comes back by temperature ** 2'
 )
 
 
@@ -80,6 +82,11 @@ def _head(network: str, weight: Any, bias: Any, hidden: Tensor) -> None:
                 "which gathers the whole head on every rank, or call the loss inside the module's "
                 "forward, where FSDP has gathered it"
             )
+    if isinstance(weight, torch.nn.Module):
+        raise TypeError(
+            f"{name} must be a tensor of shape [V, H], got {type(weight).__name__}: pass its "
+            f".weight, and its .bias as {network}_bias if it has one"
+        )
     whole = f"{name} in one piece, as {network}.lm_head.weight is"
     _checks.floats(name, weight, "a tensor of shape [V, H]", "weights of a head", whole)
     if weight.ndim != 2 or not weight.numel() or weight.shape[1] != hidden.shape[-1]:
@@ -122,12 +129,12 @@ def _teachers(
             f"{missing} is missing: a teacher has hidden states and a head, teacher_hidden and "
             "teacher_weight, or teacher_logits"
         )
-    is_many = isinstance(hidden, (list, tuple))
-    if not is_many:
+    if not any(isinstance(x, (list, tuple)) for x in (hidden, weight, bias)):
         hidden, weight, bias = [hidden], [weight], [bias]
     elif bias is None:
         bias = [None] * len(hidden)
-    if not isinstance(weight, (list, tuple)) or not len(hidden) == len(weight) == len(bias) > 0:
+    are_many = all(isinstance(x, (list, tuple)) for x in (hidden, weight, bias))
+    if not are_many or not len(hidden) == len(weight) == len(bias) > 0:
         raise ValueError(
             "several teachers need a sequence of hidden states, one of heads and, where they have "
             "biases, one of those with None for none, all of one length of at least 1"
@@ -171,7 +178,8 @@ def _check_options(
     memory_budget: int | None,
     options: Mapping[str, Any],
 ) -> None:
-    names = [divergence] if isinstance(divergence, str) else list(divergence or ())
+    is_many = isinstance(divergence, Collection) and not isinstance(divergence, str)
+    names = list(divergence) if is_many else [divergence]
     if not names or any(name not in rows.DIVERGENCES for name in names):
         known = ", ".join(rows.DIVERGENCES)
         raise ValueError(
@@ -182,7 +190,7 @@ def _check_options(
         raise ValueError(f"divergence names one twice, got {divergence!r}: add up its weights")
     if isinstance(divergence, Mapping):
         _checks.at_least_0(**{f"divergence[{name!r}]": x for name, x in divergence.items()})
-    _checks.temperature(temperature, "temperature", _DIVIDED.format(network="student"))
+    _checks.temperature(temperature, "temperature", _DIVIDED)
     _checks.fraction(alpha=alpha)
     for name in names:
         if name in rows.OPTIONS:
@@ -191,10 +199,12 @@ def _check_options(
         scale, softcap = options[f"{network}_logit_scale"], options[f"{network}_softcap"]
         if scale is not None:
             _checks.number(**{f"{network}_logit_scale": scale})
-            _without_gradient(f"{network}_logit_scale", scale)
+            way = "multiply the hidden states by one that is learnt, and the bias if there is one"
+            _without_gradient(f"{network}_logit_scale", scale, way)
         if softcap is not None:
             _checks.number(0.0, **{f"{network}_softcap": softcap})
-            _without_gradient(f"{network}_softcap", softcap)
+            way = "make the logits and pass them to fastkd.kd where it is learnt"
+            _without_gradient(f"{network}_softcap", softcap, way)
     for name, value, least in (("num_valid", num_valid, 0), ("memory_budget", memory_budget, 1)):
         is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         if value is not None and (not is_whole or value < least):
@@ -204,11 +214,10 @@ def _check_options(
             )
 
 
-def _without_gradient(name: str, value: Number) -> None:
+def _without_gradient(name: str, value: Number, way: str) -> None:
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(
-            f"{name} must be a number or a tensor without gradient: multiply the hidden states by "
-            "one that is learnt"
+            f"{name} must be a number or a tensor without gradient, got requires_grad=True: {way}"
         )
 
 
@@ -262,7 +271,7 @@ def _check_vocabulary(
 
 def _check_teacher_weights(weights: Any, n_teachers: int, student: Tensor) -> None:
     """Raise an error unless there is a weight for each teacher, or one for each and each row."""
-    if isinstance(weights, Sequence):
+    if isinstance(weights, (list, tuple)) and not any(isinstance(x, str) for x in weights):
         weights = torch.as_tensor(weights)
     if not isinstance(weights, Tensor) or weights.shape not in (
         (n_teachers,),
@@ -273,3 +282,10 @@ def _check_teacher_weights(weights: Any, n_teachers: int, student: Tensor) -> No
             f"teacher_weights need one number for each of {n_teachers} teachers, [K], or for each "
             f"position too, (..., K), got {got}"
         )
+    # a position that does not count may hold anything
+    if weights.ndim == 1 and _checks.has_values_at_hand(weights):
+        if not (weights >= 0).all() or not weights.sum() > 0:
+            raise ValueError(
+                "teacher_weights, the shares of the mixture, must be at least 0 and "
+                f"one of them above, got {weights.tolist()}"
+            )

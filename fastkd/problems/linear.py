@@ -170,14 +170,18 @@ def linear_kd(
         "+".join(resolved) if is_distilled else "",
         student_softcap is not None,
         teacher_softcap is not None,
-        -1 if num_valid is None else num_valid,
+        -1 if num_valid is None or weights is None else num_valid,  # without weights all rows count
         -1 if memory_budget is None else memory_budget,
         metrics,
     )
-    if asked.reduction == "none":
+    # weights that are learnt get their gradient from the loss of each row
+    is_weighted_after = weights is not None and weights.requires_grad
+    if asked.reduction == "none" or is_weighted_after:
         loss, report = solve_rows(call.engine, LinearRows(*problem))
         mask = None if weights is None else weights != 0
         loss = selected(loss * weights.to(loss.dtype), mask) if weights is not None else loss
+        if asked.reduction != "none":
+            loss = divided(total(loss), weights, loss.numel(), asked.normalizer, asked.reduction)
     else:
         loss, report = solve(call.engine, problem)
         n = student_hidden.shape[:-1].numel()
@@ -192,12 +196,12 @@ def linear_kd(
 
 
 def _reduced(part: Tensor, weights: Tensor | None, normalizer: Any, reduction: str) -> Tensor:
-    """Return a column of the report as the loss is reduced."""
+    """Return a column of the report, reduced as the loss is."""
     if weights is not None:
         part = selected(part * weights.to(part.dtype), weights != 0)
-    if reduction == "none":
-        return part
-    return divided(total(part), weights, part.numel(), normalizer, reduction)
+    if reduction != "none":
+        part = divided(total(part), weights, part.numel(), normalizer, reduction)
+    return part.detach()
 
 
 def _metrics(problem: Linear, report: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

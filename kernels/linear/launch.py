@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastkd import _heads
 from fastkd.kernels.rows import launch as rows
-from fastkd.problems.linear import Linear
+from fastkd.problems.linear import Linear, compute_dtype_of  # noqa: F401
 from fastkd.problems.linear import width_of_report as n_statistics  # noqa: F401
 from fastkd.problems.rows import Rows
 
