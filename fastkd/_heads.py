@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastkd._loss import total
 from fastkd._op import Number
+from fastkd._pages import in_huge_pages
 from fastkd._products import multiply, split
-from fastkd.portable._pages import in_huge_pages
 from fastkd.problems.linear import Linear, compute_dtype_of, names_of, row_losses, width_of_report
 from fastkd.problems.rows import OPTIONS, Rows, is_exactly
 

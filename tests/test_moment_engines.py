@@ -11,7 +11,7 @@ from inputs import DEVICE, INTERPRETED, normal
 from meter import PeakMemory
 
 import fastkd
-from fastkd.portable import _pages
+from fastkd import _pages
 from fastkd.portable import moments as portable
 from fastkd.problems.moments import Maps, Moments
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd._pages import in_huge_pages
 from fastkd._precision import compute_dtype
 from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
-from fastkd.portable._pages import in_huge_pages
 from fastkd.problems.moments import SHORTEST, Maps, Moments, Number, normalised
 from fastkd.problems.rows import is_exactly
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._pages import in_huge_pages
 from fastkd._precision import compute_dtype
 from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
-from fastkd.portable._pages import in_huge_pages
 from fastkd.portable._row_terms import (
     CENTRED,
     N_SCRATCH,
