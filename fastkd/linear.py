@@ -108,7 +108,7 @@ def linear_kd(
         vocab: "same" for one vocabulary. Where one has more entries at its end, "common" for those
             that both have, renormalised, and "pad" for a probability of 0 of the missing ones. Or
             a tensor [K] of the entries to compare, renormalised, whose positions in it the labels
-            are; a network with K entries, like a draft model, is taken as it is.
+            are; beside a larger network one with K entries, a draft model, is taken as it is.
         memory_budget: Bytes that the logits of a chunk may take, 2²⁸ on a CPU and 2³⁰ elsewhere
             unless given.
         metrics: Whether to return further a dict of detached numbers of each position: the
@@ -273,15 +273,15 @@ def _restricted(
     logits, heads = (x if len(x) == n else [None] * n for x in (logits, heads))
     found: list[tuple[Any, ...]] = []
     student: list[Any] = [student_weight, student_bias]
+    sizes = [linear.n_entries(x, y) for x, y in zip(heads, logits, strict=True)]
     if isinstance(vocab, str) and vocab == "common":
-        sizes = [linear.n_entries(x, y) for x, y in zip(heads, logits, strict=True)]
         vocab = torch.arange(
             min([len(student_weight), *(x for x in sizes if x is not None)]),
             device=student_weight.device,
         )
     for head, bias, given in zip(heads, biases, logits, strict=True):
         *student, own_head, own_bias, own_logits = linear.restricted(
-            vocab, student_weight, student_bias, head, bias, given
+            vocab, student_weight, student_bias, head, bias, given, sizes
         )
         found.append((own_head, own_bias, own_logits))
     return (*student, *(list(x) for x in zip(*found, strict=True)))

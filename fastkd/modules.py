@@ -126,7 +126,8 @@ class LinearKDLoss(LossModule, function=linear.linear_kd):
         if not name.endswith("_weight"):
             return super()._of_empty_batch(name, empty, options)
         vocab = options["vocab"]
-        return empty.new_empty(len(vocab) if isinstance(vocab, Tensor) else 1, 1)
+        is_ids = isinstance(vocab, Tensor) and vocab.numel() > 0
+        return empty.new_empty(int(vocab.max()) + 1 if is_ids else 1, 1)
 
     def _is_in_empty_batch(self, parameter: inspect.Parameter, options: Mapping[str, Any]) -> bool:
         """Return whether it is one of the tensors, a teacher's too."""

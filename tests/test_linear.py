@@ -96,6 +96,11 @@ def test_ids_restrict_the_vocabulary(networks, engine):
     # a draft model has these entries alone
     draft = [student, weight[ids], teacher, teacher_weight]
     assert_same(results(draft, vocab=ids), [*expected[:2], expected[2][ids]])
+    # in another order, where the positions of labels are others
+    order, labels = torch.arange(N_ENTRIES, device=DEVICE).flip(0), networks[1]
+    turned = torch.where(labels < 0, labels, N_ENTRIES - 1 - labels)
+    found = results(networks[0], turned, vocab=order, alpha=0.3)
+    assert_same(found, results(networks[0], labels, alpha=0.3))
     logits = teacher @ teacher_weight.T
     found = results([student, weight], vocab=ids, teacher_logits=logits)
     assert_same(found, expected)

@@ -259,8 +259,9 @@ def _check_vocabulary(
     if not len(vocab):
         raise ValueError("vocab has no entry: pass those to compare")
     if vocab.is_cpu and not torch.compiler.is_compiling():
-        sizes = [x for x in (n_student, *(size for _, size in teachers)) if x != len(vocab)]
-        if sizes and (vocab.min() < 0 or vocab.max() >= min(sizes)):
+        sizes = [n_student, *(size for _, size in teachers)]
+        sizes = [x for x in sizes if x != len(vocab)] or sizes
+        if vocab.min() < 0 or vocab.max() >= min(sizes):
             raise ValueError(
                 f"vocab must hold entries in [0, {min(sizes)}), got {vocab.min()} to {vocab.max()}"
             )

@@ -250,8 +250,12 @@ def restricted(
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     teacher_logits: Tensor | None,
+    others: Sequence[int | None] = (),
 ) -> tuple[Any, ...]:
-    """Return heads, biases and logits of the entries of the vocabulary that both networks have."""
+    """Return heads, biases and logits of the entries of the vocabulary that both networks have.
+
+    others: The sizes of further teachers' vocabularies.
+    """
     of_student = [student_weight, student_bias]
     of_teacher = [teacher_weight, teacher_bias]
     if isinstance(vocab, str) and vocab != "common":
@@ -263,10 +267,12 @@ def restricted(
         n_entries_left = entries.stop
     else:
         entries, n_entries_left = vocab, len(vocab)
-    # a network with as many entries as are left has just those
-    if n_student != n_entries_left:
+    sizes = [x for x in (n_student, n_teacher, *others) if x is not None]
+    # a network with as many entries as are left has just those, if another one has more
+    has_draft = isinstance(vocab, str) or any(size != n_entries_left for size in sizes)
+    if not (has_draft and n_student == n_entries_left):
         of_student = [None if x is None else x[entries] for x in of_student]
-    if n_teacher not in (None, n_entries_left):
+    if n_teacher is not None and not (has_draft and n_teacher == n_entries_left):
         of_teacher = [None if x is None else x[entries] for x in of_teacher]
         teacher_logits = None if teacher_logits is None else teacher_logits[..., entries]
     return *of_student, *of_teacher, teacher_logits
