@@ -122,7 +122,7 @@ def test_rows(engine, problem):
 
 
 @pytest.mark.parametrize("problem", ["pairs", "relations", "gram", "rows"])
-@quick_if(lambda problem, engine: engine != "triton" or problem in ("pairs", "relations"))
+@quick_if(lambda problem, engine: engine != "triton")
 @given(some.data())
 def test_batches(engine, problem, data):
     case, inputs, options = data.draw(batches(problem))

@@ -61,7 +61,7 @@ def test_the_mean_is_the_default_and_weights_have_the_leading_shape(case, engine
 
 @each_loss
 @pytest.mark.parametrize("bad, n_cols", [(math.nan, 17), (-math.inf, 17), (math.nan, 8999)])
-@quick_if(lambda case, n_cols, engine: case in TWO or n_cols == 17)
+@quick_if(lambda case, n_cols, engine: case in TWO or (n_cols == 17 and engine != "triton"))
 def test_an_example_of_weight_0_may_hold_anything(case, bad, n_cols, engine):
     inputs = case.inputs((4,), n_cols, torch.float32)
     kinds = (WEIGHTS, WEIGHTS > 0) if n_cols == 17 else (WEIGHTS > 0,)

@@ -95,7 +95,11 @@ def test_a_forward_without_a_gradient_pays_for_none():
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("options", KNOWN, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@quick_if(lambda name, options, dtype: dtype == torch.bfloat16 or name == "forward_kl")
+@quick_if(
+    lambda name, options, dtype: (
+        dtype == torch.bfloat16 and (name == "forward_kl" or options == KNOWN[0])
+    )
+)
 def test_every_upstream_gives_what_a_backward_gives(name, options, dtype):
     student, teacher = logits(dtype)
     for upstream in (1.0, 0.3, -2.0, 0.0):
