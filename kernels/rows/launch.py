@@ -275,7 +275,9 @@ def _launch_gradient(
     n_rows, n_cols = _shape(problem)
     student, teacher = rows_of(problem.student), rows_of(problem.teacher)
     gradient_rows, width = rows_of(gradient), _width(problem)
-    vectors, num_warps = 512, 4
+    num_warps = 4
+    # numbers of float64 take two registers, and more to compute with: a thread has 8 of them
+    vectors = 1024 // width if _dtype(problem) == torch.float64 else 512
     n_blocks = triton.cdiv(n_cols, vectors * width)
     with on_device(problem.student):
         gradients.gradient[(n_rows * n_blocks,)](
