@@ -99,7 +99,7 @@ class _Chunks:
             self.weights = self.weights.reshape(-1).to(self.dtype)
         self.rows, self.is_cut_short = self._rows_that_count()
         # the gradient may replace the logits where nothing asks for them afterwards
-        self.in_place = len(self.names) == 1 and not problem.student_is_capped
+        self.in_place = len(self.names) <= 1 and not problem.student_is_capped
         self.report = hidden.new_zeros((*self.examples, width_of_report(problem)), dtype=self.dtype)
 
     def solve(self) -> Gradients:

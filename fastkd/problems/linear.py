@@ -144,6 +144,9 @@ def linear_kd(
     )
     student_weight, student_bias, teacher_weight, teacher_bias, teacher_logits = heads
     teacher = teacher_hidden if teacher_logits is None else teacher_logits
+    # a divergence of share 0 is computed for those alone who ask for its value
+    if rows.is_exactly(alpha, 1) and not (metrics or asked.return_parts):
+        teacher = teacher_weight = teacher_bias = None
     weights, labels = weights_of_rows(asked.weights, labels, ignore_index)
     is_distilled = teacher is not None
     problem = Linear(
