@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import checkout
-import heads
+import head_tables
 import peers
 import records
 from tables import markdown, pair, section
@@ -210,7 +210,7 @@ def main() -> int:
             if not any("ceilings" in run for record in measured for run in record["runs"]):
                 print("There is no figure of a GPU yet.\n")
         elif kind == "heads":
-            print(*map(heads.page, of_heads), sep="\n")
+            print(*map(head_tables.page, of_heads), sep="\n")
         elif kind == "counted":
             print(counted())
         else:

@@ -11,15 +11,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd._loss import total
 from fastkd._op import Number
 from fastkd._pages import in_huge_pages
 from fastkd._products import multiply, split
-from fastkd.problems.linear import Linear, compute_dtype_of, names_of, row_losses, width_of_report
+from fastkd._reduction import selected, total
+from fastkd.problems.linear import (
+    Linear,
+    compute_dtype_of,
+    n_entries,
+    names_of,
+    row_losses,
+    width_of_report,
+)
 from fastkd.problems.rows import OPTIONS, Rows, is_exactly
 
 MOST_ROWS, FEWEST_ROWS = 1024, 256  # of a chunk, between which the products are quick
@@ -36,45 +44,58 @@ def are_at_hand(weights: Tensor) -> bool:
     return weights.is_cpu
 
 
-def value_and_gradients(
-    problem: Linear, needs_grad: Sequence[bool], solve_rows: SolveRows
-) -> tuple[tuple[Tensor, Tensor], Gradients]:
-    """Return Σ weight · loss and the report, and the gradients of hidden states, head and bias."""
-    chunks = _Chunks(problem, needs_grad, solve_rows)
-    gradients = chunks.solve()
-    losses = row_losses(problem, chunks.report)
-    if problem.row_weights is not None:
-        weights = problem.row_weights.to(losses.dtype)
-        losses = torch.where(weights != 0, losses * weights, 0)
-    summed = total(losses)
-    if chunks.is_cut_short is not None:
-        summed = torch.where(chunks.is_cut_short, torch.nan, summed)
-    return (summed, chunks.report), gradients
+class Engine(NamedTuple):
+    """The contract of an engine, for one that solves the rows of a chunk."""
+
+    solve_rows: SolveRows
+
+    def value_and_gradients(
+        self, problem: Linear, needs_grad: Sequence[bool]
+    ) -> tuple[tuple[Tensor, Tensor], Gradients]:
+        """Return Σ weight · loss and the report, and the gradients of hidden states, head, bias."""
+        chunks = _Chunks(problem, needs_grad, self.solve_rows)
+        gradients = chunks.solve()
+        losses = row_losses(problem, chunks.report)
+        if problem.row_weights is not None:
+            weights = problem.row_weights.to(losses.dtype)
+            losses = selected(losses * weights, weights != 0)
+        return (chunks.or_nan(total(losses)), chunks.report), gradients
+
+    def forward(
+        self, problem: Linear, needs_grad: Sequence[bool]
+    ) -> tuple[tuple[Tensor], tuple[Tensor]]:
+        """Return the loss of each row without its weight, and the report."""
+        chunks = _Chunks(problem, (False, False, False), self.solve_rows)
+        chunks.solve()
+        return (chunks.or_nan(row_losses(problem, chunks.report)),), (chunks.report,)
+
+    def backward(
+        self,
+        problem: Linear,
+        statistics: Tensor,
+        upstream: Sequence[Tensor | None],
+        needs_grad: Sequence[bool],
+    ) -> Gradients:
+        """Return the gradients of Σ upstream · loss, for which all is computed again."""
+        (weights,) = upstream
+        assert weights is not None
+        if problem.row_weights is not None:
+            weights = selected(weights, problem.row_weights != 0)
+        chunks = _Chunks(problem._replace(row_weights=weights), needs_grad, self.solve_rows)
+        fields = problem.student, problem.student_weight, problem.student_bias
+        return tuple(
+            None if gradient is None or field is None else gradient.to(field.dtype)
+            for gradient, field in zip(chunks.solve(), fields, strict=True)
+        )
 
 
-def losses_of_rows(problem: Linear, solve_rows: SolveRows) -> tuple[Tensor, Tensor]:
-    """Return the loss of each row without its weight, and the report."""
-    chunks = _Chunks(problem, (False, False, False), solve_rows)
-    chunks.solve()
-    losses = row_losses(problem, chunks.report)
-    if chunks.is_cut_short is not None:
-        losses = torch.where(chunks.is_cut_short, torch.nan, losses)
-    return losses, chunks.report
+class _Head(NamedTuple):
+    """The head of a network, whose logits are softcap(scale · (W h + b))."""
 
-
-def gradients_of_rows(
-    problem: Linear, upstream: Tensor, needs_grad: Sequence[bool], solve_rows: SolveRows
-) -> Gradients:
-    """Return the gradients of Σ upstream · loss in the dtypes of what they belong to."""
-    weights = upstream
-    if problem.row_weights is not None:
-        weights = torch.where(problem.row_weights != 0, upstream, 0)
-    chunks = _Chunks(problem._replace(row_weights=weights), needs_grad, solve_rows)
-    fields = problem.student, problem.student_weight, problem.student_bias
-    return tuple(
-        None if gradient is None or field is None else gradient.to(field.dtype)
-        for gradient, field in zip(chunks.solve(), fields, strict=True)
-    )
+    weight: Tensor | None
+    bias: Tensor | None
+    scale: Number
+    softcap: Number | None
 
 
 class _Chunks:
@@ -88,7 +109,17 @@ class _Chunks:
         self.examples, self.n_rows = hidden.shape[:-1], hidden.shape[:-1].numel()
         self.of_logits = problem.teacher is not None and problem.teacher_weight is None
         self.n_cols = len(weight)
-        self.width = max(self.n_cols, n_teacher(problem))
+        teacher_logits = problem.teacher if self.of_logits else None
+        self.n_teacher = n_entries(problem.teacher_weight, teacher_logits) or 0
+        self.width = max(self.n_cols, self.n_teacher)
+        self.student_head = _Head(
+            weight, problem.student_bias, problem.student_scale,
+            problem.student_softcap if problem.student_is_capped else None,
+        )  # fmt: skip
+        self.teacher_head = _Head(
+            problem.teacher_weight, problem.teacher_bias, problem.teacher_scale,
+            problem.teacher_softcap if problem.teacher_is_capped else None,
+        )  # fmt: skip
         self.hidden = hidden.reshape(self.n_rows, hidden.shape[-1])
         self.teacher = None
         if problem.teacher is not None:
@@ -98,6 +129,7 @@ class _Chunks:
         if self.weights is not None:
             self.weights = self.weights.reshape(-1).to(self.dtype)
         self.rows, self.is_cut_short = self._rows_that_count()
+        self.is_first = True  # the first chunk writes what the others add to
         # the gradient may replace the logits where nothing asks for them afterwards
         self.in_place = len(self.names) <= 1 and not problem.student_is_capped
         self.report = hidden.new_zeros((*self.examples, width_of_report(problem)), dtype=self.dtype)
@@ -113,18 +145,23 @@ class _Chunks:
             gradients[0] = zeros(self.hidden.shape)
         if of_weight:
             shape = problem.student_weight.shape
-            gradients[1] = in_huge_pages(new(shape, dtype=self.dtype)).zero_()
+            gradients[1] = in_huge_pages(new(shape, dtype=self.dtype))
         if of_bias and problem.student_bias is not None:
             gradients[2] = zeros(problem.student_bias.shape)
         n_rows = self.n_rows if self.rows is None else len(self.rows)
+        if gradients[1] is not None and not n_rows:  # no chunk writes it
+            gradients[1].zero_()
         size = self._size_of_chunks(n_rows)
         z = in_huge_pages(new((size, self.width), dtype=self.dtype))
-        z_teacher = None if self.teacher is None else in_huge_pages(torch.empty_like(z))
-        if self.of_logits and self.rows is None and self.width == n_teacher(problem):
-            z_teacher = None  # its rows are there already
+        # logits of a teacher that are as wide as the student's are there already
+        is_there = self.of_logits and self.n_teacher == self.width
+        z_teacher = None
+        if self.teacher is not None and not is_there:
+            z_teacher = in_huge_pages(torch.empty_like(z))
         report = self.report.view(self.n_rows, self.report.shape[-1])
         for rows in self._chunks(n_rows, size):
             self._solve_chunk(rows, z, z_teacher, report, gradients)
+            self.is_first = False
         if gradients[0] is not None:
             gradients[0] = gradients[0].view(problem.student.shape)
         return tuple(gradients)
@@ -145,10 +182,10 @@ class _Chunks:
             weights = self.weights[rows]
         if weights is not None and not are_at_hand(weights):  # others take no row of weight 0
             mask = weights != 0
-            hidden = torch.where(mask[:, None], hidden, 0)
+            hidden = selected(hidden, mask)
             labels = None if labels is None else torch.where(mask, labels, -1)
         n = len(hidden)
-        z = self._student_logits(hidden, z[:n])
+        z = _logits(hidden, self.student_head, z[:n])
         teacher = self._teacher_logits(rows, mask, z_teacher)
         columns = report[rows] if isinstance(rows, slice) else report.new_zeros(n, report.shape[1])
         if problem.metrics:
@@ -162,37 +199,19 @@ class _Chunks:
         if gradient is not None:
             self._add_products(rows, hidden, gradient[:, : self.n_cols], z, gradients)
 
-    def _student_logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        problem = self.problem
-        _logits(
-            hidden, problem.student_weight, problem.student_bias, problem.student_scale,
-            problem.student_softcap if problem.student_is_capped else None, out,
-        )  # fmt: skip
-        return out
-
     def _teacher_logits(
         self, rows: slice | Tensor, mask: Tensor | None, out: Tensor | None
     ) -> Tensor | None:
-        problem = self.problem
         if self.teacher is None:
             return None
         teacher = self.teacher[rows]
-        if self.of_logits:
-            if teacher.shape[1] == self.width:
-                return teacher
-            assert out is not None
-            out = out[: len(teacher)]
-            out[:, : teacher.shape[1]] = teacher
-            out[:, teacher.shape[1] :] = -torch.inf
-            return out
-        if mask is not None:
-            teacher = torch.where(mask[:, None], teacher, 0)
-        assert out is not None and problem.teacher_weight is not None
+        if out is None:
+            return teacher
         out = out[: len(teacher)]
-        _logits(
-            teacher, problem.teacher_weight, problem.teacher_bias, problem.teacher_scale,
-            problem.teacher_softcap if problem.teacher_is_capped else None, out,
-        )  # fmt: skip
+        if not self.of_logits:
+            return _logits(selected(teacher, mask), self.teacher_head, out)
+        out[:, : self.n_teacher] = teacher
+        out[:, self.n_teacher :] = -torch.inf
         return out
 
     def _solve_rows(
@@ -269,7 +288,13 @@ class _Chunks:
                 sums = sums.view(2, -1, hidden.shape[1]).sum(0)
             of_hidden[rows] = sums
         if of_weight is not None:
-            multiply(dz.t(), hidden, of_weight, adds=True)
+            multiply(dz.t(), hidden, of_weight, adds=not self.is_first)
+
+    def or_nan(self, losses: Tensor) -> Tensor:
+        """Return the losses, or NaN if rows that count had no room."""
+        if self.is_cut_short is None:
+            return losses
+        return torch.where(self.is_cut_short, torch.nan, losses)
 
     def _rows_that_count(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the numbers of rows to take, None for all, and whether some had no room."""
@@ -308,22 +333,10 @@ class _Chunks:
         return max(1, -(-n_rows // n_chunks))
 
 
-def n_teacher(problem: Linear) -> int:
-    """Return how many entries the teacher's vocabulary has, 0 without a teacher."""
-    if problem.teacher_weight is not None:
-        return len(problem.teacher_weight)
-    return 0 if problem.teacher is None else problem.teacher.shape[-1]
-
-
-def _logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Number,
-    softcap: Number | None,
-    out: Tensor,
-) -> None:
-    """Write softcap(scale · (W h + b)) to the first columns of `out`, and −∞ to those after."""
+def _logits(hidden: Tensor, head: _Head, out: Tensor) -> Tensor:
+    """Write the logits to the first columns of `out` and −∞ to those after, and return it."""
+    weight, bias, scale, softcap = head
+    assert weight is not None
     z = out[:, : len(weight)]
     multiply(hidden, weight.t(), z)
     if bias is not None:
@@ -333,6 +346,7 @@ def _logits(
     if softcap is not None:
         z.div_(softcap).tanh_().mul_(softcap)
     out[:, len(weight) :] = -torch.inf
+    return out
 
 
 def _measure(z: Tensor, teacher: Tensor | None, report: Tensor) -> None:

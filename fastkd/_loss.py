@@ -1,4 +1,4 @@
-"""The decorator that turns a formula into a loss: checks, engine, masks, ranks and reduction."""
+"""The decorator that turns a formula into a loss: checks, engine, masks and ranks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fastkd import _backend, _checks
 from fastkd._op import Number
 from fastkd._precision import as_under_autocast, compute_dtype, without_autocast
 from fastkd._ranks import Ranks
+from fastkd._reduction import Reduction, Term, reduce, selected, sum_of_terms, weight_of_rows
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
@@ -22,19 +23,6 @@ _REDUCTION = ("weights", "normalizer", "reduction")  # parameters that a formula
 _ROW_LABELS = ("labels", "ignore_index")  # these too, where labels are an option
 _PARTS = "return_parts"
 _THIS_PROCESS = Ranks()
-_saved_tensors_hooks = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None
-)
-_LONG, _PART = 1 << 15, 1 << 12  # numbers of a sum that PyTorch cuts, and of a part of ours
-
-
-class Reduction(NamedTuple):
-    """How the caller wants a per-example loss reduced."""
-
-    weights: Tensor | None
-    normalizer: Any
-    reduction: str
-    return_parts: bool
 
 
 class Call(NamedTuple):
@@ -52,14 +40,6 @@ class Reduced(NamedTuple):
     """The result of a statement that has reduced the losses."""
 
     result: Any
-
-
-class Term(NamedTuple):
-    """A summand of a per-example loss, which is reduced by itself."""
-
-    factor: Number
-    losses: Tensor  # (...)
-    row_mask: Tensor | None  # (...), bool: the examples that count in this term
 
 
 class Detailed(NamedTuple):
@@ -221,7 +201,7 @@ def loss(
             if weights is not None:
                 mask = weights if weights.dtype == torch.bool else weights.detach() != 0
             elif per_example is True and not torch.compiler.is_compiling():
-                row_weight = _row_weight(arguments[0], normalizer, reduction)
+                row_weight = weight_of_rows(arguments[0], normalizer, reduction)
             asked = Reduction(weights, normalizer, reduction, return_parts)
             found = losses_of(arguments, options, mask, _THIS_PROCESS, row_weight, asked)
             if isinstance(found, Tensor):
@@ -229,9 +209,9 @@ def loss(
             if isinstance(found, Reduced):
                 return found.result
             if not isinstance(found, Detailed):
-                return _sum_of_terms(found, weights, mask, normalizer, reduction, return_parts)
+                return sum_of_terms(found, weights, mask, normalizer, reduction, return_parts)
             terms, details = found
-            total = _sum_of_terms(terms, weights, mask, normalizer, reduction, return_parts)
+            total = sum_of_terms(terms, weights, mask, normalizer, reduction, return_parts)
             if return_parts:
                 total = (total[0], *(part.detach() for part in total[1:]))
             if details is None:
@@ -279,14 +259,15 @@ def _bound(
     is_whole = all(x is not inspect.Parameter.empty for x in rest)
     if is_whole and len(arguments) <= len(defaults) and all(name in names for name in given):
         return *arguments, *rest
-    try:  # which fails and says why
-        signature.bind(*arguments, **given)
+    try:
+        bound = signature.bind(*arguments, **given)
     except TypeError as error:
         raise TypeError(
             f"{loss} takes {', '.join(defaults)} and then its options by name, as option=value, "
             f"got {len(arguments) + len(given)} of them: {error}"
         ) from None
-    raise AssertionError
+    bound.apply_defaults()
+    return bound.args
 
 
 def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
@@ -327,127 +308,3 @@ def _prepared_rows(x: Any, dtype: torch.dtype, mask: Tensor | None) -> Any:
     if mask is None or not isinstance(x, Tensor) or x.ndim <= mask.ndim:
         return x
     return torch.where(mask.unsqueeze(-1), x, 1)
-
-
-def selected(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the rows with 0 where the mask is False, so that a NaN there reaches nothing."""
-    if mask is None:
-        return rows
-    return torch.where(mask[(..., *[None] * (rows.ndim - mask.ndim))], rows, 0)
-
-
-def reduce(
-    losses: Tensor,
-    weights: Tensor | None,
-    row_mask: Tensor | None,
-    normalizer: Any,
-    reduction: str,
-) -> Tensor:
-    """Return Σ w·l / Σ w, or / normalizer, of "mean", Σ w·l of "sum", w·l of "none".
-
-    Where the row mask is False there is 0, and no gradient of any size comes through. Where no
-    example is left, the loss is 0 and still on the graph.
-    """
-    if weights is not None:
-        weights = weights.to(losses.dtype)
-        losses = selected(losses * weights, row_mask)
-    if reduction == "none":
-        return losses
-    if reduction == "mean" and normalizer is None and weights is None:
-        n = losses.numel()
-        if n and not _is_cut(losses, n):
-            return losses.mean()
-    return divided(total(losses), weights, losses.numel(), normalizer, reduction)
-
-
-def divided(
-    total_loss: Tensor, weights: Tensor | None, n: int, normalizer: Any, reduction: str
-) -> Tensor:
-    """Return Σ w·l of n examples over what its reduction divides it by."""
-    if reduction == "sum":
-        return total_loss
-    if normalizer is None:
-        normalizer = n if weights is None else total(weights.to(total_loss.dtype))
-    if isinstance(normalizer, Tensor):
-        whole = not normalizer.is_floating_point()
-        return total_loss / (
-            normalizer.clamp(min=1) if whole else torch.where(normalizer == 0, 1, normalizer)
-        )
-    return total_loss / (normalizer or 1)
-
-
-def _row_weight(rows: Any, normalizer: Any, reduction: str) -> float:
-    """Return what `reduce` multiplies the losses of unweighted rows by, 0 if that is not known."""
-    if reduction == "none" or isinstance(normalizer, Tensor) or not isinstance(rows, Tensor):
-        return 0.0
-    # checkpointing and offloading free what the graph saves, and a gradient is none of that
-    if _saved_tensors_hooks(True):
-        return 0.0
-    if reduction == "sum":
-        return 1.0
-    # a number of numpy would not count as plain, and the op would take the way of traced ones
-    return 1 / ((rows.shape[:-1].numel() if normalizer is None else float(normalizer)) or 1)
-
-
-def total(x: Tensor) -> Tensor:
-    """Return the sum of all numbers, with the same bits for any number of threads."""
-    return totals(x.flatten()) if _is_cut(x, x.numel()) else x.sum()
-
-
-def totals(x: Tensor) -> Tensor:
-    """Return the sums over the last dimension, with the same bits for any number of threads."""
-    n = x.shape[-1]
-    if not _is_cut(x, n):
-        return x.sum(-1)
-    whole = n // _PART * _PART
-    found = totals(x[..., :whole].unflatten(-1, (-1, _PART)).sum(-1))
-    return found if whole == n else found + x[..., whole:].sum(-1)
-
-
-def _is_cut(x: Tensor, n: int) -> bool:
-    """Return whether PyTorch cuts a sum of n of these numbers, a part for each thread."""
-    return not torch.compiler.is_compiling() and n >= _LONG and x.is_cpu
-
-
-def _sum_of_terms(
-    terms: Sequence[Term],
-    weights: Tensor | None,
-    row_mask: Tensor | None,
-    normalizer: Any,
-    reduction: str,
-    return_parts: bool,
-) -> Any:
-    """Return Σ factor · reduced term and, if asked for, the terms without their factors."""
-    if not return_parts and all(term.row_mask is None for term in terms):
-        # one reduction of the sum, since all terms have the same divisor
-        losses = _weighted_sum([(term.factor, term.losses) for term in terms])
-        return reduce(losses, weights, row_mask, normalizer, reduction)
-    parts = []
-    for _, losses, mask in terms:
-        if mask is None:
-            part = reduce(losses, weights, row_mask, normalizer, reduction)
-        elif weights is not None and row_mask is not None:
-            counted = mask & row_mask
-            part = reduce(losses, torch.where(mask, weights, 0), counted, normalizer, reduction)
-        else:  # masked rows are 0 already, so that only their number is missing
-            divisor = mask.sum() if normalizer is None else normalizer
-            part = reduce(losses, None, None, divisor, reduction)
-        parts.append(part)
-    total = _weighted_sum([(term.factor, part) for term, part in zip(terms, parts, strict=True)])
-    return (total, *parts) if return_parts else total
-
-
-def _weighted_sum(summands: Sequence[tuple[Number, Tensor]]) -> Tensor:
-    """Return Σ factor · x without the x of factor 0, which count for nothing even if infinite."""
-    (_, first), total = summands[0], None
-    for factor, x in summands:
-        is_known = not isinstance(factor, Tensor)
-        if is_known and factor == 0:
-            continue
-        if total is None:
-            total = x if is_known and factor == 1 else (factor * x).to(x.dtype)
-        elif is_known and not torch.compiler.is_compiling():  # alpha would be specialised on
-            total = torch.add(total, x, alpha=factor)  # type: ignore[arg-type]
-        else:
-            total = total + (factor * x).to(x.dtype)
-    return selected(first, torch.zeros_like(first, dtype=torch.bool)) if total is None else total

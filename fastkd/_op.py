@@ -25,8 +25,9 @@ losses: then `value_and_gradients` returns (loss, report) in place of the loss, 
 of `forward` are the report. Where several fields are trained, `backward` takes needs_grad in place
 of the gradients, and returns a tuple.
 
-Kernels that are no gain for some problems have `takes(problem)`, which is False for those that the
-portable engine solves.
+An engine whose compute dtype some of its tensors do not widen, such as weights, has
+`compute_dtype_of(problem)`. Kernels that are no gain for some problems have `takes(problem)`, which
+is False for those that the portable engine solves.
 """
 
 from __future__ import annotations

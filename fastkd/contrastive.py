@@ -30,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._loss import loss, reduce
+from fastkd._loss import loss
 from fastkd._op import Number
+from fastkd._reduction import reduce
 from fastkd.problems import _contrast_checks as checks
 from fastkd.problems import _contrasts as contrasts
 from fastkd.problems._embeddings import is_number, logarithm

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._loss import loss, selected
+from fastkd._loss import loss
 from fastkd._op import Number
+from fastkd._reduction import selected
 from fastkd.problems import _features as features
 from fastkd.problems import moments
 from fastkd.problems._features import Features

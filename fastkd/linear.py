@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastkd import divergence as divergences
-from fastkd._loss import Detailed, Term, loss, selected
+from fastkd._loss import Detailed, loss
 from fastkd._op import Number
+from fastkd._reduction import Term, selected
 from fastkd.problems import linear, rows
 
 _FORMULAS = {name: getattr(divergences, name).formula for name in rows.DIVERGENCES}

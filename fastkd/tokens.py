@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._loss import Term, loss, selected
+from fastkd._loss import loss
 from fastkd._op import Number
+from fastkd._reduction import Term, selected
 from fastkd.problems import tokens
 from fastkd.problems.pairs import directions
 from fastkd.problems.tokens import as_bool, mean_of_sequences, of_sequences, weighted_sum

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastkd import divergence as divergences
-from fastkd._loss import Term, loss, selected
+from fastkd._loss import loss
 from fastkd._op import Number
+from fastkd._reduction import Term, selected
 from fastkd.problems import rows
 
 _FORMULAS = {name: getattr(divergences, name).formula for name in rows.DIVERGENCES}

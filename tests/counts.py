@@ -35,6 +35,11 @@ from workloads import Workload as Case
 RELATED = (40, 24)  # examples and features, of more than one tile
 
 
+def the(name: str) -> Case:
+    (found,) = (case for case in FUSED if case.name == name)
+    return found
+
+
 class Compiled(NamedTuple):
     launches: list[Launch]
     n_forward: int  # of them
@@ -60,6 +65,26 @@ def compiled(case: Case, shape: tuple[int, ...], dtype: torch.dtype, target: str
         trained.nbytes,
         sum(x.element_size() for x in inputs if x.shape == trained.shape),
     )
+
+
+def launches_of(
+    loss: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.bfloat16,
+    target: str = "sm_90",
+    backward: bool = True,
+    teacher_dtype: torch.dtype | None = None,
+) -> list[Launch]:
+    """Return what a loss of two networks launches, by its name."""
+    student = torch.empty(shape, dtype=dtype, device="meta", requires_grad=backward)
+    teacher = torch.empty(shape, dtype=teacher_dtype or dtype, device="meta")
+    labels = [torch.empty(shape[:-1], dtype=torch.int64, device="meta")] if loss == "kd" else []
+    options: dict[str, Any] = {} if loss in ("rkd", "similarity_kl") else dict(temperature=2.0)
+    with capture(target) as found, fastkd.backend("triton"):
+        result = getattr(fastkd, loss)(student, teacher, *labels, **options)
+        if backward:
+            torch.autograd.grad(result, student)
+    return found
 
 
 def resources(launch: Launch, element_bytes: int) -> dict[str, Any]:

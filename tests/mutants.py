@@ -70,6 +70,7 @@ EVERYWHERE = ["test_contracts", "test_engines", "test_any_input"]
 COMPILED_LOSSES = {"rows": "forward_kl or jensen_shannon or kd", "relations": "rkd"}
 COMPILED_LOSSES["moments"] = "hint or attention_transfer or embedding_mse"
 COMPILED_LOSSES["tokens"] = "token_relation or tokens"
+COMPILED_LOSSES["linear"] = "linear_kd"
 COMPILED_LOSSES["pairs"] = "info_nce or clip_contrastive or siglip or sup_con or similarity_kl"
 # a copy is found by PYTHONPATH, where the folder kernels/ is a package too
 DESELECTED = "tests/test_backend.py::test_importing_fastkd_is_light_and_shadows_nothing"

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastkd import _checks
 from fastkd._checks import shape
-from fastkd._loss import reduce, selected, total, totals
 from fastkd._op import Number
+from fastkd._reduction import reduce, selected, total, totals
 from fastkd.problems._maps import pooled, smaller_size
 
 KINDS = ("mse", "smooth_l1", "cosine", "normalized_mse")

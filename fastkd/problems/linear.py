@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastkd._checks import all_labelled
-from fastkd._loss import Call, Reduced, divided, selected, total
+from fastkd._loss import Call, Reduced
 from fastkd._op import Number, Op
 from fastkd._precision import compute_dtype
+from fastkd._reduction import divided, reduce
 from fastkd.problems import _linear_checks as checks
 from fastkd.problems import rows
 
@@ -177,34 +178,24 @@ def linear_kd(
         -1 if memory_budget is None else memory_budget,
         metrics,
     )
+    mask = None if weights is None else weights != 0
+    how = asked.normalizer, asked.reduction
     # weights that are learnt get their gradient from the loss of each row
     is_weighted_after = weights is not None and weights.requires_grad
     if asked.reduction == "none" or is_weighted_after:
-        loss, report = solve_rows(call.engine, LinearRows(*problem))
-        mask = None if weights is None else weights != 0
-        loss = selected(loss * weights.to(loss.dtype), mask) if weights is not None else loss
-        if asked.reduction != "none":
-            loss = divided(total(loss), weights, loss.numel(), asked.normalizer, asked.reduction)
+        losses, report = solve_rows(call.engine, LinearRows(*problem))
+        loss = reduce(losses, weights, mask, *how)
     else:
         loss, report = solve(call.engine, problem)
-        n = student_hidden.shape[:-1].numel()
-        loss = divided(loss, weights, n, asked.normalizer, asked.reduction)
-    result = [loss]
+        loss = divided(loss, weights, student_hidden.shape[:-1].numel(), *how)
+    result: list[Any] = [loss]
     if asked.return_parts:
         parts = report[..., : 1 + len(shares) * is_distilled].unbind(-1)
-        result += [_reduced(part, weights, asked.normalizer, asked.reduction) for part in parts]
+        constant = None if weights is None else weights.detach()
+        result += [reduce(part, constant, mask, *how) for part in parts]
     if metrics:
         result.append(_metrics(problem, report, list(shares) if is_distilled else []))
     return Reduced(tuple(result) if len(result) > 1 else loss)
-
-
-def _reduced(part: Tensor, weights: Tensor | None, normalizer: Any, reduction: str) -> Tensor:
-    """Return a column of the report, reduced as the loss is."""
-    if weights is not None:
-        part = selected(part * weights.to(part.dtype), weights != 0)
-    if reduction != "none":
-        part = divided(total(part), weights, part.numel(), normalizer, reduction)
-    return part.detach()
 
 
 def _metrics(problem: Linear, report: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

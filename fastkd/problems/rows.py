@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastkd import _checks
-from fastkd._loss import Call, Term
+from fastkd._loss import Call
 from fastkd._op import Number, Op
 from fastkd._precision import compute_dtype
+from fastkd._reduction import Term
 
 
 class Rows(NamedTuple):

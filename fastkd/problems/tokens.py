@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastkd import _checks
-from fastkd._loss import Call, Term, reduce
+from fastkd._loss import Call
 from fastkd._op import Number, Op
+from fastkd._reduction import Term, reduce
 
 
 class TokenRelations(NamedTuple):
