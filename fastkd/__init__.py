@@ -11,6 +11,7 @@ from fastkd.contrastive import (
     sup_con,
 )
 from fastkd.correlation import correlation_congruence, dist_kd, pkt, similarity_preserving
+from fastkd.decoupled import decoupled_kd, nkd
 from fastkd.divergence import (
     forward_kl,
     jensen_shannon,
@@ -43,6 +44,7 @@ from fastkd.linear import head_options, linear_kd
 from fastkd.modules import (
     ClipLoss,
     CorrelationCongruenceLoss,
+    DecoupledKDLoss,
     DINOLoss,
     DISTLoss,
     ForwardKLLoss,
@@ -51,6 +53,7 @@ from fastkd.modules import (
     KDLoss,
     LinearKDLoss,
     LogitMSELoss,
+    NKDLoss,
     NTXentLoss,
     PKTLoss,
     ReverseKLLoss,
@@ -83,6 +86,7 @@ __all__ = [
     "CorrelationCongruenceLoss",
     "DINOLoss",
     "DISTLoss",
+    "DecoupledKDLoss",
     "EmbeddingMSELoss",
     "FSPLoss",
     "ForwardKLLoss",
@@ -96,6 +100,7 @@ __all__ = [
     "LocalizationLoss",
     "LogitMSELoss",
     "MiniLMRelationLoss",
+    "NKDLoss",
     "NSTLoss",
     "NTXentLoss",
     "PKTLoss",
@@ -122,6 +127,7 @@ __all__ = [
     "cka",
     "clip_contrastive",
     "correlation_congruence",
+    "decoupled_kd",
     "dino",
     "dist_kd",
     "embedding_mse",
@@ -137,6 +143,7 @@ __all__ = [
     "localization",
     "logit_mse",
     "minilm_relation",
+    "nkd",
     "nst",
     "nt_xent",
     "pkt",

@@ -26,6 +26,7 @@ from fastkd import (
     _checks,
     contrastive,
     correlation,
+    decoupled,
     divergence,
     linear,
     relational,
@@ -106,6 +107,25 @@ class KDLoss(LossModule, function=vanilla.kd):
 
     Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
     """
+
+
+class DecoupledKDLoss(LossModule, function=decoupled.decoupled_kd):
+    """T² [α KL(b_p ‖ b_q) + β KL(p̂ ‖ q̂)], the module of `fastkd.decoupled_kd`.
+
+    Zhao et al., Decoupled Knowledge Distillation, 2022. arXiv:2203.08679
+    """
+
+    empty_shape = (0, 2)
+
+
+class NKDLoss(LossModule, function=decoupled.nkd):
+    """−p_y log q_y − γ T² Σ p̂ log q̂, the module of `fastkd.nkd`.
+
+    Yang et al., From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
+    Normalized Loss and Customized Soft Labels, 2023. arXiv:2303.13005
+    """
+
+    empty_shape = (0, 2)
 
 
 class LinearKDLoss(LossModule, function=linear.linear_kd):

@@ -101,6 +101,10 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
     return Case(fastkd.kd, "rows", logits_and_labels, eager, options, by_hand, per_example=True)
 
 
+def _labelled(loss: Callable, known: tuple, **options: Any) -> Case:
+    return Case(loss, "rows", logits_and_labels, known[1], options, known[0], per_example=True)
+
+
 def _batch(
     problem: str | None, loss: Callable, inputs: Inputs, note: str = "", **options: Any
 ) -> Case:
@@ -213,6 +217,10 @@ CASES = [
     _kd("forward_kl", textbook.FORWARD_KL),
     _kd("jensen_shannon", textbook.JENSEN_SHANNON, beta=0.1),
     _kd("total_variation", textbook.TOTAL_VARIATION),
+    _labelled(fastkd.decoupled_kd, textbook.DECOUPLED_KD),
+    _labelled(fastkd.decoupled_kd, textbook.DECOUPLED_KD, alpha=2.0, beta=0.5, scale_t2=False),
+    _labelled(fastkd.nkd, textbook.NKD),
+    _labelled(fastkd.nkd, textbook.NKD, gamma=0.5, temperature=3.0),
     _linear(alpha=0.3, temperature=2.0),
     _linear(alpha=0.3, divergence="jensen_shannon", beta=0.1, reduction="none"),
     _linear(divergence={"reverse_kl": 0.5, "total_variation": 2.0}, student_softcap=2.0),

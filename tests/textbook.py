@@ -155,3 +155,58 @@ def with_labels(divergence):
         return alpha * cross_entropies + (1 - alpha) * divergence_eager(student, teacher, **options)
 
     return by_hand, eager
+
+
+def _rest(logits, label, temperature):
+    """Return the log-softmax of all classes but the label's."""
+    return log_softmax([z for i, z in enumerate(logits) if i != label], temperature)
+
+
+def _decoupled_by_hand(
+    student, teacher, label, *, alpha=1.0, beta=8.0, temperature=4.0, scale_t2=True
+):
+    log_q, log_p = log_softmax(student, temperature), log_softmax(teacher, temperature)
+    p, rest_p = math.exp(log_p[label]), _rest(teacher, label, temperature)
+    of_others = [math.fsum(map(math.exp, x[:label] + x[label + 1 :])) for x in (log_p, log_q)]
+    target = positive(p, log_p[label] - log_q[label])
+    target += positive(of_others[0], log(of_others[0]) - log(of_others[1]))
+    rest_q = _rest(student, label, temperature)
+    others = math.fsum(math.exp(x) * (x - y) for x, y in zip(rest_p, rest_q, strict=True))
+    return (alpha * target + beta * others) * (temperature**2 if scale_t2 else 1)
+
+
+def _decoupled_eager(
+    student, teacher, labels, *, alpha=1.0, beta=8.0, temperature=4.0, scale_t2=True
+):
+    is_label = F.one_hot(labels, student.shape[-1]).bool()
+    q, p = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
+    b_q, b_p = (
+        torch.stack([(x * is_label).sum(-1), (x * ~is_label).sum(-1)], -1) for x in (q, p)
+    )
+    target = (b_p * (b_p.log() - b_q.log())).sum(-1)
+    log_q, log_p = (
+        (x / temperature - 1000.0 * is_label).log_softmax(-1) for x in (student, teacher)
+    )
+    others = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return (alpha * target + beta * others) * (temperature**2 if scale_t2 else 1)
+
+
+def _nkd_by_hand(student, teacher, label, *, gamma=1.5, temperature=1.0, scale_t2=True):
+    target = -math.exp(log_softmax(teacher, 1.0)[label]) * log_softmax(student, 1.0)[label]
+    pairs = zip(_rest(teacher, label, temperature), _rest(student, label, temperature), strict=True)
+    others = -math.fsum(math.exp(x) * y for x, y in pairs)
+    return target + gamma * others * (temperature**2 if scale_t2 else 1)
+
+
+def _nkd_eager(student, teacher, labels, *, gamma=1.5, temperature=1.0, scale_t2=True):
+    classes = labels.unsqueeze(-1)
+    target = -(teacher.softmax(-1) * student.log_softmax(-1)).gather(-1, classes).squeeze(-1)
+    is_label = F.one_hot(labels, student.shape[-1]).bool()
+    shape = (*student.shape[:-1], student.shape[-1] - 1)
+    others_q, others_p = (x[~is_label].view(shape) / temperature for x in (student, teacher))
+    others = -(others_p.softmax(-1) * others_q.log_softmax(-1)).sum(-1)
+    return target + gamma * others * (temperature**2 if scale_t2 else 1)
+
+
+DECOUPLED_KD = (_decoupled_by_hand, _decoupled_eager)
+NKD = (_nkd_by_hand, _nkd_eager)

@@ -26,12 +26,17 @@ Certain = tuple[Tensor, Tensor] | None  # numbers of rows, or a bool for each, a
 
 
 class Softmax(NamedTuple):
-    """The softmax e / total, where e = exp2(d) is exactly 1 at a row's maximum."""
+    """The softmax e / total, where e = exp2(d) is exactly 1 at a row's maximum.
+
+    A class that is set apart has d = −∞ and e = 0, and no part in the maximum and in Z.
+    """
 
     d: Tensor  # [R, V]
     e: Tensor  # [R, V]
     top: Tensor  # [R, 1], the largest logit
     total: Tensor  # [R, 1], Z
+    apart: Tensor | None = None  # [R, 1], the number of the class that is set apart
+    of_apart: Tensor | None = None  # [R, 1], what its d would be
 
 
 class Terms(NamedTuple):
@@ -50,9 +55,15 @@ def softmax(
     scratch: Scratch,
     statistics: Sequence[Tensor] = (),
     needs_e: bool = True,
+    apart: Tensor | None = None,
 ) -> Softmax:
     """Return the softmax of logits / temperature in two buffers, from its statistics if known."""
     d, e, *_ = scratch
+    of_apart = None
+    if apart is not None:
+        of_apart = logits.gather(1, apart).to(dtype)
+        d = torch.empty_like(logits, dtype=dtype) if d is None else d
+        logits = d.copy_(logits).scatter_(1, apart, -math.inf)
     if statistics:
         top, total = statistics
     else:
@@ -60,9 +71,13 @@ def softmax(
         if top.dtype != dtype:
             top = top.to(dtype)
     # the maximum is subtracted first, because one multiplication for both would round it away
-    d = torch.sub(logits, top, out=d).mul_(1 / (_LN2 * temperature))
+    unit = 1 / (_LN2 * temperature)
+    d = torch.sub(logits, top, out=d).mul_(unit)
     e = torch.exp2(d, out=e) if needs_e else d
-    return Softmax(d, e, top, e.sum(-1, keepdim=True) if total is None else total)
+    total = e.sum(-1, keepdim=True) if total is None else total
+    if of_apart is not None:
+        of_apart = of_apart.sub_(top).mul_(unit)
+    return Softmax(d, e, top, total, apart, of_apart)
 
 
 def without_temperature(q: Softmax, temperature: Number, scratch: Scratch) -> Softmax:
@@ -71,7 +86,8 @@ def without_temperature(q: Softmax, temperature: Number, scratch: Scratch) -> So
         return q
     d = torch.mul(q.d, temperature, out=scratch[0])
     e = torch.exp2(d, out=scratch[1])
-    return Softmax(d, e, q.top, e.sum(-1, keepdim=True))
+    of_apart = None if q.of_apart is None else q.of_apart * temperature
+    return Softmax(d, e, q.top, e.sum(-1, keepdim=True), q.apart, of_apart)
 
 
 def terms_of(
@@ -93,6 +109,8 @@ def terms_of(
 
 def certain_rows(logits: Tensor, totals: Sequence[Tensor]) -> Certain:
     """Return which rows [R, V] have a student that is nearly certain of one class, and of which.
+
+    The logits may be relative ones, d of a softmax.
 
     There Z = 1 + rest has lost the digits of the rest, and the slope of that class would be the
     difference of numbers near 1: see `centre`. None stands for no such row.
@@ -126,8 +144,32 @@ def _summing_to_0(slopes: Tensor, places: Tensor) -> Tensor:
 
 
 def cross_entropy(q: Softmax, classes: Tensor) -> Tensor:
-    """Return rows [R, 1] of −log q[class]; a negative class gives a number without meaning."""
+    """Return rows [R, 1] of −log q[class]; a negative class gives a number without meaning.
+
+    Where a class is set apart it is this one.
+    """
+    if q.apart is not None:
+        return softplus(log_odds(q).neg_())
     return (q.total.log2() - q.d.gather(1, classes.clamp(min=0))).mul_(_LN2)
+
+
+def cross_entropy_factor(q: Softmax, factor: Tensor) -> Tensor:
+    """Return what multiplies e / Z less 1 at the class in the gradient of factor · −log q[class].
+
+    Where that class is set apart it is factor · (1 − q[class]), which has all its digits.
+    """
+    return factor if q.apart is None else factor * log_odds(q).neg_().sigmoid_()
+
+
+def log_odds(q: Softmax) -> Tensor:
+    """Return rows [R, 1] of log(q[class] / (1 − q[class])) of the class that is set apart."""
+    assert q.of_apart is not None
+    return (q.of_apart - q.total.log2()).mul_(_LN2)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """Return log(1 + exp(x)), to the last digit for every x."""
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def _mean(x: Tensor, weights: Softmax, out: Tensor | None = None) -> Tensor:
@@ -153,6 +195,36 @@ def _forward_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Ter
         return _not_below_0(_mean(above, p, out=above).sub_(ratio.log2()), scale)
 
     return Terms(value, lambda out, factor: _difference(q, p, out, ratio, factor), p.d)
+
+
+def _decoupled_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
+    """Return the terms of weight · KL of (class, others) + (1 − weight) · KL among the others."""
+    rest, ratio, each = _forward_kl(q, p, weight, scratch), p.total / q.total, _each(q, 1)
+    of_q, of_p = log_odds(q), log_odds(p)
+    apart = q.apart
+    assert apart is not None
+
+    def value(scale: Number) -> Tensor:
+        return rest.value(scale * (1 - weight)).add_(_binary_kl(of_p, of_q).mul_(scale * weight))
+
+    def slope(out: Tensor, factor: Number) -> None:
+        # the smaller of both probabilities, because the larger one may have lost its digits
+        excess = torch.where(
+            of_p + of_q > 0, (-of_p).sigmoid_() - (-of_q).sigmoid_(), of_q.sigmoid() - of_p.sigmoid()
+        ).mul_(factor * weight)
+        _difference(q, p, out, ratio, factor * (1 - weight))
+        out.addcmul_(q.e, excess * each, value=-1).scatter_(1, apart, excess)
+
+    return Terms(value, slope, p.d)
+
+
+def _binary_kl(of_p: Tensor, of_q: Tensor) -> Tensor:
+    """Return rows of the KL between two probabilities with these logarithms of their odds."""
+    total = torch.zeros_like(of_p)
+    for x, y in ((of_p, of_q), (-of_p, -of_q)):
+        p = x.sigmoid()
+        total += torch.where(p == 0, 0, p * (softplus(-y) - softplus(-x)))
+    return total.relu_()
 
 
 def _soft_cross_entropy(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
@@ -317,6 +389,7 @@ _DIVERGENCES: dict[str, Callable[..., Terms]] = {
     "symmetric_kl": _symmetric_kl,
     "total_variation": _total_variation,
     "soft_cross_entropy": _soft_cross_entropy,
+    "decoupled_kl": _decoupled_kl,
 }
 
 

@@ -28,6 +28,7 @@ from fastkd.portable._row_terms import (
     centre,
     certain_rows,
     cross_entropy,
+    cross_entropy_factor,
     logit_mse,
     softmax,
     terms_of,
@@ -46,10 +47,13 @@ def n_statistics(problem: Rows) -> int:
     """Return how many numbers of each row `forward` saves where it does not save the gradient.
 
     They are the largest logit and Z of both networks, Σ q·v where the value takes it too, and the
-    student's Z at T = 1 with labels; or the sum of squares.
+    student's Z at T = 1 with labels; or the sum of squares. Without a divergence they are the
+    student's alone.
     """
     if problem.divergence == "logit_mse":
         return 1
+    if not problem.divergence:
+        return 3
     return 4 + (problem.divergence in CENTRED) + (problem.labels is not None)
 
 
@@ -61,31 +65,42 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
     """
     problem = _in_compute_dtype(problem)
     student = problem.student
-    if needs_grad[0] and student.is_cpu and student.numel() <= most_elements(student, _ON_CPU, 0):
+    is_small = student.numel() <= most_elements(student, _ON_CPU, 0)
+    if needs_grad[0] and student.is_cpu and problem.divergence and is_small:
         solved = _losses_and_gradients(problem)
         if solved is not None:
             return solved
     losses, cross_entropies = _empty_losses(problem)
     examples, width = student.shape[:-1], n_statistics(problem)
     labels, table = _column(problem.labels), losses.new_empty(examples.numel(), 1 + width)
+    apart = _classes(problem.apart)
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teacher = chunks
+        terms = None
         if problem.divergence == "logit_mse":
             squares, terms = logit_mse(z, z_teacher, losses.dtype, scratch)
             known = [squares]
         else:
-            q = softmax(z, problem.student_temperature, losses.dtype, scratch[:2])
+            beside = None if apart is None else apart[rows]
+            q = softmax(
+                z, problem.student_temperature, losses.dtype, scratch[:2], apart=beside
+            )
             totals = []
             if labels is not None and cross_entropies is not None:
                 plain = without_temperature(q, problem.student_temperature, scratch[2:4])
                 cross_entropies.view(-1, 1)[rows] = cross_entropy(plain, labels[rows])
                 totals = [plain.total]
-            p = softmax(z_teacher, problem.teacher_temperature, losses.dtype, scratch[2:4])
-            terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
-            means = [] if terms.mean is None else [terms.mean]
-            known = [q.top, q.total, p.top, p.total, *means, *totals]
-        torch.cat([terms.value(problem.scale), *known], 1, out=table[rows])
+            known = [q.top, q.total, *totals]
+            if problem.divergence:
+                p = softmax(
+                    z_teacher, problem.teacher_temperature, losses.dtype, scratch[2:4], apart=beside
+                )
+                terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
+                means = [] if terms.mean is None else [terms.mean]
+                known = [q.top, q.total, p.top, p.total, *means, *totals]
+        value = terms.value(problem.scale) if terms else torch.zeros_like(known[0])
+        torch.cat([value, *known], 1, out=table[rows])
 
     _for_chunks(work, _n_scratch(problem), student, problem.teacher)
     losses.view(-1).copy_(table[:, 0])
@@ -131,26 +146,30 @@ def value_and_gradients(
     assert factors is not None
     factors = factors * (problem.scale / problem.student_temperature)
     labels, of_labels = _column(problem.labels), cross_entropies
+    apart = _classes(problem.apart)
     is_masked = student.is_cpu and bool((factors == 0).any())
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teacher, *out = chunks
-        q = softmax(z, problem.student_temperature, dtype, scratch[:2])
+        beside = None if apart is None else apart[rows]
+        q = softmax(z, problem.student_temperature, dtype, scratch[:2], apart=beside)
         slope, certain, plain = out[0] if out else None, None, None
         if labels is not None and of_labels is not None:
             plain = without_temperature(q, problem.student_temperature, scratch[2:4])
             of_labels.view(-1, 1)[rows] = cross_entropy(plain, labels[rows])
         if slope is not None:
             totals = [q.total] if plain is None else [q.total, plain.total]
-            certain = certain_rows(z, totals)
+            certain = certain_rows(q.d, totals)
         if plain is not None and labels is not None:
             if slope is not None and ce_factors is not None:
-                factor = ce_factors[rows]
+                factor = cross_entropy_factor(plain, ce_factors[rows])
                 torch.mul(plain.e, factor / plain.total, out=slope)
                 _select(slope, factor)
                 slope.scatter_add_(1, labels[rows].clamp(min=0), -factor)
         if problem.divergence:
-            p = softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4])
+            p = softmax(
+                z_teacher, problem.teacher_temperature, dtype, scratch[2:4], apart=beside
+            )
             terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
             losses.view(-1, 1)[rows] = terms.value(problem.scale)
             if slope is not None:
@@ -189,13 +208,14 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
     if problem.divergence == "logit_mse":
         _, terms = logit_mse(z, z_teacher, dtype, scratch)
     else:
-        q = softmax(z, problem.student_temperature, dtype, scratch[:2])
+        beside = _classes(problem.apart)
+        q = softmax(z, problem.student_temperature, dtype, scratch[:2], apart=beside)
         if labels is not None:
             plain = without_temperature(q, problem.student_temperature, scratch[2:4])
             cross_entropies, ce_slopes = _of_labels(plain, labels.reshape(-1, 1))
-            centre(ce_slopes, certain_rows(z, [plain.total]))
-        certain = certain_rows(z, [q.total])
-        p = softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4])
+            centre(ce_slopes, certain_rows(plain.d, [plain.total]))
+        certain = certain_rows(q.d, [q.total])
+        p = softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4], apart=beside)
         terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
     losses = terms.value(problem.scale)
     slopes = terms.spare if slopes is None else slopes
@@ -220,7 +240,8 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
 
 def _of_labels(q: Softmax, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropies with the labels and their gradient in the logits."""
-    slopes, minus = q.e / q.total, torch.full_like(q.total, -1)
+    unit = cross_entropy_factor(q, torch.ones_like(q.total))
+    slopes, minus = q.e * (unit / q.total), unit.neg()
     if labels.numel() and labels.min().item() >= 0:
         slopes.scatter_add_(1, labels, minus)
         return cross_entropy(q, labels), slopes
@@ -245,7 +266,7 @@ def _fill(
     ce_factors: Tensor | None,
 ) -> None:
     """Write the gradient, which may be the student itself."""
-    dtype, labels = statistics.dtype, _column(problem.labels)
+    dtype, labels, apart = statistics.dtype, _column(problem.labels), _classes(problem.apart)
     is_strided = gradient.stride(-1) != 1 and gradient.shape[-1] > 1
     in_scratch = gradient.dtype != dtype or gradient is problem.student or is_strided
     n_rows, width = problem.student.shape[:-1].numel(), statistics.shape[-1]
@@ -261,16 +282,19 @@ def _fill(
         if slope is None:
             slope = torch.empty_like(z, dtype=dtype)
         known = table[rows].unbind(1)
-        if factors is None or scaled is None:
+        beside = None if apart is None else apart[rows]
+        if factors is None or scaled is None or not problem.divergence:
             slope.zero_()
         else:
             if problem.divergence == "logit_mse":
                 _, terms = logit_mse(z, z_teacher, dtype, (slope,), known[0])
             else:
-                q = softmax(z, problem.student_temperature, dtype, scratch[:2], known[:2])
+                q = softmax(
+                    z, problem.student_temperature, dtype, scratch[:2], known[:2], apart=beside
+                )
                 p = softmax(
                     z_teacher, problem.teacher_temperature, dtype, scratch[2:4], known[2:4],
-                    needs_e=problem.divergence != "reverse_kl",
+                    problem.divergence != "reverse_kl", beside,
                 )  # fmt: skip
                 mean = known[4] if problem.divergence in CENTRED else None
                 terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:], mean)
@@ -279,10 +303,11 @@ def _fill(
                 _select(slope, factors[rows])
         totals = [] if problem.divergence == "logit_mse" else [known[1]]
         totals += [known[-1]] if ce_factors is not None and labels is not None else []
-        certain = certain_rows(z, totals) if totals else None
+        others = z if beside is None else z.scatter(1, beside, -torch.inf)
+        certain = certain_rows(others, totals) if totals else None
         if ce_factors is not None and labels is not None:
-            factor = ce_factors[rows]
-            q = softmax(z, 1.0, dtype, scratch, (known[0], known[-1]))
+            q = softmax(z, 1.0, dtype, scratch, (known[0], known[-1]), apart=beside)
+            factor = cross_entropy_factor(q, ce_factors[rows])
             slope.add_(_select(q.e.mul_(factor / q.total), factor))
             slope.scatter_add_(1, labels[rows].clamp(min=0), -factor)
         centre(slope, certain)
@@ -333,6 +358,11 @@ def _masked(problem: Rows, losses: Tensor, cross_entropies: Tensor | None) -> Lo
 
 def _column(rows: Tensor | None) -> Tensor | None:
     return None if rows is None else rows.reshape(-1, 1)
+
+
+def _classes(labels: Tensor | None) -> Tensor | None:
+    """Return the classes as a column, where a row that is left out has any."""
+    return None if labels is None else labels.reshape(-1, 1).clamp(min=0)
 
 
 def _factors(

@@ -28,10 +28,13 @@ class Rows(NamedTuple):
     teacher_temperature: Number
     weight: Number  # the divergence's own option: beta, skew or weight
     scale: Number  # multiplies the divergence
-    divergence: str
+    divergence: str  # "" for the cross-entropy alone
     # what the caller multiplies every divergence with before it adds them, 0 if that is not known;
     # an engine may make the gradient for this upstream gradient together with the losses
     row_weight: Number = 0.0
+    # (...), a class number of each row that the divergence sets apart: p and q are those among the
+    # other classes, and "decoupled_kl" adds how the class compares with the others
+    apart: Tensor | None = None
 
 
 solve = Op(
@@ -236,6 +239,13 @@ def kd(
     distilled = None if distill_ignored else labelled
     share = 1 - alpha if distill_weight is None else distill_weight
     return [Term(alpha, cross_entropies, labelled), Term(share, losses, distilled)]
+
+
+def label_cross_entropies(call: Call, logits: Tensor, classes: Tensor) -> Tensor:
+    """Return the cross-entropy of each row with its class, 0 where that is negative."""
+    problem = Rows(logits, logits, classes, None, 1.0, 1.0, 0.0, 1.0, "")
+    _, cross_entropies = solve(call.engine, problem)
+    return cross_entropies
 
 
 def _solve(

@@ -1,0 +1,165 @@
+"""Losses between logits that treat the label's class apart from all others.
+
+With y the label, p_y and q_y are the probabilities of its class in the teacher and in the student,
+and p̂ and q̂ the softmaxes over the other classes alone, all of logits / T. None of them is made by
+a subtraction: 1 − q_y is the softmax of the others, so that logits of any size have finite losses
+and gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd._loss import loss
+from fastkd._op import Number
+from fastkd._reduction import Term, selected
+from fastkd.problems import _decoupled
+from fastkd.problems.rows import is_exactly
+
+
+def _parted(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-odds of the class (...), and the log-softmax of all others (..., V)."""
+    classes = classes.unsqueeze(-1)
+    others = logits.scatter(-1, classes, -torch.inf)
+    of_others = others.logsumexp(-1)
+    odds = logits.gather(-1, classes).squeeze(-1) - of_others
+    return odds, others - of_others.unsqueeze(-1)
+
+
+def _expectation(p: Tensor, x: Tensor) -> Tensor:
+    """Return Σ p·x over the classes, where p = 0 wins over an infinite x."""
+    return (p * torch.where(p == 0, 0, x)).sum(-1)
+
+
+def _labelled(
+    student: Tensor, teacher: Tensor, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return both networks' logits with 0 in rows without a label, the classes, and the mask."""
+    labels = labels.long()  # −100 is 156 in uint8
+    labelled = labels != ignore_index
+    classes = torch.where(labelled, labels, 0)
+    return selected(student, labelled), selected(teacher, labelled), classes, labelled
+
+
+@loss(_decoupled.check, _decoupled.decoupled_kd, per_example=True)
+def decoupled_kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: Number = 1.0,
+    beta: Number = 8.0,
+    temperature: Number = 4.0,
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    weights: Tensor | None = None,
+    normalizer: Any = None,
+    reduction: str = "mean",
+) -> Any:
+    """Compute T² [α KL(b_p ‖ b_q) + β KL(p̂ ‖ q̂)] with b = (probability of y, that of all others).
+
+    The first term, of the target class, says how sure the teacher is; the second one, among the
+    other classes, has the weight 1 − p_y in the KL of all classes and its own one here. The paper
+    adds the cross-entropy with the labels.
+
+    Args:
+        student_logits: Logits of the student, (..., V), unnormalised, V ≥ 2.
+        teacher_logits: Logits of the teacher, the same shape. They get no gradient.
+        labels: Class indices, (...), integers in [0, V) or `ignore_index`.
+        alpha: α ≥ 0, the weight of the target class.
+        beta: β ≥ 0, the weight of the other classes.
+        temperature: T > 0, which divides both networks' logits.
+        scale_t2: Whether the loss is multiplied by T².
+        ignore_index: Rows with this label count as rows of weight 0.
+        weights: One number or bool for each row, (...). A row of weight 0 contributes exactly 0 to
+            loss and gradient, whatever it holds.
+        normalizer: Replaces the divisor Σ weights of the mean. A number or a tensor of one element.
+        reduction: "mean" (Σ w·l / Σ w), "sum" (Σ w·l) or "none" (w·l).
+
+    Returns:
+        A scalar or, with reduction "none", one loss for each row (...).
+
+    Raises:
+        TypeError: The logits are no floating-point tensors or the labels no integers, or an option
+            has an unknown name.
+        ValueError: The inputs do not fit together, a label does not exist, or an option is out of
+            range.
+
+    Reference:
+        Zhao et al., Decoupled Knowledge Distillation, 2022. arXiv:2203.08679
+    """
+    student, teacher, classes, labelled = _labelled(
+        student_logits, teacher_logits, labels, ignore_index
+    )
+    of_q, log_q = _parted(student / temperature, classes)
+    of_p, log_p = _parted(teacher / temperature, classes)
+    target = sum(
+        torch.where(x == -torch.inf, 0, x.sigmoid() * (F.logsigmoid(x) - F.logsigmoid(y)))
+        for x, y in ((of_p, of_q), (-of_p, -of_q))
+    )
+    others = _expectation(log_p.exp(), log_p - log_q)
+    # a term of weight 0 counts for nothing, even where it is infinite
+    terms = [w * x for w, x in ((alpha, target), (beta, others)) if not is_exactly(w, 0)]
+    losses = sum(terms) if terms else selected(student[..., 0], torch.zeros_like(labelled))
+    t2 = temperature**2 if scale_t2 else 1.0
+    return [Term(1.0, selected(t2 * losses, labelled), labelled)]
+
+
+@loss(_decoupled.check, _decoupled.nkd, per_example=True)
+def nkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    gamma: Number = 1.5,
+    temperature: Number = 1.0,
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    return_parts: bool = False,
+    weights: Tensor | None = None,
+    normalizer: Any = None,
+    reduction: str = "mean",
+) -> Any:
+    """Compute −p_y log q_y − γ T² Σ p̂ log q̂, normalised knowledge distillation.
+
+    The first term is that of the target class at T = 1, and the sum goes over the other classes.
+    The paper adds the cross-entropy with the labels.
+
+    Args:
+        student_logits: Logits of the student, (..., V), unnormalised, V ≥ 2.
+        teacher_logits: Logits of the teacher, the same shape. They get no gradient.
+        labels: Class indices, (...), integers in [0, V) or `ignore_index`.
+        gamma: γ ≥ 0, the weight of the other classes.
+        temperature: T > 0, which divides both networks' logits in p̂ and q̂.
+        scale_t2: Whether the second term is multiplied by T².
+        ignore_index: Rows with this label count as rows of weight 0.
+        return_parts: Whether to return (loss, −p_y log q_y, −T² Σ p̂ log q̂).
+        weights, normalizer, reduction: As in `decoupled_kd`.
+
+    Returns:
+        A scalar or, with reduction "none", one loss for each row (...). A tuple of three of them
+        with `return_parts`.
+
+    Raises:
+        TypeError, ValueError: As in `decoupled_kd`.
+
+    Reference:
+        Yang et al., From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach
+        with Normalized Loss and Customized Soft Labels, 2023. arXiv:2303.13005
+    """
+    student, teacher, classes, labelled = _labelled(
+        student_logits, teacher_logits, labels, ignore_index
+    )
+    (of_q, _), (of_p, _) = _parted(student, classes), _parted(teacher, classes)
+    target = torch.where(of_p == -torch.inf, 0, of_p.sigmoid() * -F.logsigmoid(of_q))
+    _, log_q = _parted(student / temperature, classes)
+    _, log_p = _parted(teacher / temperature, classes)
+    others = _expectation(log_p.exp(), -log_q) * (temperature**2 if scale_t2 else 1.0)
+    return [
+        Term(1.0, selected(target, labelled), labelled),
+        Term(gamma, selected(others, labelled), labelled),
+    ]

@@ -1,0 +1,90 @@
+"""Losses of rows that set the class of the label apart: their checks, and their statements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import _checks
+from fastkd._loss import Call
+from fastkd._op import Number
+from fastkd._reduction import Term
+from fastkd.problems import rows
+from fastkd.problems.rows import Rows, is_exactly
+
+
+def check(
+    student: Tensor, teacher: Tensor, labels: Tensor, *, ignore_index: int, **options: Any
+) -> None:
+    """Raise an error for logits and labels that do not fit together and options out of range."""
+    softening = {name: options.pop(name) for name in ("temperature", "scale_t2")}
+    _checks.at_least_0(**options)
+    rows.check(student, teacher, **softening)
+    if student.shape[-1] < 2:
+        raise ValueError(
+            "a loss that sets the label's class apart needs at least two classes, got logits of "
+            f"shape {_checks.shape(student)}"
+        )
+    _checks.labels(labels, student, ignore_index, "forward_kl")
+
+
+def decoupled_kd(
+    call: Call,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    alpha: Number,
+    beta: Number,
+    temperature: Number,
+    scale_t2: bool,
+    ignore_index: int,
+) -> list[Term]:
+    """Solve for α · KL of the label's class and all others + β · KL among the others."""
+    labels, labelled, mask = _labelled(call, labels, ignore_index)
+    total = alpha + beta
+    share = 0.0 if is_exactly(total, 0) else alpha / total
+    t2 = temperature**2 if scale_t2 else 1.0
+    problem = Rows(
+        student, teacher, None, mask, temperature, temperature, share, t2 * total, "decoupled_kl",
+        call.row_weight if labelled is None else 0.0, labels,
+    )  # fmt: skip
+    losses, _ = rows.solve(call.engine, problem)
+    return [Term(1.0, losses, labelled)]
+
+
+def nkd(
+    call: Call,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    gamma: Number,
+    temperature: Number,
+    scale_t2: bool,
+    ignore_index: int,
+) -> list[Term]:
+    """Solve for −p log q of the label's class and for the cross-entropy among the others."""
+    labels, labelled, mask = _labelled(call, labels, ignore_index)
+    classes = labels if mask is None else labels.masked_fill(~mask, -1)
+    problem = Rows(
+        student, teacher, classes, mask, temperature, temperature, 0.0,
+        temperature**2 if scale_t2 else 1.0, "soft_cross_entropy", 0.0, labels,
+    )  # fmt: skip
+    losses, cross_entropies = rows.solve(call.engine, problem)
+    p = rows.label_cross_entropies(call, teacher.detach(), classes).neg().exp()
+    target = p * torch.where(p == 0, 0, cross_entropies)
+    return [Term(1.0, target, labelled), Term(gamma, losses, labelled)]
+
+
+def _labelled(
+    call: Call, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the labels, which rows have one, None for all, and which rows count, None for all."""
+    mask, labels = call.row_mask, labels.long()  # −100 is 156 in uint8
+    if _checks.all_labelled(labels, ignore_index):
+        return labels, None, mask
+    labelled = labels != ignore_index
+    return labels, labelled, labelled if mask is None else labelled & mask
