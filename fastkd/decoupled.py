@@ -18,7 +18,7 @@ from fastkd._loss import loss
 from fastkd._op import Number
 from fastkd._reduction import Term, selected
 from fastkd.problems import _decoupled
-from fastkd.problems.rows import is_exactly
+from fastkd.problems.rows import is_exactly, standardized
 
 
 def _parted(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,6 +55,7 @@ def decoupled_kd(
     beta: Number = 8.0,
     temperature: Number = 4.0,
     scale_t2: bool = True,
+    standardize: bool = False,
     ignore_index: int = -100,
     weights: Tensor | None = None,
     normalizer: Any = None,
@@ -74,6 +75,8 @@ def decoupled_kd(
         beta: β ≥ 0, the weight of the other classes.
         temperature: T > 0, which divides both networks' logits.
         scale_t2: Whether the loss is multiplied by T².
+        standardize: Whether the logits of each row are made (z − mean) / (deviation + 1e-7) before
+            T divides them, as in `forward_kl`.
         ignore_index: Rows with this label count as rows of weight 0.
         weights: One number or bool for each row, (...). A row of weight 0 contributes exactly 0 to
             loss and gradient, whatever it holds.
@@ -95,6 +98,8 @@ def decoupled_kd(
     student, teacher, classes, labelled = _labelled(
         student_logits, teacher_logits, labels, ignore_index
     )
+    if standardize:
+        student, teacher = standardized(student), standardized(teacher)
     of_q, log_q = _parted(student / temperature, classes)
     of_p, log_p = _parted(teacher / temperature, classes)
     target = sum(

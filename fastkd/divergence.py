@@ -6,6 +6,7 @@ Logits of −∞ in both networks are a masked vocabulary and contribute nothing
 constant. Half precision is computed in float32 inside, and its gradient comes back in half.
 
 [1] Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
+[2] Sun et al., Logit Standardization in Knowledge Distillation, 2024. arXiv:2403.01427
 """
 
 from __future__ import annotations
@@ -30,13 +31,17 @@ def _softened(
     teacher_temperature: Number | None,
     teacher_form: str,
     scale_t2: bool,
+    standardize: bool,
 ) -> tuple[Tensor, Tensor, Number]:
     """Return log q, log p and the factor T² of a loss, or 1."""
     of_student, of_teacher = rows.temperatures(
         temperature, student_temperature, teacher_temperature
     )
+    teacher = rows.as_logits(teacher, teacher_form)
+    if standardize:
+        student, teacher = rows.standardized(student), rows.standardized(teacher)
     log_q = (student / of_student).log_softmax(-1)
-    log_p = (rows.as_logits(teacher, teacher_form) / of_teacher).log_softmax(-1)
+    log_p = (teacher / of_teacher).log_softmax(-1)
     return log_q, log_p, of_student * of_teacher if scale_t2 else 1.0
 
 
@@ -65,6 +70,7 @@ def forward_kl(
     teacher_temperature: Number | None = None,
     teacher_form: str = "logits",
     scale_t2: bool = True,
+    standardize: bool = False,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -86,6 +92,8 @@ def forward_kl(
         teacher_form: What teacher_logits hold: "logits", "probabilities" or "log_probabilities".
             Logarithms of probabilities are logits, which T softens (further).
         scale_t2: Whether the loss is multiplied by T².
+        standardize: Whether the logits of each row are made (z − mean) / (deviation + 1e-7) before
+            T divides them [2], so that a student may have logits of another size.
         labels: Class indices of the rows, (...), integers. They only say which rows count.
         ignore_index: Rows with this label count as rows of weight 0.
         weights: One number or bool for each row, (...). A row of weight 0 contributes exactly 0 to
@@ -108,7 +116,7 @@ def forward_kl(
     """
     log_q, log_p, t2 = _softened(
         student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
-        teacher_form, scale_t2,
+        teacher_form, scale_t2, standardize,
     )  # fmt: skip
     return t2 * _kl(log_p, log_q)
 
@@ -123,6 +131,7 @@ def reverse_kl(
     teacher_temperature: Number | None = None,
     teacher_form: str = "logits",
     scale_t2: bool = True,
+    standardize: bool = False,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -137,8 +146,8 @@ def reverse_kl(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2: As in
-            `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize:
+            As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -153,7 +162,7 @@ def reverse_kl(
     """
     log_q, log_p, t2 = _softened(
         student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
-        teacher_form, scale_t2,
+        teacher_form, scale_t2, standardize,
     )  # fmt: skip
     return t2 * _kl(log_q, log_p)
 
@@ -169,6 +178,7 @@ def jensen_shannon(
     teacher_temperature: Number | None = None,
     teacher_form: str = "logits",
     scale_t2: bool = True,
+    standardize: bool = False,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -184,8 +194,8 @@ def jensen_shannon(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         beta: β in [0, 1], the teacher's share of the mixture. A number or a 0-dim tensor.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2: As in
-            `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize:
+            As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -199,7 +209,7 @@ def jensen_shannon(
     """
     log_q, log_p, t2 = _softened(
         student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
-        teacher_form, scale_t2,
+        teacher_form, scale_t2, standardize,
     )  # fmt: skip
     if is_exactly(beta, 0) or is_exactly(beta, 1):
         return t2 * (_kl(log_q, log_p) if beta else _kl(log_p, log_q))
@@ -220,6 +230,7 @@ def skew_kl(
     teacher_temperature: Number | None = None,
     teacher_form: str = "logits",
     scale_t2: bool = True,
+    standardize: bool = False,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -232,8 +243,8 @@ def skew_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         skew: α in [0, 1], the teacher's share of the mixture; 0 is the forward KL.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2: As in
-            `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize:
+            As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -247,7 +258,7 @@ def skew_kl(
     """
     log_q, log_p, t2 = _softened(
         student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
-        teacher_form, scale_t2,
+        teacher_form, scale_t2, standardize,
     )  # fmt: skip
     if is_exactly(skew, 0):
         return t2 * _kl(log_p, log_q)
@@ -267,6 +278,7 @@ def skew_reverse_kl(
     teacher_temperature: Number | None = None,
     teacher_form: str = "logits",
     scale_t2: bool = True,
+    standardize: bool = False,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -279,8 +291,8 @@ def skew_reverse_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         skew: α in [0, 1], the student's share of the mixture; 0 is the reverse KL, which may be +∞.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2: As in
-            `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize:
+            As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -294,7 +306,7 @@ def skew_reverse_kl(
     """
     log_q, log_p, t2 = _softened(
         student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
-        teacher_form, scale_t2,
+        teacher_form, scale_t2, standardize,
     )  # fmt: skip
     if is_exactly(skew, 0):
         return t2 * _kl(log_q, log_p)
@@ -314,6 +326,7 @@ def symmetric_kl(
     teacher_temperature: Number | None = None,
     teacher_form: str = "logits",
     scale_t2: bool = True,
+    standardize: bool = False,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -326,8 +339,8 @@ def symmetric_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         weight: w in [0, 1], the share of the forward KL; ½ gives half of Jeffreys' divergence.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2: As in
-            `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize:
+            As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -341,7 +354,7 @@ def symmetric_kl(
     """
     log_q, log_p, t2 = _softened(
         student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
-        teacher_form, scale_t2,
+        teacher_form, scale_t2, standardize,
     )  # fmt: skip
     q, p = log_q.exp(), log_p.exp()
     # weighted inside the sums, so that a weight of exactly 0 masks even what is infinite
@@ -360,6 +373,7 @@ def total_variation(
     teacher_temperature: Number | None = None,
     teacher_form: str = "logits",
     scale_t2: bool = True,
+    standardize: bool = False,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -373,8 +387,8 @@ def total_variation(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2: As in
-            `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize:
+            As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -388,7 +402,7 @@ def total_variation(
     """
     log_q, log_p, t2 = _softened(
         student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
-        teacher_form, scale_t2,
+        teacher_form, scale_t2, standardize,
     )  # fmt: skip
     return t2 * 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
@@ -403,6 +417,7 @@ def soft_cross_entropy(
     teacher_temperature: Number | None = None,
     teacher_form: str = "logits",
     scale_t2: bool = True,
+    standardize: bool = False,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -416,8 +431,8 @@ def soft_cross_entropy(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2: As in
-            `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize:
+            As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -431,7 +446,7 @@ def soft_cross_entropy(
     """
     log_q, log_p, t2 = _softened(
         student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
-        teacher_form, scale_t2,
+        teacher_form, scale_t2, standardize,
     )  # fmt: skip
     return t2 * _expectation(log_p.exp(), -log_q)
 

@@ -219,6 +219,17 @@ CASES = [
     _kd("total_variation", textbook.TOTAL_VARIATION),
     _labelled(fastkd.decoupled_kd, textbook.DECOUPLED_KD),
     _labelled(fastkd.decoupled_kd, textbook.DECOUPLED_KD, alpha=2.0, beta=0.5, scale_t2=False),
+    _labelled(
+        fastkd.decoupled_kd, textbook.standardized(textbook.DECOUPLED_KD), standardize=True
+    ),
+    *(
+        _rows(loss, textbook.standardized(known), standardize=True)
+        for loss, known in (
+            (fastkd.forward_kl, textbook.FORWARD_KL),
+            (fastkd.reverse_kl, textbook.REVERSE_KL),
+            (fastkd.total_variation, textbook.TOTAL_VARIATION),
+        )
+    ),
     _labelled(fastkd.nkd, textbook.NKD),
     _labelled(fastkd.nkd, textbook.NKD, gamma=0.5, temperature=3.0),
     _linear(alpha=0.3, temperature=2.0),

@@ -17,6 +17,30 @@ def log_softmax(logits, temperature):
     return [z - largest - log_z for z in scaled]
 
 
+def standard(logits):
+    """Return the logits less their mean, divided by their deviation + 1e-7, unbiased as theirs."""
+    mean = math.fsum(logits) / len(logits)
+    deviation = math.sqrt(math.fsum((z - mean) ** 2 for z in logits) / (len(logits) - 1))
+    return [(z - mean) / (deviation + 1e-7) for z in logits]
+
+
+def standardized(known):
+    """Return the pair of a loss whose logits are standardized first."""
+    by_hand, eager = known
+
+    def of_lists(student, teacher, *rest, standardize, **options):
+        return by_hand(standard(student), standard(teacher), *rest, **options)
+
+    def of_tensors(student, teacher, *rest, standardize, **options):
+        both = (
+            (x - x.mean(-1, keepdim=True)) / (1e-7 + x.std(-1, keepdim=True))
+            for x in (student, teacher)
+        )
+        return eager(*both, *rest, **options)
+
+    return of_lists, of_tensors
+
+
 def by_classes(term):
     """Return the sum over classes of term(p, q, log_p, log_q, **own options)."""
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd._op import Number
+from fastkd.problems.rows import EPSILON
 
 N_SCRATCH = 6  # buffers of a chunk: d and e of both networks, and two for a divergence
 _LN2 = math.log(2)
@@ -165,6 +166,18 @@ def log_odds(q: Softmax) -> Tensor:
     """Return rows [R, 1] of log(q[class] / (1 − q[class])) of the class that is set apart."""
     assert q.of_apart is not None
     return (q.of_apart - q.total.log2()).mul_(_LN2)
+
+
+def add_slope_of_deviation(slopes: Tensor, z: Tensor, deviation: Tensor) -> None:
+    """Add to the slopes in z what the deviation s of a row contributes, which divides its logits.
+
+    For L(z / τ), τ proportional to s + ε, it is −(z − mean) Σ slopes · z / ((s + ε) s (V − 1)).
+    """
+    above = z.to(slopes.dtype) - z.mean(-1, keepdim=True, dtype=slopes.dtype)
+    each = torch.linalg.vecdot(slopes, above).unsqueeze(-1)
+    each /= (deviation + EPSILON) * deviation * (1 - z.shape[-1])
+    # logits that are all equal stand where the deviation has no slope, for which PyTorch takes 0
+    slopes.addcmul_(above, torch.where(deviation == 0, 0, each))
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._op import Number
 from fastkd._pages import in_huge_pages
 from fastkd._precision import compute_dtype
 from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
@@ -25,6 +26,7 @@ from fastkd.portable._row_terms import (
     N_SCRATCH,
     Scratch,
     Softmax,
+    add_slope_of_deviation,
     centre,
     certain_rows,
     cross_entropy,
@@ -34,7 +36,7 @@ from fastkd.portable._row_terms import (
     terms_of,
     without_temperature,
 )
-from fastkd.problems.rows import Rows
+from fastkd.problems.rows import EPSILON, Rows, deviation_of
 
 _ON_CPU, _ELSEWHERE = 1 << 18, 1 << 23  # elements of a chunk
 _FEW = 1 << 14  # elements whose buffers cost less than their views do
@@ -83,19 +85,16 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
             known = [squares]
         else:
             beside = None if apart is None else apart[rows]
-            q = softmax(
-                z, problem.student_temperature, losses.dtype, scratch[:2], apart=beside
-            )
+            of_student, of_teacher, _ = _temperatures(problem, rows, z, z_teacher, losses.dtype)
+            q = softmax(z, of_student, losses.dtype, scratch[:2], apart=beside)
             totals = []
             if labels is not None and cross_entropies is not None:
-                plain = without_temperature(q, problem.student_temperature, scratch[2:4])
+                plain = without_temperature(q, of_student, scratch[2:4])
                 cross_entropies.view(-1, 1)[rows] = cross_entropy(plain, labels[rows])
                 totals = [plain.total]
             known = [q.top, q.total, *totals]
             if problem.divergence:
-                p = softmax(
-                    z_teacher, problem.teacher_temperature, losses.dtype, scratch[2:4], apart=beside
-                )
+                p = softmax(z_teacher, of_teacher, losses.dtype, scratch[2:4], apart=beside)
                 terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
                 means = [] if terms.mean is None else [terms.mean]
                 known = [q.top, q.total, p.top, p.total, *means, *totals]
@@ -144,7 +143,7 @@ def value_and_gradients(
     weights = losses.new_ones(losses.shape) if row_weights is None else row_weights
     factors, ce_factors = _factors(problem, weights, ce_weights)
     assert factors is not None
-    factors = factors * (problem.scale / problem.student_temperature)
+    factors = factors * problem.scale
     labels, of_labels = _column(problem.labels), cross_entropies
     apart = _classes(problem.apart)
     is_masked = student.is_cpu and bool((factors == 0).any())
@@ -152,10 +151,11 @@ def value_and_gradients(
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teacher, *out = chunks
         beside = None if apart is None else apart[rows]
-        q = softmax(z, problem.student_temperature, dtype, scratch[:2], apart=beside)
+        of_student, of_teacher, deviation = _temperatures(problem, rows, z, z_teacher, dtype)
+        q = softmax(z, of_student, dtype, scratch[:2], apart=beside)
         slope, certain, plain = out[0] if out else None, None, None
         if labels is not None and of_labels is not None:
-            plain = without_temperature(q, problem.student_temperature, scratch[2:4])
+            plain = without_temperature(q, of_student, scratch[2:4])
             of_labels.view(-1, 1)[rows] = cross_entropy(plain, labels[rows])
         if slope is not None:
             totals = [q.total] if plain is None else [q.total, plain.total]
@@ -167,14 +167,15 @@ def value_and_gradients(
                 _select(slope, factor)
                 slope.scatter_add_(1, labels[rows].clamp(min=0), -factor)
         if problem.divergence:
-            p = softmax(
-                z_teacher, problem.teacher_temperature, dtype, scratch[2:4], apart=beside
-            )
+            p = softmax(z_teacher, of_teacher, dtype, scratch[2:4], apart=beside)
             terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
             losses.view(-1, 1)[rows] = terms.value(problem.scale)
             if slope is not None:
                 of_terms = slope if ce_factors is None else terms.spare
-                terms.slope(of_terms, factors[rows])
+                terms.slope(of_terms, factors[rows] / of_student)
+                if deviation is not None:
+                    centre(of_terms, certain)
+                    add_slope_of_deviation(of_terms, z, deviation)
                 if is_masked or not z.is_cpu:
                     _select(of_terms, factors[rows])
                 if of_terms is not slope:
@@ -200,6 +201,7 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
     student, labels, cross_entropies, ce_slopes = problem.student, problem.labels, None, None
     z, z_teacher, examples = _matrix(student), _matrix(problem.teacher), student.shape[:-1]
     dtype, slopes, certain = compute_dtype(z, z_teacher), None, None
+    of_student, deviation = problem.student_temperature, None
     scratch: Scratch = _NO_SCRATCH
     if z.numel() > _FEW:
         # one allocation, because the system would take back and clear the pages of many each time
@@ -209,18 +211,21 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
         _, terms = logit_mse(z, z_teacher, dtype, scratch)
     else:
         beside = _classes(problem.apart)
-        q = softmax(z, problem.student_temperature, dtype, scratch[:2], apart=beside)
+        of_student, of_teacher, deviation = _temperatures(problem, slice(None), z, z_teacher, dtype)
+        q = softmax(z, of_student, dtype, scratch[:2], apart=beside)
         if labels is not None:
-            plain = without_temperature(q, problem.student_temperature, scratch[2:4])
+            plain = without_temperature(q, of_student, scratch[2:4])
             cross_entropies, ce_slopes = _of_labels(plain, labels.reshape(-1, 1))
             centre(ce_slopes, certain_rows(plain.d, [plain.total]))
         certain = certain_rows(q.d, [q.total])
-        p = softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4], apart=beside)
+        p = softmax(z_teacher, of_teacher, dtype, scratch[2:4], apart=beside)
         terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
     losses = terms.value(problem.scale)
     slopes = terms.spare if slopes is None else slopes
-    terms.slope(slopes, problem.scale / problem.student_temperature)
+    terms.slope(slopes, problem.scale / of_student)
     centre(slopes, certain)
+    if deviation is not None:
+        add_slope_of_deviation(slopes, z, deviation)
     if problem.row_mask is not None:
         masked = ~problem.row_mask.reshape(-1, 1)
         losses.masked_fill_(masked, 0)
@@ -271,8 +276,7 @@ def _fill(
     in_scratch = gradient.dtype != dtype or gradient is problem.student or is_strided
     n_rows, width = problem.student.shape[:-1].numel(), statistics.shape[-1]
     table = statistics.reshape(n_rows, width, 1)
-    unit = problem.scale / problem.student_temperature
-    scaled = None if factors is None else factors * unit
+    scaled = None if factors is None else factors * problem.scale
     # elsewhere than on a CPU a look at the factors would be a host sync
     has_masked = factors is not None and not (factors.is_cpu and factors.all())
 
@@ -283,28 +287,33 @@ def _fill(
             slope = torch.empty_like(z, dtype=dtype)
         known = table[rows].unbind(1)
         beside = None if apart is None else apart[rows]
-        if factors is None or scaled is None or not problem.divergence:
-            slope.zero_()
-        else:
-            if problem.divergence == "logit_mse":
-                _, terms = logit_mse(z, z_teacher, dtype, (slope,), known[0])
-            else:
-                q = softmax(
-                    z, problem.student_temperature, dtype, scratch[:2], known[:2], apart=beside
-                )
-                p = softmax(
-                    z_teacher, problem.teacher_temperature, dtype, scratch[2:4], known[2:4],
-                    problem.divergence != "reverse_kl", beside,
-                )  # fmt: skip
-                mean = known[4] if problem.divergence in CENTRED else None
-                terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:], mean)
-            terms.slope(slope, scaled[rows])
-            if has_masked:
-                _select(slope, factors[rows])
         totals = [] if problem.divergence == "logit_mse" else [known[1]]
         totals += [known[-1]] if ce_factors is not None and labels is not None else []
         others = z if beside is None else z.scatter(1, beside, -torch.inf)
         certain = certain_rows(others, totals) if totals else None
+        if factors is None or scaled is None or not problem.divergence:
+            slope.zero_()
+        else:
+            of_student, deviation = problem.student_temperature, None
+            if problem.divergence == "logit_mse":
+                _, terms = logit_mse(z, z_teacher, dtype, (slope,), known[0])
+            else:
+                of_student, of_teacher, deviation = _temperatures(
+                    problem, rows, z, z_teacher, dtype
+                )
+                q = softmax(z, of_student, dtype, scratch[:2], known[:2], apart=beside)
+                p = softmax(
+                    z_teacher, of_teacher, dtype, scratch[2:4], known[2:4],
+                    problem.divergence != "reverse_kl", beside,
+                )  # fmt: skip
+                mean = known[4] if problem.divergence in CENTRED else None
+                terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:], mean)
+            terms.slope(slope, scaled[rows] / of_student)
+            if deviation is not None:
+                centre(slope, certain)
+                add_slope_of_deviation(slope, z, deviation)
+            if has_masked:
+                _select(slope, factors[rows])
         if ce_factors is not None and labels is not None:
             q = softmax(z, 1.0, dtype, scratch, (known[0], known[-1]), apart=beside)
             factor = cross_entropy_factor(q, ce_factors[rows])
@@ -358,6 +367,25 @@ def _masked(problem: Rows, losses: Tensor, cross_entropies: Tensor | None) -> Lo
 
 def _column(rows: Tensor | None) -> Tensor | None:
     return None if rows is None else rows.reshape(-1, 1)
+
+
+def _temperatures(
+    problem: Rows, rows: slice, z: Tensor, z_teacher: Tensor, dtype: torch.dtype
+) -> tuple[Number, Number, Tensor | None]:
+    """Return both networks' temperatures, and the deviations of the student's rows, if asked for.
+
+    Standardised logits are logits that have their deviation for a temperature.
+    """
+    student, teacher = (
+        x[rows] if isinstance(x, Tensor) and x.ndim else x
+        for x in (problem.student_temperature, problem.teacher_temperature)
+    )
+    if not problem.standardized:
+        return student, teacher, None
+    deviation, of_teacher = (
+        deviation_of(x - x.mean(-1, keepdim=True, dtype=dtype)) for x in (z, z_teacher)
+    )
+    return (deviation + EPSILON) * student, (of_teacher + EPSILON) * teacher, deviation
 
 
 def _classes(labels: Tensor | None) -> Tensor | None:

@@ -19,7 +19,8 @@ def check(
     student: Tensor, teacher: Tensor, labels: Tensor, *, ignore_index: int, **options: Any
 ) -> None:
     """Raise an error for logits and labels that do not fit together and options out of range."""
-    softening = {name: options.pop(name) for name in ("temperature", "scale_t2")}
+    softening = {"standardize": options.pop("standardize", False)}
+    softening |= {name: options.pop(name) for name in ("temperature", "scale_t2")}
     _checks.at_least_0(**options)
     rows.check(student, teacher, **softening)
     if student.shape[-1] < 2:
@@ -40,6 +41,7 @@ def decoupled_kd(
     beta: Number,
     temperature: Number,
     scale_t2: bool,
+    standardize: bool,
     ignore_index: int,
 ) -> list[Term]:
     """Solve for α · KL of the label's class and all others + β · KL among the others."""
@@ -49,7 +51,7 @@ def decoupled_kd(
     t2 = temperature**2 if scale_t2 else 1.0
     problem = Rows(
         student, teacher, None, mask, temperature, temperature, share, t2 * total, "decoupled_kl",
-        call.row_weight if labelled is None else 0.0, labels,
+        call.row_weight if labelled is None else 0.0, labels, standardize,
     )  # fmt: skip
     losses, _ = rows.solve(call.engine, problem)
     return [Term(1.0, losses, labelled)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastkd import _checks
@@ -35,6 +36,8 @@ class Rows(NamedTuple):
     # (...), a class number of each row that the divergence sets apart: p and q are those among the
     # other classes, and "decoupled_kl" adds how the class compares with the others
     apart: Tensor | None = None
+    # whether the logits of each row are divided by their deviation + EPSILON besides
+    standardized: bool = False
 
 
 solve = Op(
@@ -45,6 +48,8 @@ solve = Op(
     recomputes=True,
     keeps_strides=True,
 )
+
+EPSILON = 1e-7  # added to a deviation
 
 # the name of the option that is `Rows.weight`
 OPTIONS = {
@@ -107,6 +112,7 @@ def check(
     student_temperature: Number | None = None,
     teacher_temperature: Number | None = None,
     teacher_form: str = "logits",
+    standardize: bool = False,
     of_each_row: dict[str, str] = _OF_EACH_ROW,
     **fraction: Number,
 ) -> None:
@@ -122,6 +128,11 @@ def check(
     if teacher_form != "logits":
         _checks.one_of(FORMS, teacher_form=teacher_form)
         _checks.probabilities(teacher, teacher_form)
+    if standardize and student.shape[-1] < 2:
+        raise ValueError(
+            "standardize=True needs at least two classes, because one alone has no deviation, got "
+            f"logits of shape {_checks.shape(student)}"
+        )
     if fraction:
         _checks.fraction(**fraction)
 
@@ -174,6 +185,20 @@ def as_logits(teacher: Tensor, form: str) -> Tensor:
     if form != "probabilities":
         return teacher
     return teacher.detach().to(compute_dtype(teacher)).log()
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """Return the logits of each row less their mean, divided by their deviation + EPSILON."""
+    above = logits - logits.mean(-1, keepdim=True)
+    return above / (deviation_of(above) + EPSILON)
+
+
+def deviation_of(above: Tensor) -> Tensor:
+    """Return the unbiased deviation of each row, from its numbers less their mean.
+
+    Unlike that of torch.std it has the slope 0 where it is 0.
+    """
+    return torch.linalg.vector_norm(above, dim=-1, keepdim=True) / (above.shape[-1] - 1) ** 0.5
 
 
 def is_exactly(number: Number, value: float) -> bool:
@@ -260,6 +285,7 @@ def _solve(
     teacher_temperature: Number | None,
     teacher_form: str,
     scale_t2: bool,
+    standardize: bool = False,
     **own: Number,
 ) -> tuple[Tensor, Tensor]:
     mixture = (*own.values(), 0.0)[0]
@@ -270,6 +296,6 @@ def _solve(
         teacher = as_logits(teacher, teacher_form)
     problem = Rows(
         student, teacher, labels, call.row_mask, of_student, of_teacher, mixture, scale, name,
-        call.row_weight,
+        call.row_weight, None, standardize,
     )  # fmt: skip
     return solve(call.engine, problem)
