@@ -31,7 +31,7 @@ def one_piece(name: str, tensor: Tensor, values: str) -> None:
         )
 
 
-def logits(student: Tensor, teacher: Tensor) -> None:
+def logits(student: Tensor, teacher: Tensor, *, teacher_is_constant: bool = True) -> None:
     """Raise an error unless both are logits of one shape (..., V) on one device."""
     for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(tensor, Tensor):
@@ -56,7 +56,7 @@ def logits(student: Tensor, teacher: Tensor) -> None:
         )
     if student.device != teacher.device:
         same_device(student_logits=student, teacher_logits=teacher)
-    if teacher.requires_grad:
+    if teacher_is_constant and teacher.requires_grad:
         constant_teacher(teacher_logits=teacher)
 
 
@@ -280,6 +280,28 @@ def temperature(value: Any, name: str = "temperature", of_each_row: str = _SHARE
         return
     if not _ordered(0, value, math.inf) or value == 0 or value == math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+def temperature_of_rows(value: Any, name: str, logits: Tensor) -> None:
+    """Raise an error unless it is a temperature, or a tensor with one for each row of logits."""
+    if not isinstance(value, Tensor):
+        temperature(value, name)
+        return
+    rows = logits.shape[:-1]
+    one_piece(name, value, "one number for each row")
+    if not value.is_floating_point() or not _expands_to(value.shape, rows):
+        raise ValueError(
+            f"{name} must be a number, a 0-dim tensor or one number for each row, in a "
+            f"floating-point tensor whose shape expands to {[*rows]}, got {shape(value)} of "
+            f"{value.dtype}"
+        )
+    if value.ndim:
+        same_device(student_logits=logits, **{name: value})
+
+
+def _expands_to(shape: torch.Size, wanted: torch.Size) -> bool:
+    pairs = zip(reversed(shape), reversed(wanted), strict=False)
+    return len(shape) <= len(wanted) and all(n in (1, m) for n, m in pairs)
 
 
 def fraction(**option: Any) -> None:

@@ -22,6 +22,8 @@ R = TypeVar("R", covariant=True)
 _REDUCTION = ("weights", "normalizer", "reduction")  # parameters that a formula does not read
 _ROW_LABELS = ("labels", "ignore_index")  # these too, where labels are an option
 _PARTS = "return_parts"
+_DIM = "dim"  # a parameter too that a formula does not read
+_TEACHER_GRADIENT = "teacher_gradient"
 _THIS_PROCESS = Ranks()
 
 
@@ -126,8 +128,9 @@ def loss(
                 option: _prepared_rows(x, dtype, mask)
                 for option, x in zip(of_examples, given, strict=True)
             }
+            is_trained = options.get(_TEACHER_GRADIENT, False)
             tensors = [
-                _prepared(x, dtype, mask if is_spread else None, is_constant)
+                _prepared(x, dtype, mask if is_spread else None, is_constant and not is_trained)
                 for x, is_constant, is_spread in zip(arguments, constant, spread, strict=True)
             ]
             if not ranks or is_mean:
@@ -183,6 +186,9 @@ def loss(
             weights, normalizer, reduction = map(options.pop, _REDUCTION)
             labels, ignore_index = map(options.pop, _ROW_LABELS) if takes_labels else (None, 0)
             return_parts = options.pop(_PARTS, False)
+            dim = options.pop(_DIM, -1)
+            if dim != -1:
+                arguments = _with_classes_last(arguments, dim)
             if reduction != "mean" or normalizer is not None:
                 _checks.reduction(reduction, normalizer)
                 if isinstance(normalizer, Tensor):
@@ -225,7 +231,7 @@ def loss(
             if per_example:
                 *_, reduction = map(options.pop, _REDUCTION)
                 _checks.reduction(reduction, None)
-                for name_of_rows in (_PARTS, *_ROW_LABELS[: 2 * takes_labels]):
+                for name_of_rows in (_PARTS, _DIM, *_ROW_LABELS[: 2 * takes_labels]):
                     options.pop(name_of_rows, None)
             else:
                 group = options.pop("group", None)
@@ -268,6 +274,22 @@ def _bound(
         ) from None
     bound.apply_defaults()
     return bound.args
+
+
+def _with_classes_last(arguments: Sequence[Any], dim: Any) -> tuple[Any, ...]:
+    """Return views of the logits, which all have as many dimensions, with this dimension last."""
+    first = arguments[0]
+    if not isinstance(first, Tensor):  # which the checks refuse
+        return tuple(arguments)
+    if not isinstance(dim, int) or not -first.ndim <= dim < first.ndim:
+        raise ValueError(
+            f"dim must be the number of the classes' dimension, in [{-first.ndim}, {first.ndim}) "
+            f"for logits of shape {_checks.shape(first)}, got {dim!r}"
+        )
+    return tuple(
+        x.movedim(dim, -1) if isinstance(x, Tensor) and x.ndim == first.ndim else x
+        for x in arguments
+    )
 
 
 def _tensors(arguments: Sequence[Any]) -> list[Tensor]:

@@ -18,7 +18,7 @@ from fastkd._loss import loss
 from fastkd._op import Number
 from fastkd._reduction import Term, selected
 from fastkd.problems import _decoupled
-from fastkd.problems.rows import is_exactly, standardized
+from fastkd.problems.rows import as_column, is_exactly, standardized
 
 
 def _parted(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,8 +100,9 @@ def decoupled_kd(
     )
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
-    of_q, log_q = _parted(student / temperature, classes)
-    of_p, log_p = _parted(teacher / temperature, classes)
+    T = as_column(temperature, student)
+    of_q, log_q = _parted(student / T, classes)
+    of_p, log_p = _parted(teacher / T, classes)
     target = sum(
         torch.where(x == -torch.inf, 0, x.sigmoid() * (F.logsigmoid(x) - F.logsigmoid(y)))
         for x, y in ((of_p, of_q), (-of_p, -of_q))
@@ -161,8 +162,9 @@ def nkd(
     )
     (of_q, _), (of_p, _) = _parted(student, classes), _parted(teacher, classes)
     target = torch.where(of_p == -torch.inf, 0, of_p.sigmoid() * -F.logsigmoid(of_q))
-    _, log_q = _parted(student / temperature, classes)
-    _, log_p = _parted(teacher / temperature, classes)
+    T = as_column(temperature, student)
+    _, log_q = _parted(student / T, classes)
+    _, log_p = _parted(teacher / T, classes)
     others = _expectation(log_p.exp(), -log_q) * (temperature**2 if scale_t2 else 1.0)
     return [
         Term(1.0, selected(target, labelled), labelled),

@@ -40,8 +40,8 @@ def _softened(
     teacher = rows.as_logits(teacher, teacher_form)
     if standardize:
         student, teacher = rows.standardized(student), rows.standardized(teacher)
-    log_q = (student / of_student).log_softmax(-1)
-    log_p = (teacher / of_teacher).log_softmax(-1)
+    log_q = (student / rows.as_column(of_student, student)).log_softmax(-1)
+    log_p = (teacher / rows.as_column(of_teacher, teacher)).log_softmax(-1)
     return log_q, log_p, of_student * of_teacher if scale_t2 else 1.0
 
 
@@ -71,6 +71,8 @@ def forward_kl(
     teacher_form: str = "logits",
     scale_t2: bool = True,
     standardize: bool = False,
+    teacher_gradient: bool = False,
+    dim: int = -1,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -84,8 +86,10 @@ def forward_kl(
 
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
-        teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature: T > 0, which divides both networks' logits. A number or a 0-dim tensor.
+        teacher_logits: Logits of the teacher, the same shape. They get no gradient unless asked.
+        temperature: T > 0, which divides both networks' logits. A number, or a tensor with one
+            number for all rows or for each, of a shape that expands to (...). One that requires
+            grad is learnt.
         student_temperature: Replaces T for the student. T² becomes the product of both.
         teacher_temperature: Replaces T for the teacher, for example 1 for one whose probabilities
             were softened when they were recorded.
@@ -94,6 +98,10 @@ def forward_kl(
         scale_t2: Whether the loss is multiplied by T².
         standardize: Whether the logits of each row are made (z − mean) / (deviation + 1e-7) before
             T divides them [2], so that a student may have logits of another size.
+        teacher_gradient: Whether the teacher gets a gradient too, as one of several networks that
+            learn from each other.
+        dim: The dimension of the classes, where it is not the last one: 1 for [N, V, H, W], whose
+            rows are then [N, H, W]. Logits whose strides allow it are not copied.
         labels: Class indices of the rows, (...), integers. They only say which rows count.
         ignore_index: Rows with this label count as rows of weight 0.
         weights: One number or bool for each row, (...). A row of weight 0 contributes exactly 0 to
@@ -132,6 +140,8 @@ def reverse_kl(
     teacher_form: str = "logits",
     scale_t2: bool = True,
     standardize: bool = False,
+    teacher_gradient: bool = False,
+    dim: int = -1,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -146,8 +156,8 @@ def reverse_kl(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize:
-            As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize,
+            teacher_gradient, dim: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -179,6 +189,8 @@ def jensen_shannon(
     teacher_form: str = "logits",
     scale_t2: bool = True,
     standardize: bool = False,
+    teacher_gradient: bool = False,
+    dim: int = -1,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -194,8 +206,8 @@ def jensen_shannon(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         beta: β in [0, 1], the teacher's share of the mixture. A number or a 0-dim tensor.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize:
-            As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize,
+            teacher_gradient, dim: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -231,6 +243,8 @@ def skew_kl(
     teacher_form: str = "logits",
     scale_t2: bool = True,
     standardize: bool = False,
+    teacher_gradient: bool = False,
+    dim: int = -1,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -243,8 +257,8 @@ def skew_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         skew: α in [0, 1], the teacher's share of the mixture; 0 is the forward KL.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize:
-            As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize,
+            teacher_gradient, dim: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -279,6 +293,8 @@ def skew_reverse_kl(
     teacher_form: str = "logits",
     scale_t2: bool = True,
     standardize: bool = False,
+    teacher_gradient: bool = False,
+    dim: int = -1,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -291,8 +307,8 @@ def skew_reverse_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         skew: α in [0, 1], the student's share of the mixture; 0 is the reverse KL, which may be +∞.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize:
-            As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize,
+            teacher_gradient, dim: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -327,6 +343,8 @@ def symmetric_kl(
     teacher_form: str = "logits",
     scale_t2: bool = True,
     standardize: bool = False,
+    teacher_gradient: bool = False,
+    dim: int = -1,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -339,8 +357,8 @@ def symmetric_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         weight: w in [0, 1], the share of the forward KL; ½ gives half of Jeffreys' divergence.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize:
-            As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize,
+            teacher_gradient, dim: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -374,6 +392,8 @@ def total_variation(
     teacher_form: str = "logits",
     scale_t2: bool = True,
     standardize: bool = False,
+    teacher_gradient: bool = False,
+    dim: int = -1,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -387,8 +407,8 @@ def total_variation(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize:
-            As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize,
+            teacher_gradient, dim: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -418,6 +438,8 @@ def soft_cross_entropy(
     teacher_form: str = "logits",
     scale_t2: bool = True,
     standardize: bool = False,
+    teacher_gradient: bool = False,
+    dim: int = -1,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -431,8 +453,8 @@ def soft_cross_entropy(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize:
-            As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize,
+            teacher_gradient, dim: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -458,6 +480,7 @@ def logit_mse(
     *,
     temperature: Number = 1.0,
     scale_t2: bool = True,
+    dim: int = -1,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     weights: Tensor | None = None,
@@ -472,7 +495,7 @@ def logit_mse(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, scale_t2, labels, ignore_index: As in `forward_kl`.
+        temperature, scale_t2, dim, labels, ignore_index: As in `forward_kl`.
         weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:

@@ -262,6 +262,19 @@ def _reverse_kl(
     return Terms(lambda scale: _not_below_0(of_q + ratio, scale), slope, p.d, of_q)
 
 
+def _reverse_cross_entropy(
+    q: Softmax, p: Softmax, weight: Number, scratch: Scratch, mean: Tensor | None = None
+) -> Terms:
+    """Return the terms of −Σ q log p, which is the cross-entropy for the teacher."""
+    ratio, below = _log_ratio(p, q), p.d.neg_()
+    of_q = _mean(below, q, out=scratch[0]) if mean is None else mean
+
+    def slope(out: Tensor, factor: Number) -> None:
+        _weighted(below.sub_(of_q).nan_to_num_(0), q, out, ratio, factor * _LN2)
+
+    return Terms(lambda scale: (of_q + p.total.log2()).mul_(scale * _LN2), slope, q.d, of_q)
+
+
 def _symmetric_kl(
     q: Softmax, p: Softmax, weight: Number, scratch: Scratch, mean: Tensor | None = None
 ) -> Terms:
@@ -392,7 +405,7 @@ def logit_mse(
     return squares, Terms(lambda scale: finite * (scale / z.shape[-1]), slope, difference)
 
 
-CENTRED = ("reverse_kl", "symmetric_kl", "jensen_shannon")  # their terms have a mean
+CENTRED = ("reverse_kl", "symmetric_kl", "jensen_shannon", "reverse_cross_entropy")  # their terms have a mean
 _DIVERGENCES: dict[str, Callable[..., Terms]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
@@ -403,6 +416,7 @@ _DIVERGENCES: dict[str, Callable[..., Terms]] = {
     "total_variation": _total_variation,
     "soft_cross_entropy": _soft_cross_entropy,
     "decoupled_kl": _decoupled_kl,
+    "reverse_cross_entropy": _reverse_cross_entropy,
 }
 
 

@@ -377,7 +377,7 @@ def _temperatures(
     Standardised logits are logits that have their deviation for a temperature.
     """
     student, teacher = (
-        x[rows] if isinstance(x, Tensor) and x.ndim else x
+        x.reshape(-1, 1)[rows] if isinstance(x, Tensor) and x.ndim else x
         for x in (problem.student_temperature, problem.teacher_temperature)
     )
     if not problem.standardized:

@@ -43,8 +43,10 @@ def decoupled_kd(
     scale_t2: bool,
     standardize: bool,
     ignore_index: int,
-) -> list[Term]:
+) -> Any:
     """Solve for α · KL of the label's class and all others + β · KL among the others."""
+    if rows.is_trained_besides(temperature):
+        return NotImplemented
     labels, labelled, mask = _labelled(call, labels, ignore_index)
     total = alpha + beta
     share = 0.0 if is_exactly(total, 0) else alpha / total
@@ -67,8 +69,10 @@ def nkd(
     temperature: Number,
     scale_t2: bool,
     ignore_index: int,
-) -> list[Term]:
+) -> Any:
     """Solve for −p log q of the label's class and for the cross-entropy among the others."""
+    if rows.is_trained_besides(temperature):
+        return NotImplemented
     labels, labelled, mask = _labelled(call, labels, ignore_index)
     classes = labels if mask is None else labels.masked_fill(~mask, -1)
     problem = Rows(

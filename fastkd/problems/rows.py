@@ -11,7 +11,9 @@ from fastkd import _checks
 from fastkd._loss import Call
 from fastkd._op import Number, Op
 from fastkd._precision import compute_dtype
-from fastkd._reduction import Term
+from fastkd._reduction import Term, selected
+from fastkd.problems import softened
+from fastkd.problems.softened import Softened
 
 
 class Rows(NamedTuple):
@@ -80,29 +82,6 @@ _LIMITS = {
 
 
 FORMS = ("logits", "probabilities", "log_probabilities")
-# what to do where each row has a temperature of its own
-_DIVIDED = (
-    'divide by it: {}, of shape (..., 1), with reduction="none", and multiply what comes back by {}'
-)
-_OF_EACH_ROW = {
-    "temperature": _DIVIDED.format(
-        "student_logits / temperature and teacher_logits / temperature",
-        "temperature.squeeze(-1) ** 2",
-    ),
-    **{
-        f"{network}_temperature": _DIVIDED.format(
-            f"{network}_logits / {network}_temperature", f"{network}_temperature.squeeze(-1)"
-        )
-        for network in ("student", "teacher")
-    },
-}
-_OF_EACH_ROW_OF_KD = {
-    name: "write alpha * F.cross_entropy(student_logits, labels) + (1 - alpha) * a divergence such "
-    f"as fastkd.forward_kl, and for that {way}"
-    for name, way in _OF_EACH_ROW.items()
-}
-
-
 def check(
     student: Tensor,
     teacher: Tensor,
@@ -113,21 +92,27 @@ def check(
     teacher_temperature: Number | None = None,
     teacher_form: str = "logits",
     standardize: bool = False,
-    of_each_row: dict[str, str] = _OF_EACH_ROW,
+    teacher_gradient: bool = False,
     **fraction: Number,
 ) -> None:
     """Raise an error for logits that do not fit together and options out of range."""
-    _checks.logits(student, teacher)
-    _checks.temperature(temperature, "temperature", of_each_row["temperature"])
-    if student_temperature is not None:
-        name = "student_temperature"
-        _checks.temperature(student_temperature, name, of_each_row[name])
-    if teacher_temperature is not None:
-        name = "teacher_temperature"
-        _checks.temperature(teacher_temperature, name, of_each_row[name])
+    _checks.logits(student, teacher, teacher_is_constant=not teacher_gradient)
+    for name, value in (
+        ("temperature", temperature),
+        ("student_temperature", student_temperature),
+        ("teacher_temperature", teacher_temperature),
+    ):
+        if value is not None:
+            _checks.temperature_of_rows(value, name, student)
     if teacher_form != "logits":
         _checks.one_of(FORMS, teacher_form=teacher_form)
         _checks.probabilities(teacher, teacher_form)
+    if teacher_gradient and teacher_form == "probabilities":
+        raise ValueError(
+            'teacher_gradient=True needs logits or teacher_form="log_probabilities", got '
+            'teacher_form="probabilities", whose logarithms have no gradient at 0: pass '
+            "teacher_logits as they are before the softmax"
+        )
     if standardize and student.shape[-1] < 2:
         raise ValueError(
             "standardize=True needs at least two classes, because one alone has no deviation, got "
@@ -166,7 +151,7 @@ def check_kd(
         _checks.at_least_0(alpha=alpha, distill_weight=distill_weight)
     options = dict(beta=beta, skew=skew, weight=weight)
     own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
-    check(student, teacher, of_each_row=_OF_EACH_ROW_OF_KD, **softening, **own)
+    check(student, teacher, **softening, **own)
     _checks.labels(labels, student, ignore_index, divergence)
 
 
@@ -201,6 +186,14 @@ def deviation_of(above: Tensor) -> Tensor:
     return torch.linalg.vector_norm(above, dim=-1, keepdim=True) / (above.shape[-1] - 1) ** 0.5
 
 
+def is_trained_besides(*others: Number | None) -> bool:
+    """Return whether one of them has a gradient, or is a number of each row."""
+    return any(
+        isinstance(x, Tensor) and (x.requires_grad or (x.ndim > 0 and i < 2))
+        for i, x in enumerate(others)
+    )
+
+
 def is_exactly(number: Number, value: float) -> bool:
     """Return whether a number is that value; a tensor is not looked at, which is a host sync."""
     return not isinstance(number, Tensor) and number == value
@@ -220,6 +213,23 @@ def divergence(call: Call, student: Tensor, teacher: Tensor, **options: Any) -> 
     return losses
 
 
+def as_column(number: Number, logits: Tensor) -> Number:
+    """Return numbers of the rows as a column that divides these logits."""
+    if not isinstance(number, Tensor) or not number.ndim:
+        return number
+    return number.unsqueeze(-1).to(logits.dtype)
+
+
+def of_rows(
+    number: Number, logits: Tensor, dtype: torch.dtype, row_mask: Tensor | None
+) -> Tensor:
+    """Return a number for each row of logits, 1 where it is masked."""
+    if not isinstance(number, Tensor):
+        return logits.new_full(logits.shape[:-1], number, dtype=dtype)
+    number = number.to(dtype).expand(logits.shape[:-1])
+    return number if row_mask is None else torch.where(row_mask, number, 1)
+
+
 def logit_mse(
     call: Call, student: Tensor, teacher: Tensor, *, temperature: Number, scale_t2: bool
 ) -> Tensor:
@@ -227,9 +237,12 @@ def logit_mse(
     if isinstance(temperature, Tensor):  # a narrower dtype than that of the logits would round 1/T²
         temperature = temperature.to(compute_dtype(student, teacher))
     scale = 1.0 if scale_t2 else 1 / temperature**2
-    problem = Rows(student, teacher, None, call.row_mask, 1.0, 1.0, 0.0, scale, "logit_mse")
+    after = isinstance(scale, Tensor) and (scale.ndim > 0 or scale.requires_grad)
+    problem = Rows(
+        student, teacher, None, call.row_mask, 1.0, 1.0, 0.0, 1.0 if after else scale, "logit_mse"
+    )
     losses, _ = solve(call.engine, problem)
-    return losses
+    return selected(losses * scale, call.row_mask) if after else losses
 
 
 def kd(
@@ -247,7 +260,7 @@ def kd(
     skew: Number,
     weight: Number,
     **softening: Any,
-) -> list[Term]:
+) -> Any:
     """Solve for the cross-entropy with the labels and for a divergence, in one pass."""
     mask, labels = call.row_mask, labels.long()  # −100 is 156 in uint8
     labelled = None if _checks.all_labelled(labels, ignore_index) else labels != ignore_index
@@ -261,6 +274,8 @@ def kd(
     options = dict(beta=beta, skew=skew, weight=weight)
     own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
     losses, cross_entropies = _solve(call, divergence, student, teacher, labels, **softening, **own)
+    if losses is NotImplemented:
+        return NotImplemented
     distilled = None if distill_ignored else labelled
     share = 1 - alpha if distill_weight is None else distill_weight
     return [Term(alpha, cross_entropies, labelled), Term(share, losses, distilled)]
@@ -286,6 +301,7 @@ def _solve(
     teacher_form: str,
     scale_t2: bool,
     standardize: bool = False,
+    teacher_gradient: bool = False,
     **own: Number,
 ) -> tuple[Tensor, Tensor]:
     mixture = (*own.values(), 0.0)[0]
@@ -294,6 +310,23 @@ def _solve(
     scale = of_student * of_teacher if scale_t2 else 1.0
     if teacher_form != "logits":
         teacher = as_logits(teacher, teacher_form)
+    if is_trained_besides(of_student, of_teacher, teacher if teacher_gradient else None):
+        if standardize:
+            return NotImplemented, NotImplemented
+        if not teacher_gradient:
+            teacher = teacher.detach()
+        dtype = compute_dtype(student, teacher)
+        own_student, own_teacher = (
+            of_rows(x, student, dtype, call.row_mask) for x in (of_student, of_teacher)
+        )
+        losses = softened.solve(
+            call.engine,
+            Softened(student, teacher, own_student, own_teacher, call.row_mask, mixture, name),
+        )
+        if scale_t2:
+            losses = losses * (own_student * own_teacher)
+        of_labels = None if labels is None else label_cross_entropies(call, student, labels)
+        return losses, of_labels
     problem = Rows(
         student, teacher, labels, call.row_mask, of_student, of_teacher, mixture, scale, name,
         call.row_weight, None, standardize,
