@@ -57,6 +57,7 @@ def decoupled_kd(
     scale_t2: bool = True,
     standardize: bool = False,
     ignore_index: int = -100,
+    dim: int = -1,
     weights: Tensor | None = None,
     normalizer: Any = None,
     reduction: str = "mean",
@@ -73,11 +74,12 @@ def decoupled_kd(
         labels: Class indices, (...), integers in [0, V) or `ignore_index`.
         alpha: α ≥ 0, the weight of the target class.
         beta: β ≥ 0, the weight of the other classes.
-        temperature: T > 0, which divides both networks' logits.
+        temperature: T > 0, which divides both networks' logits, as in `forward_kl`.
         scale_t2: Whether the loss is multiplied by T².
         standardize: Whether the logits of each row are made (z − mean) / (deviation + 1e-7) before
             T divides them, as in `forward_kl`.
         ignore_index: Rows with this label count as rows of weight 0.
+        dim: The dimension of the classes, as in `forward_kl`.
         weights: One number or bool for each row, (...). A row of weight 0 contributes exactly 0 to
             loss and gradient, whatever it holds.
         normalizer: Replaces the divisor Σ weights of the mean. A number or a tensor of one element.
@@ -126,6 +128,7 @@ def nkd(
     scale_t2: bool = True,
     ignore_index: int = -100,
     return_parts: bool = False,
+    dim: int = -1,
     weights: Tensor | None = None,
     normalizer: Any = None,
     reduction: str = "mean",
@@ -144,7 +147,7 @@ def nkd(
         scale_t2: Whether the second term is multiplied by T².
         ignore_index: Rows with this label count as rows of weight 0.
         return_parts: Whether to return (loss, −p_y log q_y, −T² Σ p̂ log q̂).
-        weights, normalizer, reduction: As in `decoupled_kd`.
+        dim, weights, normalizer, reduction: As in `decoupled_kd`.
 
     Returns:
         A scalar or, with reduction "none", one loss for each row (...). A tuple of three of them

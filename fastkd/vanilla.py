@@ -36,6 +36,7 @@ def kd(
     ignore_index: int = -100,
     distill_ignored: bool = False,
     return_parts: bool = False,
+    dim: int = -1,
     weights: Tensor | None = None,
     normalizer: Any = None,
     reduction: str = "mean",
@@ -63,6 +64,7 @@ def kd(
         distill_ignored: Whether those rows count in D after all, as unlabelled examples: CE is then
             the mean over the labelled rows, D over all of them.
         return_parts: Whether to return (loss, CE, D), the parts without their shares.
+        dim: The dimension of the classes, as in `forward_kl`.
         weights: One number or bool for each row, (...). A row of weight 0 contributes exactly 0 to
             loss and gradient, whatever it holds.
         normalizer: Replaces the divisor Σ weights of the means. A number or a tensor with one

@@ -5,6 +5,7 @@ table knows each loss independently of fastkd, as its paper or its users write i
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,10 @@ class Case:
     @property
     def name(self) -> str:
         return self.loss.__name__
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.loss).parameters
 
     @property
     def id(self) -> str:
@@ -219,9 +224,7 @@ CASES = [
     _kd("total_variation", textbook.TOTAL_VARIATION),
     _labelled(fastkd.decoupled_kd, textbook.DECOUPLED_KD),
     _labelled(fastkd.decoupled_kd, textbook.DECOUPLED_KD, alpha=2.0, beta=0.5, scale_t2=False),
-    _labelled(
-        fastkd.decoupled_kd, textbook.standardized(textbook.DECOUPLED_KD), standardize=True
-    ),
+    _labelled(fastkd.decoupled_kd, textbook.standardized(textbook.DECOUPLED_KD), standardize=True),
     *(
         _rows(loss, textbook.standardized(known), standardize=True)
         for loss, known in (

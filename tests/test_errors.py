@@ -88,35 +88,43 @@ def test_two_devices(inputs):
 
 
 @each_loss
-def test_a_temperature_of_each_row_has_its_way(case):
-    """The value that the advice leads to is the mean of each row's own."""
+def test_a_temperature_that_is_no_number_of_each_row(case):
     inputs = case.inputs((4,), 7)
-    T = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64, device=DEVICE).unsqueeze(1)
-    ways = ["divide by it: student_logits / temperature", r"temperature.squeeze\(-1\) \*\* 2"]
-    ways += [r"alpha \* F.cross_entropy\(student_logits, labels\)"] * (case.name == "kd")
-    with says(ValueError, "0-dim tensor", r"got \[4, 1\]", *ways):
-        case(*inputs, temperature=T)
-    loss = fastkd.forward_kl if case.name == "kd" else case.loss
-    own = {k: v for k, v in case.options.items() if k not in ("temperature", "alpha", "divergence")}
-    own |= dict(scale_t2=True, reduction="none")
-    student, teacher = inputs[:2]
-    rows = loss(student / T, teacher / T, **own | dict(temperature=1.0)) * T.squeeze(-1) ** 2
-    each = [loss(*x, **own, temperature=t) for *x, t in zip(student, teacher, T[:, 0], strict=True)]
-    torch.testing.assert_close(rows, torch.stack(each), rtol=1e-9, atol=1e-12)
+    for shape in ((4, 1), (3,)):
+        temperature = torch.ones(shape, device=DEVICE)
+        with says(ValueError, "one number for each row", r"expands to \[4\]", rf"\{[*shape]} of"):
+            case(*inputs, temperature=temperature)
+    with says(ValueError, "floating-point tensor", "torch.int64"):
+        case(*inputs, temperature=torch.ones(4, dtype=torch.int64, device=DEVICE))
 
 
-@each_loss
-def test_a_learnt_temperature_has_its_way(case):
-    inputs, learnt = case.inputs((4,), 7), torch.tensor(2.0, requires_grad=True, device=DEVICE)
+def test_a_mixture_is_not_learnt():
+    learnt = torch.tensor(0.5, requires_grad=True, device=DEVICE)
     way = r'with fastkd.backend\("formula"\):'
-    with says(ValueError, "without gradient", "requires_grad=True", "not differentiable", way):
-        case(*inputs, temperature=learnt)
-    with fastkd.backend("formula"):
-        case(*inputs, temperature=learnt).sum().backward()
-    above, below = (case(*inputs, temperature=2.0 + sign * 1e-4).sum() for sign in (1, -1))
-    torch.testing.assert_close(
-        learnt.grad.double(), (above - below) / 2e-4, rtol=1e-4, atol=1e-6, check_dtype=False
-    )
+    with says(ValueError, "beta", "without gradient", "not differentiable", way):
+        fastkd.jensen_shannon(*logits((4,), 7), beta=learnt)
+
+
+def test_one_class_has_no_deviation():
+    x = torch.zeros(4, 1, device=DEVICE)
+    with says(ValueError, "at least two classes", r"\[4, 1\]"):
+        fastkd.forward_kl(x, x, standardize=True)
+    with says(ValueError, "sets the label's class apart", "at least two classes"):
+        fastkd.decoupled_kd(x, x, torch.zeros(4, dtype=torch.int64, device=DEVICE))
+
+
+def test_probabilities_of_a_teacher_that_learns(inputs):
+    student, teacher, _ = inputs
+    with says(ValueError, "teacher_gradient=True needs logits", "before the softmax"):
+        p = teacher.softmax(-1)
+        fastkd.forward_kl(student, p, teacher_form="probabilities", teacher_gradient=True)
+
+
+def test_a_dimension_that_does_not_exist(inputs):
+    student, teacher, _ = inputs
+    for dim in (2, -3, 1.0):
+        with says(ValueError, r"dim must be .* \[-2, 2\)", r"\[4, 7\]", f"got {dim}"):
+            fastkd.forward_kl(student, teacher, dim=dim)
 
 
 @pytest.mark.parametrize(

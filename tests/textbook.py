@@ -204,9 +204,7 @@ def _decoupled_eager(
 ):
     is_label = F.one_hot(labels, student.shape[-1]).bool()
     q, p = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
-    b_q, b_p = (
-        torch.stack([(x * is_label).sum(-1), (x * ~is_label).sum(-1)], -1) for x in (q, p)
-    )
+    b_q, b_p = (torch.stack([(x * is_label).sum(-1), (x * ~is_label).sum(-1)], -1) for x in (q, p))
     target = (b_p * (b_p.log() - b_q.log())).sum(-1)
     log_q, log_p = (
         (x / temperature - 1000.0 * is_label).log_softmax(-1) for x in (student, teacher)

@@ -223,7 +223,9 @@ def _decoupled_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> T
     def slope(out: Tensor, factor: Number) -> None:
         # the smaller of both probabilities, because the larger one may have lost its digits
         excess = torch.where(
-            of_p + of_q > 0, (-of_p).sigmoid_() - (-of_q).sigmoid_(), of_q.sigmoid() - of_p.sigmoid()
+            of_p + of_q > 0,
+            (-of_p).sigmoid_() - (-of_q).sigmoid_(),
+            of_q.sigmoid() - of_p.sigmoid(),
         ).mul_(factor * weight)
         _difference(q, p, out, ratio, factor * (1 - weight))
         out.addcmul_(q.e, excess * each, value=-1).scatter_(1, apart, excess)
@@ -405,7 +407,12 @@ def logit_mse(
     return squares, Terms(lambda scale: finite * (scale / z.shape[-1]), slope, difference)
 
 
-CENTRED = ("reverse_kl", "symmetric_kl", "jensen_shannon", "reverse_cross_entropy")  # their terms have a mean
+CENTRED = (
+    "reverse_kl",
+    "symmetric_kl",
+    "jensen_shannon",
+    "reverse_cross_entropy",
+)  # their terms have a mean
 _DIVERGENCES: dict[str, Callable[..., Terms]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,

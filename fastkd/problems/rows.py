@@ -82,6 +82,8 @@ _LIMITS = {
 
 
 FORMS = ("logits", "probabilities", "log_probabilities")
+
+
 def check(
     student: Tensor,
     teacher: Tensor,
@@ -220,9 +222,7 @@ def as_column(number: Number, logits: Tensor) -> Number:
     return number.unsqueeze(-1).to(logits.dtype)
 
 
-def of_rows(
-    number: Number, logits: Tensor, dtype: torch.dtype, row_mask: Tensor | None
-) -> Tensor:
+def of_rows(number: Number, logits: Tensor, dtype: torch.dtype, row_mask: Tensor | None) -> Tensor:
     """Return a number for each row of logits, 1 where it is masked."""
     if not isinstance(number, Tensor):
         return logits.new_full(logits.shape[:-1], number, dtype=dtype)

@@ -1,0 +1,136 @@
+"""Temperatures that are learnt or that each row has, teachers that learn, classes anywhere."""
+
+import math
+
+import pytest
+import torch
+from cases import LOSSES, Case
+from exactness import assert_exact
+from inputs import DEVICE
+
+import fastkd
+
+ROWS = [
+    case
+    for case in LOSSES
+    if case.problem == "rows" and {"temperature", "dim"} <= {*case.parameters}
+]
+DIVERGENCES = [case for case in ROWS if "teacher_gradient" in case.parameters]
+SIZES = [((5,), 17), ((2, 3), 8200)]
+each_loss = pytest.mark.parametrize("case", ROWS, ids=str)
+each_divergence = pytest.mark.parametrize("case", DIVERGENCES, ids=str)
+each_size = pytest.mark.parametrize(("examples", "n_cols"), SIZES)
+
+
+def numbers(shape, seed=5, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(shape, generator=generator, dtype=torch.float64) + 1
+    return values.to(DEVICE, dtype).requires_grad_()
+
+
+def with_last(case: Case, **named) -> Case:
+    """Return the case whose options of these names are its last tensors, by the formula."""
+
+    def loss(*inputs, **options):
+        n = len(inputs) - len(named)
+        return case.loss(*inputs[:n], **dict(zip(named, inputs[n:], strict=True)), **options)
+
+    def formula(*inputs, **options):
+        with fastkd.backend("formula"):
+            return loss(*inputs, **options, reduction="none")
+
+    loss.__name__ = case.name
+    options = {name: x for name, x in case.options.items() if name not in named}
+    return Case(loss, case.problem, case.inputs, formula, options, None, True)
+
+
+@each_size
+@each_loss
+def test_a_learnt_temperature_of_each_row(case, examples, n_cols, engine):
+    temperature = numbers(examples)
+    inputs = [*case.inputs(examples, n_cols, torch.float32), temperature]
+    assert_exact(with_last(case, temperature=temperature), inputs)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1)])
+@each_loss
+def test_a_learnt_temperature_of_several_rows(case, shape, engine):
+    """Its gradient is the sum of those of its rows."""
+    inputs, shared = case.inputs((2, 3), 17, torch.float32), numbers(shape)
+    expanded = shared.detach().expand(2, 3).clone().requires_grad_()
+    (found,), (of_rows,) = (
+        torch.autograd.grad(case(*inputs, temperature=x).sum(), x) for x in (shared, expanded)
+    )
+    slack = 1e-6 * float(of_rows.abs().sum())  # because terms of both signs are summed
+    torch.testing.assert_close(found, of_rows.sum_to_size(shape), rtol=1e-6, atol=slack)
+
+
+@each_divergence
+def test_learnt_temperatures_of_both_networks(case, engine):
+    of_both = dict(student_temperature=numbers((6,)), teacher_temperature=numbers((6,), 7))
+    inputs = [*case.inputs((6,), 33, torch.float32), *of_both.values()]
+    assert_exact(with_last(case, **of_both), inputs)
+
+
+@each_divergence
+def test_half_precision_gives_temperatures_their_digits(case, engine):
+    """What is rounded is each gradient, and not what a temperature's gradient is summed from."""
+    temperature = numbers((7,))
+    inputs = [*case.inputs((7,), 300, torch.bfloat16), temperature]
+    assert_exact(with_last(case, temperature=temperature), inputs)
+
+
+@each_size
+@each_divergence
+def test_a_teacher_that_learns(case, examples, n_cols, engine):
+    """The gradients of both networks, and none of the teacher where it is not asked for."""
+    both = with_last(case)
+    both.options["teacher_gradient"] = True  # type: ignore[index]
+    student, teacher = case.inputs(examples, n_cols, torch.float32)
+    assert_exact(both, [student, teacher.requires_grad_()])
+    losses = case(student, teacher.detach(), teacher_gradient=True)
+    assert torch.autograd.grad(losses.sum(), student)
+
+
+def test_a_row_of_weight_0_may_hold_anything(engine):
+    student, teacher = (torch.randn(3, 9, device=DEVICE).requires_grad_() for _ in range(2))
+    weights = torch.tensor([1.0, 0.0, 2.0], device=DEVICE)
+    temperature = torch.tensor([2.0, math.nan, 3.0], device=DEVICE, requires_grad=True)
+    with torch.no_grad():
+        student[1], teacher[1] = math.nan, math.inf
+    loss = fastkd.forward_kl(
+        student, teacher, temperature=temperature, weights=weights, teacher_gradient=True
+    )
+    loss.backward()
+    for x in (student, teacher, temperature):
+        assert x.grad.isfinite().all() and not x.grad[1].any()
+
+
+def test_excluded_classes_give_a_temperature_no_gradient(engine):
+    student, teacher = (torch.randn(3, 9, device=DEVICE) for _ in range(2))
+    student[:, 2], teacher[:, 2] = -math.inf, -math.inf
+    temperature, found = numbers(()), []
+    for left in (slice(None), [0, 1, *range(3, 9)]):
+        loss = fastkd.forward_kl(student[:, left], teacher[:, left], temperature=temperature)
+        found.append(torch.autograd.grad(loss, temperature)[0])
+    torch.testing.assert_close(*found)
+
+
+@each_loss
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_classes_that_are_not_last(case, memory_format, engine):
+    """Logits [N, V, H, W] have the losses [N, H, W], and the gradient the strides of the logits."""
+    inputs = case.inputs((2, 3, 4), 5, torch.float32)
+    as_images = [
+        x.detach().movedim(-1, 1).contiguous(memory_format=memory_format).requires_grad_(i == 0)
+        if x.is_floating_point()
+        else x
+        for i, x in enumerate(inputs)
+    ]
+    expected, found = case(*inputs), case(*as_images, dim=1)
+    torch.testing.assert_close(found, expected)
+    up = torch.rand_like(found)
+    (of_rows,) = torch.autograd.grad(expected, inputs[0], up)
+    (of_images,) = torch.autograd.grad(found, as_images[0], up)
+    torch.testing.assert_close(of_images.movedim(1, -1), of_rows)
+    assert of_images.stride() == as_images[0].stride()
