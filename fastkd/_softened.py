@@ -68,7 +68,9 @@ class Engine(NamedTuple):
         """Return the gradients for the logits and the temperatures of the first network."""
         if not (for_logits or for_temperature):
             return None, None
-        _, (gradient,) = self.solve_rows(rows, (True,), row_weights=weights)
+        _, (gradient,) = self.solve_rows(
+            rows, (True,), row_weights=weights, is_wide=for_temperature
+        )
         assert gradient is not None and isinstance(rows.student_temperature, Tensor)
         of_temperature = None
         if for_temperature:

@@ -85,6 +85,8 @@ def test_no_rows(case, engine):
 @pytest.mark.parametrize("case", SOFTMAXED, ids=str)
 @quick_if(lambda case, engine: case in LOSSES)
 def test_one_class_is_no_choice(case, engine):
+    if case.name in ("decoupled_kd", "nkd"):
+        return  # which need others
     losses, gradient = results(case, case.inputs((3,), 1, torch.float32))
     assert not losses.any() and not gradient.any()
 
@@ -101,6 +103,8 @@ def test_rounding_crosses_no_bound(case, engine):
     near = (3 * teacher + 1e-4 * student.detach()).requires_grad_()
     losses, _ = results(case, [near, 3 * teacher, *labels])
     assert (losses >= 0).all()
+    if case.name == "nkd" or case.options.get("standardize"):
+        return  # the first is a cross-entropy, and nobody is certain of a standardized logit
     certain = torch.zeros_like(teacher)
     certain[:, 7] = 1000 + teacher[:, 0]
     labels = [torch.full_like(x, 7) for x in labels]
@@ -268,6 +272,8 @@ def test_a_masked_vocabulary(case, whose, engine):
     """
     if case.name == "logit_mse" and whose != "student and teacher":
         return  # an infinite distance
+    if case.options.get("standardize"):
+        return  # very low logits have another deviation than excluded ones
     options = dict(temperature=1.0)
     dtypes = [*ACCURACY]
     dtype = dtypes[(len(case.id) + len(whose)) % 3] if engine == "portable in chunks" else dtypes[0]
@@ -298,6 +304,8 @@ def test_infinities_are_where_the_definition_has_them(case, engine):
         "channel_wise": True,
         "localization": True,
         "soft_cross_entropy": True,
+        "decoupled_kd": True,
+        "nkd": True,
         "jensen_shannon": mixture == 0,
         "skew_kl": mixture == 0,
         "symmetric_kl": mixture > 0,
@@ -347,11 +355,11 @@ def test_a_row_without_a_softmax_gives_nan_and_spoils_no_other(case, engine, bad
 @pytest.mark.parametrize("case", SOFTMAXED, ids=str)
 @quick_if(lambda case, engine: engine != "triton" or case.name in FEW)
 def test_a_perfect_student_has_no_loss_and_no_gradient(case, engine):
-    if case.name in ("kd", "soft_cross_entropy"):
+    if case.name in ("kd", "nkd", "soft_cross_entropy"):
         return  # they do not vanish
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        student, _ = case.inputs((5,), 37, dtype)
-        losses, gradient = results(case, [student, student.detach().clone()])
+        student, _, *labels = case.inputs((5,), 37, dtype)
+        losses, gradient = results(case, [student, student.detach().clone(), *labels])
         assert not losses.any()
         # a kernel's probabilities add up to 1 but for rounding, by which a constant slope is off
         is_inexact = engine == "triton" and "skew" in case.name
@@ -614,6 +622,8 @@ def test_logit_mse_spreads_nan_no_further_than_its_row():
 @pytest.mark.parametrize("case", of("rows"), ids=str)
 def test_every_width_up_to_a_block(case, engine):
     for width in (2, 3, 16, 31, 33, 64, 127, 130, 257):
+        if width == 2 and case.options.get("standardize"):
+            continue  # two logits always become the same ones, without a gradient
         inputs = case.inputs((2,), width)
         assert_same(results(case, inputs), results(case.truth, inputs), 1e-11)
 

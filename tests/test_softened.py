@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import LOSSES, Case
 from exactness import assert_exact
 from inputs import DEVICE
@@ -134,3 +135,30 @@ def test_classes_that_are_not_last(case, memory_format, engine):
     (of_images,) = torch.autograd.grad(found, as_images[0], up)
     torch.testing.assert_close(of_images.movedim(1, -1), of_rows)
     assert of_images.stride() == as_images[0].stride()
+
+
+@each_divergence
+def test_excluded_classes_have_no_part_in_the_deviation(case, engine):
+    """Logits of −∞ in both networks change neither loss nor gradient of standardized logits."""
+    inputs = case.inputs((4,), 17, torch.float64)
+    wide = [F.pad(x.detach(), (2, 3), value=-math.inf) for x in inputs]
+    wide[0].requires_grad_()
+    found, expected = (case(*x, standardize=True) for x in (wide, inputs))
+    torch.testing.assert_close(found, expected)
+    (of_wide,), (of_inputs,) = (
+        torch.autograd.grad(x.sum(), y[0]) for x, y in ((found, wide), (expected, inputs))
+    )
+    torch.testing.assert_close(of_wide, F.pad(of_inputs, (2, 3)))
+
+
+@each_divergence
+def test_equal_logits_have_no_deviation(case, engine):
+    """A row of equal logits is standardized to zeros, and gets a finite gradient."""
+    student, teacher = case.inputs((2,), 5, torch.float32)
+    with torch.no_grad():
+        student[0] = 3.0
+    with fastkd.backend("formula"):
+        (expected,) = torch.autograd.grad(case(student, teacher, standardize=True).sum(), student)
+    (found,) = torch.autograd.grad(case(student, teacher, standardize=True).sum(), student)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert found.isfinite().all()

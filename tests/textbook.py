@@ -195,7 +195,8 @@ def _decoupled_by_hand(
     target = positive(p, log_p[label] - log_q[label])
     target += positive(of_others[0], log(of_others[0]) - log(of_others[1]))
     rest_q = _rest(student, label, temperature)
-    others = math.fsum(math.exp(x) * (x - y) for x, y in zip(rest_p, rest_q, strict=True))
+    pairs = zip(rest_p, rest_q, strict=True)
+    others = math.fsum(positive(math.exp(x), x - y) for x, y in pairs)
     return (alpha * target + beta * others) * (temperature**2 if scale_t2 else 1)
 
 
@@ -203,20 +204,21 @@ def _decoupled_eager(
     student, teacher, labels, *, alpha=1.0, beta=8.0, temperature=4.0, scale_t2=True
 ):
     is_label = F.one_hot(labels, student.shape[-1]).bool()
-    q, p = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
-    b_q, b_p = (torch.stack([(x * is_label).sum(-1), (x * ~is_label).sum(-1)], -1) for x in (q, p))
-    target = (b_p * (b_p.log() - b_q.log())).sum(-1)
-    log_q, log_p = (
-        (x / temperature - 1000.0 * is_label).log_softmax(-1) for x in (student, teacher)
-    )
-    others = (log_p.exp() * (log_p - log_q)).sum(-1)
+    shape = (*student.shape[:-1], student.shape[-1] - 1)
+    both, others = [], []
+    for logits in (teacher, student):
+        log_p = (logits / temperature).log_softmax(-1)
+        rest = log_p[~is_label].view(shape).logsumexp(-1)
+        both.append(torch.stack([log_p[is_label].view(rest.shape), rest], -1))
+        others.append((logits[~is_label].view(shape) / temperature).log_softmax(-1))
+    target, others = ((p.exp() * (p - q)).sum(-1) for p, q in (both, others))
     return (alpha * target + beta * others) * (temperature**2 if scale_t2 else 1)
 
 
 def _nkd_by_hand(student, teacher, label, *, gamma=1.5, temperature=1.0, scale_t2=True):
     target = -math.exp(log_softmax(teacher, 1.0)[label]) * log_softmax(student, 1.0)[label]
     pairs = zip(_rest(teacher, label, temperature), _rest(student, label, temperature), strict=True)
-    others = -math.fsum(math.exp(x) * y for x, y in pairs)
+    others = -math.fsum(positive(math.exp(x), y) for x, y in pairs)
     return target + gamma * others * (temperature**2 if scale_t2 else 1)
 
 

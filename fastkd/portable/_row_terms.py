@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd._op import Number
-from fastkd.problems.rows import EPSILON
+from fastkd.problems.rows import EPSILON, moments
 
 N_SCRATCH = 6  # buffers of a chunk: d and e of both networks, and two for a divergence
 _LN2 = math.log(2)
@@ -38,6 +38,14 @@ class Softmax(NamedTuple):
     total: Tensor  # [R, 1], Z
     apart: Tensor | None = None  # [R, 1], the number of the class that is set apart
     of_apart: Tensor | None = None  # [R, 1], what its d would be
+
+
+class Moments(NamedTuple):
+    """What standardizes the logits of rows, without the classes that −∞ excludes."""
+
+    above: Tensor  # [R, V], the logits less their mean
+    deviation: Tensor  # [R, 1]
+    n: Tensor | int  # [R, 1], the number of classes
 
 
 class Terms(NamedTuple):
@@ -168,14 +176,26 @@ def log_odds(q: Softmax) -> Tensor:
     return (q.of_apart - q.total.log2()).mul_(_LN2)
 
 
-def add_slope_of_deviation(slopes: Tensor, z: Tensor, deviation: Tensor) -> None:
+def moments_of(z: Tensor, dtype: torch.dtype) -> Moments:
+    """Return what standardizes logits: those of many classes are read as few times as possible."""
+    z = z.to(dtype)
+    mean = z.mean(-1, keepdim=True)
+    # elsewhere than on a CPU a look at the numbers would be a host sync
+    if not z.is_cpu or not math.isfinite(mean.sum().item()):
+        return Moments(*moments(z))  # as some class may be excluded
+    above, n = z - mean, z.shape[-1]
+    norm = torch.linalg.vector_norm(above, dim=-1, keepdim=True)
+    return Moments(above, norm.div_(max(n - 1, 1) ** 0.5), n)
+
+
+def add_slope_of_deviation(slopes: Tensor, known: Moments) -> None:
     """Add to the slopes in z what the deviation s of a row contributes, which divides its logits.
 
     For L(z / τ), τ proportional to s + ε, it is −(z − mean) Σ slopes · z / ((s + ε) s (V − 1)).
     """
-    above = z.to(slopes.dtype) - z.mean(-1, keepdim=True, dtype=slopes.dtype)
+    above, deviation, n = known
     each = torch.linalg.vecdot(slopes, above).unsqueeze(-1)
-    each /= (deviation + EPSILON) * deviation * (1 - z.shape[-1])
+    each /= (deviation + EPSILON) * deviation * (1 - n)
     # logits that are all equal stand where the deviation has no slope, for which PyTorch takes 0
     slopes.addcmul_(above, torch.where(deviation == 0, 0, each))
 

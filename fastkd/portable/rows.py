@@ -24,6 +24,7 @@ from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
 from fastkd.portable._row_terms import (
     CENTRED,
     N_SCRATCH,
+    Moments,
     Scratch,
     Softmax,
     add_slope_of_deviation,
@@ -32,11 +33,12 @@ from fastkd.portable._row_terms import (
     cross_entropy,
     cross_entropy_factor,
     logit_mse,
+    moments_of,
     softmax,
     terms_of,
     without_temperature,
 )
-from fastkd.problems.rows import EPSILON, Rows, deviation_of
+from fastkd.problems.rows import EPSILON, Rows
 
 _ON_CPU, _ELSEWHERE = 1 << 18, 1 << 23  # elements of a chunk
 _FEW = 1 << 14  # elements whose buffers cost less than their views do
@@ -125,12 +127,13 @@ def value_and_gradients(
     row_weights: Tensor | None = None,
     ce_weights: Tensor | None = None,
     in_place: bool = False,
+    is_wide: bool = True,
 ) -> tuple[Losses, tuple[Tensor | None]]:
     """Return the losses, and the gradient of Σ row_weights · losses + Σ ce_weights · them.
 
     It is for a caller that knows the weights beforehand, on chunks of logits that are thrown away
     afterwards: `in_place` writes the gradient over the student. Without the name of a divergence
-    there is the cross-entropy alone.
+    there is the cross-entropy alone. The gradient is in the compute dtype anyway.
     """
     problem = _in_compute_dtype(problem)
     student, dtype = problem.student, compute_dtype(problem.student, problem.teacher)
@@ -151,7 +154,7 @@ def value_and_gradients(
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teacher, *out = chunks
         beside = None if apart is None else apart[rows]
-        of_student, of_teacher, deviation = _temperatures(problem, rows, z, z_teacher, dtype)
+        of_student, of_teacher, moments = _temperatures(problem, rows, z, z_teacher, dtype)
         q = softmax(z, of_student, dtype, scratch[:2], apart=beside)
         slope, certain, plain = out[0] if out else None, None, None
         if labels is not None and of_labels is not None:
@@ -173,9 +176,9 @@ def value_and_gradients(
             if slope is not None:
                 of_terms = slope if ce_factors is None else terms.spare
                 terms.slope(of_terms, factors[rows] / of_student)
-                if deviation is not None:
+                if moments is not None:
                     centre(of_terms, certain)
-                    add_slope_of_deviation(of_terms, z, deviation)
+                    add_slope_of_deviation(of_terms, moments)
                 if is_masked or not z.is_cpu:
                     _select(of_terms, factors[rows])
                 if of_terms is not slope:
@@ -201,7 +204,7 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
     student, labels, cross_entropies, ce_slopes = problem.student, problem.labels, None, None
     z, z_teacher, examples = _matrix(student), _matrix(problem.teacher), student.shape[:-1]
     dtype, slopes, certain = compute_dtype(z, z_teacher), None, None
-    of_student, deviation = problem.student_temperature, None
+    of_student, moments = problem.student_temperature, None
     scratch: Scratch = _NO_SCRATCH
     if z.numel() > _FEW:
         # one allocation, because the system would take back and clear the pages of many each time
@@ -211,7 +214,7 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
         _, terms = logit_mse(z, z_teacher, dtype, scratch)
     else:
         beside = _classes(problem.apart)
-        of_student, of_teacher, deviation = _temperatures(problem, slice(None), z, z_teacher, dtype)
+        of_student, of_teacher, moments = _temperatures(problem, slice(None), z, z_teacher, dtype)
         q = softmax(z, of_student, dtype, scratch[:2], apart=beside)
         if labels is not None:
             plain = without_temperature(q, of_student, scratch[2:4])
@@ -224,8 +227,8 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
     slopes = terms.spare if slopes is None else slopes
     terms.slope(slopes, problem.scale / of_student)
     centre(slopes, certain)
-    if deviation is not None:
-        add_slope_of_deviation(slopes, z, deviation)
+    if moments is not None:
+        add_slope_of_deviation(slopes, moments)
     if problem.row_mask is not None:
         masked = ~problem.row_mask.reshape(-1, 1)
         losses.masked_fill_(masked, 0)
@@ -294,11 +297,11 @@ def _fill(
         if factors is None or scaled is None or not problem.divergence:
             slope.zero_()
         else:
-            of_student, deviation = problem.student_temperature, None
+            of_student, moments = problem.student_temperature, None
             if problem.divergence == "logit_mse":
                 _, terms = logit_mse(z, z_teacher, dtype, (slope,), known[0])
             else:
-                of_student, of_teacher, deviation = _temperatures(
+                of_student, of_teacher, moments = _temperatures(
                     problem, rows, z, z_teacher, dtype
                 )
                 q = softmax(z, of_student, dtype, scratch[:2], known[:2], apart=beside)
@@ -309,9 +312,9 @@ def _fill(
                 mean = known[4] if problem.divergence in CENTRED else None
                 terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:], mean)
             terms.slope(slope, scaled[rows] / of_student)
-            if deviation is not None:
+            if moments is not None:
                 centre(slope, certain)
-                add_slope_of_deviation(slope, z, deviation)
+                add_slope_of_deviation(slope, moments)
             if has_masked:
                 _select(slope, factors[rows])
         if ce_factors is not None and labels is not None:
@@ -371,8 +374,8 @@ def _column(rows: Tensor | None) -> Tensor | None:
 
 def _temperatures(
     problem: Rows, rows: slice, z: Tensor, z_teacher: Tensor, dtype: torch.dtype
-) -> tuple[Number, Number, Tensor | None]:
-    """Return both networks' temperatures, and the deviations of the student's rows, if asked for.
+) -> tuple[Number, Number, Moments | None]:
+    """Return both networks' temperatures, and the moments of the student's rows, if asked for.
 
     Standardised logits are logits that have their deviation for a temperature.
     """
@@ -382,10 +385,12 @@ def _temperatures(
     )
     if not problem.standardized:
         return student, teacher, None
-    deviation, of_teacher = (
-        deviation_of(x - x.mean(-1, keepdim=True, dtype=dtype)) for x in (z, z_teacher)
+    known, of_teacher = moments_of(z, dtype), moments_of(z_teacher, dtype)
+    return (
+        (known.deviation + EPSILON) * student,
+        (of_teacher.deviation + EPSILON) * teacher,
+        known,
     )
-    return (deviation + EPSILON) * student, (of_teacher + EPSILON) * teacher, deviation
 
 
 def _classes(labels: Tensor | None) -> Tensor | None:

@@ -115,11 +115,6 @@ def check(
             'teacher_form="probabilities", whose logarithms have no gradient at 0: pass '
             "teacher_logits as they are before the softmax"
         )
-    if standardize and student.shape[-1] < 2:
-        raise ValueError(
-            "standardize=True needs at least two classes, because one alone has no deviation, got "
-            f"logits of shape {_checks.shape(student)}"
-        )
     if fraction:
         _checks.fraction(**fraction)
 
@@ -176,16 +171,23 @@ def as_logits(teacher: Tensor, form: str) -> Tensor:
 
 def standardized(logits: Tensor) -> Tensor:
     """Return the logits of each row less their mean, divided by their deviation + EPSILON."""
-    above = logits - logits.mean(-1, keepdim=True)
-    return above / (deviation_of(above) + EPSILON)
+    above, deviation, _ = moments(logits)
+    above = above / (deviation + EPSILON)
+    return torch.where(logits == -torch.inf, -torch.inf, above)
 
 
-def deviation_of(above: Tensor) -> Tensor:
-    """Return the unbiased deviation of each row, from its numbers less their mean.
+def moments(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the logits of each row less their mean, their deviation, and the number of classes.
 
-    Unlike that of torch.std it has the slope 0 where it is 0.
+    Excluded classes have no part in it, and 0 in place of −∞. The deviation is unbiased, and unlike
+    that of torch.std it has the slope 0 where it is 0.
     """
-    return torch.linalg.vector_norm(above, dim=-1, keepdim=True) / (above.shape[-1] - 1) ** 0.5
+    allowed = logits != -torch.inf
+    n = allowed.sum(-1, keepdim=True)
+    mean = torch.where(allowed, logits, 0).sum(-1, keepdim=True) / n
+    above = torch.where(allowed, logits - mean, 0)
+    deviation = torch.linalg.vector_norm(above, dim=-1, keepdim=True) / (n - 1).clamp(min=1).sqrt()
+    return above, deviation, n
 
 
 def is_trained_besides(*others: Number | None) -> bool:

@@ -16,20 +16,28 @@ from fastkd.kernels.rows.sweeps import (
     edges,
     load_logits,
     load_statistics,
+    temperature_of,
     units_of,
     vectors,
 )
 from fastkd.kernels.rows.terms import (
     LOWEST,
     Statistics,
+    Units,
     add_products,
     cross_entropy,
+    decoupled,
     kl_value,
+    log2_odds,
+    logit_of,
     mixture,
     mixture_value,
     slope,
 )
-from fastkd.kernels.tiles import at_boundary, head_of, number, row_offset
+from fastkd.kernels.tiles import INFINITY, at_boundary, head_of, number, row_offset
+
+
+EPSILON = tl.constexpr(1e-7)  # added to a deviation
 
 
 class Factors(NamedTuple):
@@ -66,31 +74,56 @@ def _row_factors(
 
 
 @triton.jit
-def _row_gradient(
-    x, y, columns, units, row, weight, factors,
-    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, FAST: tl.constexpr,
+def _slopes(
+    x, y, is_apart, units, row, weight, factors, DIVERGENCE: tl.constexpr,
+    IS_DECOUPLED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Return the gradient of a tile; a factor of 0 selects, so that it wins over a NaN."""
+    """Return the divergence's gradient of a tile; a factor of 0 selects: it wins over a NaN."""
     ds, dt = (x - row.ms) * units.cs, (y - row.mt) * units.ct
     by_log_q = slope(ds, dt, row, weight, DIVERGENCE, FAST)
-    gradient = tl.where(factors.divergence == 0, 0.0, by_log_q * factors.divergence)
+    if IS_DECOUPLED:
+        by_log_q = by_log_q * (1 - weight) - tl.exp2(ds) * (1 / row.zs) * row.slope_sum
+        by_log_q = tl.where(is_apart, row.slope_sum, by_log_q)
+    return tl.where(factors.divergence == 0, 0.0, by_log_q * factors.divergence)
+
+
+@triton.jit
+def _label_slopes(x, columns, units, row, factors, APART: tl.constexpr):
+    """Return the gradient of the cross-entropy, of a tile."""
+    q1 = tl.exp2((x - row.ms) * units.c1) * (1 / row.z1)
+    distance = q1 - tl.where(columns == factors.label, 1.0, 0.0)
+    factor = factors.cross_entropy
+    if APART:
+        factor *= row.left
+    return tl.where(factors.cross_entropy == 0, 0.0, distance * factor)
+
+
+@triton.jit
+def _row_gradient(
+    x, y, columns, is_apart, units, row, weight, factors, DIVERGENCE: tl.constexpr,
+    IS_DECOUPLED: tl.constexpr, LABELS: tl.constexpr, APART: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Return the gradient of a tile in the student's logits."""
+    gradient = _slopes(
+        x, y, is_apart, units, row, weight, factors, DIVERGENCE, IS_DECOUPLED, FAST
+    )
     if LABELS:
-        q1 = tl.exp2((x - row.ms) * units.c1) * (1 / row.z1)
-        distance = q1 - tl.where(columns == factors.label, 1.0, 0.0)
-        gradient += tl.where(factors.cross_entropy == 0, 0.0, distance * factors.cross_entropy)
+        gradient += _label_slopes(x, columns, units, row, factors, APART)
     return gradient
 
 
 @triton.jit
 def _gradient_tile(
     rows, gradient_row, columns, inside, unmasked, head, units, row, weight, factors,
-    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    DIVERGENCE: tl.constexpr, IS_DECOUPLED: tl.constexpr, LABELS: tl.constexpr,
+    APART: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of a tile of one row, whose logits are read only if it is unmasked."""
-    x, y = load_logits(rows, columns, inside & unmasked, DTYPE)
+    x, y = load_logits(rows, columns, inside & unmasked, DIVERGENCE, APART, DTYPE)
     gradient = _row_gradient(
-        x, y, columns + head, units, row, weight, factors, DIVERGENCE, LABELS, FAST
-    )
+        x, y, columns + head, columns == rows.apart, units, row, weight, factors, DIVERGENCE,
+        IS_DECOUPLED, LABELS, APART, FAST,
+    )  # fmt: skip
     tl.store(gradient_row + columns, gradient.to(gradient_row.dtype.element_ty), mask=inside)
 
 
@@ -100,6 +133,7 @@ def gradient(
     teacher_ptr,  # (n_rows, n_cols)
     labels_ptr,  # (n_rows,) or None
     row_mask_ptr,  # (n_rows,) or None
+    apart_ptr,  # (n_rows,), classes that are set apart, or None
     upstream_ptr,  # (n_rows,) of the losses, or None
     ce_upstream_ptr,  # (n_rows,) of the cross-entropies, or None
     statistics_ptr,  # (n_rows, N_STATISTICS)
@@ -109,9 +143,9 @@ def gradient(
     inner,  # size of the logits' last dimension but one
     strides,  # Strides
     numbers,  # Numbers
-    DIVERGENCE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ON_DEVICE: tl.constexpr,
-    CONGRUENT: tl.constexpr, GRADIENT_CONGRUENT: tl.constexpr, VECTORS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    DIVERGENCE: tl.constexpr, IS_DECOUPLED: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    ON_DEVICE: tl.constexpr, PER_ROW: tl.constexpr, CONGRUENT: tl.constexpr,
+    GRADIENT_CONGRUENT: tl.constexpr, VECTORS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of a block of a row from its statistics: program row · n_blocks + block.
 
@@ -120,9 +154,11 @@ def gradient(
     program = tl.program_id(0)
     row, block = program // n_blocks, program % n_blocks
     weight = number(numbers.weight, ON_DEVICE, DTYPE)
-    temperature = number(numbers.student_temperature, ON_DEVICE, DTYPE)
-    units = units_of(numbers, ON_DEVICE, DTYPE)
+    temperature = temperature_of(numbers.student_temperature, row, PER_ROW, ON_DEVICE, DTYPE)
+    units = units_of(numbers, row, PER_ROW, ON_DEVICE, DTYPE)
     LABELS: tl.constexpr = ce_upstream_ptr is not None
+    APART: tl.constexpr = apart_ptr is not None
+    apart = tl.load(apart_ptr + row).to(tl.int64) if apart_ptr is not None else -1
     factors = _row_factors(
         row, row >= 0, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
         number(numbers.scale, ON_DEVICE, DTYPE) / temperature, DTYPE,
@@ -137,6 +173,7 @@ def gradient(
     rows = Pointers(
         at_boundary(student_row, head, True),
         at_boundary(teacher_ptr, row_offset(row, inner, teacher) + head, CONGRUENT),
+        apart - head,
     )
     gradient_row = at_boundary(
         gradient_ptr, row_offset(row, inner, gradient) + head, GRADIENT_CONGRUENT
@@ -146,14 +183,40 @@ def gradient(
     inside = (start + tl.arange(0, VECTORS) < (n_cols - head) // WIDTH)[:, None]
     _gradient_tile(
         rows, gradient_row, vectors(start, VECTORS, WIDTH), inside, unmasked, head, units,
-        statistics, weight, factors, DIVERGENCE, LABELS, DTYPE, FAST,
+        statistics, weight, factors, DIVERGENCE, IS_DECOUPLED, LABELS, APART, DTYPE, FAST,
     )  # fmt: skip
     if (block == 0) & (n_cols % WIDTH + head > 0):
         at_edge, inside_edge = edges(head, n_cols, 2, WIDTH)
         _gradient_tile(
             rows, gradient_row, at_edge, inside_edge, unmasked, head, units, statistics, weight,
-            factors, DIVERGENCE, LABELS, DTYPE, FAST,
+            factors, DIVERGENCE, IS_DECOUPLED, LABELS, APART, DTYPE, FAST,
         )  # fmt: skip
+
+
+@triton.jit
+def _moments(x):
+    """Return the mean of each row of logits, its unbiased deviation and its number of classes.
+
+    They are columns, in which the classes that −∞ excludes have no part.
+    """
+    allowed = x != -INFINITY  # which those outside the row are not
+    n = tl.sum(allowed.to(x.dtype), 1)[:, None]
+    mean = tl.sum(tl.where(allowed, x, 0.0), 1)[:, None] / n
+    above = tl.where(allowed, x - mean, 0.0)
+    return mean, tl.sqrt(tl.sum(above * above, 1)[:, None] / tl.maximum(n - 1, 1)), n
+
+
+@triton.jit
+def _slopes_of_deviation(slopes, x, mean, deviation, n):
+    """Return what the deviation, which divides the logits, contributes to their gradient.
+
+    Logits that are all equal stand where it has no slope, for which PyTorch takes 0.
+    """
+    allowed = x != -INFINITY
+    above = tl.where(allowed, x - mean, 0.0)
+    each = tl.sum(tl.where(allowed, slopes, 0.0) * above, 1)[:, None]
+    each = each / ((deviation + EPSILON) * deviation * (n - 1))
+    return -above * tl.where(deviation == 0, 0.0, each)
 
 
 @triton.jit(do_not_specialize=["n_rows", "inner"])
@@ -162,6 +225,7 @@ def whole_rows(
     teacher_ptr,  # (n_rows, n_cols)
     labels_ptr,  # (n_rows,) or None
     row_mask_ptr,  # (n_rows,) or None
+    apart_ptr,  # (n_rows,), classes that are set apart, or None
     upstream_ptr,  # (n_rows,) of the losses, or None
     ce_upstream_ptr,  # (n_rows,) of the cross-entropies, or None
     losses_ptr,  # (n_rows,); None: the gradient alone
@@ -172,9 +236,10 @@ def whole_rows(
     inner,  # size of the logits' last dimension but one
     strides,  # Strides
     numbers,  # Numbers
-    DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
-    ON_DEVICE: tl.constexpr, ALIGNMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    IN_PLACE: tl.constexpr, WEIGHED: tl.constexpr,
+    DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, IS_DECOUPLED: tl.constexpr,
+    IS_STANDARDIZED: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    ON_DEVICE: tl.constexpr, PER_ROW: tl.constexpr, ALIGNMENT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, IN_PLACE: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """Compute the losses, the gradient or both of ROWS rows, which are read once and stay on chip.
 
@@ -191,10 +256,13 @@ def whole_rows(
         if tl.sum(differs.to(tl.int32), 0) == 0:
             return
     weight = number(numbers.weight, ON_DEVICE, DTYPE)
-    temperature = number(numbers.student_temperature, ON_DEVICE, DTYPE)
+    # a column where each row has its own, so that it divides a tile of logits
+    own = tl.where(exists, rows, 0)[:, None] if PER_ROW else 0
+    temperature = temperature_of(numbers.student_temperature, own, PER_ROW, ON_DEVICE, DTYPE)
     scale = number(numbers.scale, ON_DEVICE, DTYPE)
-    units = units_of(numbers, ON_DEVICE, DTYPE)
+    units = units_of(numbers, own, PER_ROW, ON_DEVICE, DTYPE)
     LABELS: tl.constexpr = labels_ptr is not None
+    APART: tl.constexpr = apart_ptr is not None
     n_cols = n_cols // ALIGNMENT * ALIGNMENT  # unchanged; tells the compiler what divides it
     columns = tl.arange(0, COLUMNS)[None, :]
     student = Strided(student_ptr, strides.student_outer, strides.student_inner)
@@ -202,8 +270,19 @@ def whole_rows(
     student_rows = row_offset(rows, inner, student) // ALIGNMENT * ALIGNMENT
     teacher_rows = row_offset(rows, inner, teacher) // ALIGNMENT * ALIGNMENT
     inside = exists[:, None] & (columns < n_cols)
-    pointers = Pointers(student_ptr + student_rows[:, None], teacher_ptr + teacher_rows[:, None])
-    x, y = load_logits(pointers, columns, inside, DTYPE)
+    apart = tl.load(apart_ptr + rows, exists, 0).to(tl.int64)[:, None] if APART else -1
+    pointers = Pointers(
+        student_ptr + student_rows[:, None], teacher_ptr + teacher_rows[:, None], apart
+    )
+    if IS_STANDARDIZED:
+        x, y = load_logits(pointers, columns, inside, DIVERGENCE, False, DTYPE)
+        mean, deviation, n = _moments(x)
+        _, of_teacher, _ = _moments(y)
+        temperature *= deviation + EPSILON
+        units = Units(
+            units.cs / (deviation + EPSILON), units.ct / (of_teacher + EPSILON), units.c1
+        )
+    x, y = load_logits(pointers, columns, inside, DIVERGENCE, APART, DTYPE)
 
     ms, mt = tl.maximum(tl.max(x, 1), LOWEST), tl.maximum(tl.max(y, 1), LOWEST)
     above = x - ms[:, None]
@@ -219,40 +298,58 @@ def whole_rows(
         zeros = tl.zeros([ROWS], DTYPE)
         a, b = add_products(zeros, zeros, ds, dt, es, et, DIVERGENCE)
         value, slope_sum = kl_value(zs, zt, a, b, weight, DIVERGENCE)
-    z1 = zs
+    z1, left = zs, zs
     if LABELS:
         z1 = tl.sum(tl.exp2(above * units.c1), 1)
+    if IS_DECOUPLED:
+        of_q = log2_odds(
+            logit_of(pointers.student, apart, n_cols, DTYPE), ms[:, None], zs[:, None], units.cs
+        )
+        of_p = log2_odds(
+            logit_of(pointers.teacher, apart, n_cols, DTYPE), mt[:, None], zt[:, None], units.ct
+        )
+        value, slope_sum = decoupled(value[:, None], of_p, of_q, weight)
+        value, slope_sum = tl.max(value, 1), tl.max(slope_sum, 1)
 
     if losses_ptr is not None:
         unmasked = (
             tl.load(row_mask_ptr + rows, exists, 0) != 0 if row_mask_ptr is not None else exists
         )
         tl.store(losses_ptr + rows, tl.where(unmasked, value * scale, 0.0), exists)
-        if LABELS:
-            label = tl.load(labels_ptr + rows, exists, -1).to(tl.int64)
-            row_ptr = student_ptr + student_rows
-            ce = cross_entropy(row_ptr, label, n_cols, units.c1, ms, z1, DTYPE)
+    if LABELS and (APART or losses_ptr is not None):
+        label = tl.load(labels_ptr + rows, exists, -1).to(tl.int64)
+        row_ptr = student_ptr + student_rows
+        ce, left = cross_entropy(row_ptr, label, n_cols, units.c1, ms, z1, APART, DTYPE)
+        if losses_ptr is not None:
             tl.store(cross_entropies_ptr + rows, ce, exists)
     if gradient_ptr is not None:
         unit = scale / temperature
         if (upstream_ptr is None) and (ce_upstream_ptr is None):
             unit *= row_weight
+        if IS_STANDARDIZED or PER_ROW:
+            unit = tl.max(unit, 1)  # the column's one
         factors = _row_factors(
             rows, exists, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
             unit, DTYPE,
         )  # fmt: skip
-        slopes = _row_gradient(
-            x, y, columns, units,
-            Statistics(
-                ms[:, None], zs[:, None], mt[:, None], zt[:, None], slope_sum[:, None],
-                z1[:, None],
-            ),
-            weight,
-            Factors(
-                factors.divergence[:, None], factors.cross_entropy[:, None], factors.label[:, None]
-            ),
-            DIVERGENCE, ce_upstream_ptr is not None, FAST,
+        row = Statistics(
+            ms[:, None], zs[:, None], mt[:, None], zt[:, None], slope_sum[:, None],
+            left[:, None], z1[:, None],
         )  # fmt: skip
+        factors = Factors(
+            factors.divergence[:, None], factors.cross_entropy[:, None], factors.label[:, None]
+        )
+        slopes = _slopes(
+            x, y, columns == apart, units, row, weight, factors, DIVERGENCE, IS_DECOUPLED, FAST
+        )
+        if IS_STANDARDIZED:
+            if APART:
+                x, y = load_logits(pointers, columns, inside, DIVERGENCE, False, DTYPE)
+            slopes += _slopes_of_deviation(slopes, x, mean, deviation, n)
+            if APART:
+                x, y = load_logits(pointers, columns, inside, DIVERGENCE, APART, DTYPE)
+        if ce_upstream_ptr is not None:
+            slopes += _label_slopes(x, columns, units, row, factors, APART)
         if IN_PLACE and LABELS:
             tl.debug_barrier()  # so that the label's logit has been read before it is overwritten
         gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)

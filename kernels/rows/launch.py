@@ -51,6 +51,11 @@ def n_statistics(problem: Rows) -> int:
     return sweeps.N_STATISTICS.value if problem.student.shape[-1] > longest else 0
 
 
+def takes(problem: Rows) -> bool:
+    """Return whether the kernels solve the problem: a deviation is known of rows on chip alone."""
+    return not (problem.standardized and n_statistics(problem))
+
+
 def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Tensor, ...]]:
     """Compute the losses of the rows, and what `backward` needs besides the problem.
 
@@ -120,6 +125,7 @@ def value_and_gradients(
     row_weights: Tensor | None = None,
     ce_weights: Tensor | None = None,
     in_place: bool = False,
+    is_wide: bool = False,
 ) -> tuple[Losses, tuple[Tensor | None]]:
     """Compute the losses of the rows, and the gradient of Σ w·losses + Σ w_ce·cross_entropies.
 
@@ -132,6 +138,7 @@ def value_and_gradients(
         row_weights: w, shape (...); None for 1.
         ce_weights: w_ce, shape (...); None for 0.
         in_place: Write the gradient over the student, which must be contiguous.
+        is_wide: Return the gradient in the compute dtype.
 
     Returns:
         ((losses, cross_entropies), (gradient,)): as `forward` and `backward` return them, with
@@ -143,7 +150,8 @@ def value_and_gradients(
     losses, statistics = _allocate(problem, n)
     gradient = student
     if not in_place:
-        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+        dtype = losses[0].dtype if is_wide else student.dtype
+        gradient = torch.empty_like(student, dtype=dtype, memory_format=torch.contiguous_format)
     if row_weights is None:
         row_weights = losses[0].new_ones(()).expand(losses[0].shape)
     upstream = row_weights, ce_weights
@@ -196,6 +204,7 @@ def _launch_whole_rows(
             cross_entropies_ptr=None if losses is None else losses[1],
             n_rows=n_rows,
             IS_MIXTURE=problem.divergence in _MIXTURES,
+            IS_STANDARDIZED=problem.standardized,
             FAST=_has_fast_log2(problem),
             ALIGNMENT=alignment(aligned, n_cols),
             ROWS=block,
@@ -240,6 +249,7 @@ def _launch_statistics(problem: Rows, losses: Losses, statistics: Tensor) -> Non
     shared = dict(
         **_arguments(problem),
         student=student,
+        teacher=teacher,
         losses_ptr=losses[0],
         cross_entropies_ptr=losses[1],
         statistics_ptr=statistics,
@@ -250,7 +260,6 @@ def _launch_statistics(problem: Rows, losses: Losses, statistics: Tensor) -> Non
         for sweep in (0,) if splits == 1 else (1, 2) if is_mixture else (1,):
             sweeps.row_statistics[(n_rows, splits)](
                 **shared,
-                teacher=teacher,
                 vectors_per_split=per_split,
                 SWEEP=sweep,
                 FAST=_has_fast_log2(problem),
@@ -297,6 +306,7 @@ def _launch_gradient(
 def _arguments(problem: Rows) -> dict[str, Any]:
     """Return what all kernels take, by the names of their parameters."""
     dtype, device = _dtype(problem), problem.student.device
+    is_decoupled = problem.divergence == "decoupled_kl"
     numbers = sweeps.Numbers(
         problem.student_temperature,
         problem.teacher_temperature,
@@ -304,6 +314,12 @@ def _arguments(problem: Rows) -> dict[str, Any]:
         problem.scale,
         problem.row_weight,
     )
+    # a temperature of each row, where one of the networks has it
+    is_per_row = any(isinstance(x, Tensor) and x.ndim for x in numbers[:2])
+    if is_per_row:
+        examples = problem.student.shape[:-1]
+        own = (_flat(_on_device(x, device).expand(examples)) for x in numbers[:2])
+        numbers = sweeps.Numbers(*own, *numbers[2:])
     # float64 goes by pointer too, because a Python float reaches a kernel as float32
     by_pointer = dtype == torch.float64 or any(isinstance(x, Tensor) for x in numbers)
     if by_pointer:
@@ -313,12 +329,16 @@ def _arguments(problem: Rows) -> dict[str, Any]:
     return dict(
         labels_ptr=_flat(problem.labels),
         row_mask_ptr=_flat(problem.row_mask),
+        apart_ptr=_flat(problem.apart),
         numbers=numbers,
         n_cols=problem.student.shape[-1],
         inner=problem.student.shape[-2] if problem.student.ndim > 1 else 1,
-        DIVERGENCE=problem.divergence,
+        # the KL of all other classes, and what is added to it
+        DIVERGENCE="forward_kl" if is_decoupled else problem.divergence,
+        IS_DECOUPLED=is_decoupled,
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
         ON_DEVICE=by_pointer,
+        PER_ROW=is_per_row,
     )
 
 

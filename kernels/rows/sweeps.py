@@ -20,8 +20,11 @@ from fastkd.kernels.rows.terms import (
     Sums,
     Units,
     cross_entropy,
+    decoupled,
     fold,
     kl_value,
+    log2_odds,
+    logit_of,
     merge,
     mixture,
     mixture_value,
@@ -70,6 +73,7 @@ class Pointers(NamedTuple):
 
     student: tl.tensor
     teacher: tl.tensor
+    apart: tl.tensor  # the column, counted from there, of the class that is set apart
 
 
 class Span(NamedTuple):
@@ -82,19 +86,39 @@ class Span(NamedTuple):
 
 
 @triton.jit
-def units_of(numbers, ON_DEVICE: tl.constexpr, DTYPE: tl.constexpr):
+def temperature_of(
+    temperature, row, PER_ROW: tl.constexpr, ON_DEVICE: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Return the temperature of a row, or PER_ROW of several that exist."""
+    if PER_ROW:
+        return tl.load(temperature + row).to(DTYPE)
+    return number(temperature, ON_DEVICE, DTYPE)
+
+
+@triton.jit
+def units_of(
+    numbers, row, PER_ROW: tl.constexpr, ON_DEVICE: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    student = temperature_of(numbers.student_temperature, row, PER_ROW, ON_DEVICE, DTYPE)
+    teacher = temperature_of(numbers.teacher_temperature, row, PER_ROW, ON_DEVICE, DTYPE)
     return Units(
-        log2_units(number(numbers.student_temperature, ON_DEVICE, DTYPE), DTYPE),
-        log2_units(number(numbers.teacher_temperature, ON_DEVICE, DTYPE), DTYPE),
-        tl.full([], LOG2E, DTYPE),
+        log2_units(student, DTYPE), log2_units(teacher, DTYPE), tl.full([], LOG2E, DTYPE)
     )
 
 
 @triton.jit
-def load_logits(rows, columns, mask, DTYPE: tl.constexpr):
+def load_logits(
+    rows, columns, mask, DIVERGENCE: tl.constexpr, APART: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Return the logits of both networks, −∞ outside the mask and of the class set APART."""
     fill = None if mask is None else -INFINITY
     x = tl.load(rows.student + columns, mask=mask, other=fill).to(DTYPE)
-    y = tl.load(rows.teacher + columns, mask=mask, other=fill).to(DTYPE)
+    y = x
+    if DIVERGENCE != "":
+        y = tl.load(rows.teacher + columns, mask=mask, other=fill).to(DTYPE)
+    if APART:
+        x = tl.where(columns == rows.apart, -INFINITY, x)
+        y = tl.where(columns == rows.apart, -INFINITY, y)
     return x, y
 
 
@@ -122,8 +146,8 @@ def _has_edges(span, WIDTH: tl.constexpr):
 
 @triton.jit
 def _online_sums(
-    rows, span, units, DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, DTYPE: tl.constexpr,
-    THREADS: tl.constexpr, WIDTH: tl.constexpr,
+    rows, span, units, DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, APART: tl.constexpr,
+    DTYPE: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Return the Sums over a span, and over the edges of the row if the span starts at 0.
 
@@ -133,15 +157,19 @@ def _online_sums(
     sums = Sums(pivots, zeros, pivots, zeros, zeros, zeros, zeros)
     rest = span.start + (span.end - span.start) // THREADS * THREADS
     for i in range(span.start, rest, THREADS):
-        x, y = load_logits(rows, vectors(i, THREADS, WIDTH), None, DTYPE)
+        x, y = load_logits(
+            rows, vectors(i, THREADS, WIDTH), None, DIVERGENCE, APART, DTYPE
+        )
         sums = fold(x, y, units, sums, DIVERGENCE, LABELS)
     if rest < span.end:
         inside = (rest + tl.arange(0, THREADS) < span.end)[:, None]
-        x, y = load_logits(rows, vectors(rest, THREADS, WIDTH), inside, DTYPE)
+        x, y = load_logits(
+            rows, vectors(rest, THREADS, WIDTH), inside, DIVERGENCE, APART, DTYPE
+        )
         sums = fold(x, y, units, sums, DIVERGENCE, LABELS)
     if _has_edges(span, WIDTH):
         columns, inside = edges(span.head, span.n_cols, THREADS, WIDTH)
-        x, y = load_logits(rows, columns, inside, DTYPE)
+        x, y = load_logits(rows, columns, inside, DIVERGENCE, APART, DTYPE)
         sums = fold(x, y, units, sums, DIVERGENCE, LABELS)
     return merge(sums, units, DIVERGENCE)
 
@@ -158,25 +186,29 @@ def _mixture_of(
 
 @triton.jit
 def _mixture_sums(
-    rows, span, units, ms, zs, mt, zt, weight, DIVERGENCE: tl.constexpr, DTYPE: tl.constexpr,
-    FAST: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
+    rows, span, units, ms, zs, mt, zt, weight, DIVERGENCE: tl.constexpr, APART: tl.constexpr,
+    DTYPE: tl.constexpr, FAST: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Return Σ d and Σ q·v over what `_online_sums` reads, given the pivots and Z of the row."""
     value = tl.zeros([THREADS], DTYPE)
     slope_sum = value
     rest = span.start + (span.end - span.start) // THREADS * THREADS
     for i in range(span.start, rest, THREADS):
-        x, y = load_logits(rows, vectors(i, THREADS, WIDTH), None, DTYPE)
+        x, y = load_logits(
+            rows, vectors(i, THREADS, WIDTH), None, DIVERGENCE, APART, DTYPE
+        )
         summands, slopes = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
         value, slope_sum = value + summands, slope_sum + slopes
     if rest < span.end:
         inside = (rest + tl.arange(0, THREADS) < span.end)[:, None]
-        x, y = load_logits(rows, vectors(rest, THREADS, WIDTH), inside, DTYPE)
+        x, y = load_logits(
+            rows, vectors(rest, THREADS, WIDTH), inside, DIVERGENCE, APART, DTYPE
+        )
         summands, slopes = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
         value, slope_sum = value + summands, slope_sum + slopes
     if _has_edges(span, WIDTH):
         columns, inside = edges(span.head, span.n_cols, THREADS, WIDTH)
-        x, y = load_logits(rows, columns, inside, DTYPE)
+        x, y = load_logits(rows, columns, inside, DIVERGENCE, APART, DTYPE)
         summands, slopes = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
         value, slope_sum = value + summands, slope_sum + slopes
     return tl.sum(value, 0), tl.sum(slope_sum, 0)
@@ -189,11 +221,11 @@ def _store_sums(pointer, sums):
 
 
 @triton.jit
-def _store_statistics(pointer, sums, slope_sum):
-    """Store the Statistics of a row, where a's place is the slope sum's and b's stays empty."""
+def _store_statistics(pointer, sums, slope_sum, left):
+    """Store the Statistics of a row: a's place is the slope sum's, and b's what a class leaves."""
     _store_sums(
         pointer,
-        Sums(sums.ms, sums.zs, sums.mt, sums.zt, slope_sum, 0.0, sums.z1),
+        Sums(sums.ms, sums.zs, sums.mt, sums.zt, slope_sum, left, sums.z1),
     )
 
 
@@ -205,8 +237,23 @@ def load_statistics(pointer):
         tl.load(pointer + 2),
         tl.load(pointer + 3),
         tl.load(pointer + 4),
+        tl.load(pointer + 5),
         tl.load(pointer + 6),
     )
+
+
+@triton.jit
+def apart_value(
+    value, student_row, teacher_row, apart, n_cols, sums, units, weight, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Return what `decoupled` does for a row whose other classes have this value."""
+    of_q = log2_odds(
+        logit_of(student_row, apart, n_cols, DTYPE), sums.ms, sums.zs, units.cs
+    )
+    of_p = log2_odds(
+        logit_of(teacher_row, apart, n_cols, DTYPE), sums.mt, sums.zt, units.ct
+    )
+    return decoupled(value, of_p, of_q, weight)
 
 
 # numbers that vary with the batch stay unspecialised, so that every batch runs the same code
@@ -216,6 +263,7 @@ def row_statistics(
     teacher,  # Strided (n_rows, n_cols)
     labels_ptr,  # (n_rows,) or None
     row_mask_ptr,  # (n_rows,) or None
+    apart_ptr,  # (n_rows,), classes that are set apart, or None
     losses_ptr,  # (n_rows,)
     cross_entropies_ptr,  # (n_rows,) or None, without labels
     statistics_ptr,  # (n_rows, N_STATISTICS)
@@ -224,9 +272,9 @@ def row_statistics(
     n_cols,
     inner,  # size of the logits' last dimension but one
     vectors_per_split,
-    DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, SWEEP: tl.constexpr, DTYPE: tl.constexpr,
-    FAST: tl.constexpr, ON_DEVICE: tl.constexpr, CONGRUENT: tl.constexpr, THREADS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, IS_DECOUPLED: tl.constexpr,
+    SWEEP: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ON_DEVICE: tl.constexpr,
+    PER_ROW: tl.constexpr, CONGRUENT: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Compute the losses and statistics of a row, or a split's part of them: program (row, split).
 
@@ -245,39 +293,51 @@ def row_statistics(
             _store_sums(statistics_row, Sums(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
         return
     weight = number(numbers.weight, ON_DEVICE, DTYPE)
-    units = units_of(numbers, ON_DEVICE, DTYPE)
+    units = units_of(numbers, row, PER_ROW, ON_DEVICE, DTYPE)
     whole_row = student.ptr + row_offset(row, inner, student)
     head = head_of(whole_row, n_cols, WIDTH)
+    APART: tl.constexpr = apart_ptr is not None
+    apart = tl.load(apart_ptr + row).to(tl.int64) if apart_ptr is not None else -1
     rows = Pointers(
         at_boundary(whole_row, head, True),
         at_boundary(teacher.ptr, row_offset(row, inner, teacher) + head, CONGRUENT),
+        apart - head,
     )
     start = split * vectors_per_split
     end = tl.maximum(start, tl.minimum(start + vectors_per_split, (n_cols - head) // WIDTH))
     span = Span(start, end, head, n_cols)
 
     if SWEEP < 2:
-        sums = _online_sums(rows, span, units, DIVERGENCE, LABELS, DTYPE, THREADS, WIDTH)
+        sums = _online_sums(rows, span, units, DIVERGENCE, LABELS, APART, DTYPE, THREADS, WIDTH)
         ms, zs, mt, zt = sums.ms, sums.zs, sums.mt, sums.zt
     else:
         ms, zs = tl.load(statistics_row), tl.load(statistics_row + 1)
         mt, zt = tl.load(statistics_row + 2), tl.load(statistics_row + 3)
     if IS_MIXTURE and SWEEP != 1:
         value, slope_sum = _mixture_sums(
-            rows, span, units, ms, zs, mt, zt, weight, DIVERGENCE, DTYPE, FAST, THREADS, WIDTH
-        )
+            rows, span, units, ms, zs, mt, zt, weight, DIVERGENCE, APART, DTYPE, FAST, THREADS,
+            WIDTH,
+        )  # fmt: skip
         if SWEEP == 0:
             value, slope_sum = mixture_value(value, slope_sum, zs, zt, weight, DIVERGENCE)
     elif SWEEP == 0:
         value, slope_sum = kl_value(zs, zt, sums.a, sums.b, weight, DIVERGENCE)
 
     if SWEEP == 0:
+        if IS_DECOUPLED:
+            teacher_row = teacher.ptr + row_offset(row, inner, teacher)
+            value, slope_sum = apart_value(
+                value, whole_row, teacher_row, apart, n_cols, sums, units, weight, DTYPE
+            )
         scale = number(numbers.scale, ON_DEVICE, DTYPE)
         tl.store(losses_ptr + row, tl.where(unmasked, value * scale, 0.0))
+        left = tl.zeros_like(sums.z1)
         if LABELS:
-            ce = cross_entropy(whole_row, label, n_cols, units.c1, sums.ms, sums.z1, DTYPE)
+            ce, left = cross_entropy(
+                whole_row, label, n_cols, units.c1, sums.ms, sums.z1, APART, DTYPE
+            )
             tl.store(cross_entropies_ptr + row, ce)
-        _store_statistics(statistics_row, sums, slope_sum)
+        _store_statistics(statistics_row, sums, slope_sum, left)
     else:
         place = (row.to(tl.int64) * tl.num_programs(1) + split) * N_STATISTICS
         if SWEEP == 1:
@@ -290,8 +350,10 @@ def row_statistics(
 @triton.jit(do_not_specialize=["inner", "n_splits"])
 def combine(
     student,  # Strided (n_rows, n_cols)
+    teacher,  # Strided (n_rows, n_cols)
     labels_ptr,  # (n_rows,) or None
     row_mask_ptr,  # (n_rows,) or None
+    apart_ptr,  # (n_rows,), classes that are set apart, or None
     losses_ptr,  # (n_rows,)
     cross_entropies_ptr,  # (n_rows,) or None, without labels
     statistics_ptr,  # (n_rows, N_STATISTICS)
@@ -300,8 +362,9 @@ def combine(
     n_cols,
     inner,  # size of the logits' last dimension but one
     n_splits,
-    DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, SWEEP: tl.constexpr, DTYPE: tl.constexpr,
-    ON_DEVICE: tl.constexpr, SPLITS: tl.constexpr,
+    DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, IS_DECOUPLED: tl.constexpr,
+    SWEEP: tl.constexpr, DTYPE: tl.constexpr, ON_DEVICE: tl.constexpr, PER_ROW: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Combine what the splits of a row summed, always in the same order: program (row)."""
     row = tl.program_id(0)
@@ -324,14 +387,23 @@ def combine(
             tl.load(place + 5, inside, 0.0),
             tl.load(place + 6, inside, 0.0),
         )
-        sums = merge(sums, units_of(numbers, ON_DEVICE, DTYPE), DIVERGENCE)
+        units = units_of(numbers, row, PER_ROW, ON_DEVICE, DTYPE)
+        sums = merge(sums, units, DIVERGENCE)
         value, slope_sum = kl_value(sums.zs, sums.zt, sums.a, sums.b, weight, DIVERGENCE)
-        _store_statistics(statistics_row, sums, slope_sum)
+        row_ptr = student.ptr + row_offset(row, inner, student)
+        left = tl.zeros_like(sums.z1)
+        if IS_DECOUPLED:
+            apart = tl.load(apart_ptr + row).to(tl.int64)
+            teacher_row = teacher.ptr + row_offset(row, inner, teacher)
+            value, slope_sum = apart_value(
+                value, row_ptr, teacher_row, apart, n_cols, sums, units, weight, DTYPE
+            )
         if LABELS:
-            row_ptr = student.ptr + row_offset(row, inner, student)
-            c1 = tl.full([], LOG2E, DTYPE)
-            ce = cross_entropy(row_ptr, label, n_cols, c1, sums.ms, sums.z1, DTYPE)
+            ce, left = cross_entropy(
+                row_ptr, label, n_cols, units.c1, sums.ms, sums.z1, apart_ptr is not None, DTYPE
+            )
             tl.store(cross_entropies_ptr + row, ce)
+        _store_statistics(statistics_row, sums, slope_sum, left)
     else:
         summands, slopes = tl.load(place, inside, 0.0), tl.load(place + 1, inside, 0.0)
         zs, zt = tl.load(statistics_row + 1), tl.load(statistics_row + 3)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.kernels.tiles import LN2, log2
+from fastkd.kernels.tiles import LN2, LOG2E, log2
 
 LOWEST = tl.constexpr(-1e30)  # pivot of an empty sum: finite, so that differences are numbers
 SMALLEST = tl.constexpr(-120.0)  # log2 of the probability that a mixture takes for 0
@@ -48,7 +48,8 @@ class Statistics(NamedTuple):
     zs: tl.tensor
     mt: tl.tensor
     zt: tl.tensor
-    slope_sum: tl.tensor  # Σ q·v, which the slope q·(v − Σ q·v) subtracts
+    slope_sum: tl.tensor  # Σ q·v, which the slope q·(v − Σ q·v) subtracts; or weight · excess
+    left: tl.tensor  # the student's probability, at T = 1, that the class set apart leaves
     z1: tl.tensor
 
 
@@ -63,6 +64,8 @@ def rescaled(sums, rise_s, rise_t, shrink_s, shrink_t, DIVERGENCE: tl.constexpr)
         a = tl.where(shrink_t > 0, (a + sums.zt * rise_s) * shrink_t, 0.0)
     if (DIVERGENCE == "reverse_kl") or (DIVERGENCE == "symmetric_kl"):
         b = tl.where(shrink_s > 0, (b + sums.zs * (rise_t - rise_s)) * shrink_s, 0.0)
+    if DIVERGENCE == "reverse_cross_entropy":
+        b = tl.where(shrink_s > 0, (b + sums.zs * rise_t) * shrink_s, 0.0)
     return a, b
 
 
@@ -75,6 +78,8 @@ def add_products(a, b, ds, dt, es, et, DIVERGENCE: tl.constexpr):
         a += tl.sum(tl.where(et > 0, et * -ds, 0.0), 1)
     if (DIVERGENCE == "reverse_kl") or (DIVERGENCE == "symmetric_kl"):
         b += tl.sum(tl.where(es > 0, es * (ds - dt), 0.0), 1)
+    if DIVERGENCE == "reverse_cross_entropy":
+        b += tl.sum(tl.where(es > 0, es * -dt, 0.0), 1)
     return a, b
 
 
@@ -132,6 +137,10 @@ def kl_value(zs, zt, a, b, weight, DIVERGENCE: tl.constexpr):
         value = b / zs + ratio
     elif DIVERGENCE == "symmetric_kl":
         value = weight * (a / zt - ratio) + (1 - weight) * (b / zs + ratio)
+    elif DIVERGENCE == "reverse_cross_entropy":
+        value = b / zs + tl.log2(zt)
+    elif DIVERGENCE == "":
+        value = tl.zeros_like(zs)
     else:
         value = a / zt + tl.log2(zs)
     return not_below_0(value * LN2), b / zs
@@ -196,6 +205,11 @@ def slope(ds, dt, row, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
     """Return T · ∂D/∂student of a tile, given the Statistics of its rows."""
     if (DIVERGENCE == "forward_kl") or (DIVERGENCE == "soft_cross_entropy"):
         return tl.exp2(ds) * (1 / row.zs) - tl.exp2(dt) * (1 / row.zt)
+    if DIVERGENCE == "":
+        return tl.zeros_like(ds)
+    if DIVERGENCE == "reverse_cross_entropy":
+        q = tl.exp2(ds) * (1 / row.zs)
+        return tl.where(q <= TINY, 0.0, q * (-dt - row.slope_sum)) * LN2
     if (DIVERGENCE == "reverse_kl") or (DIVERGENCE == "symmetric_kl"):
         q = tl.exp2(ds) * (1 / row.zs)
         # compared this way round, so that a NaN stays a NaN
@@ -214,8 +228,70 @@ def slope(ds, dt, row, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy(student_row, label, n_cols, c1, ms, z1, DTYPE: tl.constexpr):
-    """Return −log softmax(student)[label] at T = 1: 0 without a label, NaN if out of range."""
+def log2_odds(logit, pivot, z, unit):
+    """Return log2 of the odds of a class that is set apart, from the sum over all others."""
+    return (logit - pivot) * unit - tl.log2(z)
+
+
+@triton.jit
+def softplus(x):
+    """Return log2(1 + 2^x), to the last digit for every x."""
+    u = tl.exp2(-tl.abs(x))
+    # what 1 + u has lost of u, its logarithm has lost in the same proportion
+    of_u = tl.where(1 + u == 1, u * LOG2E, tl.log2(1 + u) * (u / ((1 + u) - 1)))
+    return tl.maximum(x, 0.0) + of_u
+
+
+@triton.jit
+def sigmoid(odds):
+    """Return the probability with this log2 of its odds."""
+    return 1 / (1 + tl.exp2(-odds))
+
+
+@triton.jit
+def binary_kl(of_p, of_q):
+    """Return the KL, in bits, between two probabilities with these log2 of their odds."""
+    p, left = sigmoid(of_p), sigmoid(-of_p)
+    value = tl.where(p == 0, 0.0, p * (softplus(-of_q) - softplus(-of_p)))
+    return value + tl.where(left == 0, 0.0, left * (softplus(of_q) - softplus(of_p)))
+
+
+@triton.jit
+def decoupled(value, of_p, of_q, weight):
+    """Return the value of decoupled rows, and weight · (q − p) of the class set apart.
+
+    `value` is the KL among the other classes. A share of 0 wins over an infinite term.
+    """
+    of_class = not_below_0(binary_kl(of_p, of_q) * LN2)
+    both = tl.where(weight == 0, 0.0, weight * of_class)
+    both += tl.where(weight == 1, 0.0, (1 - weight) * value)
+    # the smaller of both probabilities, because the larger one may have lost its digits
+    is_large = of_p + of_q > 0
+    excess = tl.where(
+        is_large, sigmoid(-of_p) - sigmoid(-of_q), sigmoid(of_q) - sigmoid(of_p)
+    )
+    return both, weight * excess
+
+
+@triton.jit
+def logit_of(row_ptr, label, n_cols, DTYPE: tl.constexpr):
+    """Return the logit of a class, NaN if there is no such class."""
     inside = (label >= 0) & (label < n_cols)
-    x = tl.load(student_row + label, mask=inside, other=float("nan")).to(DTYPE)
-    return tl.where(label < 0, 0.0, (tl.log2(z1) - (x - ms) * c1) * LN2)
+    return tl.load(row_ptr + label, mask=inside, other=float("nan")).to(DTYPE)
+
+
+@triton.jit
+def cross_entropy(
+    student_row, label, n_cols, c1, ms, z1, APART: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Return −log softmax(student)[label] at T = 1, and 1 less its softmax if it is set APART.
+
+    Both are 0 without a label, and NaN for one out of range.
+    """
+    x = logit_of(student_row, label, n_cols, DTYPE)
+    if APART:
+        odds = log2_odds(x, ms, z1, c1)
+        left = sigmoid(-odds)
+        return tl.where(label < 0, 0.0, softplus(-odds) * LN2), tl.where(label < 0, 0.0, left)
+    ce = tl.where(label < 0, 0.0, (tl.log2(z1) - (x - ms) * c1) * LN2)
+    return ce, tl.zeros_like(ce)
