@@ -183,7 +183,7 @@ def moments(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     that of torch.std it has the slope 0 where it is 0.
     """
     allowed = logits != -torch.inf
-    n = allowed.sum(-1, keepdim=True)
+    n = allowed.sum(-1, keepdim=True, dtype=logits.dtype)  # whose root is as exact as the rest
     mean = torch.where(allowed, logits, 0).sum(-1, keepdim=True) / n
     above = torch.where(allowed, logits - mean, 0)
     deviation = torch.linalg.vector_norm(above, dim=-1, keepdim=True) / (n - 1).clamp(min=1).sqrt()
