@@ -80,6 +80,32 @@ def kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return 0.5 * F.cross_entropy(student, labels) + 0.5 * forward_kl(student, teacher)
 
 
+def _with_and_without(logits: Tensor, labels: Tensor, temperature: float) -> list[Tensor]:
+    """Return the log-probabilities of the label and of not it, and those of the other classes."""
+    is_label = F.one_hot(labels, logits.shape[-1]).bool()
+    p = F.softmax(logits / temperature, dim=-1)
+    both = torch.stack([(p * is_label).sum(-1), (p * ~is_label).sum(-1)], -1)
+    return [both.log(), F.log_softmax(logits / temperature - 1000.0 * is_label, dim=-1)]
+
+
+def decoupled_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    both_q, others_q = _with_and_without(student, labels, 4.0)
+    both_p, others_p = _with_and_without(teacher, labels, 4.0)
+    target, others = (
+        F.kl_div(q, p, reduction="batchmean", log_target=True)
+        for q, p in ((both_q, both_p), (others_q, others_p))
+    )
+    return (target + 8.0 * others) * 4.0**2
+
+
+def nkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    is_other = ~F.one_hot(labels, student.shape[-1]).bool()
+    log_q, p = F.log_softmax(student, dim=-1), F.softmax(teacher, dim=-1)
+    target = -(p * log_q)[~is_other].mean()
+    rest = [x[is_other].view(len(x), -1) for x in (student, teacher)]
+    return target + 1.5 * F.cross_entropy(rest[0], F.softmax(rest[1], dim=-1))
+
+
 def _taylor(x: Tensor) -> Tensor:
     """Return a Gaussian kernel with gamma = 0.4, to the second order."""
     cosines = F.normalize(x) @ F.normalize(x).T

@@ -275,6 +275,8 @@ INPUTS: dict[str, Inputs] = {
     "vid": maps_and_variances,
     "minilm_relation": relations,
     "kd": with_labels,
+    "decoupled_kd": with_labels,
+    "nkd": with_labels,
     "dino": crops,
     "linear_kd": heads,
     "hint": weighted_maps,

@@ -91,8 +91,10 @@ def temperature_of(
 ):  # fmt: skip
     """Return the temperature of a row, or PER_ROW of several that exist."""
     if PER_ROW:
-        return tl.load(temperature + row).to(DTYPE)
-    return number(temperature, ON_DEVICE, DTYPE)
+        found = tl.load(temperature + row).to(DTYPE)
+    else:
+        found = number(temperature, ON_DEVICE, DTYPE)
+    return found
 
 
 @triton.jit

@@ -33,7 +33,9 @@ def captured(rows, target="sm_90"):
     upstreams = upstream, None if rows.labels is None else upstream
     calls = (
         lambda: launch.forward(rows, (False,)),
-        lambda: launch.backward(rows, rows.student.new_empty((MANY, 0)), upstreams),
+        lambda: launch.backward(
+            rows, rows.student.new_empty((MANY, launch.n_statistics(rows))), upstreams
+        ),
         lambda: launch.value_and_gradients(
             rows, (True,), row_weights=upstream, ce_weights=upstreams[1]
         ),
@@ -73,6 +75,44 @@ def test_whole_rows_compile_without_spills(target, dtypes, divergence, labelled)
         for found in captured(problem(divergence, n_cols, dtypes, labelled), target):
             assert [x.name for x in found] == ["whole_rows"]
             assert not resources(found[0], 1)["spills"]
+
+
+# what the kernels solve besides the divergences: classes set apart, standardized logits, a
+# temperature of each row, the cross-entropy alone, and that of the teacher as a student
+VARIANTS = {
+    "decoupled": dict(divergence="decoupled_kl", apart=True),
+    "others": dict(divergence="soft_cross_entropy", apart=True, labelled=True),
+    "standardized": dict(divergence="forward_kl", standardized=True),
+    "standardized mixture": dict(divergence="jensen_shannon", standardized=True),
+    "standardized decoupled": dict(divergence="decoupled_kl", standardized=True, apart=True),
+    "per row": dict(divergence="reverse_kl", per_row=True),
+    "mirrored": dict(divergence="reverse_cross_entropy"),
+    "labels alone": dict(divergence="", labelled=True),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda x: "-".join(map(str, x)))
+@pytest.mark.parametrize("name", VARIANTS)
+@quick_if(lambda target, dtypes, name: (target, dtypes) == ("sm_90", DTYPES[0]))
+def test_variants_of_rows_compile_without_spills(target, dtypes, name):
+    if target == "gfx942" and not HAS_LINKER:
+        pytest.skip("needs an external ld.lld before triton 3.5")
+    longest = launch.ON_CHIP // 4 if torch.float64 in dtypes else launch.ON_CHIP
+    options = VARIANTS[name]
+    classes = torch.empty(MANY, dtype=torch.int64, device="meta")
+    own = torch.empty(MANY, device="meta")
+    for n_cols in (100, 1000, longest, 32000):
+        rows = problem(options["divergence"], n_cols, dtypes, options.get("labelled", False))
+        rows = rows._replace(
+            apart=classes if "apart" in options else None,
+            standardized=options.get("standardized", False),
+            student_temperature=own if "per_row" in options else 2.0,
+        )
+        if not launch.takes(rows):
+            continue
+        for found in captured(rows, target):
+            assert found and not any(resources(x, 1)["spills"] for x in found)
 
 
 def kernels_of(sizes, n_cols, **options):
