@@ -198,6 +198,8 @@ _BY_FIRST_PARAMETER: dict[str, Inputs] = {
 }
 _BY_NAME: dict[str, Inputs] = {
     "kd": _logits_and_labels,
+    "decoupled_kd": _logits_and_labels,
+    "nkd": _logits_and_labels,
     "correlation_congruence": _embeddings_of_one_width,
     "dino": _crops,
     "channel_wise": _maps_of_one_width,

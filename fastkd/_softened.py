@@ -57,9 +57,13 @@ class Engine(NamedTuple):
             )
         )
         gradients = of_student[0], of_teacher[0], of_student[1], of_teacher[1]
+        fields = (
+            problem.student, problem.teacher, problem.student_temperature,
+            problem.teacher_temperature,
+        )  # fmt: skip
         return tuple(
             None if gradient is None else gradient.to(field.dtype)
-            for gradient, field in zip(gradients, problem, strict=False)
+            for gradient, field in zip(gradients, fields, strict=True)
         )
 
     def _of_one(

@@ -105,16 +105,18 @@ def decoupled_kd(
     T = as_column(temperature, student)
     of_q, log_q = _parted(student / T, classes)
     of_p, log_p = _parted(teacher / T, classes)
-    target = sum(
-        torch.where(x == -torch.inf, 0, x.sigmoid() * (F.logsigmoid(x) - F.logsigmoid(y)))
-        for x, y in ((of_p, of_q), (-of_p, -of_q))
-    )
+    target = torch.zeros_like(of_q)
+    for x, y in ((of_p, of_q), (-of_p, -of_q)):
+        target = target + torch.where(
+            x == -torch.inf, 0, x.sigmoid() * (F.logsigmoid(x) - F.logsigmoid(y))
+        )
     others = _expectation(log_p.exp(), log_p - log_q)
     # a term of weight 0 counts for nothing, even where it is infinite
-    terms = [w * x for w, x in ((alpha, target), (beta, others)) if not is_exactly(w, 0)]
-    losses = sum(terms) if terms else selected(student[..., 0], torch.zeros_like(labelled))
+    nothing = selected(student[..., 0], torch.zeros_like(labelled))
+    target = nothing if is_exactly(alpha, 0) else alpha * target
+    others = nothing if is_exactly(beta, 0) else beta * others
     t2 = temperature**2 if scale_t2 else 1.0
-    return [Term(1.0, selected(t2 * losses, labelled), labelled)]
+    return [Term(1.0, selected(t2 * (target + others), labelled), labelled)]
 
 
 @loss(_decoupled.check, _decoupled.nkd, per_example=True)

@@ -156,8 +156,8 @@ def reverse_kl(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize,
-            teacher_gradient, dim: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form: As in `forward_kl`.
+        scale_t2, standardize, teacher_gradient, dim: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -206,8 +206,8 @@ def jensen_shannon(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         beta: β in [0, 1], the teacher's share of the mixture. A number or a 0-dim tensor.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize,
-            teacher_gradient, dim: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form: As in `forward_kl`.
+        scale_t2, standardize, teacher_gradient, dim: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -257,8 +257,8 @@ def skew_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         skew: α in [0, 1], the teacher's share of the mixture; 0 is the forward KL.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize,
-            teacher_gradient, dim: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form: As in `forward_kl`.
+        scale_t2, standardize, teacher_gradient, dim: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -307,8 +307,8 @@ def skew_reverse_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         skew: α in [0, 1], the student's share of the mixture; 0 is the reverse KL, which may be +∞.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize,
-            teacher_gradient, dim: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form: As in `forward_kl`.
+        scale_t2, standardize, teacher_gradient, dim: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -357,8 +357,8 @@ def symmetric_kl(
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         weight: w in [0, 1], the share of the forward KL; ½ gives half of Jeffreys' divergence.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize,
-            teacher_gradient, dim: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form: As in `forward_kl`.
+        scale_t2, standardize, teacher_gradient, dim: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -407,8 +407,8 @@ def total_variation(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize,
-            teacher_gradient, dim: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form: As in `forward_kl`.
+        scale_t2, standardize, teacher_gradient, dim: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:
@@ -453,8 +453,8 @@ def soft_cross_entropy(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        temperature, student_temperature, teacher_temperature, teacher_form, scale_t2, standardize,
-            teacher_gradient, dim: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature, teacher_form: As in `forward_kl`.
+        scale_t2, standardize, teacher_gradient, dim: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:

@@ -17,6 +17,8 @@ import fastkd
 from fastkd import _module, feature_modules, modules
 
 OPTIONS = {  # none of them a default
+    fastkd.DecoupledKDLoss: dict(alpha=2.0, standardize=True),
+    fastkd.NKDLoss: dict(gamma=2.0, temperature=3.0),
     fastkd.ForwardKLLoss: dict(temperature=2.0, scale_t2=False),
     fastkd.ReverseKLLoss: dict(temperature=3.0, reduction="sum"),
     fastkd.JensenShannonLoss: dict(beta=0.3, temperature=2.0),
@@ -110,7 +112,9 @@ def batch(module):
         return [*tensors, 0.5]
     if module is fastkd.SigLipLoss:
         return [*tensors, 0.5, -1.0]
-    return [*tensors, torch.tensor([3, 0, -100, 10, 5])] if module is fastkd.KDLoss else tensors
+    if module in (fastkd.KDLoss, fastkd.DecoupledKDLoss, fastkd.NKDLoss):
+        return [*tensors, torch.tensor([3, 0, -100, 10, 5])]
+    return tensors
 
 
 def value_and_gradient(loss, tensors, **options):
@@ -287,12 +291,11 @@ def test_a_learnt_option_is_a_parameter(module, name):
     assert not [*model.buffers()] and [*model.parameters()] == [temperature]
 
 
-def test_a_learnt_option_of_engines_that_do_not_learn_it_is_told():
+def test_an_option_that_is_learnt_is_a_parameter():
     learnt, tensors = torch.nn.Parameter(torch.tensor(2.0)), batch(fastkd.KDLoss)
-    with pytest.raises(ValueError, match=r'with fastkd.backend\("formula"\)'):
-        fastkd.KDLoss(temperature=learnt)
-    with fastkd.backend("formula"):
-        fastkd.KDLoss(temperature=learnt)(*tensors).backward()
+    criterion = fastkd.KDLoss(temperature=learnt)
+    assert [*criterion.parameters()] == [learnt]
+    criterion(*tensors).backward()
     small = torch.tensor(1e-3)
     around = [fastkd.kd(*tensors, temperature=2.0 + sign * small) for sign in (1, -1)]
     torch.testing.assert_close(

@@ -75,7 +75,7 @@ def test_learnt_temperatures_of_both_networks(case, engine):
 
 @each_divergence
 def test_half_precision_gives_temperatures_their_digits(case, engine):
-    """What is rounded is each gradient, and not what a temperature's gradient is summed from."""
+    """A temperature's gradient is summed before anything is rounded."""
     temperature = numbers((7,))
     inputs = [*case.inputs((7,), 300, torch.bfloat16), temperature]
     assert_exact(with_last(case, temperature=temperature), inputs)

@@ -41,7 +41,7 @@ class Softmax(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What standardizes the logits of rows, without the classes that −∞ excludes."""
+    """The moments that standardize rows of logits, in which excluded classes have no part."""
 
     above: Tensor  # [R, V], the logits less their mean
     deviation: Tensor  # [R, 1]

@@ -301,9 +301,7 @@ def _fill(
             if problem.divergence == "logit_mse":
                 _, terms = logit_mse(z, z_teacher, dtype, (slope,), known[0])
             else:
-                of_student, of_teacher, moments = _temperatures(
-                    problem, rows, z, z_teacher, dtype
-                )
+                of_student, of_teacher, moments = _temperatures(problem, rows, z, z_teacher, dtype)
                 q = softmax(z, of_student, dtype, scratch[:2], known[:2], apart=beside)
                 p = softmax(
                     z_teacher, of_teacher, dtype, scratch[2:4], known[2:4],
@@ -394,7 +392,7 @@ def _temperatures(
 
 
 def _classes(labels: Tensor | None) -> Tensor | None:
-    """Return the classes as a column, where a row that is left out has any."""
+    """Return the classes as a column, where a masked row has any."""
     return None if labels is None else labels.reshape(-1, 1).clamp(min=0)
 
 

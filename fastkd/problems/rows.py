@@ -305,7 +305,7 @@ def _solve(
     standardize: bool = False,
     teacher_gradient: bool = False,
     **own: Number,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, Any]:
     mixture = (*own.values(), 0.0)[0]
     name = limit_of(name, mixture)
     of_student, of_teacher = temperatures(temperature, student_temperature, teacher_temperature)

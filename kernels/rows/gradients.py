@@ -104,9 +104,7 @@ def _row_gradient(
     IS_DECOUPLED: tl.constexpr, LABELS: tl.constexpr, APART: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Return the gradient of a tile in the student's logits."""
-    gradient = _slopes(
-        x, y, is_apart, units, row, weight, factors, DIVERGENCE, IS_DECOUPLED, FAST
-    )
+    gradient = _slopes(x, y, is_apart, units, row, weight, factors, DIVERGENCE, IS_DECOUPLED, FAST)
     if LABELS:
         gradient += _label_slopes(x, columns, units, row, factors, APART)
     return gradient
@@ -279,9 +277,7 @@ def whole_rows(
         mean, deviation, n = _moments(x)
         _, of_teacher, _ = _moments(y)
         temperature *= deviation + EPSILON
-        units = Units(
-            units.cs / (deviation + EPSILON), units.ct / (of_teacher + EPSILON), units.c1
-        )
+        units = Units(units.cs / (deviation + EPSILON), units.ct / (of_teacher + EPSILON), units.c1)
     x, y = load_logits(pointers, columns, inside, DIVERGENCE, APART, DTYPE)
 
     ms, mt = tl.maximum(tl.max(x, 1), LOWEST), tl.maximum(tl.max(y, 1), LOWEST)

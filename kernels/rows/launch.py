@@ -318,8 +318,10 @@ def _arguments(problem: Rows) -> dict[str, Any]:
     is_per_row = any(isinstance(x, Tensor) and x.ndim for x in numbers[:2])
     if is_per_row:
         examples = problem.student.shape[:-1]
-        own = (_flat(_on_device(x, device).expand(examples)) for x in numbers[:2])
-        numbers = sweeps.Numbers(*own, *numbers[2:])
+        of_student, of_teacher = (
+            _on_device(x, device).expand(examples).reshape(-1).contiguous() for x in numbers[:2]
+        )
+        numbers = numbers._replace(student_temperature=of_student, teacher_temperature=of_teacher)
     # float64 goes by pointer too, because a Python float reaches a kernel as float32
     by_pointer = dtype == torch.float64 or any(isinstance(x, Tensor) for x in numbers)
     if by_pointer:

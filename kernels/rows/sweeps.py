@@ -103,9 +103,7 @@ def units_of(
 ):  # fmt: skip
     student = temperature_of(numbers.student_temperature, row, PER_ROW, ON_DEVICE, DTYPE)
     teacher = temperature_of(numbers.teacher_temperature, row, PER_ROW, ON_DEVICE, DTYPE)
-    return Units(
-        log2_units(student, DTYPE), log2_units(teacher, DTYPE), tl.full([], LOG2E, DTYPE)
-    )
+    return Units(log2_units(student, DTYPE), log2_units(teacher, DTYPE), tl.full([], LOG2E, DTYPE))
 
 
 @triton.jit
@@ -159,15 +157,11 @@ def _online_sums(
     sums = Sums(pivots, zeros, pivots, zeros, zeros, zeros, zeros)
     rest = span.start + (span.end - span.start) // THREADS * THREADS
     for i in range(span.start, rest, THREADS):
-        x, y = load_logits(
-            rows, vectors(i, THREADS, WIDTH), None, DIVERGENCE, APART, DTYPE
-        )
+        x, y = load_logits(rows, vectors(i, THREADS, WIDTH), None, DIVERGENCE, APART, DTYPE)
         sums = fold(x, y, units, sums, DIVERGENCE, LABELS)
     if rest < span.end:
         inside = (rest + tl.arange(0, THREADS) < span.end)[:, None]
-        x, y = load_logits(
-            rows, vectors(rest, THREADS, WIDTH), inside, DIVERGENCE, APART, DTYPE
-        )
+        x, y = load_logits(rows, vectors(rest, THREADS, WIDTH), inside, DIVERGENCE, APART, DTYPE)
         sums = fold(x, y, units, sums, DIVERGENCE, LABELS)
     if _has_edges(span, WIDTH):
         columns, inside = edges(span.head, span.n_cols, THREADS, WIDTH)
@@ -196,16 +190,12 @@ def _mixture_sums(
     slope_sum = value
     rest = span.start + (span.end - span.start) // THREADS * THREADS
     for i in range(span.start, rest, THREADS):
-        x, y = load_logits(
-            rows, vectors(i, THREADS, WIDTH), None, DIVERGENCE, APART, DTYPE
-        )
+        x, y = load_logits(rows, vectors(i, THREADS, WIDTH), None, DIVERGENCE, APART, DTYPE)
         summands, slopes = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
         value, slope_sum = value + summands, slope_sum + slopes
     if rest < span.end:
         inside = (rest + tl.arange(0, THREADS) < span.end)[:, None]
-        x, y = load_logits(
-            rows, vectors(rest, THREADS, WIDTH), inside, DIVERGENCE, APART, DTYPE
-        )
+        x, y = load_logits(rows, vectors(rest, THREADS, WIDTH), inside, DIVERGENCE, APART, DTYPE)
         summands, slopes = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
         value, slope_sum = value + summands, slope_sum + slopes
     if _has_edges(span, WIDTH):
@@ -249,12 +239,8 @@ def apart_value(
     value, student_row, teacher_row, apart, n_cols, sums, units, weight, DTYPE: tl.constexpr
 ):  # fmt: skip
     """Return what `decoupled` does for a row whose other classes have this value."""
-    of_q = log2_odds(
-        logit_of(student_row, apart, n_cols, DTYPE), sums.ms, sums.zs, units.cs
-    )
-    of_p = log2_odds(
-        logit_of(teacher_row, apart, n_cols, DTYPE), sums.mt, sums.zt, units.ct
-    )
+    of_q = log2_odds(logit_of(student_row, apart, n_cols, DTYPE), sums.ms, sums.zs, units.cs)
+    of_p = log2_odds(logit_of(teacher_row, apart, n_cols, DTYPE), sums.mt, sums.zt, units.ct)
     return decoupled(value, of_p, of_q, weight)
 
 

@@ -267,9 +267,7 @@ def decoupled(value, of_p, of_q, weight):
     both += tl.where(weight == 1, 0.0, (1 - weight) * value)
     # the smaller of both probabilities, because the larger one may have lost its digits
     is_large = of_p + of_q > 0
-    excess = tl.where(
-        is_large, sigmoid(-of_p) - sigmoid(-of_q), sigmoid(of_q) - sigmoid(of_p)
-    )
+    excess = tl.where(is_large, sigmoid(-of_p) - sigmoid(-of_q), sigmoid(of_q) - sigmoid(of_p))
     return both, weight * excess
 
 
