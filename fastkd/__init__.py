@@ -1,5 +1,6 @@
 """fastkd: every knowledge-distillation loss, exact, lean and fast."""
 
+from fastkd import schedules as schedules
 from fastkd._backend import backend
 from fastkd._version import __version__
 from fastkd.contrastive import (
@@ -22,6 +23,7 @@ from fastkd.divergence import (
     symmetric_kl,
     total_variation,
 )
+from fastkd.ema import EMATeacher
 from fastkd.feature import attention_transfer, embedding_mse, hint
 from fastkd.feature_modules import (
     AttentionMSELoss,
@@ -83,6 +85,7 @@ __all__ = [
     "CorrelationCongruenceLoss",
     "DINOLoss",
     "DISTLoss",
+    "EMATeacher",
     "EmbeddingMSELoss",
     "FSPLoss",
     "ForwardKLLoss",
