@@ -48,9 +48,11 @@ from fastkd.modules import (
     DINOLoss,
     DISTLoss,
     ForwardKLLoss,
+    IBOTLoss,
     InfoNCELoss,
     JensenShannonLoss,
     KDLoss,
+    KoLeoLoss,
     LinearKDLoss,
     LogitMSELoss,
     NTXentLoss,
@@ -70,7 +72,7 @@ from fastkd.modules import (
     TotalVariationLoss,
 )
 from fastkd.relational import rkd, rkd_angle, rkd_distance
-from fastkd.self_distillation import dino
+from fastkd.self_distillation import dino, ibot, koleo, sinkhorn_center
 from fastkd.spatial import channel_wise, localization
 from fastkd.texture import attention_mse, fsp, nst, vid
 from fastkd.tokens import cka, gram_anchoring, minilm_relation, token_relation
@@ -91,9 +93,11 @@ __all__ = [
     "ForwardKLLoss",
     "GramAnchoringLoss",
     "HintLoss",
+    "IBOTLoss",
     "InfoNCELoss",
     "JensenShannonLoss",
     "KDLoss",
+    "KoLeoLoss",
     "LayerPairs",
     "LinearKDLoss",
     "LocalizationLoss",
@@ -133,9 +137,11 @@ __all__ = [
     "gram_anchoring",
     "head_options",
     "hint",
+    "ibot",
     "info_nce",
     "jensen_shannon",
     "kd",
+    "koleo",
     "linear_kd",
     "localization",
     "logit_mse",
@@ -150,6 +156,7 @@ __all__ = [
     "siglip",
     "similarity_kl",
     "similarity_preserving",
+    "sinkhorn_center",
     "skew_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",

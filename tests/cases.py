@@ -22,6 +22,7 @@ from inputs import (
     logits_and_labels,
     maps,
     maps_of_layers,
+    patches,
     scores,
     tokens,
     weighted,
@@ -178,6 +179,15 @@ _minilm.__name__ = "minilm_relation"
 _minilm.has_kernels = _minilm.has_engines = True
 
 
+@functools.wraps(fastkd.koleo)
+def _of_views(first, second, **options):
+    return fastkd.koleo(torch.cat([first, second]), **options)
+
+
+def _patches(**options: Any) -> Case:
+    return Case(fastkd.ibot, "rows", patches, published.ibot, options, None, per_example=True)
+
+
 def _linear(**options: Any) -> Case:
     """Return a case of hidden states and heads, the student's with a bias."""
     loss = _last(fastkd.linear_kd, "student_bias")
@@ -219,6 +229,10 @@ CASES = [
     _linear(alpha=1.0, student_logit_scale=0.5),
     _batch("rows", fastkd.dino, crops),
     _batch("rows", fastkd.dino, crops, skip_same_view=False, teacher_temperature=0.07),
+    _patches(),
+    _patches(student_temperature=0.2, teacher_temperature=0.07),
+    _batch(None, _of_views, VIEWS),
+    _batch(None, _of_views, VIEWS, epsilon=0.1),
     _batch("relations", fastkd.rkd, TWO_WIDTHS),
     _batch(
         "relations",

@@ -152,6 +152,19 @@ def crops(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     return [student.to(dtype).requires_grad_(), teacher.to(dtype), center.to(wide)]
 
 
+def patches(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return outputs for five patches of each image, a mask of them, and a centre."""
+    student, teacher = (
+        0.3 * normal(*examples, 5, width, seed=seed + i, device=device) for i in (0, 1)
+    )
+    mask = normal(*examples, 5, seed=seed + 3, device=device) > -0.5
+    mask[..., -1] = True  # where a NaN must show
+    mask[..., : examples[-1] // 3, :] = False
+    center = 0.3 * normal(width, seed=seed + 2, device=device)
+    wide = torch.promote_types(dtype, torch.float32)
+    return [student.to(dtype).requires_grad_(), teacher.to(dtype), mask, center.to(wide)]
+
+
 def maps(wider: int = 0, weighted: bool = False, size: tuple[int, ...] = (3, 2)) -> Inputs:
     """Return feature maps; the teacher's have `wider` channels more."""
 

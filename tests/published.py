@@ -283,6 +283,32 @@ def dino(
     return torch.stack(terms).mean()
 
 
+def ibot(student, teacher, mask, center, student_temperature=0.1, teacher_temperature=0.04):
+    """Return DINOv2's loss of each image: its masked patches are gathered and weighted."""
+    images = student.shape[:-2]
+    losses = [0 * student.sum() for _ in range(images.numel())]
+    student, teacher = (x.flatten(0, -3) for x in (student, teacher))
+    for i, chosen in enumerate(mask.flatten(0, -2)):
+        targets = ((teacher[i][chosen] - center) / teacher_temperature).softmax(-1).detach()
+        logits = (student[i][chosen] / student_temperature).log_softmax(-1)
+        if chosen.any():
+            losses[i] = -(targets * logits).sum() / chosen.sum()
+    return torch.stack(losses).view(images) if losses else student.sum((-1, -2)).view(images)
+
+
+def koleo(first, second, epsilon=1e-8):
+    """Return the logarithms of the distances to the nearest of all other embeddings."""
+    rows = unit(torch.cat([first, second]))
+    if len(rows) < 2:
+        return 0 * rows.sum()
+    nearest = []
+    for i, row in enumerate(rows):
+        others = [j for j in range(len(rows)) if j != i]
+        distances = torch.stack([torch.linalg.vector_norm(row - rows[j]) for j in others])
+        nearest.append(distances.min())
+    return -(torch.stack(nearest) + epsilon).log().mean()
+
+
 # --------------------------------------------------------------------------------------- textures
 
 
