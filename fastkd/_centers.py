@@ -12,6 +12,7 @@ from fastkd import _checks
 from fastkd._module import LossModule
 from fastkd._ranks import Ranks
 from fastkd._reduction import selected
+from fastkd.problems._patches import places_of
 from fastkd.self_distillation import sinkhorn_center
 
 CENTERINGS = ("mean", "sinkhorn")
@@ -97,10 +98,9 @@ class CentredLoss(LossModule):
         """Keep the centre of a call, or move the mean towards its outputs (..., K)."""
         if self.centering == "mean":
             center = _in_float32_or_wider(center)
-            total = selected(teacher, mask).flatten(0, -2).sum(0, dtype=center.dtype)
-            n = teacher.shape[:-1].numel()
-            count = total.new_full((1,), n) if mask is None else mask.sum().to(total).view(1)
-            total = Ranks.of(self.group).sum(torch.cat([total, count]))
+            outputs, n = _counted(teacher, mask)
+            total = torch.cat([outputs.sum(0, dtype=center.dtype), n.to(center)])
+            total = Ranks.of(self.group).sum(total)
             count = total[-1:]
             rate = (1 - self.center_momentum) * count.clamp(max=1)  # 0 outputs move nothing
             center = center.lerp(total[:-1] / count.clamp(min=1), rate)
@@ -122,6 +122,17 @@ class CentredLoss(LossModule):
         if self.centering != "mean":
             own += f", centering={self.centering!r}, sinkhorn_iterations={self.sinkhorn_iterations}"
         return f"{own}, {super().extra_repr()}"
+
+
+def _counted(teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the outputs [n, K] that count, or 0 in place of others, and how many count, [1]."""
+    if mask is None:
+        outputs = teacher.flatten(0, -2)
+        return outputs, outputs.new_full((1,), len(outputs), dtype=torch.int64)
+    places = places_of(mask)
+    outputs = selected(teacher, mask) if places is None else teacher
+    outputs = outputs.flatten(0, -2)
+    return outputs if places is None else outputs[places], mask.sum().view(1)
 
 
 def _in_float32_or_wider(x: Tensor) -> Tensor:

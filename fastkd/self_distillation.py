@@ -200,7 +200,7 @@ def koleo(embeddings: Tensor, *, epsilon: Number = 1e-8, group: Any = None) -> T
 
     An embedding that has an equal one has the distance 0 and no direction to go: its gradient is 0,
     as is that of an embedding of zeros. DINOv2 and lightly add ε to each difference of coordinates
-    besides, ‖x_i − x_j + ε‖, which two equal embeddings do not feel either.
+    besides, ‖x_i − x_j + ε‖, so that three equal embeddings get huge gradients of one direction.
 
     Args:
         embeddings: Embeddings [N, D], which are divided by their lengths.

@@ -77,12 +77,10 @@ def masked(
     counted = mask = as_bool(mask)
     if call.row_mask is not None:
         counted = mask & call.row_mask.unsqueeze(-1)
-    places, rows = None, (student, teacher.detach())
-    if _checks.has_values_at_hand(counted):  # elsewhere to find the patches would be a host sync
-        places = counted.flatten().nonzero().squeeze(1)
-        rows = tuple(x.flatten(0, -2)[places] for x in rows)
+    of_student, of_teacher, places = student, teacher.detach(), places_of(counted)
+    if places is not None:
+        of_student, of_teacher = (x.flatten(0, -2)[places] for x in (of_student, of_teacher))
         counted = None
-    of_student, of_teacher = rows
     if center is not None:
         dtype = compute_dtype(student, teacher)
         of_teacher = of_teacher.to(dtype) - center.detach().to(dtype)
@@ -94,6 +92,11 @@ def masked(
     if places is not None:
         losses = losses.new_zeros(mask.numel()).index_copy(0, places, losses).view(mask.shape)
     return mean_of_masked(losses, mask)
+
+
+def places_of(mask: Tensor) -> Tensor | None:
+    """Return the numbers of the masked patches, or None where to find them is a host sync."""
+    return mask.flatten().nonzero().squeeze(1) if _checks.has_values_at_hand(mask) else None
 
 
 def mean_of_masked(losses: Tensor, mask: Tensor) -> Tensor:
