@@ -55,6 +55,7 @@ from fastkd.modules import (
     KoLeoLoss,
     LinearKDLoss,
     LogitMSELoss,
+    MutualKLLoss,
     NTXentLoss,
     PKTLoss,
     ReverseKLLoss,
@@ -71,6 +72,7 @@ from fastkd.modules import (
     SymmetricKLLoss,
     TotalVariationLoss,
 )
+from fastkd.online import mutual_kl
 from fastkd.relational import rkd, rkd_angle, rkd_distance
 from fastkd.self_distillation import dino, ibot, koleo, sinkhorn_center
 from fastkd.spatial import channel_wise, localization
@@ -103,6 +105,7 @@ __all__ = [
     "LocalizationLoss",
     "LogitMSELoss",
     "MiniLMRelationLoss",
+    "MutualKLLoss",
     "NSTLoss",
     "NTXentLoss",
     "PKTLoss",
@@ -146,6 +149,7 @@ __all__ = [
     "localization",
     "logit_mse",
     "minilm_relation",
+    "mutual_kl",
     "nst",
     "nt_xent",
     "pkt",

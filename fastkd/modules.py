@@ -29,6 +29,7 @@ from fastkd import (
     correlation,
     divergence,
     linear,
+    online,
     relational,
     self_distillation,
     vanilla,
@@ -134,6 +135,16 @@ class LinearKDLoss(LossModule, function=linear.linear_kd):
     def _is_in_empty_batch(self, parameter: inspect.Parameter, options: Mapping[str, Any]) -> bool:
         """Return whether it is one of the tensors, a teacher's too."""
         return parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+
+
+class MutualKLLoss(LossModule, function=online.mutual_kl):
+    """Σ_i 1/(K − 1) Σ_{j≠i} T² KL(p_j ‖ p_i), the module of `fastkd.mutual_kl`.
+
+    Zhang et al., Deep Mutual Learning, 2018. arXiv:1706.00384
+    """
+
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
+        return [empty, empty]
 
 
 class RKDDistanceLoss(LossModule, function=relational.rkd_distance):

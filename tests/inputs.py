@@ -37,6 +37,16 @@ def logits(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     return [student.to(dtype).requires_grad_(), teacher.to(dtype)]
 
 
+def peers(n: int) -> Inputs:
+    """Return the logits of n networks, all of which are trained."""
+
+    def inputs(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+        tensors = 3 * normal(n, *examples, width, seed=seed, device=device)
+        return [x.to(dtype).requires_grad_() for x in tensors]
+
+    return inputs
+
+
 def logits_and_labels(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(width, examples, generator=generator).to(device)

@@ -44,6 +44,21 @@ def linear_kd(
     return losses if reduction == "none" else losses.sum() / counted.sum().clamp(min=1)
 
 
+# ------------------------------------------------------------------------------------------ peers
+
+
+def mutual_kl(*logits, temperature=1.0, scale_t2=True, detach_peers=True):
+    """Return the loss of each network, as users write it, and the sum of them."""
+    losses = []
+    for i, z in enumerate(logits):
+        log_q = F.log_softmax(z / temperature, -1)
+        for j, other in enumerate(logits):
+            p = F.softmax((other.detach() if detach_peers else other) / temperature, -1)
+            if i != j:
+                losses.append((p * (p.log() - log_q)).sum(-1) / (len(logits) - 1))
+    return sum(losses) * (temperature**2 if scale_t2 else 1)
+
+
 # ------------------------------------------------------------------------------------------ pairs
 
 

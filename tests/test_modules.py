@@ -28,6 +28,7 @@ OPTIONS = {  # none of them a default
     fastkd.LogitMSELoss: dict(temperature=2.0, scale_t2=False),
     fastkd.KDLoss: dict(alpha=0.2, temperature=2.0, divergence="skew_kl", skew=0.3),
     fastkd.LinearKDLoss: dict(temperature=2.0, divergence="jensen_shannon", beta=0.3),
+    fastkd.MutualKLLoss: dict(temperature=2.0, scale_t2=False, detach_peers=False),
     fastkd.RKDDistanceLoss: dict(normalize=True, smooth_l1_beta=0.3),
     fastkd.RKDAngleLoss: dict(normalize=True, smooth_l1_beta=0.3),
     fastkd.RKDLoss: dict(distance_weight=1.0, angle_weight=3.0, normalize=True),
@@ -92,6 +93,8 @@ def batch(module):
     tensors = [student.requires_grad_(), teacher]
     if module is fastkd.LinearKDLoss:
         return [student, teacher.sin().requires_grad_(), teacher, student.detach().cos()]
+    if module is fastkd.MutualKLLoss:
+        return [(student, teacher.sin().requires_grad_(), teacher.requires_grad_())]
     if module is fastkd.SupConLoss:
         return [student, torch.tensor([3, 0, 3, 0, 5])]
     if module is fastkd.DINOLoss:

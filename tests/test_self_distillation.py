@@ -363,7 +363,7 @@ def test_centres_that_cannot_be_made_are_refused():
             module(7, centering="softmax")
         with pytest.raises(ValueError, match="sinkhorn_iterations must be a whole number"):
             module(7).sinkhorn_iterations = 0.5
-    with pytest.raises(RuntimeError, match="group needs torch.distributed: call"):
+    with pytest.raises(RuntimeError, match=r"group needs torch.distributed: call"):
         fastkd.IBOTLoss(7, group=3)
 
 
