@@ -1,5 +1,6 @@
 """fastkd: every knowledge-distillation loss, exact, lean and fast."""
 
+from fastkd import schedules as schedules
 from fastkd._backend import backend
 from fastkd._version import __version__
 from fastkd.contrastive import (
@@ -23,6 +24,7 @@ from fastkd.divergence import (
     symmetric_kl,
     total_variation,
 )
+from fastkd.ema import EMATeacher
 from fastkd.feature import attention_transfer, embedding_mse, hint
 from fastkd.feature_modules import (
     AttentionMSELoss,
@@ -48,11 +50,14 @@ from fastkd.modules import (
     DINOLoss,
     DISTLoss,
     ForwardKLLoss,
+    IBOTLoss,
     InfoNCELoss,
     JensenShannonLoss,
     KDLoss,
+    KoLeoLoss,
     LinearKDLoss,
     LogitMSELoss,
+    MutualKLLoss,
     NKDLoss,
     NTXentLoss,
     PKTLoss,
@@ -70,8 +75,9 @@ from fastkd.modules import (
     SymmetricKLLoss,
     TotalVariationLoss,
 )
+from fastkd.online import mutual_kl
 from fastkd.relational import rkd, rkd_angle, rkd_distance
-from fastkd.self_distillation import dino
+from fastkd.self_distillation import dino, ibot, koleo, sinkhorn_center
 from fastkd.spatial import channel_wise, localization
 from fastkd.texture import attention_mse, fsp, nst, vid
 from fastkd.tokens import cka, gram_anchoring, minilm_relation, token_relation
@@ -87,19 +93,23 @@ __all__ = [
     "DINOLoss",
     "DISTLoss",
     "DecoupledKDLoss",
+    "EMATeacher",
     "EmbeddingMSELoss",
     "FSPLoss",
     "ForwardKLLoss",
     "GramAnchoringLoss",
     "HintLoss",
+    "IBOTLoss",
     "InfoNCELoss",
     "JensenShannonLoss",
     "KDLoss",
+    "KoLeoLoss",
     "LayerPairs",
     "LinearKDLoss",
     "LocalizationLoss",
     "LogitMSELoss",
     "MiniLMRelationLoss",
+    "MutualKLLoss",
     "NKDLoss",
     "NSTLoss",
     "NTXentLoss",
@@ -136,13 +146,16 @@ __all__ = [
     "gram_anchoring",
     "head_options",
     "hint",
+    "ibot",
     "info_nce",
     "jensen_shannon",
     "kd",
+    "koleo",
     "linear_kd",
     "localization",
     "logit_mse",
     "minilm_relation",
+    "mutual_kl",
     "nkd",
     "nst",
     "nt_xent",
@@ -154,6 +167,7 @@ __all__ = [
     "siglip",
     "similarity_kl",
     "similarity_preserving",
+    "sinkhorn_center",
     "skew_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",

@@ -123,6 +123,11 @@ def _logits(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [3 * torch.randn(n_rows, 1003, generator=generator).to(device, dtype) for _ in range(2)]
 
 
+def _logits_of_peers(device: str, dtype: torch.dtype) -> list[Any]:
+    first, second = _logits(device, dtype)
+    return [(first, second, first.cos())]
+
+
 def _logits_and_labels(device: str, dtype: torch.dtype) -> list[Tensor]:
     logits = _logits(device, dtype)
     return [*logits, torch.arange(len(logits[0]), device=device)]
@@ -143,6 +148,10 @@ def _embeddings_of_one_width(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [embeddings[:, :33] for embeddings in _embeddings(device, dtype)]
 
 
+def _embeddings_alone(device: str, dtype: torch.dtype) -> list[Tensor]:
+    return _embeddings(device, dtype)[:1]
+
+
 def _pairs(device: str, dtype: torch.dtype) -> list[Tensor]:
     pairs = [F.normalize(x) for x in _embeddings_of_one_width(device, dtype)]
     return [*pairs, torch.tensor(5.0, device=device), torch.tensor(-2.0, device=device)]
@@ -157,6 +166,13 @@ def _crops(device: str, dtype: torch.dtype) -> list[Tensor]:
     student, teacher = _logits(device, dtype)
     crops = [torch.stack([student, teacher.flip(1), student.flip(1)]), teacher.expand(2, -1, -1)]
     return [*crops, teacher[0]]
+
+
+def _patches(device: str, dtype: torch.dtype) -> list[Tensor]:
+    student, teacher = _logits(device, dtype)
+    n_images = 7 if len(student) == 7 else 1
+    mask = torch.arange(len(student), device=device).unflatten(0, (n_images, -1)) % 3 < 2
+    return [*(x.unflatten(0, (n_images, -1)) for x in (student, teacher)), mask, teacher[0]]
 
 
 def _maps(device: str, dtype: torch.dtype) -> list[Any]:
@@ -200,8 +216,11 @@ _BY_NAME: dict[str, Inputs] = {
     "kd": _logits_and_labels,
     "decoupled_kd": _logits_and_labels,
     "nkd": _logits_and_labels,
+    "mutual_kl": _logits_of_peers,
     "correlation_congruence": _embeddings_of_one_width,
     "dino": _crops,
+    "ibot": _patches,
+    "koleo": _embeddings_alone,
     "channel_wise": _maps_of_one_width,
     "nst": _maps,
     "fsp": _maps_of_layers,

@@ -200,7 +200,7 @@ def loss(
                 logits = first if of_rows and not multiplies else None
                 _checks.weights(weights, first.shape[:n_dims], first.device, logits)
             if labels is not None:
-                _checks.labels(labels, arguments[0], ignore_index)
+                _checks.labels(labels, _tensors(arguments[:1])[0], ignore_index)
                 labelled = labels.long() != ignore_index  # −100 is 156 in uint8
                 weights = labelled if weights is None else torch.where(labelled, weights, 0)
             mask, row_weight = None, 0.0

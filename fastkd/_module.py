@@ -153,8 +153,9 @@ class LossModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        if "group" in self.defaults and not isinstance(self.group, (str, types.NoneType)):
-            state["group"] = _Shared(self.group)
+        group = state.get("group")  # an option, or a module's own
+        if not isinstance(group, (str, types.NoneType)):
+            state["group"] = _Shared(group)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

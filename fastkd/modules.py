@@ -10,25 +10,27 @@ moves with the module and is not saved with its state. `group="world"` means all
 given before torch.distributed.init_process_group, where torch.distributed.group.WORLD is None.
 Copies share a group; a pickle has its name, which is looked up at the next call.
 
-A module has no state but the queue of `InfoNCELoss` and the centre of `DINOLoss`.
+A module has no state but the queue of `InfoNCELoss` and the centre of `DINOLoss` and `IBOTLoss`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import (
+    _centers,
     _checks,
     contrastive,
     correlation,
     decoupled,
     divergence,
     linear,
+    online,
     relational,
     self_distillation,
     vanilla,
@@ -37,6 +39,7 @@ from fastkd._module import LossModule
 from fastkd._queue import Queue
 from fastkd._ranks import Ranks
 from fastkd.problems import _crops as crops
+from fastkd.problems.tokens import as_bool
 
 
 class ForwardKLLoss(LossModule, function=divergence.forward_kl):
@@ -152,6 +155,16 @@ class LinearKDLoss(LossModule, function=linear.linear_kd):
     def _is_in_empty_batch(self, parameter: inspect.Parameter, options: Mapping[str, Any]) -> bool:
         """Return whether it is one of the tensors, a teacher's too."""
         return parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+
+
+class MutualKLLoss(LossModule, function=online.mutual_kl):
+    """Σ_i 1/(K − 1) Σ_{j≠i} T² KL(p_j ‖ p_i), the module of `fastkd.mutual_kl`.
+
+    Zhang et al., Deep Mutual Learning, 2018. arXiv:1706.00384
+    """
+
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
+        return [empty, empty]
 
 
 class RKDDistanceLoss(LossModule, function=relational.rkd_distance):
@@ -317,16 +330,19 @@ class SimilarityKLLoss(LossModule, function=contrastive.similarity_kl):
     """
 
 
-class DINOLoss(LossModule, function=self_distillation.dino):
+class DINOLoss(_centers.CentredLoss, function=self_distillation.dino):
     """mean_tv H(softmax((t − c) / T_t), softmax(s_v / T_s)), the module of `fastkd.dino`.
 
     A call in training has the loss of the centre that the calls before left, and then moves it to
     m c + (1 − m) mean t, the mean over all crops of the teacher and all images, with a `group`
-    those of all ranks.
+    those of all ranks. With centering="sinkhorn" it has the loss of its own centre, which
+    `fastkd.sinkhorn_center` makes of all crops of the teacher, as in DINOv2.
 
     Args:
         n_prototypes: K, the length of the centre c: a buffer that is saved with the state.
         center_momentum: m in [0, 1].
+        centering: "mean" or "sinkhorn".
+        sinkhorn_iterations: Those of "sinkhorn".
         options: Those of `fastkd.dino`.
 
     Reference:
@@ -334,30 +350,7 @@ class DINOLoss(LossModule, function=self_distillation.dino):
         arXiv:2104.14294
     """
 
-    center: Tensor
     empty_shape = (2, 0, 1)
-
-    def __init__(
-        self,
-        n_prototypes: int,
-        *misplaced: Any,
-        center_momentum: float = 0.9,
-        **options: Any,
-    ) -> None:
-        _checks.at_least_1(n_prototypes=n_prototypes)
-        super().__init__(*misplaced, **options)
-        self.center_momentum = center_momentum
-        self.register_buffer("center", _in_float32_or_wider(torch.zeros(n_prototypes)))
-
-    @property
-    def center_momentum(self) -> float:
-        """Return m, which may be set, for example by a schedule."""
-        return self._center_momentum
-
-    @center_momentum.setter
-    def center_momentum(self, value: float) -> None:
-        _checks.fraction(center_momentum=value)
-        self._center_momentum = value
 
     def forward(  # type: ignore[override]
         self,
@@ -366,38 +359,66 @@ class DINOLoss(LossModule, function=self_distillation.dino):
         **of_a_batch: Any,
     ) -> Tensor:
         """Return the loss with the present centre, which in training moves afterwards."""
-        loss = super().forward(student, teacher, self.center, **of_a_batch)
+        center = self.center
+        if self.centering == "sinkhorn":
+            self._check_batch(student=student, teacher=teacher)
+            center = self._sinkhorn_center(crops.constant(teacher))
+        loss = super().forward(student, teacher, center, **of_a_batch)
         if self.training:
-            self._move_center(crops.constant(teacher))
+            self._follow(crops.constant(teacher), center)
         return loss
 
-    @torch.no_grad()
-    def _move_center(self, teacher: Tensor) -> None:
-        center = _in_float32_or_wider(self.center)
-        total = teacher.sum((0, 1), dtype=center.dtype)
-        total = torch.cat([total, total.new_full((1,), len(teacher) * teacher.shape[1])])
-        total = Ranks.of(self.group).sum(total)
-        n = total[-1:]
-        mean = total[:-1] / n.clamp(min=1)
-        rate = (1 - self.center_momentum) * n.clamp(max=1)  # 0 images move nothing
-        center = center.lerp(mean, rate)
-        if center.dtype == self.center.dtype:
-            self.center.copy_(center)
-        else:  # what loads states may have made it narrower
-            self.center = center
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DINOLoss:
-        """Move the module, whose centre stays at least float32: a mean of many steps needs that."""
-        center = self.center
-        super()._apply(fn, recurse)
-        if self.center.dtype.itemsize < 4:
-            self.center = _in_float32_or_wider(center).to(self.center.device)
-        return self
+class IBOTLoss(_centers.CentredLoss, function=self_distillation.ibot):
+    """mean of H(softmax((t − c) / T_t), softmax(s / T_s)), the module of `fastkd.ibot`.
 
-    def extra_repr(self) -> str:
-        own = f"n_prototypes={len(self.center)}, center_momentum={self.center_momentum}"
-        return f"{own}, {super().extra_repr()}"
+    The mean is over the masked patches of an image, and then over the images. The centre follows
+    as that of `DINOLoss`, with the mean of the teacher's outputs for masked patches, as in DINOv2.
+
+    Args:
+        n_prototypes: K, the length of the centre c: a buffer that is saved with the state.
+        center_momentum: m in [0, 1].
+        centering: "mean" or "sinkhorn".
+        sinkhorn_iterations: Those of "sinkhorn".
+        group: A torch.distributed process group, or "world" for all ranks, from whose patches the
+            centre is made.
+        options: Those of `fastkd.ibot`.
+
+    Reference:
+        Zhou et al., iBOT: Image BERT Pre-Training with Online Tokenizer, 2022. arXiv:2111.07832
+    """
+
+    empty_shape = (0, 1, 1)
+
+    def __init__(self, n_prototypes: int, *misplaced: Any, group: Any = None, **options: Any):
+        if not isinstance(group, str):  # a name is looked up at the call
+            _checks.process_group(group)
+        super().__init__(n_prototypes, *misplaced, **options)
+        self.group = group
+
+    def forward(  # type: ignore[override]
+        self, student_patches: Tensor, teacher_patches: Tensor, mask: Tensor, **of_a_batch: Any
+    ) -> Tensor:
+        """Return the loss with the present centre, which in training moves afterwards."""
+        batch, center = (student_patches, teacher_patches, mask), self.center
+        if self.centering == "sinkhorn":
+            self._check_batch(
+                student_patches=student_patches, teacher_patches=teacher_patches, mask=mask
+            )
+            center = self._sinkhorn_center(teacher_patches, mask)
+        loss = super().forward(*batch, center, **of_a_batch)
+        if self.training:
+            self._follow(teacher_patches, center, as_bool(mask))
+        return loss
+
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
+        if name == "mask":
+            return torch.empty_like(empty[..., 0], dtype=torch.bool)
+        return super()._of_empty_batch(name, empty, options)
 
 
-def _in_float32_or_wider(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+class KoLeoLoss(LossModule, function=self_distillation.koleo):
+    """−mean_i log(min_{j≠i} ‖x_i − x_j‖ + ε) of unit vectors, the module of `fastkd.koleo`.
+
+    Sablayrolles et al., Spreading Vectors for Similarity Search, 2019. arXiv:1806.03198
+    """

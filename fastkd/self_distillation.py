@@ -1,4 +1,8 @@
-"""Self-distillation: the moving average of a network teaches it, over crops of an image."""
+"""Self-distillation: the moving average of a network teaches it, by crops and masked patches.
+
+`fastkd.EMATeacher` is such a moving average. A teacher that gives all images the same output is
+avoided by a centre, which is subtracted from its outputs, and `koleo` spreads embeddings.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd import _checks
 from fastkd._loss import loss
 from fastkd._op import Number
+from fastkd._ranks import Ranks, log_sum_exp
+from fastkd._reduction import selected
 from fastkd.divergence import soft_cross_entropy
 from fastkd.problems import _crops as crops
+from fastkd.problems import _patches as patches
+from fastkd.problems.pairs import directions
+from fastkd.problems.tokens import as_bool
 
 Crops = Tensor | Sequence[Tensor]
 
@@ -64,3 +74,153 @@ def dino(
     ]
     of_pairs = torch.stack(losses)
     return of_pairs.mean() if of_pairs.numel() else of_pairs.sum()
+
+
+@loss(patches.check, patches.masked, per_example=-2, same_on_ranks=("center",))
+def ibot(
+    student_patches: Tensor,
+    teacher_patches: Tensor,
+    mask: Tensor,
+    center: Tensor | None = None,
+    *,
+    student_temperature: Number = 0.1,
+    teacher_temperature: Number = 0.04,
+    weights: Tensor | None = None,
+    normalizer: Any = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Compute mean_i (1/|M_i|) Σ_{l∈M_i} H(softmax((t_il − c) / T_t), softmax(s_il / T_s)).
+
+    M_i are the masked patches of image i, which the student did not see and the teacher did. An
+    image without one has the loss 0 and counts in the mean, as in DINOv2: weights=mask.any(-1)
+    leaves it out. iBOT++ adds the visible patches, which is another call, with ~mask.
+
+    Args:
+        student_patches: Outputs of the student for the patches, [B, L, K], or [L, K] of one image,
+            or with more dimensions of images, such as crops.
+        teacher_patches: Outputs of the teacher for the same patches. They get no gradient.
+        mask: The masked patches, [B, L], bool or 1 and 0. Other outputs reach nothing.
+        center: The centre c [K], which is subtracted from the teacher's outputs. A constant.
+        student_temperature: T_s > 0. A number or a 0-dim tensor.
+        teacher_temperature: T_t > 0. A number or a 0-dim tensor.
+        weights: One number or bool for each image, [B]. An image of weight 0 contributes exactly 0
+            to loss and gradient, whatever it holds.
+        normalizer: Replaces the divisor Σ weights of the mean. A number or a tensor of one element.
+        reduction: "mean" (Σ w·l / Σ w over the images), "sum" (Σ w·l) or "none" (w·l).
+
+    Returns:
+        A scalar or, with reduction "none", one loss for each image [B]; float64 if an input is,
+        else float32.
+
+    Raises:
+        TypeError: Student, teacher or centre are no floating-point tensors, or the mask is of
+            floats.
+        ValueError: The patches do not fit together, or an option is out of range.
+
+    Reference:
+        Zhou et al., iBOT: Image BERT Pre-Training with Online Tokenizer, 2022. arXiv:2111.07832
+    """
+    is_masked = as_bool(mask)
+    student, teacher = (selected(x, is_masked) for x in (student_patches, teacher_patches))
+    if center is not None:
+        teacher = teacher - center.detach()
+    losses = soft_cross_entropy.formula(
+        student / student_temperature, teacher / teacher_temperature
+    )
+    return patches.mean_of_masked(selected(losses, is_masked), is_masked)
+
+
+@torch.no_grad()
+def sinkhorn_center(
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    *,
+    teacher_temperature: Number = 0.04,
+    n_iterations: int = 3,
+    group: Any = None,
+) -> Tensor:
+    """Return the centre c with which the prototypes of softmax((t − c) / T_t) are used alike.
+
+    Sinkhorn and Knopp's iteration divides exp(t / T_t), a row for each output and a column for each
+    prototype, by the sums of its columns and by the sums of its rows, in turn. What it ends with is
+    softmax((t − c) / T_t) of each row with one number c_k for each prototype, so that it is a
+    centre for `dino` and `ibot`. SwAV, DINOv2 and DINOv3 have this loss. It is computed from
+    logarithms and never overflows.
+
+    Args:
+        teacher: Outputs of the teacher, (..., K), for example of all crops, [n_crops, B, K].
+        mask: The outputs that count, (...), bool or 1 and 0.
+        teacher_temperature: T_t > 0, that of the loss. A number or a 0-dim tensor.
+        n_iterations: How often columns and rows are divided, at least once; 3 in these papers.
+        group: A torch.distributed process group, or "world" for all ranks, whose ranks hold parts
+            of the outputs.
+
+    Returns:
+        The centre [K] without gradient; float64 if the outputs are, else float32.
+
+    Raises:
+        TypeError: The outputs are no floating-point tensor, or the mask is of floats.
+        ValueError: The outputs and the mask do not fit together, or an option is out of range.
+
+    Reference:
+        Caron et al., Unsupervised Learning of Visual Features by Contrasting Cluster Assignments,
+        2020. arXiv:2006.09882
+    """
+    patches.check_outputs(teacher, mask)
+    _checks.temperature(teacher_temperature, "teacher_temperature")
+    _checks.at_least_1(n_iterations=n_iterations)
+    ranks = Ranks.of(group)
+    outputs = teacher.to(torch.promote_types(teacher.dtype, torch.float32)) / teacher_temperature
+    if mask is not None:
+        outputs = torch.where(as_bool(mask).unsqueeze(-1), outputs, -torch.inf)
+    outputs = outputs.flatten(0, -2)
+    of_prototypes = of_outputs = outputs.new_zeros(())
+    for i in range(n_iterations):
+        if i:
+            of_outputs = _finite((outputs - of_prototypes).logsumexp(-1, keepdim=True))
+        of_prototypes = (outputs - of_outputs).logsumexp(0)
+        if ranks:
+            of_prototypes = log_sum_exp(of_prototypes, ranks.name)
+        of_prototypes = _finite(of_prototypes)
+    return of_prototypes * teacher_temperature
+
+
+def _finite(logarithms: Tensor) -> Tensor:
+    """Return the logarithms of sums, 0 in place of −∞, since −∞ − (−∞) would be NaN."""
+    return logarithms.masked_fill(logarithms == -torch.inf, 0)
+
+
+@loss(patches.check_embeddings)
+def koleo(embeddings: Tensor, *, epsilon: Number = 1e-8, group: Any = None) -> Tensor:
+    """Compute −mean_i log(min_{j≠i} ‖x_i − x_j‖ + ε) of unit vectors: Kozachenko and Leonenko's.
+
+    It spreads embeddings over the sphere. Which embedding is the nearest one is found by chunks of
+    products, so that no matrix of N² numbers is kept, and the gradient goes through the pair of
+    each embedding and its nearest one.
+
+    An embedding that has an equal one has the distance 0 and no direction to go: its gradient is 0,
+    as is that of an embedding of zeros. DINOv2 and lightly add ε to each difference of coordinates
+    besides, ‖x_i − x_j + ε‖, so that three equal embeddings get huge gradients of one direction.
+
+    Args:
+        embeddings: Embeddings [N, D], which are divided by their lengths.
+        epsilon: ε ≥ 0, which keeps the logarithm finite.
+        group: A torch.distributed process group, or "world" for all ranks, whose ranks hold parts
+            of the batch, of any sizes. Each rank gets the loss of the whole batch, and
+            DistributedDataParallel averages the gradients to that of the whole batch.
+
+    Returns:
+        A scalar, 0 for fewer than two embeddings; float64 if the embeddings are, else float32.
+
+    Raises:
+        TypeError: The embeddings are no floating-point tensor.
+        ValueError: They have not the shape [N, D], or epsilon is out of range.
+
+    Reference:
+        Sablayrolles et al., Spreading Vectors for Similarity Search, 2019. arXiv:1806.03198
+    """
+    units = directions(embeddings)
+    if len(units) < 2:
+        return units.sum() * 0
+    distances = torch.linalg.vector_norm(units - units[patches.nearest(units.detach())], dim=-1)
+    return -(distances + epsilon).log().mean()

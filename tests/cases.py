@@ -23,6 +23,8 @@ from inputs import (
     logits_and_labels,
     maps,
     maps_of_layers,
+    patches,
+    peers,
     scores,
     tokens,
     weighted,
@@ -187,6 +189,28 @@ _minilm.__name__ = "minilm_relation"
 _minilm.has_kernels = _minilm.has_engines = True
 
 
+@functools.wraps(fastkd.koleo)
+def _of_views(first, second, **options):
+    return fastkd.koleo(torch.cat([first, second]), **options)
+
+
+def _patches(**options: Any) -> Case:
+    return Case(fastkd.ibot, "rows", patches, published.ibot, options, None, per_example=True)
+
+
+@functools.wraps(fastkd.mutual_kl)
+def _mutual(*logits, **options):
+    return fastkd.mutual_kl(logits, **options)
+
+
+def _peers(n: int, **options: Any) -> Case:
+    """Return a case of n networks that teach each other."""
+    return Case(
+        _mutual, "peers", peers(n), published.mutual_kl, options, per_example=True,
+        note=f"{n} networks",
+    )  # fmt: skip
+
+
 def _linear(**options: Any) -> Case:
     """Return a case of hidden states and heads, the student's with a bias."""
     loss = _last(fastkd.linear_kd, "student_bias")
@@ -235,12 +259,20 @@ CASES = [
     ),
     _labelled(fastkd.nkd, textbook.NKD),
     _labelled(fastkd.nkd, textbook.NKD, gamma=0.5, temperature=3.0),
+    _peers(2, temperature=2.0),
+    _peers(3),
+    _peers(4, temperature=2.0, scale_t2=False, detach_peers=False),
+    _peers(5, detach_peers=False),
     _linear(alpha=0.3, temperature=2.0),
     _linear(alpha=0.3, divergence="jensen_shannon", beta=0.1, reduction="none"),
     _linear(divergence={"reverse_kl": 0.5, "total_variation": 2.0}, student_softcap=2.0),
     _linear(alpha=1.0, student_logit_scale=0.5),
     _batch("rows", fastkd.dino, crops),
     _batch("rows", fastkd.dino, crops, skip_same_view=False, teacher_temperature=0.07),
+    _patches(),
+    _patches(student_temperature=0.2, teacher_temperature=0.07),
+    _batch(None, _of_views, VIEWS),
+    _batch(None, _of_views, VIEWS, epsilon=0.1),
     _batch("relations", fastkd.rkd, TWO_WIDTHS),
     _batch(
         "relations",
@@ -376,7 +408,7 @@ def named(*ids: str) -> list[Case]:
 WAYS = named(
     "forward_kl-temperature=4.0", "jensen_shannon-temperature=2.0-beta=0.1",
     "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "dino", "rkd", "pkt", "dist_kd",
-    "linear_kd-alpha=0.3-temperature=2.0",
+    "mutual_kl-2 networks-temperature=2.0", "linear_kd-alpha=0.3-temperature=2.0",
     "linear_kd-alpha=0.3-divergence=jensen_shannon-beta=0.1-reduction=none",
     "info_nce", "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",
     "siglip-logit_scale=5.0-logit_bias=-2.0", "sup_con", "similarity_kl-keys-symmetric=True",

@@ -80,6 +80,25 @@ def crops(model, features, teacher, first, **options):
     return loss(student, outputs.flip(0))
 
 
+def normalised_crops(model, features, teacher, first, **options):
+    """Centre by Sinkhorn's iteration, in which the outputs of all ranks take part."""
+    loss = fastkd.DINOLoss(11, centering="sinkhorn", **options).double()
+    student = model(torch.cat([features, 2 * features])).unflatten(0, (2, -1))
+    return loss(student, torch.stack([teacher, teacher.square()]))
+
+
+def patches(model, features, teacher, first, **options):
+    """Make a second step, with the mean of the masked outputs of all ranks as its centre."""
+    loss = fastkd.IBOTLoss(11, **options).double()
+    student = model(torch.cat([features, 2 * features])).unflatten(0, (2, -1)).transpose(0, 1)
+    outputs = torch.stack([teacher, teacher.square()], 1)
+    labels = LABELS[first : first + len(features)]
+    mask = torch.stack([labels > 0, labels == 3], 1)
+    loss(student.detach(), outputs, mask)
+    n_images = divisor(torch.tensor(1.0 * len(features)))
+    return loss(student, outputs.flip(1), mask, normalizer=n_images)
+
+
 def queued(a, b, t, y, **options):
     """Make two steps, of which the second has the first one's keys of all ranks in its queue."""
     loss = fastkd.InfoNCELoss(queue_size=7, **options)
@@ -110,6 +129,7 @@ LOSSES = [
     rows(lambda s, t, y, w: fastkd.reverse_kl(s, t, weights=w, normalizer=divisor(w.sum()))),
     rows(lambda s, t, y, w: fastkd.kd(s, t, y, normalizer=divisor(torch.tensor(1.0 * len(y))))),
     towers(_unreduced),
+    patches,
     relations(fastkd.rkd_distance),
     relations(fastkd.rkd_angle),
     relations(partial(fastkd.rkd, smooth_l1_beta=0.2, normalize=True)),
@@ -130,6 +150,8 @@ LOSSES = [
     towers(lambda a, b, t, y, **o: fastkd.similarity_kl(a, t, mask_self=True, **o)),
     towers(_keys),
     crops,
+    normalised_crops,
+    relations(lambda student, teacher, **o: fastkd.koleo(student, epsilon=0.1, **o)),
 ]
 
 

@@ -37,6 +37,16 @@ def logits(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     return [student.to(dtype).requires_grad_(), teacher.to(dtype)]
 
 
+def peers(n: int) -> Inputs:
+    """Return the logits of n networks, all of which are trained."""
+
+    def inputs(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+        tensors = 3 * normal(n, *examples, width, seed=seed, device=device)
+        return [x.to(dtype).requires_grad_() for x in tensors]
+
+    return inputs
+
+
 def logits_and_labels(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(width, examples, generator=generator).to(device)
@@ -150,6 +160,19 @@ def crops(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     center = 0.3 * normal(*batches, width, seed=seed + 2, device=device)
     wide = torch.promote_types(dtype, torch.float32)
     return [student.to(dtype).requires_grad_(), teacher.to(dtype), center.to(wide)]
+
+
+def patches(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return outputs for five patches of each image, a mask of them, and a centre."""
+    student, teacher = (
+        0.3 * normal(*examples, 5, width, seed=seed + i, device=device) for i in (0, 1)
+    )
+    mask = normal(*examples, 5, seed=seed + 3, device=device) > -0.5
+    mask[..., -1] = True  # where a NaN must show
+    mask[..., : examples[-1] // 3, :] = False
+    center = 0.3 * normal(width, seed=seed + 2, device=device)
+    wide = torch.promote_types(dtype, torch.float32)
+    return [student.to(dtype).requires_grad_(), teacher.to(dtype), mask, center.to(wide)]
 
 
 def maps(wider: int = 0, weighted: bool = False, size: tuple[int, ...] = (3, 2)) -> Inputs:

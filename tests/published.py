@@ -44,6 +44,21 @@ def linear_kd(
     return losses if reduction == "none" else losses.sum() / counted.sum().clamp(min=1)
 
 
+# ------------------------------------------------------------------------------------------ peers
+
+
+def mutual_kl(*logits, temperature=1.0, scale_t2=True, detach_peers=True):
+    """Return the loss of each network, as users write it, and the sum of them."""
+    losses = []
+    for i, z in enumerate(logits):
+        log_q = F.log_softmax(z / temperature, -1)
+        for j, other in enumerate(logits):
+            p = F.softmax((other.detach() if detach_peers else other) / temperature, -1)
+            if i != j:
+                losses.append((p * (p.log() - log_q)).sum(-1) / (len(logits) - 1))
+    return sum(losses) * (temperature**2 if scale_t2 else 1)
+
+
 # ------------------------------------------------------------------------------------------ pairs
 
 
@@ -281,6 +296,32 @@ def dino(
         if not (skip_same_view and i == j)
     ]
     return torch.stack(terms).mean()
+
+
+def ibot(student, teacher, mask, center, student_temperature=0.1, teacher_temperature=0.04):
+    """Return DINOv2's loss of each image: its masked patches are gathered and weighted."""
+    images = student.shape[:-2]
+    losses = [0 * student.sum() for _ in range(images.numel())]
+    student, teacher = (x.flatten(0, -3) for x in (student, teacher))
+    for i, chosen in enumerate(mask.flatten(0, -2)):
+        targets = ((teacher[i][chosen] - center) / teacher_temperature).softmax(-1).detach()
+        logits = (student[i][chosen] / student_temperature).log_softmax(-1)
+        if chosen.any():
+            losses[i] = -(targets * logits).sum() / chosen.sum()
+    return torch.stack(losses).view(images) if losses else student.sum((-1, -2)).view(images)
+
+
+def koleo(first, second, epsilon=1e-8):
+    """Return the logarithms of the distances to the nearest of all other embeddings."""
+    rows = unit(torch.cat([first, second]))
+    if len(rows) < 2:
+        return 0 * rows.sum()
+    nearest = []
+    for i, row in enumerate(rows):
+        others = [j for j in range(len(rows)) if j != i]
+        distances = torch.stack([torch.linalg.vector_norm(row - rows[j]) for j in others])
+        nearest.append(distances.min())
+    return -(torch.stack(nearest) + epsilon).log().mean()
 
 
 # --------------------------------------------------------------------------------------- textures

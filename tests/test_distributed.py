@@ -11,7 +11,7 @@ from exactness import assert_same
 
 import fastkd
 
-N_OF_ROWS = 3  # losses of examples, whose value is the share of a rank
+N_OF_ROWS = 4  # losses of examples, whose value is the share of a rank
 # the smallest world for `make test`, and the engines that need no interpreter
 WORLDS = [(2, ENGINES[:2]), *(pytest.param(n, ENGINES, marks=full) for n in PARTS)]
 

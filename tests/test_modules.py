@@ -30,6 +30,7 @@ OPTIONS = {  # none of them a default
     fastkd.LogitMSELoss: dict(temperature=2.0, scale_t2=False),
     fastkd.KDLoss: dict(alpha=0.2, temperature=2.0, divergence="skew_kl", skew=0.3),
     fastkd.LinearKDLoss: dict(temperature=2.0, divergence="jensen_shannon", beta=0.3),
+    fastkd.MutualKLLoss: dict(temperature=2.0, scale_t2=False, detach_peers=False),
     fastkd.RKDDistanceLoss: dict(normalize=True, smooth_l1_beta=0.3),
     fastkd.RKDAngleLoss: dict(normalize=True, smooth_l1_beta=0.3),
     fastkd.RKDLoss: dict(distance_weight=1.0, angle_weight=3.0, normalize=True),
@@ -44,6 +45,8 @@ OPTIONS = {  # none of them a default
     fastkd.SupConLoss: dict(temperature=0.3, anchors="all"),
     fastkd.SimilarityKLLoss: dict(student_temperature=0.3, teacher_temperature=0.2, mask_self=True),
     fastkd.DINOLoss: dict(student_temperature=0.3, teacher_temperature=0.2, skip_same_view=False),
+    fastkd.IBOTLoss: dict(student_temperature=0.3, teacher_temperature=0.2, reduction="sum"),
+    fastkd.KoLeoLoss: dict(epsilon=0.1),
     fastkd.ChannelWiseLoss: dict(temperature=2.0, scale_t2=False),
     fastkd.LocalizationLoss: dict(temperature=2.0, bins="mean"),
     fastkd.NSTLoss: dict(reduction="sum"),
@@ -67,11 +70,15 @@ OPTIONS = {  # none of them a default
 OF_A_BATCH = {"weights", "normalizer"}
 OWNERS = {fastkd.HintLoss, fastkd.VIDLoss}  # have parameters of their own: test_projectors.py
 KEYS = {"student_keys", "teacher_keys"}
-OF_A_MODULE = {"queue_size", "n_prototypes", "center_momentum", "center"}
+CENTRED = (fastkd.DINOLoss, fastkd.IBOTLoss)
+OF_A_MODULE = {
+    "queue_size", "n_prototypes", "center_momentum", "center", "centering", "sinkhorn_iterations",
+}  # fmt: skip
+NO_LOSSES = ("backend", "head_options", "sinkhorn_center")
 
 
 def make(module, **options):
-    return module(11, **options) if module is fastkd.DINOLoss else module(**options)
+    return module(11, **options) if module in CENTRED else module(**options)
 
 
 def takes_weights(module):
@@ -88,10 +95,17 @@ def batch(module):
     tensors = [student.requires_grad_(), teacher]
     if module is fastkd.LinearKDLoss:
         return [student, teacher.sin().requires_grad_(), teacher, student.detach().cos()]
+    if module is fastkd.MutualKLLoss:
+        return [(student, teacher.sin().requires_grad_(), teacher.requires_grad_())]
     if module is fastkd.SupConLoss:
         return [student, torch.tensor([3, 0, 3, 0, 5])]
     if module is fastkd.DINOLoss:
         return [x.unflatten(0, (5, 1)) for x in tensors]
+    if module is fastkd.IBOTLoss:
+        masks = torch.tensor([[True, False], [True, True], [False, False], [True, True], [0, 1]])
+        return [torch.stack([x, x.cos()], 1) for x in tensors] + [masks]
+    if module is fastkd.KoLeoLoss:
+        return tensors[:1]
     if module in (fastkd.NSTLoss, fastkd.AttentionMSELoss):
         return [x[:, None] for x in tensors]
     if module is fastkd.ChannelWiseLoss:
@@ -170,7 +184,7 @@ def test_every_loss_has_one_module_and_all_are_exported():
     ]
     functions = [module.function for module in classes]
     names = (name for name in fastkd.__all__ if name.islower() and name != "__version__")
-    public = [getattr(fastkd, name) for name in names if name not in ("backend", "head_options")]
+    public = [getattr(fastkd, name) for name in names if name not in NO_LOSSES]
     assert len(public) == len(classes) and {*classes} == {*OPTIONS} | OWNERS
     assert all(functions.count(function) == 1 for function in public)
     assert all(getattr(fastkd, module.__name__, None) is module for module in classes)
@@ -184,7 +198,8 @@ def test_signatures_are_those_of_the_function(module):
     options = [p for name, p in of_function.items() if p.kind == p.KEYWORD_ONLY]
     options = [p for p in options if p.name not in {*module.of_a_batch} | KEYS]
     shown = inspect.signature(module).parameters.values()
-    assert [p for p in shown if p in options or p.name not in OF_A_MODULE] == options
+    own = OF_A_MODULE | ({"group"} if module is fastkd.IBOTLoss else set())
+    assert [p for p in shown if p in options or p.name not in own] == options
     assert set(OPTIONS[module]) <= {p.name for p in options}
     of_call = inspect.signature(make(module).forward).parameters
     of_a_batch = [p for p in of_function.values() if p.name not in OF_A_MODULE and p not in options]

@@ -72,7 +72,7 @@ def _check_crops(**views: Any) -> None:
             )
 
 
-def _check_center(center: Any, like: Tensor) -> None:
+def check_center(center: Any, like: Tensor) -> None:
     """Raise an error unless the centre has a number for each of K outputs of a teacher (..., K)."""
     if not isinstance(center, Tensor):
         raise TypeError(f"center must be a tensor of shape [K], got {type(center).__name__}")
@@ -99,7 +99,7 @@ def check(
     for crop in tensors_of(teacher):
         _checks.constant_teacher(teacher=crop)
     if center is not None:
-        _check_center(center, teacher[0])
+        check_center(center, teacher[0])
         _checks.constant_teacher(center=center)
     if not _n_pairs(student, teacher, skip_same_view):
         raise ValueError(

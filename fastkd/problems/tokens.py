@@ -63,10 +63,10 @@ def _check_tokens(student: Any, teacher: Any, mask: Any, names: Sequence[str], o
     _checks.same_device(**dict(zip(names, (student, teacher), strict=True)))
     _checks.constant_teacher(**{names[1]: teacher})
     if mask is not None:
-        _check_mask(mask, student, names[0])
+        check_mask(mask, student, names[0])
 
 
-def _check_mask(mask: Any, student: Tensor, name: str) -> None:
+def check_mask(mask: Any, student: Tensor, name: str) -> None:
     """Raise an error unless the mask has a bool, or 1 or 0, for each token."""
     if not isinstance(mask, Tensor):
         raise TypeError(

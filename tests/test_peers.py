@@ -1,0 +1,134 @@
+"""Networks that teach each other: what holds of their divergences beyond the contracts."""
+
+import pytest
+import torch
+from exactness import assert_same
+from inputs import DEVICE, peers
+from meter import PeakMemory
+
+import fastkd
+
+
+def gradients(loss, logits):
+    return [loss, *torch.autograd.grad(loss.sum(), logits)]
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_each_network_learns_from_the_mean_of_the_others(n, engine):
+    logits = peers(n)((4, 3), 7)
+    weights = torch.tensor([1, 0, 2], dtype=torch.float64, device=DEVICE).expand(4, 3)
+    options = dict(temperature=2.0, weights=weights, normalizer=5)
+    pairs = [
+        fastkd.forward_kl(student, teacher.detach(), **options) / (n - 1)
+        for student in logits
+        for teacher in logits
+        if student is not teacher
+    ]
+    found = fastkd.mutual_kl(logits, **options)
+    assert_same(gradients(found, logits), gradients(torch.stack(pairs).sum(), logits))
+
+
+def test_both_sides_learn_where_nothing_is_detached(engine):
+    first, second = logits = peers(2)((5,), 7)
+    found = fastkd.mutual_kl(logits, temperature=2.0, detach_peers=False, reduction="none")
+    both_ways = [
+        2 * fastkd.symmetric_kl(a, b.detach(), temperature=2.0, reduction="none")
+        for a, b in ((first, second), (second, first))
+    ]
+    assert_same([found], both_ways[:1])
+    assert_same(
+        torch.autograd.grad(found.sum(), logits),
+        torch.autograd.grad(sum(both_ways).sum(), logits),
+    )
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("detach_peers", [True, False])
+def test_equal_networks_have_nothing_to_learn(n, detach_peers, engine):
+    logits = [x.detach().float() for x in peers(1)((33,), 101)] * n
+    logits = [x.clone().requires_grad_() for x in logits]
+    loss = fastkd.mutual_kl(logits, detach_peers=detach_peers, reduction="none")
+    assert (loss >= 0).all() and loss.max() < 1e-6
+    for gradient in torch.autograd.grad(loss.sum(), logits):
+        assert gradient.abs().max() < 1e-6
+    close = [x.detach() + 1e-4 * i * x.detach().sin() for i, x in enumerate(logits)]
+    assert (fastkd.mutual_kl(close, detach_peers=detach_peers, reduction="none") >= 0).all()
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_classes_that_are_masked(n, engine):
+    """In all networks they contribute nothing, in one the others cannot teach it."""
+    logits, masked, kept = peers(n)((3,), 6), [1, 4], [0, 2, 3, 5]
+    both = [x.detach().clone() for x in logits]
+    for x in both:
+        x[:, masked] = -torch.inf
+        x.requires_grad_()
+    fewer = [x.detach()[:, kept].requires_grad_() for x in logits]
+    for options in ({}, dict(detach_peers=False)):
+        found = gradients(fastkd.mutual_kl(both, **options), both)
+        expected = gradients(fastkd.mutual_kl(fewer, **options), fewer)
+        assert_same([found[0], *(x[:, kept] for x in found[1:])], expected)
+        assert not any(x[:, masked].any() for x in found[1:])
+    one = [x.detach().clone() for x in logits]
+    one[0][1, 2] = -torch.inf
+    one = [x.requires_grad_() for x in one]
+    losses = fastkd.mutual_kl(one, reduction="none")
+    assert losses.isinf().tolist() == [False, True, False]
+    p = [x.detach().softmax(-1) for x in one]
+    expected = [p[i] - sum(p[j] for j in range(n) if j != i) / (n - 1) for i in range(n)]
+    assert_same(torch.autograd.grad(losses.sum(), one), expected)
+
+
+def test_a_row_that_does_not_count_may_hold_anything(engine):
+    logits = peers(3)((4,), 6)
+    weights = torch.tensor([1.0, 0.0, 0.5, 1.0], device=DEVICE)
+    labels = torch.tensor([2, 0, 1, -100], device=DEVICE)
+    kept = [0, 2]
+    expected = fastkd.mutual_kl([x[kept] for x in logits], weights=weights[kept])
+    expected = gradients(expected, logits)
+    wrong = [x.detach().clone() for x in logits]
+    wrong[1][1, 3], wrong[2][3] = torch.nan, torch.inf
+    wrong = [x.requires_grad_() for x in wrong]
+    found = fastkd.mutual_kl(wrong, weights=weights, labels=labels)
+    assert_same(gradients(found, wrong), expected)
+    assert fastkd.mutual_kl(wrong, reduction="none").isnan().tolist() == [False, True, False, True]
+
+
+def test_a_network_that_is_not_trained_teaches(engine):
+    logits = peers(3)((4,), 6)
+    _, *expected = gradients(fastkd.mutual_kl(logits), logits)
+    logits[1] = logits[1].detach()
+    found = torch.autograd.grad(fastkd.mutual_kl(logits), logits[::2])
+    assert_same(found, expected[::2])
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="counts what a CPU allocates")
+def test_no_softmax_and_no_pair_is_kept():
+    logits = peers(4)((512,), 2048, torch.float32)
+
+    def peak():
+        with PeakMemory() as memory:
+            torch.autograd.grad(fastkd.mutual_kl(logits), logits)
+        return memory.peak_bytes / logits[0].nbytes
+
+    assert peak() <= 4 + 3  # the gradients, and the buffers of a chunk for each of two threads
+    with fastkd.backend("formula"):  # so that the number above means something
+        assert peak() >= 20
+
+
+@pytest.mark.parametrize(
+    "logits, error, words",
+    [
+        (torch.zeros(2, 3, 4), TypeError, r"got Tensor: one tensor of all networks is .unbind"),
+        ([torch.zeros(3, 4)], ValueError, r"2 or more networks, got 1: one network has nobody"),
+        ([torch.zeros(3, 4), [0.0]], TypeError, r"logits\[1\] must be a tensor .* got list"),
+        ([torch.zeros(3, 4), torch.ones(3, 4).long()], TypeError, r"logits\[1\] must hold float"),
+        ([torch.zeros(3, 4), torch.zeros(3, 5)], ValueError, r"\[3, 4\] in logits\[0\] and \[3, 5"),
+        ([torch.zeros(()), torch.zeros(())], ValueError, r"logits\[0\] needs the shape \(..., V\)"),
+    ],
+)
+def test_what_are_no_peers_is_refused(logits, error, words):
+    with pytest.raises(error, match=words):
+        fastkd.mutual_kl(logits)
+    with pytest.raises(ValueError, match="labels need one class for each row"):
+        fastkd.mutual_kl([torch.zeros(3, 4)] * 2, labels=torch.zeros(4).long())
