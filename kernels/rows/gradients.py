@@ -36,7 +36,6 @@ from fastkd.kernels.rows.terms import (
 )
 from fastkd.kernels.tiles import INFINITY, at_boundary, head_of, number, row_offset
 
-
 EPSILON = tl.constexpr(1e-7)  # added to a deviation
 
 
