@@ -2,6 +2,7 @@
 
 from fastkd._backend import backend
 from fastkd._version import __version__
+from fastkd.alignment import align, byte_offsets, group_tensors
 from fastkd.contrastive import (
     clip_contrastive,
     info_nce,
@@ -11,6 +12,7 @@ from fastkd.contrastive import (
     sup_con,
 )
 from fastkd.correlation import correlation_congruence, dist_kd, pkt, similarity_preserving
+from fastkd.cross_tokenizer import alm, matched_kl, projected_kl, sum_by_group, uld
 from fastkd.divergence import (
     forward_kl,
     jensen_shannon,
@@ -41,6 +43,7 @@ from fastkd.feature_modules import (
 from fastkd.layers import LayerPairs
 from fastkd.linear import head_options, linear_kd
 from fastkd.modules import (
+    ALMLoss,
     ClipLoss,
     CorrelationCongruenceLoss,
     DINOLoss,
@@ -51,8 +54,10 @@ from fastkd.modules import (
     KDLoss,
     LinearKDLoss,
     LogitMSELoss,
+    MatchedKLLoss,
     NTXentLoss,
     PKTLoss,
+    ProjectedKLLoss,
     ReverseKLLoss,
     RKDAngleLoss,
     RKDDistanceLoss,
@@ -66,6 +71,7 @@ from fastkd.modules import (
     SupConLoss,
     SymmetricKLLoss,
     TotalVariationLoss,
+    ULDLoss,
 )
 from fastkd.relational import rkd, rkd_angle, rkd_distance
 from fastkd.self_distillation import dino
@@ -75,6 +81,7 @@ from fastkd.tokens import cka, gram_anchoring, minilm_relation, token_relation
 from fastkd.vanilla import kd
 
 __all__ = [
+    "ALMLoss",
     "AttentionMSELoss",
     "AttentionTransferLoss",
     "CKALoss",
@@ -95,10 +102,12 @@ __all__ = [
     "LinearKDLoss",
     "LocalizationLoss",
     "LogitMSELoss",
+    "MatchedKLLoss",
     "MiniLMRelationLoss",
     "NSTLoss",
     "NTXentLoss",
     "PKTLoss",
+    "ProjectedKLLoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",
     "RKDLoss",
@@ -113,11 +122,15 @@ __all__ = [
     "SymmetricKLLoss",
     "TokenRelationLoss",
     "TotalVariationLoss",
+    "ULDLoss",
     "VIDLoss",
     "__version__",
+    "align",
+    "alm",
     "attention_mse",
     "attention_transfer",
     "backend",
+    "byte_offsets",
     "channel_wise",
     "cka",
     "clip_contrastive",
@@ -128,6 +141,7 @@ __all__ = [
     "forward_kl",
     "fsp",
     "gram_anchoring",
+    "group_tensors",
     "head_options",
     "hint",
     "info_nce",
@@ -136,10 +150,12 @@ __all__ = [
     "linear_kd",
     "localization",
     "logit_mse",
+    "matched_kl",
     "minilm_relation",
     "nst",
     "nt_xent",
     "pkt",
+    "projected_kl",
     "reverse_kl",
     "rkd",
     "rkd_angle",
@@ -150,9 +166,11 @@ __all__ = [
     "skew_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",
+    "sum_by_group",
     "sup_con",
     "symmetric_kl",
     "token_relation",
     "total_variation",
+    "uld",
     "vid",
 ]
