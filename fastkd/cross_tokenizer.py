@@ -433,5 +433,5 @@ def sum_by_group(values: Tensor, groups: Tensor, n_groups: int) -> Tensor:
     index = torch.where(groups < 0, n_groups, groups.long()).reshape(n_rows, -1)
     index = index + (n_groups + 1) * torch.arange(n_rows, device=groups.device)[:, None]
     total = values.new_zeros(n_rows * (n_groups + 1))
-    total = vocabularies.add_at(total, index.flatten(), values.reshape(-1))
+    vocabularies.add_at(total, index.flatten(), values.reshape(-1))
     return total.view(*groups.shape[:-1], n_groups + 1)[..., :n_groups]

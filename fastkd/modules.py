@@ -143,17 +143,7 @@ class ULDLoss(LossModule, function=cross_tokenizer.uld):
     """
 
 
-class _OfIds(LossModule):
-    """A loss whose batch has ids of entries, of which its options are checked with one."""
-
-    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
-        if name.endswith("ids"):
-            shape = (1, 1) if name == "ids" else (1,)
-            return empty.new_zeros(shape, dtype=torch.int64)
-        return super()._of_empty_batch(name, empty, options)
-
-
-class MatchedKLLoss(_OfIds, function=cross_tokenizer.matched_kl):
+class MatchedKLLoss(LossModule, function=cross_tokenizer.matched_kl):
     """T² D(p, q) over the strings of two vocabularies, the module of `fastkd.matched_kl`.
 
     The ids come with each call.
@@ -162,7 +152,7 @@ class MatchedKLLoss(_OfIds, function=cross_tokenizer.matched_kl):
     """
 
 
-class ProjectedKLLoss(_OfIds, function=cross_tokenizer.projected_kl):
+class ProjectedKLLoss(LossModule, function=cross_tokenizer.projected_kl):
     """T² D(p, q̂) with q̂ = the student's mass by a map, the module of `fastkd.projected_kl`.
 
     The map comes with each call.

@@ -115,7 +115,7 @@ def check_projected(
     _checks.same_device(student_logits=student, shares=shares)
     if _checks.has_values_at_hand(shares):
         lowest = shares.detach().min().item()
-        if not lowest >= 0:
+        if lowest < 0:
             raise ValueError(
                 f"shares must be at least 0, got {lowest:g}: they are parts of a probability, and "
                 "their logarithms need .exp()"
@@ -301,23 +301,23 @@ def project(log_q: Tensor, ids: Tensor, log_shares: Tensor, n_entries: int) -> T
 
     It is a log-sum-exp for each entry, of as many terms as reach it.
     """
-    examples, by_entry = log_q.shape[:-1], log_q.reshape(-1, log_q.shape[-1]).mT
+    # what is added to an entry is one row, because strided numbers would take twenty times as long
+    examples, by_entry = log_q.shape[:-1], log_q.reshape(-1, log_q.shape[-1]).mT.contiguous()
     columns = [*zip(ids.long().clamp(min=0).unbind(1), log_shares.unbind(1), strict=True)]
     with torch.no_grad():
         top = by_entry.new_full((n_entries, by_entry.shape[1]), -torch.inf)
         for index, share in columns:
             term = by_entry + share[:, None]
-            top = top.scatter_reduce(0, index[:, None].expand_as(term), term, "amax")
-        # where nothing has mass any number will do
-        top = torch.where(top == -torch.inf, 0, top)
+            top.scatter_reduce_(0, index[:, None].expand_as(term), term, "amax")
+        top.masked_fill_(top == -torch.inf, 0)  # where nothing has mass any number will do
     total = torch.zeros_like(top)
     for index, share in columns:
-        term = (by_entry + share[:, None] - top.index_select(0, index)).exp()
-        total = add_at(total, index, term)
+        term = by_entry + share[:, None] - top.index_select(0, index)
+        add_at(total, index, term.exp())
     # without a gradient where it is −∞
     has_mass = total != 0
     found = torch.where(has_mass, torch.where(has_mass, total, 1).log() + top, -torch.inf)
-    return found.mT.reshape(*examples, n_entries)
+    return found.mT.contiguous().view(*examples, n_entries)
 
 
 def is_reached(ids: Tensor, log_shares: Tensor, n_entries: int) -> Tensor:
@@ -327,12 +327,13 @@ def is_reached(ids: Tensor, log_shares: Tensor, n_entries: int) -> Tensor:
     return counts.index_add(0, index, has_share.long()) > 0
 
 
-def add_at(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """Return x with values added to the rows of the index, in the same order in every run.
+def add_at(x: Tensor, index: Tensor, values: Tensor) -> None:
+    """Add values to the rows of the index, in the same order in every run.
 
     On a GPU `index_add` adds in any order, but `index_put` sorts the index first; on a CPU it is
     the other way round.
     """
     if x.is_cpu:
-        return x.index_add(0, index, values)
-    return x.index_put((index,), values, accumulate=True)
+        x.index_add_(0, index, values)
+    else:
+        x.index_put_((index,), values, accumulate=True)
