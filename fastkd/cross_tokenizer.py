@@ -430,7 +430,7 @@ def sum_by_group(values: Tensor, groups: Tensor, n_groups: int) -> Tensor:
             )
     n_rows, values = values.shape[:-1].numel(), values.to(compute_dtype(values))
     # tokens of no group go to one more group, which is cut off
-    index = torch.where(groups < 0, n_groups, groups.long()).reshape(n_rows, -1)
+    index = torch.where(groups < 0, n_groups, groups.long()).reshape(n_rows, groups.shape[-1])
     index = index + (n_groups + 1) * torch.arange(n_rows, device=groups.device)[:, None]
     total = values.new_zeros(n_rows * (n_groups + 1))
     vocabularies.add_at(total, index.flatten(), values.reshape(-1))
