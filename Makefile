@@ -41,6 +41,8 @@ test-integrations: $(INTEGRATIONS)/.installed
 
 # Their losses are compared; three of them want torchvision, which is refused: hence --no-deps.
 PEERS = lightly textbrewer timm torchdistill
+# Vocabularies and what cuts a text by them; their other dependencies are of no use here.
+PEERS += mistral-common sentencepiece tiktoken
 
 # On a CPU, for example `make bench ARGUMENTS="--loss kd --threads 1"`; a GPU has gpu_run.py.
 bench: $(ENVIRONMENT)

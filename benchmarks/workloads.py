@@ -92,6 +92,14 @@ _PATCHES = Family(
     [(32, 784, 768)],
     [],
 )
+_VOCABULARIES = Family(
+    math.prod,
+    [(256, 1000), (1024, 32000), (256, 128256)],
+    [(1024, 32000), (4096, 128256)],
+    [(4096, 128256)],
+    [],  # the kernels are those of "rows"
+    independent=True,
+)
 FAMILIES = {  # by problem, or by loss where a loss differs
     "rows": Family(
         math.prod,
@@ -141,6 +149,11 @@ FAMILIES = {  # by problem, or by loss where a loss differs
     "localization": Family(
         math.prod, _EDGES, [*_EDGES, (1 << 20, 17)], [(1 << 20, 17)], [], independent=True
     ),
+    # tokens and vocabularies of models with other tokenizers
+    "sorted_rows": _VOCABULARIES,
+    "matched_kl": _VOCABULARIES,
+    "projected_kl": _VOCABULARIES,
+    "alm": Family(math.prod, [(8, 512), (64, 1024)], [(64, 1024)], [(64, 1024)], []),
     "nst": _CROSSED,
     "fsp": _CROSSED,
     "vid": Family(math.prod, _MAPS, _MAPS, [(16, 256, 64, 64)], []),
@@ -270,7 +283,14 @@ def relations(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Ten
     return [x.requires_grad_(i < 3) for i, x in enumerate(vectors)]
 
 
+def likelihoods(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Return log-probabilities of groups of tokens, the student's trained."""
+    student, teacher = (-normal(shape, dtype, device, seed).abs() for seed in range(2))
+    return [student.requires_grad_(), teacher]
+
+
 INPUTS: dict[str, Inputs] = {
+    "alm": likelihoods,
     "fsp": maps_of_layers,
     "vid": maps_and_variances,
     "minilm_relation": relations,

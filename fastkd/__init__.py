@@ -3,6 +3,7 @@
 from fastkd import schedules as schedules
 from fastkd._backend import backend
 from fastkd._version import __version__
+from fastkd.alignment import align, byte_offsets, group_tensors
 from fastkd.contrastive import (
     clip_contrastive,
     info_nce,
@@ -12,6 +13,7 @@ from fastkd.contrastive import (
     sup_con,
 )
 from fastkd.correlation import correlation_congruence, dist_kd, pkt, similarity_preserving
+from fastkd.cross_tokenizer import alm, matched_kl, projected_kl, sum_by_group, uld
 from fastkd.decoupled import decoupled_kd, nkd
 from fastkd.divergence import (
     forward_kl,
@@ -44,6 +46,7 @@ from fastkd.feature_modules import (
 from fastkd.layers import LayerPairs
 from fastkd.linear import head_options, linear_kd
 from fastkd.modules import (
+    ALMLoss,
     ClipLoss,
     CorrelationCongruenceLoss,
     DecoupledKDLoss,
@@ -57,10 +60,12 @@ from fastkd.modules import (
     KoLeoLoss,
     LinearKDLoss,
     LogitMSELoss,
+    MatchedKLLoss,
     MutualKLLoss,
     NKDLoss,
     NTXentLoss,
     PKTLoss,
+    ProjectedKLLoss,
     ReverseKLLoss,
     RKDAngleLoss,
     RKDDistanceLoss,
@@ -74,6 +79,7 @@ from fastkd.modules import (
     SupConLoss,
     SymmetricKLLoss,
     TotalVariationLoss,
+    ULDLoss,
 )
 from fastkd.online import mutual_kl
 from fastkd.relational import rkd, rkd_angle, rkd_distance
@@ -84,6 +90,7 @@ from fastkd.tokens import cka, gram_anchoring, minilm_relation, token_relation
 from fastkd.vanilla import kd
 
 __all__ = [
+    "ALMLoss",
     "AttentionMSELoss",
     "AttentionTransferLoss",
     "CKALoss",
@@ -108,12 +115,14 @@ __all__ = [
     "LinearKDLoss",
     "LocalizationLoss",
     "LogitMSELoss",
+    "MatchedKLLoss",
     "MiniLMRelationLoss",
     "MutualKLLoss",
     "NKDLoss",
     "NSTLoss",
     "NTXentLoss",
     "PKTLoss",
+    "ProjectedKLLoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",
     "RKDLoss",
@@ -128,11 +137,15 @@ __all__ = [
     "SymmetricKLLoss",
     "TokenRelationLoss",
     "TotalVariationLoss",
+    "ULDLoss",
     "VIDLoss",
     "__version__",
+    "align",
+    "alm",
     "attention_mse",
     "attention_transfer",
     "backend",
+    "byte_offsets",
     "channel_wise",
     "cka",
     "clip_contrastive",
@@ -144,6 +157,7 @@ __all__ = [
     "forward_kl",
     "fsp",
     "gram_anchoring",
+    "group_tensors",
     "head_options",
     "hint",
     "ibot",
@@ -154,12 +168,14 @@ __all__ = [
     "linear_kd",
     "localization",
     "logit_mse",
+    "matched_kl",
     "minilm_relation",
     "mutual_kl",
     "nkd",
     "nst",
     "nt_xent",
     "pkt",
+    "projected_kl",
     "reverse_kl",
     "rkd",
     "rkd_angle",
@@ -171,9 +187,11 @@ __all__ = [
     "skew_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",
+    "sum_by_group",
     "sup_con",
     "symmetric_kl",
     "token_relation",
     "total_variation",
+    "uld",
     "vid",
 ]

@@ -144,6 +144,22 @@ def _embeddings(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(67, n, generator=generator).to(device, dtype) for n in (33, 65)]
 
 
+def _logits_and_ids(device: str, dtype: torch.dtype) -> list[Tensor]:
+    student, teacher = _logits(device, dtype)
+    ids = torch.arange(0, student.shape[1], 2, device=device)
+    return [student, teacher, ids, ids.flip(0)]
+
+
+def _logits_and_map(device: str, dtype: torch.dtype) -> list[Tensor]:
+    student, teacher = _logits(device, dtype)
+    ids = torch.arange(student.shape[1], device=device)
+    return [student, teacher, torch.stack([ids.flip(0), ids // 2], 1)]
+
+
+def _likelihoods(device: str, dtype: torch.dtype) -> list[Tensor]:
+    return [-x.abs() for x in _logits(device, dtype)]
+
+
 def _embeddings_of_one_width(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [embeddings[:, :33] for embeddings in _embeddings(device, dtype)]
 
@@ -206,6 +222,7 @@ Inputs = Callable[[str, torch.dtype], list[Any]]
 _BY_FIRST_PARAMETER: dict[str, Inputs] = {
     "student_logits": _logits,
     "student_hidden": _heads,
+    "student_logprobs": _likelihoods,
     "student": _embeddings,
     "query": _embeddings_of_one_width,
     "view1": _embeddings_of_one_width,
@@ -217,6 +234,8 @@ _BY_NAME: dict[str, Inputs] = {
     "decoupled_kd": _logits_and_labels,
     "nkd": _logits_and_labels,
     "mutual_kl": _logits_of_peers,
+    "matched_kl": _logits_and_ids,
+    "projected_kl": _logits_and_map,
     "correlation_congruence": _embeddings_of_one_width,
     "dino": _crops,
     "ibot": _patches,

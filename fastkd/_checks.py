@@ -34,20 +34,7 @@ def one_piece(name: str, tensor: Tensor, values: str) -> None:
 def logits(student: Tensor, teacher: Tensor, *, teacher_is_constant: bool = True) -> None:
     """Raise an error unless both are logits of one shape (..., V) on one device."""
     for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"{name} must be a tensor of shape (..., V), got {type(tensor).__name__}"
-            )
-        if type(tensor) is not Tensor or tensor.is_nested:
-            rows = "the rows of all sequences, .values() of a jagged tensor, for both networks"
-            one_piece(name, tensor, rows)
-        if tensor.dtype not in FLOATS or tensor.layout is not torch.strided:
-            raise TypeError(
-                f"{name} must hold floating-point logits (float16, bfloat16, float32 or float64, "
-                f"dense), got {tensor.dtype}, {tensor.layout}; did labels come in its place?"
-            )
-        if tensor.ndim == 0 or tensor.shape[-1] == 0:
-            raise ValueError(f"{name} needs the shape (..., V) with V ≥ 1, got {shape(tensor)}")
+        _rows_of_logits(name, tensor)
     if student.shape != teacher.shape:
         advice = "align the positions, or cut both to the vocabulary that they share"
         raise ValueError(
@@ -58,6 +45,35 @@ def logits(student: Tensor, teacher: Tensor, *, teacher_is_constant: bool = True
         same_device(student_logits=student, teacher_logits=teacher)
     if teacher_is_constant and teacher.requires_grad:
         constant_teacher(teacher_logits=teacher)
+
+
+def logits_of_two_vocabularies(student: Tensor, teacher: Tensor) -> None:
+    """Raise an error unless both are logits of the same rows, (..., V) and (..., V')."""
+    for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
+        _rows_of_logits(name, tensor)
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            "student_logits and teacher_logits need the same rows, whatever their vocabularies, "
+            f"got {shape(student)} and {shape(teacher)}: take from both the positions at which the "
+            "groups of fastkd.align begin"
+        )
+    same_device(student_logits=student, teacher_logits=teacher)
+    constant_teacher(teacher_logits=teacher)
+
+
+def _rows_of_logits(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (..., V), got {type(tensor).__name__}")
+    if type(tensor) is not Tensor or tensor.is_nested:
+        rows = "the rows of all sequences, .values() of a jagged tensor, for both networks"
+        one_piece(name, tensor, rows)
+    if tensor.dtype not in FLOATS or tensor.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must hold floating-point logits (float16, bfloat16, float32 or float64, "
+            f"dense), got {tensor.dtype}, {tensor.layout}; did labels come in its place?"
+        )
+    if tensor.ndim == 0 or tensor.shape[-1] == 0:
+        raise ValueError(f"{name} needs the shape (..., V) with V ≥ 1, got {shape(tensor)}")
 
 
 def floats(name: str, tensor: Any, needed: str, values: str, in_one_piece: str) -> None:

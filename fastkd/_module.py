@@ -124,6 +124,8 @@ class LossModule(nn.Module):
         """Return what stands for a parameter of the function where its options are checked."""
         if name == "labels":
             return empty.new_empty(0, dtype=torch.int64)
+        if name.endswith("ids"):  # one entry of the one that the empty logits have
+            return empty.new_zeros((1, 1) if name == "ids" else 1, dtype=torch.int64)
         return 1.0 if name in ("logit_scale", "logit_bias") else empty
 
     def _is_in_empty_batch(self, parameter: inspect.Parameter, options: Mapping[str, Any]) -> bool:

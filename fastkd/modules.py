@@ -27,6 +27,7 @@ from fastkd import (
     _checks,
     contrastive,
     correlation,
+    cross_tokenizer,
     decoupled,
     divergence,
     linear,
@@ -165,6 +166,39 @@ class MutualKLLoss(LossModule, function=online.mutual_kl):
 
     def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
         return [empty, empty]
+class ULDLoss(LossModule, function=cross_tokenizer.uld):
+    """Σ_k |q_(k) − p_(k)| of sorted probabilities, the module of `fastkd.uld`.
+
+    Boizard et al., Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for
+    LLMs, 2024. arXiv:2402.12030
+    """
+
+
+class MatchedKLLoss(LossModule, function=cross_tokenizer.matched_kl):
+    """T² D(p, q) over the strings of two vocabularies, the module of `fastkd.matched_kl`.
+
+    The ids come with each call.
+
+    Patiño et al., Unlocking On-Policy Distillation for Any Model Family (GOLD), 2025
+    """
+
+
+class ProjectedKLLoss(LossModule, function=cross_tokenizer.projected_kl):
+    """T² D(p, q̂) with q̂ = the student's mass by a map, the module of `fastkd.projected_kl`.
+
+    The map comes with each call.
+
+    Sreenivas et al., X-Token: Projection-Guided Cross-Tokenizer Knowledge Distillation, 2026.
+    arXiv:2605.21699
+    """
+
+
+class ALMLoss(LossModule, function=cross_tokenizer.alm):
+    """f(p, q) + f(1 − p, 1 − q) of likelihoods of groups, the module of `fastkd.alm`.
+
+    Minixhofer et al., Cross-Tokenizer Distillation via Approximate Likelihood Matching, 2025.
+    arXiv:2503.20083
+    """
 
 
 class RKDDistanceLoss(LossModule, function=relational.rkd_distance):

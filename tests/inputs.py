@@ -53,6 +53,42 @@ def logits_and_labels(examples, width, dtype=torch.float64, seed=0, device=DEVIC
     return [*logits(examples, width, dtype, seed, device), labels]
 
 
+def two_vocabularies(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return logits of which the teacher has two more."""
+    student = 3 * normal(*examples, width, seed=seed, device=device)
+    teacher = 3 * normal(*examples, width + 2, seed=seed + 1, device=device)
+    return [student.to(dtype).requires_grad_(), teacher.to(dtype)]
+
+
+def with_matched_ids(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return further the ids of two thirds of the entries, the last ones among them."""
+    generator, n = torch.Generator().manual_seed(seed), max(1, 2 * width // 3)
+    ids = [
+        torch.cat([torch.tensor([last]), torch.randperm(last, generator=generator)[: n - 1]])
+        for last in (width - 1, width + 1)
+    ]
+    return [*two_vocabularies(examples, width, dtype, seed, device), *(x.to(device) for x in ids)]
+
+
+def with_a_map(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return further three entries of the teacher for each of the student's, or fewer, and shares.
+
+    The teacher's first entry is reached by none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, width + 2, (width, 3), generator=generator)
+    ids[::4, 1] = -1
+    ids[-1, -1] = width + 1
+    shares = torch.rand(width, 3, generator=generator, dtype=torch.float64) + 0.1
+    tensors = two_vocabularies(examples, width, dtype, seed, device)
+    return [*tensors, ids.to(device), shares.to(device, dtype)]
+
+
+def likelihoods(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    student, teacher = -3 * normal(2, *examples, width, seed=seed, device=device).abs()
+    return [student.to(dtype).requires_grad_(), teacher.to(dtype)]
+
+
 def embeddings(wider: int = 0, trained: int = 1, unit: bool = False) -> Inputs:
     """Return the inputs of two networks; the second has `wider` features more."""
 

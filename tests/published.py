@@ -57,6 +57,67 @@ def mutual_kl(*logits, temperature=1.0, scale_t2=True, detach_peers=True):
             if i != j:
                 losses.append((p * (p.log() - log_q)).sum(-1) / (len(logits) - 1))
     return sum(losses) * (temperature**2 if scale_t2 else 1)
+# ------------------------------------------------------------------------------- two vocabularies
+
+
+def uld(student, teacher, temperature=1.0):
+    """Return the mean over positions, the probabilities of which one after the other is sorted."""
+    losses = [0 * student.sum()]
+    for z, z_teacher in zip(student, teacher, strict=True):
+        q, p = (torch.softmax(x / temperature, 0).sort().values.flip(0) for x in (z, z_teacher))
+        q = torch.cat([q, q.new_zeros(max(0, len(p) - len(q)))])
+        losses.append((q[: len(p)] - p).abs().sum() + q[len(p) :].sum())
+    return torch.stack(losses).sum() / max(1, len(student))
+
+
+KNOWN = {
+    "forward_kl": lambda p, q: (p * (p / q).log()).sum(-1),
+    "reverse_kl": lambda p, q: (q * (q / p).log()).sum(-1),
+}
+KNOWN["jensen_shannon"] = lambda p, q, beta: (
+    beta * KNOWN["forward_kl"](p, beta * p + (1 - beta) * q)
+    + (1 - beta) * KNOWN["forward_kl"](q, beta * p + (1 - beta) * q)
+)
+
+
+def matched_kl(
+    student, teacher, student_ids, teacher_ids, mass="renormalized", divergence="forward_kl",
+    temperature=1.0, **own,
+):  # fmt: skip
+    """Return the mean of divergences of probabilities that are subtracted and divided."""
+    both = []
+    for logits, ids in ((student, student_ids), (teacher, teacher_ids)):
+        found = torch.softmax(logits / temperature, -1)[..., ids]
+        total = found.sum(-1, keepdim=True)
+        tail = torch.cat([found, 1 - total], -1)
+        both.append({"raw": found, "tail": tail, "renormalized": found / total}[mass])
+    return temperature**2 * KNOWN[divergence](*both[::-1], **own).mean()
+
+
+def projected_kl(
+    student, teacher, ids, shares, mass="renormalized", divergence="forward_kl", temperature=1.0
+):
+    """Return the mean of divergences of the teacher from probabilities that are added up."""
+    q, p = torch.softmax(student / temperature, -1), torch.softmax(teacher / temperature, -1)
+    shares = torch.where(ids < 0, 0, shares)
+    shares = shares / shares.sum(1, keepdim=True)
+    moved, reached = torch.zeros_like(p), torch.zeros_like(p[0])
+    for index, share in zip(ids.clamp(min=0).T, shares.T, strict=True):
+        moved = moved.index_add(-1, index, q * share)
+        reached = reached.index_add(0, index, share)
+    if mass == "renormalized":
+        p, moved = p[..., reached > 0], moved[..., reached > 0]
+        p = p / p.sum(-1, keepdim=True)
+    elif divergence == "reverse_kl":  # 0 log 0 is 0 where nothing comes to
+        p, moved = p[..., reached > 0], moved[..., reached > 0]
+    return temperature**2 * KNOWN[divergence](p, moved).mean()
+
+
+def alm(student, teacher, temperature=100.0, divergence="kl"):
+    q, p = ((x / temperature).exp() for x in (student, teacher))
+    if divergence == "tv":
+        return ((p - q).abs() + ((1 - p) - (1 - q)).abs()).mean() / 2
+    return (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
 
 
 # ------------------------------------------------------------------------------------------ pairs

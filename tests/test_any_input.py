@@ -121,7 +121,7 @@ def test_rows(engine, problem):
     assert_engine_equals_formula(engine, *problem)
 
 
-@pytest.mark.parametrize("problem", ["pairs", "relations", "gram", "rows"])
+@pytest.mark.parametrize("problem", ["pairs", "relations", "gram", "rows", "sorted_rows"])
 @quick_if(lambda problem, engine: engine != "triton")
 @given(some.data())
 def test_batches(engine, problem, data):

@@ -23,7 +23,9 @@ import fastkd
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [name for name in fastkd.__all__ if name not in ("__version__", "backend")]
-NO_LOSSES = {"LayerPairs", "head_options"}
+NO_LOSSES = {
+    "LayerPairs", "align", "byte_offsets", "group_tensors", "head_options", "sum_by_group",
+}  # fmt: skip
 FUNCTIONS = [name for name in NAMES if name.islower() and name not in NO_LOSSES]
 FRAMEWORKS = ("lightning", "transformers", "trl")  # in the extra `integrations` alone
 

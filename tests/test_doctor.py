@@ -53,6 +53,8 @@ def test_every_public_loss_is_examined():
         fastkd.sinkhorn_center,
     }
     assert losses == set(program.LOSSES)
+    losses = {f for f in public if hasattr(f, "formula")}
+    assert losses == set(program.LOSSES) and fastkd.forward_kl in losses
 
 
 def test_a_healthy_cpu(monkeypatch, capsys):

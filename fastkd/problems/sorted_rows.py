@@ -1,0 +1,46 @@
+"""Sorted rows against sorted rows: probabilities of two vocabularies, whichever entry has them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from fastkd._op import Number, Op
+from fastkd.problems.rows import as_logits, temperatures
+
+if TYPE_CHECKING:
+    from fastkd._loss import Call
+
+
+class SortedRows(NamedTuple):
+    """The distance Σ |sort(q) − sort(p)| of each row, where the shorter one is padded with zeros.
+
+    p = softmax(teacher / teacher_temperature) and q = softmax(student / student_temperature).
+    """
+
+    student: Tensor  # (..., V)
+    teacher: Tensor  # (..., V')
+    row_mask: Tensor | None  # (...), bool: rows that count
+    student_temperature: Number
+    teacher_temperature: Number
+
+
+solve = Op(SortedRows, trained=("student",), per_example=True, recomputes=True)
+
+
+def uld(
+    call: Call,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: Number,
+    student_temperature: Number | None,
+    teacher_temperature: Number | None,
+    teacher_form: str,
+) -> Tensor:
+    """Solve for the distances of sorted probabilities."""
+    of_student, of_teacher = temperatures(temperature, student_temperature, teacher_temperature)
+    teacher = as_logits(teacher, teacher_form)
+    problem = SortedRows(student, teacher, call.row_mask, of_student, of_teacher)
+    return solve(call.engine, problem)
