@@ -38,6 +38,7 @@ from fastkd.feature_modules import (
     TokenRelationLoss,
     VIDLoss,
 )
+from fastkd.label_aware import mft, teacher_free_kd, wsld
 from fastkd.layers import LayerPairs
 from fastkd.linear import head_options, linear_kd
 from fastkd.modules import (
@@ -51,6 +52,7 @@ from fastkd.modules import (
     KDLoss,
     LinearKDLoss,
     LogitMSELoss,
+    MFTLoss,
     NTXentLoss,
     PKTLoss,
     ReverseKLLoss,
@@ -65,7 +67,9 @@ from fastkd.modules import (
     SoftCrossEntropyLoss,
     SupConLoss,
     SymmetricKLLoss,
+    TeacherFreeKDLoss,
     TotalVariationLoss,
+    WSLDLoss,
 )
 from fastkd.relational import rkd, rkd_angle, rkd_distance
 from fastkd.self_distillation import dino
@@ -95,6 +99,7 @@ __all__ = [
     "LinearKDLoss",
     "LocalizationLoss",
     "LogitMSELoss",
+    "MFTLoss",
     "MiniLMRelationLoss",
     "NSTLoss",
     "NTXentLoss",
@@ -111,9 +116,11 @@ __all__ = [
     "SoftCrossEntropyLoss",
     "SupConLoss",
     "SymmetricKLLoss",
+    "TeacherFreeKDLoss",
     "TokenRelationLoss",
     "TotalVariationLoss",
     "VIDLoss",
+    "WSLDLoss",
     "__version__",
     "attention_mse",
     "attention_transfer",
@@ -136,6 +143,7 @@ __all__ = [
     "linear_kd",
     "localization",
     "logit_mse",
+    "mft",
     "minilm_relation",
     "nst",
     "nt_xent",
@@ -152,7 +160,9 @@ __all__ = [
     "soft_cross_entropy",
     "sup_con",
     "symmetric_kl",
+    "teacher_free_kd",
     "token_relation",
     "total_variation",
     "vid",
+    "wsld",
 ]

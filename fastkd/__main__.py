@@ -198,6 +198,9 @@ _BY_FIRST_PARAMETER: dict[str, Inputs] = {
 }
 _BY_NAME: dict[str, Inputs] = {
     "kd": _logits_and_labels,
+    "wsld": _logits_and_labels,
+    "mft": _logits_and_labels,
+    "teacher_free_kd": lambda device, dtype: _logits_and_labels(device, dtype)[::2],
     "correlation_congruence": _embeddings_of_one_width,
     "dino": _crops,
     "channel_wise": _maps_of_one_width,

@@ -27,6 +27,7 @@ from fastkd import (
     contrastive,
     correlation,
     divergence,
+    label_aware,
     linear,
     relational,
     self_distillation,
@@ -105,6 +106,28 @@ class KDLoss(LossModule, function=vanilla.kd):
     """α CE(q at T = 1, labels) + (1 − α) T² D(p, q), the module of `fastkd.kd`.
 
     Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
+    """
+
+
+class WSLDLoss(LossModule, function=label_aware.wsld):
+    """T² w H(p, q) with w = 1 − exp(−CE_s / CE_t), the module of `fastkd.wsld`.
+
+    Zhou et al., Rethinking Soft Labels for Knowledge Distillation, 2021. arXiv:2102.00650
+    """
+
+
+class MFTLoss(LossModule, function=label_aware.mft):
+    """T² KL(p′ ‖ q) with a teacher that the label corrects, the module of `fastkd.mft`.
+
+    Belcak et al., Minifinetuning, 2025. arXiv:2506.15702
+    """
+
+
+class TeacherFreeKDLoss(LossModule, function=label_aware.teacher_free_kd):
+    """T² KL(p ‖ q) from a virtual teacher p, the module of `fastkd.teacher_free_kd`.
+
+    Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization, 2020.
+    arXiv:1909.11723
     """
 
 

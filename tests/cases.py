@@ -20,6 +20,7 @@ from inputs import (
     heads,
     logits,
     logits_and_labels,
+    logits_of_one_network,
     maps,
     maps_of_layers,
     scores,
@@ -99,6 +100,13 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
     options = dict(temperature=4.0, alpha=0.3, divergence=divergence) | options
     by_hand, eager = textbook.with_labels(known)
     return Case(fastkd.kd, "rows", logits_and_labels, eager, options, by_hand, per_example=True)
+
+
+def _labelled(
+    problem: str, loss: Callable, known: tuple, inputs: Inputs = logits_and_labels, **options: Any
+) -> Case:
+    by_hand, eager = known
+    return Case(loss, problem, inputs, eager, options, by_hand, True, loss.has_kernels)
 
 
 def _batch(
@@ -185,6 +193,12 @@ def _linear(**options: Any) -> Case:
     return Case(loss, "linear", heads, as_published, options)
 
 
+def _virtual(**options: Any) -> Case:
+    """Return a case of logits and labels without a teacher."""
+    loss, known = fastkd.teacher_free_kd, textbook.TEACHER_FREE_KD
+    return _labelled("corrected", loss, known, logits_of_one_network, **options)
+
+
 _with_weights = _last(fastkd.hint, "weights")
 ONE_WIDTH, TWO_WIDTHS, UNIT = embeddings(), embeddings(wider=2), embeddings(trained=2, unit=True)
 VIEWS = embeddings(trained=2)
@@ -213,6 +227,11 @@ CASES = [
     _kd("forward_kl", textbook.FORWARD_KL),
     _kd("jensen_shannon", textbook.JENSEN_SHANNON, beta=0.1),
     _kd("total_variation", textbook.TOTAL_VARIATION),
+    _labelled("rows", fastkd.wsld, textbook.WSLD, temperature=4.0),
+    _labelled("corrected", fastkd.mft, textbook.MFT, threshold=0.2, temperature=1.0),
+    _labelled("corrected", fastkd.mft, textbook.MFT, threshold=0.7, temperature=3.0),
+    _virtual(correct_probability=0.99, temperature=20.0),
+    _virtual(correct_probability=0.6, temperature=1.0, scale_t2=False),
     _linear(alpha=0.3, temperature=2.0),
     _linear(alpha=0.3, divergence="jensen_shannon", beta=0.1, reduction="none"),
     _linear(divergence={"reverse_kl": 0.5, "total_variation": 2.0}, student_softcap=2.0),
@@ -354,6 +373,8 @@ def named(*ids: str) -> list[Case]:
 WAYS = named(
     "forward_kl-temperature=4.0", "jensen_shannon-temperature=2.0-beta=0.1",
     "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "dino", "rkd", "pkt", "dist_kd",
+    "mft-threshold=0.2-temperature=1.0",
+    "teacher_free_kd-correct_probability=0.99-temperature=20.0",
     "linear_kd-alpha=0.3-temperature=2.0",
     "linear_kd-alpha=0.3-divergence=jensen_shannon-beta=0.1-reduction=none",
     "info_nce", "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",

@@ -43,6 +43,11 @@ def logits_and_labels(examples, width, dtype=torch.float64, seed=0, device=DEVIC
     return [*logits(examples, width, dtype, seed, device), labels]
 
 
+def logits_of_one_network(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    student, _, labels = logits_and_labels(examples, width, dtype, seed, device)
+    return [student, labels]
+
+
 def embeddings(wider: int = 0, trained: int = 1, unit: bool = False) -> Inputs:
     """Return the inputs of two networks; the second has `wider` features more."""
 

@@ -42,6 +42,7 @@ OTHERS = {"rows": [((2,), 20011)], "pairs": [((2,), 3), ((150,), 5)]}
 OTHERS["relations"] = [((2,), 3), ((5,), 1)]
 SMALL["moments"], LARGE["moments"], OTHERS["moments"] = [((7,), 5)], [((3,), 140)], [((21,), 2)]
 SMALL["tokens"], LARGE["tokens"], OTHERS["tokens"] = [((3,), 5)], [((9,), 33)], [((5,), 2)]
+SMALL["corrected"], LARGE["corrected"] = SMALL["rows"], LARGE["rows"]
 SMALL["linear"], LARGE["linear"], OTHERS["linear"] = [((7,), 5)], [((67,), 33)], [((3,), 2)]
 SHAPES = [
     pytest.param(case, shape, id=f"{case}-{shape}", marks=marks)
@@ -138,7 +139,8 @@ def test_dtypes_of_losses_and_gradients(case, engine):
     )
 
 
-@each_loss
+# the weight of a soft label is a constant, which differences of values do not know
+@pytest.mark.parametrize("case", [case for case in LOSSES if case.name != "wsld"], ids=str)
 def test_gradcheck_of_the_formula(case):
     inputs = small(case, n=3, width=4)
     weights = normal(*case(*inputs).shape, seed=7)
@@ -282,7 +284,7 @@ TAUGHT = [
     case
     for case in LOSSES
     if (case.problem not in ("pairs", "linear") or case.name == "similarity_kl")
-    and case.name != "minilm_relation"
+    and case.name not in ("minilm_relation", "teacher_free_kd")
 ]
 
 

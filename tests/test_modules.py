@@ -27,6 +27,9 @@ OPTIONS = {  # none of them a default
     fastkd.SoftCrossEntropyLoss: dict(temperature=2.0, reduction="sum"),
     fastkd.LogitMSELoss: dict(temperature=2.0, scale_t2=False),
     fastkd.KDLoss: dict(alpha=0.2, temperature=2.0, divergence="skew_kl", skew=0.3),
+    fastkd.WSLDLoss: dict(temperature=3.0, scale_t2=False),
+    fastkd.MFTLoss: dict(threshold=0.4, temperature=2.0, reduction="sum"),
+    fastkd.TeacherFreeKDLoss: dict(correct_probability=0.8, temperature=2.0),
     fastkd.LinearKDLoss: dict(temperature=2.0, divergence="jensen_shannon", beta=0.3),
     fastkd.RKDDistanceLoss: dict(normalize=True, smooth_l1_beta=0.3),
     fastkd.RKDAngleLoss: dict(normalize=True, smooth_l1_beta=0.3),
@@ -63,6 +66,7 @@ OPTIONS = {  # none of them a default
     fastkd.CKALoss: dict(center=False, reduction="sum"),
 }
 OF_A_BATCH = {"weights", "normalizer"}
+LABELLED = (fastkd.KDLoss, fastkd.WSLDLoss, fastkd.MFTLoss)
 OWNERS = {fastkd.HintLoss, fastkd.VIDLoss}  # have parameters of their own: test_projectors.py
 KEYS = {"student_keys", "teacher_keys"}
 OF_A_MODULE = {"queue_size", "n_prototypes", "center_momentum", "center"}
@@ -110,7 +114,10 @@ def batch(module):
         return [*tensors, 0.5]
     if module is fastkd.SigLipLoss:
         return [*tensors, 0.5, -1.0]
-    return [*tensors, torch.tensor([3, 0, -100, 10, 5])] if module is fastkd.KDLoss else tensors
+    labels = torch.tensor([3, 0, -100, 10, 5])
+    if module is fastkd.TeacherFreeKDLoss:
+        return [student, labels]
+    return [*tensors, labels] if module in LABELLED else tensors
 
 
 def value_and_gradient(loss, tensors, **options):
