@@ -155,7 +155,7 @@ def teacher_free_kd(
     normalizer: Any = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Compute T² KL(p ‖ q) from a virtual teacher p = softmax(log u / T): teacher-free distillation.
+    """Compute T² KL(p ‖ q) from a virtual teacher p = softmax(log u / T), without another network.
 
     u gives the label the probability a = `correct_probability`, and every other class
     b = (1 − a) / (V − 1). No teacher is stored. T = 1 is label smoothing, less its entropy.

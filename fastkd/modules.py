@@ -108,6 +108,13 @@ class KDLoss(LossModule, function=vanilla.kd):
     Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
     """
 
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
+        """Return logits of as many classes as have weights."""
+        weights = options["class_weights"]
+        if name == "labels" or not isinstance(weights, Tensor) or weights.ndim != 1:
+            return super()._of_empty_batch(name, empty, options)
+        return empty.new_empty(0, len(weights))
+
 
 class WSLDLoss(LossModule, function=label_aware.wsld):
     """T² w H(p, q) with w = 1 − exp(−CE_s / CE_t), the module of `fastkd.wsld`.
