@@ -53,6 +53,7 @@ from fastkd.modules import (
     LinearKDLoss,
     LogitMSELoss,
     MFTLoss,
+    MLKDLoss,
     NTXentLoss,
     PKTLoss,
     ReverseKLLoss,
@@ -71,6 +72,7 @@ from fastkd.modules import (
     TotalVariationLoss,
     WSLDLoss,
 )
+from fastkd.multi_level import mlkd
 from fastkd.relational import rkd, rkd_angle, rkd_distance
 from fastkd.self_distillation import dino
 from fastkd.spatial import channel_wise, localization
@@ -100,6 +102,7 @@ __all__ = [
     "LocalizationLoss",
     "LogitMSELoss",
     "MFTLoss",
+    "MLKDLoss",
     "MiniLMRelationLoss",
     "NSTLoss",
     "NTXentLoss",
@@ -145,6 +148,7 @@ __all__ = [
     "logit_mse",
     "mft",
     "minilm_relation",
+    "mlkd",
     "nst",
     "nt_xent",
     "pkt",

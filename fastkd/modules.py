@@ -29,6 +29,7 @@ from fastkd import (
     divergence,
     label_aware,
     linear,
+    multi_level,
     relational,
     self_distillation,
     vanilla,
@@ -210,6 +211,13 @@ class DISTLoss(LossModule, function=correlation.dist_kd):
     """T² [β (1 − mean ρ(q_i, p_i)) + γ (1 − mean ρ(q_·v, p_·v))], the module of `fastkd.dist_kd`.
 
     Huang et al., Knowledge Distillation from A Stronger Teacher, 2022. arXiv:2205.10536
+    """
+
+
+class MLKDLoss(LossModule, function=multi_level.mlkd):
+    """KL of examples, and Gram matrices of examples and classes, the module of `fastkd.mlkd`.
+
+    Jin et al., Multi-Level Logit Distillation, 2023
     """
 
 

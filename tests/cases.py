@@ -257,6 +257,9 @@ CASES = [
     _batch("gram", fastkd.correlation_congruence, ONE_WIDTH),
     _batch("gram", fastkd.dist_kd, logits),
     _batch("gram", fastkd.dist_kd, logits, beta=2.0, gamma=0.5, temperature=4.0, epsilon=0.1),
+    _batch("levels", fastkd.mlkd, logits),
+    _batch("levels", fastkd.mlkd, logits, temperatures=(1.0, 4.0), instance_weight=0.0),
+    _batch("levels", fastkd.mlkd, logits, batch_weight=0.3, class_weight=0.0),
     _batch(None, fastkd.nst, maps(wider=2)),
     _batch(None, fastkd.nst, maps(wider=2, size=(90,)), "few channels"),
     _batch(None, _of_layers, maps_of_layers),
@@ -372,7 +375,7 @@ def named(*ids: str) -> list[Case]:
 # one for each way through an op: what depends on the op alone is tested with these
 WAYS = named(
     "forward_kl-temperature=4.0", "jensen_shannon-temperature=2.0-beta=0.1",
-    "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "dino", "rkd", "pkt", "dist_kd",
+    "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "dino", "rkd", "pkt", "dist_kd", "mlkd",
     "mft-threshold=0.2-temperature=1.0",
     "teacher_free_kd-correct_probability=0.99-temperature=20.0",
     "linear_kd-alpha=0.3-temperature=2.0",

@@ -43,6 +43,7 @@ OTHERS["relations"] = [((2,), 3), ((5,), 1)]
 SMALL["moments"], LARGE["moments"], OTHERS["moments"] = [((7,), 5)], [((3,), 140)], [((21,), 2)]
 SMALL["tokens"], LARGE["tokens"], OTHERS["tokens"] = [((3,), 5)], [((9,), 33)], [((5,), 2)]
 SMALL["corrected"], LARGE["corrected"] = SMALL["rows"], LARGE["rows"]
+SMALL["levels"], LARGE["levels"] = [((7,), 5), ((5,), 7)], [((67,), 33), ((33,), 67)]
 SMALL["linear"], LARGE["linear"], OTHERS["linear"] = [((7,), 5)], [((67,), 33)], [((3,), 2)]
 SHAPES = [
     pytest.param(case, shape, id=f"{case}-{shape}", marks=marks)

@@ -38,6 +38,7 @@ OPTIONS = {  # none of them a default
     fastkd.PKTLoss: {},
     fastkd.CorrelationCongruenceLoss: dict(form="kernel", gamma=0.7, order=3),
     fastkd.DISTLoss: dict(beta=2.0, gamma=0.5, temperature=4.0, epsilon=0.1),
+    fastkd.MLKDLoss: dict(temperatures=(1.0, 3.0), batch_weight=0.5, class_weight=2.0),
     fastkd.InfoNCELoss: dict(temperature=0.3, negative_weight=0.5, symmetric=True, margin=0.2),
     fastkd.ClipLoss: {},
     fastkd.SigLipLoss: {},
