@@ -43,6 +43,7 @@ from fastkd.feature_modules import (
     TokenRelationLoss,
     VIDLoss,
 )
+from fastkd.label_aware import mft, teacher_free_kd, wsld
 from fastkd.layers import LayerPairs
 from fastkd.linear import head_options, linear_kd
 from fastkd.modules import (
@@ -63,6 +64,8 @@ from fastkd.modules import (
     MatchedKLLoss,
     MutualKLLoss,
     NKDLoss,
+    MFTLoss,
+    MLKDLoss,
     NTXentLoss,
     PKTLoss,
     ProjectedKLLoss,
@@ -78,10 +81,14 @@ from fastkd.modules import (
     SoftCrossEntropyLoss,
     SupConLoss,
     SymmetricKLLoss,
+    TeacherFreeKDLoss,
     TotalVariationLoss,
     ULDLoss,
 )
 from fastkd.online import mutual_kl
+    WSLDLoss,
+)
+from fastkd.multi_level import mlkd
 from fastkd.relational import rkd, rkd_angle, rkd_distance
 from fastkd.self_distillation import dino, ibot, koleo, sinkhorn_center
 from fastkd.spatial import channel_wise, localization
@@ -115,6 +122,8 @@ __all__ = [
     "LinearKDLoss",
     "LocalizationLoss",
     "LogitMSELoss",
+    "MFTLoss",
+    "MLKDLoss",
     "MatchedKLLoss",
     "MiniLMRelationLoss",
     "MutualKLLoss",
@@ -135,10 +144,12 @@ __all__ = [
     "SoftCrossEntropyLoss",
     "SupConLoss",
     "SymmetricKLLoss",
+    "TeacherFreeKDLoss",
     "TokenRelationLoss",
     "TotalVariationLoss",
     "ULDLoss",
     "VIDLoss",
+    "WSLDLoss",
     "__version__",
     "align",
     "alm",
@@ -169,7 +180,9 @@ __all__ = [
     "localization",
     "logit_mse",
     "matched_kl",
+    "mft",
     "minilm_relation",
+    "mlkd",
     "mutual_kl",
     "nkd",
     "nst",
@@ -190,8 +203,10 @@ __all__ = [
     "sum_by_group",
     "sup_con",
     "symmetric_kl",
+    "teacher_free_kd",
     "token_relation",
     "total_variation",
     "uld",
     "vid",
+    "wsld",
 ]

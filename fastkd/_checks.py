@@ -144,24 +144,14 @@ def same_examples(**tensors: Tensor) -> None:
         )
 
 
-def labels(labels: Tensor, student: Tensor, ignore_index: int, divergence: str = "") -> None:
-    """Raise an error unless the labels are class indices (...), one for each row of logits.
-
-    A loss with a cross-entropy gives the name of its other term.
-    """
+def labels(labels: Tensor, student: Tensor, ignore_index: int) -> None:
+    """Raise an error unless the labels are class indices (...), one for each row of logits."""
     if isinstance(labels, Tensor) and (type(labels) is not Tensor or labels.is_nested):
         one_piece("labels", labels, "one label for each row of the logits")
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         got = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
         if isinstance(labels, Tensor) and labels.shape == student.shape:
-            got += "; with a probability for each class "
-            if divergence:
-                got += (
-                    "write alpha * F.cross_entropy(student_logits.flatten(0, -2), "
-                    f"labels.flatten(0, -2)) + (1 - alpha) * fastkd.{divergence}(student_logits, "
-                    "teacher_logits, temperature=temperature), or "
-                )
-            got += "pass labels.argmax(-1)"
+            got += "; with a probability for each class pass labels.argmax(-1)"
         raise TypeError(f"labels must be a tensor of class indices (torch.int64), got {got}")
     if labels.shape != student.shape[:-1]:
         way = "; a label of ones and zeros is labels.argmax(-1)"
@@ -187,6 +177,49 @@ def labels(labels: Tensor, student: Tensor, ignore_index: int, divergence: str =
             raise ValueError(
                 f"labels must lie in [0, {n_classes}) or be ignore_index={ignore_index}, "
                 f"got {labels[wrong][0].item()}"
+            )
+
+
+def soft_labels(labels: Tensor, student: Tensor) -> None:
+    """Raise an error unless the labels are probabilities (..., V), one for each logit."""
+    if type(labels) is not Tensor or labels.is_nested:
+        one_piece("labels", labels, "probabilities of one shape with the logits")
+    if labels.dtype not in FLOATS or labels.shape != student.shape:
+        way = "pass .long() of class indices"
+        if labels.ndim == student.ndim and labels.shape[:-1] == student.shape[:-1]:
+            way = "they need as many classes as the logits"
+        raise ValueError(
+            f"labels of a floating-point dtype are probabilities of classes and need the shape of "
+            f"the logits, {shape(student)}, got {shape(labels)} of {labels.dtype}: {way}"
+        )
+    same_device(student_logits=student, labels=labels)
+    if has_values_at_hand(labels) and labels.numel() and (lowest := labels.min().item()) < 0:
+        raise ValueError(
+            f"labels must be probabilities of at least 0, got {lowest:g}: of logits pass "
+            f"labels.softmax(-1)"
+        )
+
+
+def class_weights(class_weights: Tensor, student: Tensor) -> None:
+    """Raise an error unless there is a weight for each class (V,)."""
+    if not isinstance(class_weights, Tensor):
+        raise TypeError(
+            f"class_weights must be a tensor with a number for each class, got "
+            f"{type(class_weights).__name__}: pass torch.tensor(class_weights)"
+        )
+    one_piece("class_weights", class_weights, "one tensor of shape [V]")
+    if class_weights.shape != student.shape[-1:] or class_weights.dtype not in FLOATS:
+        raise ValueError(
+            f"class_weights need a floating-point number for each of V = {student.shape[-1]} "
+            f"classes, got {shape(class_weights)} of {class_weights.dtype}"
+        )
+    same_device(student_logits=student, class_weights=class_weights)
+    if has_values_at_hand(class_weights):
+        lowest, highest = (x.item() for x in class_weights.aminmax())
+        if lowest < 0 or highest == 0:
+            raise ValueError(
+                f"class_weights must be at least 0 and some of them above, got {lowest:g} to "
+                f"{highest:g}"
             )
 
 

@@ -31,6 +31,7 @@ class Term(NamedTuple):
     factor: Number
     losses: Tensor  # (...)
     row_mask: Tensor | None  # (...), bool: the examples that count in this term
+    counts: Tensor | None = None  # (...), as how many examples the mean counts each; without, as 1
 
 
 def selected(rows: Tensor, mask: Tensor | None) -> Tensor:
@@ -122,23 +123,30 @@ def sum_of_terms(
     return_parts: bool,
 ) -> Any:
     """Return Σ factor · reduced term and, if asked for, the terms without their factors."""
-    if not return_parts and all(term.row_mask is None for term in terms):
+    if not return_parts and all(term.row_mask is None and term.counts is None for term in terms):
         # one reduction of the sum, since all terms have the same divisor
         losses = _weighted_sum([(term.factor, term.losses) for term in terms])
         return reduce(losses, weights, row_mask, normalizer, reduction)
     parts = []
-    for _, losses, mask in terms:
+    for _, losses, mask, counts in terms:
+        divisor = normalizer
+        if counts is not None and normalizer is None:
+            counts = selected(counts, mask)
+            if weights is not None:
+                counts = selected(counts * weights.to(counts.dtype), row_mask)
+            divisor = total(counts)
         if mask is None:
-            part = reduce(losses, weights, row_mask, normalizer, reduction)
+            part = reduce(losses, weights, row_mask, divisor, reduction)
         elif weights is not None and row_mask is not None:
             counted = mask & row_mask
-            part = reduce(losses, torch.where(mask, weights, 0), counted, normalizer, reduction)
+            part = reduce(losses, torch.where(mask, weights, 0), counted, divisor, reduction)
         else:  # masked rows are 0 already, so that only their number is missing
-            divisor = mask.sum() if normalizer is None else normalizer
+            divisor = mask.sum() if divisor is None else divisor
             part = reduce(losses, None, None, divisor, reduction)
         parts.append(part)
-    total = _weighted_sum([(term.factor, part) for term, part in zip(terms, parts, strict=True)])
-    return (total, *parts) if return_parts else total
+    factors = [term.factor for term in terms]
+    loss = _weighted_sum([*zip(factors, parts, strict=True)])
+    return (loss, *parts) if return_parts else loss
 
 
 def _weighted_sum(summands: Sequence[tuple[Number, Tensor]]) -> Tensor:

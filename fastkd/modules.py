@@ -30,7 +30,9 @@ from fastkd import (
     cross_tokenizer,
     decoupled,
     divergence,
+    label_aware,
     linear,
+    multi_level,
     online,
     relational,
     self_distillation,
@@ -110,6 +112,35 @@ class KDLoss(LossModule, function=vanilla.kd):
     """α CE(q at T = 1, labels) + (1 − α) T² D(p, q), the module of `fastkd.kd`.
 
     Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
+    """
+
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
+        """Return logits of as many classes as have weights."""
+        weights = options["class_weights"]
+        if name == "labels" or not isinstance(weights, Tensor) or weights.ndim != 1:
+            return super()._of_empty_batch(name, empty, options)
+        return empty.new_empty(0, len(weights))
+
+
+class WSLDLoss(LossModule, function=label_aware.wsld):
+    """T² w H(p, q) with w = 1 − exp(−CE_s / CE_t), the module of `fastkd.wsld`.
+
+    Zhou et al., Rethinking Soft Labels for Knowledge Distillation, 2021. arXiv:2102.00650
+    """
+
+
+class MFTLoss(LossModule, function=label_aware.mft):
+    """T² KL(p′ ‖ q) with a teacher that the label corrects, the module of `fastkd.mft`.
+
+    Belcak et al., Minifinetuning, 2025. arXiv:2506.15702
+    """
+
+
+class TeacherFreeKDLoss(LossModule, function=label_aware.teacher_free_kd):
+    """T² KL(p ‖ q) from a virtual teacher p, the module of `fastkd.teacher_free_kd`.
+
+    Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization, 2020.
+    arXiv:1909.11723
     """
 
 
@@ -247,6 +278,13 @@ class DISTLoss(LossModule, function=correlation.dist_kd):
     """T² [β (1 − mean ρ(q_i, p_i)) + γ (1 − mean ρ(q_·v, p_·v))], the module of `fastkd.dist_kd`.
 
     Huang et al., Knowledge Distillation from A Stronger Teacher, 2022. arXiv:2205.10536
+    """
+
+
+class MLKDLoss(LossModule, function=multi_level.mlkd):
+    """KL of examples, and Gram matrices of examples and classes, the module of `fastkd.mlkd`.
+
+    Jin et al., Multi-Level Logit Distillation, 2023
     """
 
 

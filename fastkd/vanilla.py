@@ -35,6 +35,8 @@ def kd(
     scale_t2: bool = True,
     ignore_index: int = -100,
     distill_ignored: bool = False,
+    label_smoothing: Number = 0.0,
+    class_weights: Tensor | None = None,
     return_parts: bool = False,
     dim: int = -1,
     weights: Tensor | None = None,
@@ -48,7 +50,8 @@ def kd(
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
-        labels: Class indices, (...), integers in [0, V) or `ignore_index`.
+        labels: Class indices, (...), integers in [0, V) or `ignore_index`; or probabilities of the
+            classes, (..., V), as mixup and CutMix give them, a constant in floating point.
         alpha: α in [0, 1], the share of the cross-entropy. A term of share 0 counts for nothing,
             even where it is infinite.
         distill_weight: Replaces 1 − α, the weight of D; α may then be any number of at least 0.
@@ -63,6 +66,10 @@ def kd(
         ignore_index: Rows with this label count in neither term.
         distill_ignored: Whether those rows count in D after all, as unlabelled examples: CE is then
             the mean over the labelled rows, D over all of them.
+        label_smoothing: ε in [0, 1], with which the cross-entropy is with (1 − ε) labels + ε / V.
+        class_weights: A weight of at least 0 for each class, (V,), as in `F.cross_entropy`: the
+            term of class v in the cross-entropy is multiplied by w_v, and its mean divides by the
+            sum of the weights of the labels, but for soft labels, by the number of rows.
         return_parts: Whether to return (loss, CE, D), the parts without their shares.
         dim: The dimension of the classes, as in `forward_kl`.
         weights: One number or bool for each row, (...). A row of weight 0 contributes exactly 0 to
@@ -76,20 +83,36 @@ def kd(
         with `return_parts`.
 
     Raises:
-        TypeError: The logits are no floating-point tensors or the labels no integers, or an option
-            has an unknown name.
-        ValueError: The inputs do not fit together, a label does not exist, or an option is out of
-            range. On a GPU, where a look at the labels would be a host sync, a label that does not
-            exist gives a NaN instead.
+        TypeError: The logits are no floating-point tensors or the labels no integers or
+            probabilities, or an option has an unknown name.
+        ValueError: The inputs do not fit together, a label does not exist or is negative, or an
+            option is out of range. On a GPU, where a look at the labels would be a host sync, a
+            label that does not exist gives a NaN instead.
 
     Reference:
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
     """
-    labels = labels.long()  # −100 is 156 in uint8
-    labelled = labels != ignore_index
-    of_labels = selected(student_logits, labelled)
-    classes = torch.where(labelled, labels, 0).unsqueeze(-1)
-    cross_entropies = -of_labels.log_softmax(-1).gather(-1, classes).squeeze(-1)
+    labelled = counts = None
+    if rows.is_soft(labels):
+        of_labels = student_logits
+        target = rows.with_smoothing(labels, label_smoothing, class_weights)
+        log_q = of_labels.log_softmax(-1)
+        cross_entropies = -(target * torch.where(target == 0, 0, log_q)).sum(-1)
+    else:
+        labels = labels.long()  # −100 is 156 in uint8
+        labelled = labels != ignore_index
+        of_labels = selected(student_logits, labelled)
+        classes = torch.where(labelled, labels, 0).unsqueeze(-1)
+        log_q = of_labels.log_softmax(-1)
+        cross_entropies = -log_q.gather(-1, classes).squeeze(-1)
+        if class_weights is not None:
+            class_weights = class_weights.detach().to(log_q)
+            counts = class_weights[classes.squeeze(-1)]
+            cross_entropies = selected(cross_entropies * counts, counts != 0)
+        if not rows.is_exactly(label_smoothing, 0):
+            each = torch.ones_like(log_q) if class_weights is None else class_weights
+            smooth = -(each * torch.where(each == 0, 0, log_q)).mean(-1)
+            cross_entropies = (1 - label_smoothing) * cross_entropies + label_smoothing * smooth
     distilled = None if distill_ignored else labelled
     own = dict(beta=beta, skew=skew, weight=weight)
     distances = _FORMULAS[divergence](
@@ -104,6 +127,6 @@ def kd(
     )
     share = 1 - alpha if distill_weight is None else distill_weight
     return [
-        Term(alpha, selected(cross_entropies, labelled), labelled),
+        Term(alpha, selected(cross_entropies, labelled), labelled, counts),
         Term(share, selected(distances, distilled), distilled),
     ]

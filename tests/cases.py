@@ -22,6 +22,7 @@ from inputs import (
     likelihoods,
     logits,
     logits_and_labels,
+    logits_of_one_network,
     maps,
     maps_of_layers,
     patches,
@@ -114,6 +115,11 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
 
 def _labelled(loss: Callable, known: tuple, **options: Any) -> Case:
     return Case(loss, "rows", logits_and_labels, known[1], options, known[0], per_example=True)
+def _labelled(
+    problem: str, loss: Callable, known: tuple, inputs: Inputs = logits_and_labels, **options: Any
+) -> Case:
+    by_hand, eager = known
+    return Case(loss, problem, inputs, eager, options, by_hand, True, loss.has_kernels)
 
 
 def _batch(
@@ -222,6 +228,12 @@ def _linear(**options: Any) -> Case:
     return Case(loss, "linear", heads, as_published, options)
 
 
+def _virtual(**options: Any) -> Case:
+    """Return a case of logits and labels without a teacher."""
+    loss, known = fastkd.teacher_free_kd, textbook.TEACHER_FREE_KD
+    return _labelled("corrected", loss, known, logits_of_one_network, **options)
+
+
 _with_weights = _last(fastkd.hint, "weights")
 ONE_WIDTH, TWO_WIDTHS, UNIT = embeddings(), embeddings(wider=2), embeddings(trained=2, unit=True)
 VIEWS = embeddings(trained=2)
@@ -267,6 +279,11 @@ CASES = [
     _peers(3),
     _peers(4, temperature=2.0, scale_t2=False, detach_peers=False),
     _peers(5, detach_peers=False),
+    _labelled("rows", fastkd.wsld, textbook.WSLD, temperature=4.0),
+    _labelled("corrected", fastkd.mft, textbook.MFT, threshold=0.2, temperature=1.0),
+    _labelled("corrected", fastkd.mft, textbook.MFT, threshold=0.7, temperature=3.0),
+    _virtual(correct_probability=0.99, temperature=20.0),
+    _virtual(correct_probability=0.6, temperature=1.0, scale_t2=False),
     _linear(alpha=0.3, temperature=2.0),
     _linear(alpha=0.3, divergence="jensen_shannon", beta=0.1, reduction="none"),
     _linear(divergence={"reverse_kl": 0.5, "total_variation": 2.0}, student_softcap=2.0),
@@ -311,6 +328,9 @@ CASES = [
     _batch("gram", fastkd.correlation_congruence, ONE_WIDTH),
     _batch("gram", fastkd.dist_kd, logits),
     _batch("gram", fastkd.dist_kd, logits, beta=2.0, gamma=0.5, temperature=4.0, epsilon=0.1),
+    _batch("levels", fastkd.mlkd, logits),
+    _batch("levels", fastkd.mlkd, logits, temperatures=(1.0, 4.0), instance_weight=0.0),
+    _batch("levels", fastkd.mlkd, logits, batch_weight=0.3, class_weight=0.0),
     _batch(None, fastkd.nst, maps(wider=2)),
     _batch(None, fastkd.nst, maps(wider=2, size=(90,)), "few channels"),
     _batch(None, _of_layers, maps_of_layers),
@@ -428,6 +448,10 @@ WAYS = named(
     "forward_kl-temperature=4.0", "jensen_shannon-temperature=2.0-beta=0.1",
     "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "dino", "rkd", "pkt", "dist_kd",
     "mutual_kl-2 networks-temperature=2.0", "linear_kd-alpha=0.3-temperature=2.0",
+    "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "dino", "rkd", "pkt", "dist_kd", "mlkd",
+    "mft-threshold=0.2-temperature=1.0",
+    "teacher_free_kd-correct_probability=0.99-temperature=20.0",
+    "linear_kd-alpha=0.3-temperature=2.0",
     "linear_kd-alpha=0.3-divergence=jensen_shannon-beta=0.1-reduction=none",
     "uld-temperature=2.0", "info_nce",
     "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",

@@ -581,3 +581,21 @@ def cka(student, teacher, center=True):
     centring = torch.eye(n, dtype=student.dtype, device=student.device) - center / n
     s, t = (centring @ x @ x.T @ centring for x in (student, teacher))
     return 1 - (s * t).sum() / (torch.linalg.matrix_norm(s) * torch.linalg.matrix_norm(t))
+
+
+# ----------------------------------------------------------------------------------------- levels
+
+
+def mlkd(
+    student, teacher, temperatures=(2, 3, 4, 5, 6), instance_weight=1.0, batch_weight=1.0,
+    class_weight=1.0,
+):  # fmt: skip
+    """Return what the authors' code sums up, without its masks."""
+    loss = 0
+    for T in temperatures:
+        q, p = (student / T).softmax(1), (teacher / T).softmax(1)
+        kl = F.kl_div((student / T).log_softmax(1), p, reduction="none").sum(1).mean() * T**2
+        pairs = ((p @ p.T - q @ q.T) ** 2).sum() / len(p)
+        classes = ((p.T @ p - q.T @ q) ** 2).sum() / p.shape[1]
+        loss = loss + instance_weight * kl + batch_weight * pairs + class_weight * classes
+    return loss

@@ -42,6 +42,8 @@ OTHERS = {"rows": [((2,), 20011)], "pairs": [((2,), 3), ((150,), 5)]}
 OTHERS["relations"] = [((2,), 3), ((5,), 1)]
 SMALL["moments"], LARGE["moments"], OTHERS["moments"] = [((7,), 5)], [((3,), 140)], [((21,), 2)]
 SMALL["tokens"], LARGE["tokens"], OTHERS["tokens"] = [((3,), 5)], [((9,), 33)], [((5,), 2)]
+SMALL["corrected"], LARGE["corrected"] = SMALL["rows"], LARGE["rows"]
+SMALL["levels"], LARGE["levels"] = [((7,), 5), ((5,), 7)], [((67,), 33), ((33,), 67)]
 SMALL["linear"], LARGE["linear"], OTHERS["linear"] = [((7,), 5)], [((67,), 33)], [((3,), 2)]
 SMALL["peers"], LARGE["peers"], OTHERS["peers"] = SMALL["rows"], LARGE["rows"], OTHERS["rows"]
 SHAPES = [
@@ -139,7 +141,8 @@ def test_dtypes_of_losses_and_gradients(case, engine):
     )
 
 
-@each_loss
+# the weight of a soft label is a constant, which differences of values do not know
+@pytest.mark.parametrize("case", [case for case in LOSSES if case.name != "wsld"], ids=str)
 def test_gradcheck_of_the_formula(case):
     inputs = small(case, n=3, width=4)
     weights = normal(*case(*inputs).shape, seed=7)
@@ -286,6 +289,7 @@ TAUGHT = [
     for case in LOSSES
     if (case.problem not in ("pairs", "linear") or case.name == "similarity_kl")
     and case.name not in ("minilm_relation", "koleo", "mutual_kl")
+    and case.name not in ("minilm_relation", "teacher_free_kd")
 ]
 
 

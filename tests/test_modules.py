@@ -29,6 +29,9 @@ OPTIONS = {  # none of them a default
     fastkd.SoftCrossEntropyLoss: dict(temperature=2.0, reduction="sum"),
     fastkd.LogitMSELoss: dict(temperature=2.0, scale_t2=False),
     fastkd.KDLoss: dict(alpha=0.2, temperature=2.0, divergence="skew_kl", skew=0.3),
+    fastkd.WSLDLoss: dict(temperature=3.0, scale_t2=False),
+    fastkd.MFTLoss: dict(threshold=0.4, temperature=2.0, reduction="sum"),
+    fastkd.TeacherFreeKDLoss: dict(correct_probability=0.8, temperature=2.0),
     fastkd.LinearKDLoss: dict(temperature=2.0, divergence="jensen_shannon", beta=0.3),
     fastkd.MutualKLLoss: dict(temperature=2.0, scale_t2=False, detach_peers=False),
     fastkd.RKDDistanceLoss: dict(normalize=True, smooth_l1_beta=0.3),
@@ -38,6 +41,7 @@ OPTIONS = {  # none of them a default
     fastkd.PKTLoss: {},
     fastkd.CorrelationCongruenceLoss: dict(form="kernel", gamma=0.7, order=3),
     fastkd.DISTLoss: dict(beta=2.0, gamma=0.5, temperature=4.0, epsilon=0.1),
+    fastkd.MLKDLoss: dict(temperatures=(1.0, 3.0), batch_weight=0.5, class_weight=2.0),
     fastkd.InfoNCELoss: dict(temperature=0.3, negative_weight=0.5, symmetric=True, margin=0.2),
     fastkd.ClipLoss: {},
     fastkd.SigLipLoss: {},
@@ -72,6 +76,7 @@ OPTIONS = {  # none of them a default
     fastkd.ALMLoss: dict(temperature=2.0, divergence="tv"),
 }
 OF_A_BATCH = {"weights", "normalizer"}
+LABELLED = (fastkd.KDLoss, fastkd.WSLDLoss, fastkd.MFTLoss)
 OWNERS = {fastkd.HintLoss, fastkd.VIDLoss}  # have parameters of their own: test_projectors.py
 KEYS = {"student_keys", "teacher_keys"}
 CENTRED = (fastkd.DINOLoss, fastkd.IBOTLoss)
@@ -139,6 +144,10 @@ def batch(module):
     if module in (fastkd.KDLoss, fastkd.DecoupledKDLoss, fastkd.NKDLoss):
         return [*tensors, torch.tensor([3, 0, -100, 10, 5])]
     return tensors
+    labels = torch.tensor([3, 0, -100, 10, 5])
+    if module is fastkd.TeacherFreeKDLoss:
+        return [student, labels]
+    return [*tensors, labels] if module in LABELLED else tensors
 
 
 def value_and_gradient(loss, tensors, **options):

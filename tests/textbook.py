@@ -234,3 +234,87 @@ def _nkd_eager(student, teacher, labels, *, gamma=1.5, temperature=1.0, scale_t2
 
 DECOUPLED_KD = (_decoupled_by_hand, _decoupled_eager)
 NKD = (_nkd_by_hand, _nkd_eager)
+def _labelled(by_hand):
+    """Return a loss of log p, log q and the label by hand, both softened, times T²."""
+
+    def softened(student, teacher, label, *, temperature, scale_t2=True, **own):
+        networks = log_softmax(teacher, temperature), log_softmax(student, temperature)
+        loss = by_hand(*networks, label, student=student, teacher=teacher, **own)
+        return loss * (temperature**2 if scale_t2 else 1)
+
+    return softened
+
+
+def _kl_by_hand(p, log_q):
+    return math.fsum(positive(x, log(x) - y) for x, y in zip(p, log_q, strict=True))
+
+
+def _wsld_by_hand(log_p, log_q, label, *, student, teacher):
+    of_student, of_teacher = (-log_softmax(z, 1.0)[label] for z in (student, teacher))
+    if of_student == 0:  # which is 0 / 0 where the teacher is certain, too
+        return 0.0
+    weight = 1 - math.exp(-of_student / of_teacher) if of_teacher else 1.0
+    return weight * math.fsum(positive(math.exp(x), -y) for x, y in zip(log_p, log_q, strict=True))
+
+
+def _wsld(student, teacher, labels, *, temperature, scale_t2=True):
+    """Return what mdistiller and MMRazor write, without what they add to a divisor of 0."""
+    n = student.shape[-1]
+    z, t, y = student.reshape(-1, n), teacher.reshape(-1, n), labels.reshape(-1)
+    ratio = F.cross_entropy(z.detach(), y, reduction="none") / F.cross_entropy(
+        t, y, reduction="none"
+    )
+    weight = (1 - torch.exp(-ratio)).nan_to_num(0)
+    p, log_q = (t / temperature).softmax(-1), (z / temperature).log_softmax(-1)
+    losses = -weight * (p * log_q).sum(-1) * (temperature**2 if scale_t2 else 1)
+    return losses.view(labels.shape)
+
+
+WSLD = (_labelled(_wsld_by_hand), _wsld)
+
+
+def _mft_by_hand(log_p, log_q, label, *, student, teacher, threshold):
+    p = [math.exp(x) for x in log_p]
+    behind = max(p) - p[label]
+    if behind > 0:
+        mixed = (behind + threshold) / (1 + behind)
+    else:
+        mixed = min(1, threshold / (1 - p[label])) if p[label] < 1 else 1
+    target = [(1 - mixed) * x + mixed * (v == label) for v, x in enumerate(p)]
+    return _kl_by_hand(target, log_q)
+
+
+def _mft(student, teacher, labels, *, threshold, temperature, scale_t2=True):
+    """Return what ModelOpt writes, without what it adds to a divisor of 0."""
+    p, classes = (teacher / temperature).softmax(-1), labels.unsqueeze(-1)
+    most, of_label = p.amax(-1, keepdim=True), p.gather(-1, classes)
+    lifted = (most - of_label + threshold) / (1 + most - of_label)
+    raised = (torch.clamp(of_label + threshold, max=1) - of_label) / (1 - of_label)
+    mixed = torch.where(of_label < most, lifted, raised.nan_to_num(1))
+    target = ((1 - mixed) * p).scatter_add(-1, classes, mixed)
+    losses = F.kl_div((student / temperature).log_softmax(-1), target, reduction="none").sum(-1)
+    return losses * (temperature**2 if scale_t2 else 1)
+
+
+MFT = (_labelled(_mft_by_hand), _mft)
+
+
+def _teacher_free_by_hand(student, label, *, correct_probability, temperature, scale_t2=True):
+    n = len(student)
+    others = (1 - correct_probability) / max(n - 1, 1)
+    u = [correct_probability if v == label else others for v in range(n)]
+    softened = [x ** (1 / temperature) for x in u]
+    p = [x / math.fsum(softened) for x in softened]
+    return _kl_by_hand(p, log_softmax(student, temperature)) * (temperature**2 if scale_t2 else 1)
+
+
+def _teacher_free(student, labels, *, correct_probability, temperature, scale_t2=True):
+    n = student.shape[-1]
+    u = torch.full_like(student, (1 - correct_probability) / max(n - 1, 1))
+    u = u.scatter(-1, labels.unsqueeze(-1), correct_probability)
+    p, log_q = (u.log() / temperature).softmax(-1), (student / temperature).log_softmax(-1)
+    losses = F.kl_div(log_q, p, reduction="none").sum(-1)
+    return losses * (temperature**2 if scale_t2 else 1)
+
+
+TEACHER_FREE_KD = (_teacher_free_by_hand, _teacher_free)

@@ -132,6 +132,8 @@ def check_kd(
     beta: Number,
     skew: Number,
     weight: Number,
+    label_smoothing: Number,
+    class_weights: Tensor | None,
     **softening: Any,
 ) -> None:
     """Raise an error for logits and labels that do not fit together and options out of range."""
@@ -150,6 +152,14 @@ def check_kd(
     own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
     check(student, teacher, **softening, **own)
     _checks.labels(labels, student, ignore_index, divergence)
+    check(student, teacher, of_each_row=_OF_EACH_ROW_OF_KD, **softening, **own)
+    _checks.fraction(label_smoothing=label_smoothing)
+    if class_weights is not None:
+        _checks.class_weights(class_weights, student)
+    if is_soft(labels):
+        _checks.soft_labels(labels, student)
+    else:
+        _checks.labels(labels, student, ignore_index)
 
 
 def temperatures(
@@ -196,6 +206,9 @@ def is_trained_besides(*others: Number | None) -> bool:
         isinstance(x, Tensor) and (x.requires_grad or (x.ndim > 0 and i < 2))
         for i, x in enumerate(others)
     )
+def is_soft(labels: Any) -> bool:
+    """Return whether the labels are probabilities of classes and not their numbers."""
+    return isinstance(labels, Tensor) and labels.is_floating_point()
 
 
 def is_exactly(number: Number, value: float) -> bool:
@@ -261,26 +274,76 @@ def kd(
     beta: Number,
     skew: Number,
     weight: Number,
+    label_smoothing: Number,
+    class_weights: Tensor | None,
     **softening: Any,
 ) -> Any:
     """Solve for the cross-entropy with the labels and for a divergence, in one pass."""
+) -> list[Term]:
+    """Solve for the cross-entropy with the labels and for a divergence.
+
+    Both take one pass, but for soft, smoothed and weighted labels, which have one more.
+    """
+    options = dict(beta=beta, skew=skew, weight=weight)
+    own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
+    share = 1 - alpha if distill_weight is None else distill_weight
+    if is_soft(labels):
+        losses, _ = _solve(call, divergence, student, teacher, None, **softening, **own)
+        soft = labels.to(losses.dtype)
+        target = with_smoothing(soft, label_smoothing, class_weights)
+        return [
+            Term(alpha, _cross_entropies(call, student, target), None),
+            Term(share, losses, None),
+        ]
     mask, labels = call.row_mask, labels.long()  # −100 is 156 in uint8
     labelled = None if _checks.all_labelled(labels, ignore_index) else labels != ignore_index
     if labelled is not None:
         mask = labelled if mask is None else labelled & mask
     if mask is not None:
         labels = labels.masked_fill(~mask, -1)
+    of_labels = Call(call.name, call.engine, mask, call.ranks)
     if not distill_ignored:
         # written out, because old compilers do not trace _replace
-        call = Call(call.name, call.engine, mask, call.ranks)
-    options = dict(beta=beta, skew=skew, weight=weight)
-    own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
+        call = of_labels
     losses, cross_entropies = _solve(call, divergence, student, teacher, labels, **softening, **own)
     if losses is NotImplemented:
         return NotImplemented
+    counts = None
+    if class_weights is not None:
+        class_weights = class_weights.detach().to(cross_entropies)
+        counts = class_weights[labels.clamp(min=0)]
+        cross_entropies = selected(cross_entropies * counts, counts != 0)
+    if not is_exactly(label_smoothing, 0):
+        each = class_weights
+        if each is None:
+            each = cross_entropies.new_ones(student.shape[-1])
+        smooth = _cross_entropies(of_labels, student, each / len(each))
+        cross_entropies = (1 - label_smoothing) * cross_entropies + label_smoothing * smooth
     distilled = None if distill_ignored else labelled
-    share = 1 - alpha if distill_weight is None else distill_weight
-    return [Term(alpha, cross_entropies, labelled), Term(share, losses, distilled)]
+    return [Term(alpha, cross_entropies, labelled, counts), Term(share, losses, distilled)]
+
+
+def with_smoothing(soft: Tensor, label_smoothing: Number, class_weights: Tensor | None) -> Tensor:
+    """Return w · ((1 − ε) t + ε / V) of soft labels t, what is multiplied by −log q."""
+    soft = soft.detach()
+    if not is_exactly(label_smoothing, 0):
+        soft = soft * (1 - label_smoothing) + label_smoothing / soft.shape[-1]
+    return soft if class_weights is None else soft * class_weights.detach().to(soft)
+
+
+def _cross_entropies(call: Call, student: Tensor, target: Tensor) -> Tensor:
+    """Solve for −Σ target · log q at T = 1, of targets (..., V) or (V,) of any sum."""
+    total = target.sum(-1)
+    # a row without a target has any distribution, so that it has no NaN
+    teacher = torch.where((total == 0).unsqueeze(-1), 1, target).log_()
+    problem = Rows(
+        student, teacher.expand_as(student), None, call.row_mask, 1.0, 1.0, 0.0, 1.0,
+        "soft_cross_entropy",
+    )  # fmt: skip
+    losses, _ = solve(call.engine, problem)
+    # of masked rows, because their gradient, which is 0, is multiplied by it
+    total = selected(total.expand_as(losses), call.row_mask)
+    return selected(losses * total, total != 0)
 
 
 def label_cross_entropies(call: Call, logits: Tensor, classes: Tensor) -> Tensor:

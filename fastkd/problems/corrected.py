@@ -1,0 +1,178 @@
+"""Rows whose label corrects what the teacher says: the teacher of a row has one class changed."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd import _checks
+from fastkd._loss import Call
+from fastkd._op import Number, Op
+from fastkd._precision import compute_dtype
+from fastkd._reduction import Term
+from fastkd.problems import rows
+
+
+class Corrected(NamedTuple):
+    """The forward KL of each row from a teacher that gives its label another probability.
+
+    With p = softmax(teacher / teacher_temperature) the corrected teacher gives the label t and
+    every other class p (1 − t) / (1 − p_label). The loss of a row is scale · KL(corrected ‖ q) with
+    q = softmax(student / student_temperature).
+
+    With a teacher, t is what makes the label win by `correction`: see `fastkd.mft`. Without one p
+    is uniform and t is `correction`; that of 1 leaves the cross-entropy with the label.
+    """
+
+    student: Tensor  # (..., V)
+    teacher: Tensor | None  # (..., V)
+    labels: Tensor  # (...), class numbers; a row with a negative one does not count
+    student_temperature: Number
+    teacher_temperature: Number
+    correction: Number
+    scale: Number
+
+
+solve = Op(Corrected, trained=("student",), per_example=True, recomputes=True, keeps_strides=True)
+
+
+def check(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    temperature: Number,
+    scale_t2: bool,
+    ignore_index: int,
+    **fraction: Number,
+) -> None:
+    """Raise an error for logits and labels that do not fit together and options out of range."""
+    _checks.logits(student, teacher)
+    _checks.temperature(temperature)
+    if fraction:
+        _checks.fraction(**fraction)
+    _checks.labels(labels, student, ignore_index)
+
+
+def check_virtual(
+    student: Tensor,
+    labels: Tensor,
+    *,
+    correct_probability: Number,
+    temperature: Number,
+    scale_t2: bool,
+    ignore_index: int,
+) -> None:
+    """Raise an error for logits and labels that do not fit together and options out of range."""
+    _checks.logits(student, student.detach() if isinstance(student, Tensor) else student)
+    _checks.fraction(correct_probability=correct_probability)
+    _checks.temperature(temperature)
+    _checks.labels(labels, student, ignore_index)
+
+
+def weight_of_soft_label(of_student: Tensor, of_teacher: Tensor) -> Tensor:
+    """Return 1 − exp(−CE_s / CE_t) of rows, which is 0 where the student needs no help.
+
+    It is 0 too where the teacher excludes the label, and 1 where the teacher alone is certain.
+    """
+    weight = -torch.expm1(-(of_student / of_teacher).abs())  # because one of 0 may be −0
+    return torch.where((of_student == 0) | (of_teacher == math.inf), 0, weight)
+
+
+def weighted(losses: Tensor, weight: Tensor) -> Tensor:
+    """Return weight · losses, where a weight of 0 wins over an infinite loss."""
+    return torch.where(weight == 0, 0, weight * losses)
+
+
+def softened(
+    probability: Number, n_classes: int, temperature: Number, dtype: torch.dtype
+) -> Number:
+    """Return what softmax(log u / T) gives the class to which u gives this probability.
+
+    The other classes share the rest in u. Tensors are taken in this dtype.
+    """
+    if n_classes == 1:
+        return 1.0
+    probability, temperature = (
+        x.to(dtype) if isinstance(x, Tensor) else x for x in (probability, temperature)
+    )
+    others = ((1 - probability) / (n_classes - 1)) ** (1 / temperature)
+    of_label = probability ** (1 / temperature)
+    return of_label / (of_label + (n_classes - 1) * others)
+
+
+def soft_labels(
+    call: Call,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    temperature: Number,
+    scale_t2: bool,
+    ignore_index: int,
+) -> list[Term]:
+    """Solve for the cross-entropy with soft labels and those with labels, which weigh it."""
+    labels, counted, labelled = _counted(call, labels, ignore_index)
+    scale = temperature * temperature if scale_t2 else 1.0
+    problem = rows.Rows(
+        student, teacher, labels, counted, temperature, temperature, 0.0, scale,
+        "soft_cross_entropy",
+    )  # fmt: skip
+    losses, of_student = rows.solve(call.engine, problem)
+    certain = Corrected(teacher.detach(), None, labels, 1.0, 1.0, 1.0, 1.0)
+    of_teacher = solve("portable", certain).to(losses.dtype)  # one log-sum-exp needs no kernel
+    weight = weight_of_soft_label(of_student.detach(), of_teacher)
+    return [Term(1.0, weighted(losses, weight), labelled)]
+
+
+def winning_labels(
+    call: Call,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    threshold: Number,
+    temperature: Number,
+    scale_t2: bool,
+    ignore_index: int,
+) -> list[Term]:
+    """Solve for the divergence from a teacher to whom the label wins by the threshold."""
+    labels, _, labelled = _counted(call, labels, ignore_index)
+    scale = temperature * temperature if scale_t2 else 1.0
+    problem = Corrected(student, teacher, labels, temperature, temperature, threshold, scale)
+    return [Term(1.0, solve(call.engine, problem), labelled)]
+
+
+def virtual_teacher(
+    call: Call,
+    student: Tensor,
+    labels: Tensor,
+    *,
+    correct_probability: Number,
+    temperature: Number,
+    scale_t2: bool,
+    ignore_index: int,
+) -> list[Term]:
+    """Solve for the divergence from a teacher that knows the label and no other class."""
+    labels, _, labelled = _counted(call, labels, ignore_index)
+    scale = temperature * temperature if scale_t2 else 1.0
+    dtype = compute_dtype(student)
+    probability = softened(correct_probability, student.shape[-1], temperature, dtype)
+    problem = Corrected(student, None, labels, temperature, 1.0, probability, scale)
+    return [Term(1.0, solve(call.engine, problem), labelled)]
+
+
+def _counted(
+    call: Call, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return labels that are negative where no row counts, the row mask, and which are labelled."""
+    labels, mask = labels.long(), call.row_mask  # −100 is 156 in uint8
+    labelled = None if _checks.all_labelled(labels, ignore_index) else labels != ignore_index
+    if labelled is not None:
+        mask = labelled if mask is None else labelled & mask
+    if mask is not None:
+        labels = labels.masked_fill(~mask, -1)
+    return labels, mask, labelled
