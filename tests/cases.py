@@ -18,6 +18,7 @@ from inputs import (
     crops,
     embeddings,
     heads,
+    heads_of_two_teachers,
     logits,
     logits_and_labels,
     maps,
@@ -185,6 +186,21 @@ def _linear(**options: Any) -> Case:
     return Case(loss, "linear", heads, as_published, options)
 
 
+def _of_two_teachers(loss: Callable) -> Callable:
+    @functools.wraps(loss)
+    def paired(student, head, first, first_head, second, second_head, labels, bias, **options):
+        teachers = (first, second), (first_head, second_head)
+        return loss(student, head, *teachers, labels, student_bias=bias, **options)
+
+    return paired
+
+
+def _linear_of_two(**options: Any) -> Case:
+    loss, as_published = _of_two_teachers(fastkd.linear_kd), _of_two_teachers(published.linear_kd)
+    inputs, note = heads_of_two_teachers, "two teachers"
+    return Case(loss, "linear", inputs, as_published, options, note=note)
+
+
 _with_weights = _last(fastkd.hint, "weights")
 ONE_WIDTH, TWO_WIDTHS, UNIT = embeddings(), embeddings(wider=2), embeddings(trained=2, unit=True)
 VIEWS = embeddings(trained=2)
@@ -217,6 +233,8 @@ CASES = [
     _linear(alpha=0.3, divergence="jensen_shannon", beta=0.1, reduction="none"),
     _linear(divergence={"reverse_kl": 0.5, "total_variation": 2.0}, student_softcap=2.0),
     _linear(alpha=1.0, student_logit_scale=0.5),
+    _linear_of_two(alpha=0.3, temperature=2.0),
+    _linear_of_two(alpha=0.3, divergence="reverse_kl", reduction="none"),
     _batch("rows", fastkd.dino, crops),
     _batch("rows", fastkd.dino, crops, skip_same_view=False, teacher_temperature=0.07),
     _batch("relations", fastkd.rkd, TWO_WIDTHS),
@@ -356,6 +374,8 @@ WAYS = named(
     "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "dino", "rkd", "pkt", "dist_kd",
     "linear_kd-alpha=0.3-temperature=2.0",
     "linear_kd-alpha=0.3-divergence=jensen_shannon-beta=0.1-reduction=none",
+    "linear_kd-two teachers-alpha=0.3-temperature=2.0",
+    "linear_kd-two teachers-alpha=0.3-divergence=reverse_kl-reduction=none",
     "info_nce", "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",
     "siglip-logit_scale=5.0-logit_bias=-2.0", "sup_con", "similarity_kl-keys-symmetric=True",
     "hint-weights-kind=cosine", "attention_transfer-p=3.0-kind=max",

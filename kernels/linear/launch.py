@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastkd import _heads
 from fastkd.kernels.rows import launch as rows
+from fastkd.kernels.rows.ensembles import mix
 from fastkd.problems.linear import compute_dtype_of as compute_dtype_of
 from fastkd.problems.linear import width_of_report as n_statistics  # noqa: F401
 from fastkd.problems.rows import Rows
@@ -30,7 +31,7 @@ def _solve_rows(
     return rows.value_and_gradients(itself, needs_grad, row_weights=nothing, **options)
 
 
-_engine = _heads.Engine(_solve_rows)
+_engine = _heads.Engine(_solve_rows, mix)
 value_and_gradients, forward, backward = (
     _engine.value_and_gradients, _engine.forward, _engine.backward,
 )  # fmt: skip
