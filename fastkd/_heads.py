@@ -3,8 +3,10 @@
 The logits of a row are z = softcap(scale · (W h + b)). A chunk of rows takes two products to have
 those of both networks, gets dz together with their divergences, which an engine solves as `Rows`,
 and takes two more, dh = dz W and dW = dzᵀ h: four in all, three where the head is frozen and two
-without gradients. Gradients are sums over rows in the compute dtype: what the caller divides by
-comes in when they are cast, because it would round a float16 to 0 before.
+without gradients. Further teachers take a product each, whose logits lie in one place, one
+teacher's after another's, and are added to a mixture. Gradients are sums over rows in the compute
+dtype: what the caller divides by comes in when they are cast, because it would round a float16 to 0
+before.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from fastkd._reduction import selected, total
 from fastkd.problems.linear import (
     Linear,
     compute_dtype_of,
-    n_entries,
     names_of,
     row_losses,
     width_of_report,
@@ -36,6 +37,8 @@ _BLOCK = 1 << 18  # logits that metrics are made of at once
 
 # rows.value_and_gradients of an engine
 SolveRows = Callable[..., tuple[tuple[Tensor, Tensor | None], tuple[Tensor | None]]]
+# adds the probabilities of a teacher to a mixture: (mixture, logits, T, log shares, is_first)
+Mix = Callable[[Tensor, Tensor, Number, Tensor, bool], None]
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -45,15 +48,16 @@ def are_at_hand(weights: Tensor) -> bool:
 
 
 class Engine(NamedTuple):
-    """The contract of an engine, for one that solves the rows of a chunk."""
+    """The contract of an engine, for one that solves the rows of a chunk and mixes teachers."""
 
     solve_rows: SolveRows
+    mix: Mix
 
     def value_and_gradients(
         self, problem: Linear, needs_grad: Sequence[bool]
     ) -> tuple[tuple[Tensor, Tensor], Gradients]:
         """Return Σ weight · loss and the report, and the gradients of hidden states, head, bias."""
-        chunks = _Chunks(problem, needs_grad, self.solve_rows)
+        chunks = _Chunks(problem, needs_grad, self)
         gradients = chunks.solve()
         losses = row_losses(problem, chunks.report)
         if problem.row_weights is not None:
@@ -65,7 +69,7 @@ class Engine(NamedTuple):
         self, problem: Linear, needs_grad: Sequence[bool]
     ) -> tuple[tuple[Tensor], tuple[Tensor]]:
         """Return the loss of each row without its weight, and the report."""
-        chunks = _Chunks(problem, (False, False, False), self.solve_rows)
+        chunks = _Chunks(problem, (False, False, False), self)
         chunks.solve()
         return (chunks.or_nan(row_losses(problem, chunks.report)),), (chunks.report,)
 
@@ -81,7 +85,7 @@ class Engine(NamedTuple):
         assert weights is not None
         if problem.row_weights is not None:
             weights = selected(weights, problem.row_weights != 0)
-        chunks = _Chunks(problem._replace(row_weights=weights), needs_grad, self.solve_rows)
+        chunks = _Chunks(problem._replace(row_weights=weights), needs_grad, self)
         fields = problem.student, problem.student_weight, problem.student_bias
         return tuple(
             None if gradient is None or field is None else gradient.to(field.dtype)
@@ -98,33 +102,59 @@ class _Head(NamedTuple):
     softcap: Number | None
 
 
+class _Teacher(NamedTuple):
+    """A teacher, whose logits are there, [N, V], or are made from hidden states [N, H]."""
+
+    hidden_or_logits: Tensor
+    head: _Head
+
+    @property
+    def n_cols(self) -> int:
+        """Return the size of its vocabulary."""
+        weight = self.head.weight
+        return self.hidden_or_logits.shape[1] if weight is None else len(weight)
+
+    def is_there(self, width: int) -> bool:
+        """Return whether its logits are there already, in rows of this width."""
+        return self.head.weight is None and self.n_cols == width
+
+
 class _Chunks:
     """A problem whose rows are taken by chunks, with what all chunks share."""
 
-    def __init__(self, problem: Linear, needs_grad: Sequence[bool], solve_rows: SolveRows) -> None:
-        self.problem, self.solve_rows = problem, solve_rows
+    def __init__(self, problem: Linear, needs_grad: Sequence[bool], engine: Engine) -> None:
+        self.problem, self.engine = problem, engine
         self.dtype, self.names = compute_dtype_of(problem), names_of(problem)
         self.needs_grad = needs_grad
         hidden, weight = problem.student, problem.student_weight
         self.examples, self.n_rows = hidden.shape[:-1], hidden.shape[:-1].numel()
-        self.of_logits = problem.teacher is not None and problem.teacher_weight is None
         self.n_cols = len(weight)
-        teacher_logits = problem.teacher if self.of_logits else None
-        self.n_teacher = n_entries(problem.teacher_weight, teacher_logits) or 0
-        self.width = max(self.n_cols, self.n_teacher)
+        self.teachers = [
+            _Teacher(
+                hidden_or_logits.reshape(self.n_rows, hidden_or_logits.shape[-1]),
+                _Head(
+                    head, bias, problem.teacher_scale,
+                    problem.teacher_softcap if problem.teacher_is_capped else None,
+                ),
+            )
+            for hidden_or_logits, head, bias in zip(
+                problem.teachers, problem.teacher_weights, problem.teacher_biases, strict=True
+            )
+            if hidden_or_logits is not None
+        ]  # fmt: skip
+        self.width = max([self.n_cols, *(teacher.n_cols for teacher in self.teachers)])
         self.student_head = _Head(
             weight, problem.student_bias, problem.student_scale,
             problem.student_softcap if problem.student_is_capped else None,
         )  # fmt: skip
-        self.teacher_head = _Head(
-            problem.teacher_weight, problem.teacher_bias, problem.teacher_scale,
-            problem.teacher_softcap if problem.teacher_is_capped else None,
-        )  # fmt: skip
         self.hidden = hidden.reshape(self.n_rows, hidden.shape[-1])
-        self.teacher = None
-        if problem.teacher is not None:
-            self.teacher = problem.teacher.reshape(self.n_rows, problem.teacher.shape[-1])
         self.labels = None if problem.labels is None else problem.labels.reshape(-1)
+        self.temperatures: list[Number] = []  # of the mixtures: metrics are those of one at T = 1
+        if len(self.teachers) > 1 or problem.teacher_shares is not None:
+            self.temperatures = [problem.temperature]
+            if problem.metrics and not is_exactly(problem.temperature, 1):
+                self.temperatures.append(1.0)
+            self.log_shares = self._log_shares()
         self.weights = problem.row_weights
         if self.weights is not None:
             self.weights = self.weights.reshape(-1).to(self.dtype)
@@ -153,14 +183,13 @@ class _Chunks:
             gradients[1].zero_()
         size = self._size_of_chunks(n_rows)
         z = in_huge_pages(new((size, self.width), dtype=self.dtype))
-        # logits of a teacher that are as wide as the student's are there already
-        is_there = self.of_logits and self.n_teacher == self.width
         z_teacher = None
-        if self.teacher is not None and not is_there:
+        if any(not teacher.is_there(self.width) for teacher in self.teachers):
             z_teacher = in_huge_pages(torch.empty_like(z))
+        mixtures = [in_huge_pages(torch.empty_like(z)) for _ in self.temperatures]
         report = self.report.view(self.n_rows, self.report.shape[-1])
         for rows in self._chunks(n_rows, size):
-            self._solve_chunk(rows, z, z_teacher, report, gradients)
+            self._solve_chunk(rows, z, z_teacher, mixtures, report, gradients)
             self.is_first = False
         if gradients[0] is not None:
             gradients[0] = gradients[0].view(problem.student.shape)
@@ -171,6 +200,7 @@ class _Chunks:
         rows: slice | Tensor,
         z: Tensor,
         z_teacher: Tensor | None,
+        mixtures: Sequence[Tensor],
         report: Tensor,
         gradients: Sequence[Tensor | None],
     ) -> None:
@@ -186,11 +216,17 @@ class _Chunks:
             labels = None if labels is None else torch.where(mask, labels, -1)
         n = len(hidden)
         z = _logits(hidden, self.student_head, z[:n])
-        teacher = self._teacher_logits(rows, mask, z_teacher)
+        teacher = measured_teacher = None
+        if mixtures:
+            teacher, measured_teacher = self._mixture(rows, mask, z_teacher, mixtures)
+        elif self.teachers:
+            teacher = measured_teacher = self._teacher_logits(
+                self.teachers[0], rows, mask, z_teacher
+            )
         columns = report[rows] if isinstance(rows, slice) else report.new_zeros(n, report.shape[1])
         if problem.metrics:
             measured = columns[:, 1 + len(self.names) :]
-            _measure(z, teacher, measured)
+            _measure(z, measured_teacher, measured)
             if mask is not None:
                 measured.masked_fill_(~mask[:, None], 0)
         gradient = self._solve_rows(z, teacher, labels, mask, weights, columns)
@@ -200,19 +236,40 @@ class _Chunks:
             self._add_products(rows, hidden, gradient[:, : self.n_cols], z, gradients)
 
     def _teacher_logits(
-        self, rows: slice | Tensor, mask: Tensor | None, out: Tensor | None
-    ) -> Tensor | None:
-        if self.teacher is None:
-            return None
-        teacher = self.teacher[rows]
-        if out is None:
-            return teacher
-        out = out[: len(teacher)]
-        if not self.of_logits:
-            return _logits(selected(teacher, mask), self.teacher_head, out)
-        out[:, : self.n_teacher] = teacher
-        out[:, self.n_teacher :] = -torch.inf
+        self, teacher: _Teacher, rows: slice | Tensor, mask: Tensor | None, out: Tensor | None
+    ) -> Tensor:
+        found = teacher.hidden_or_logits[rows]
+        if out is None or teacher.is_there(self.width):
+            return found
+        out = out[: len(found)]
+        if teacher.head.weight is not None:
+            return _logits(selected(found, mask), teacher.head, out)
+        out[:, : teacher.n_cols] = found
+        out[:, teacher.n_cols :] = -torch.inf
         return out
+
+    def _mixture(
+        self,
+        rows: slice | Tensor,
+        mask: Tensor | None,
+        z_teacher: Tensor | None,
+        mixtures: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logarithms of all teachers' probabilities, and the same at T = 1."""
+        log_shares = self.log_shares[rows]
+        mixtures = [x[: len(log_shares)] for x in mixtures]
+        for k, teacher in enumerate(self.teachers):
+            logits = self._teacher_logits(teacher, rows, mask, z_teacher)
+            for mixture, temperature in zip(mixtures, self.temperatures, strict=True):
+                self.engine.mix(mixture, logits, temperature, log_shares[:, k : k + 1], k == 0)
+        return mixtures[0], mixtures[-1]
+
+    def _log_shares(self) -> Tensor:
+        """Return the logarithms of the teachers' shares in each row, [N, T]."""
+        n, shares = len(self.teachers), self.problem.teacher_shares
+        if shares is None:  # the same for all, which are divided by their sum
+            return self.hidden.new_zeros((), dtype=self.dtype).expand(self.n_rows, n)
+        return shares.reshape(self.n_rows, n).to(self.dtype).log()
 
     def _solve_rows(
         self,
@@ -233,9 +290,10 @@ class _Chunks:
         for i, name in enumerate(self.names or [""]):
             rows = Rows(
                 z, z if teacher is None else teacher, labels if i == 0 else None, mask,
-                problem.temperature, problem.temperature, self._option(name), problem.scale, name,
+                problem.temperature, 1.0 if self.temperatures else problem.temperature,
+                self._option(name), problem.scale, name,
             )  # fmt: skip
-            (losses, cross_entropies), (slopes,) = self.solve_rows(
+            (losses, cross_entropies), (slopes,) = self.engine.solve_rows(
                 rows,
                 (needs_grad,),
                 row_weights=weights * self._share(i) if name else None,
@@ -320,7 +378,7 @@ class _Chunks:
 
     def _size_of_chunks(self, n_rows: int) -> int:
         """Return how many rows a chunk has: as the budget allows, and all chunks about as many."""
-        n_tensors = 1 + (self.teacher is not None)
+        n_tensors = 1 + (len(self.teachers) > 0) + len(self.temperatures)
         if any(self.needs_grad):
             n_tensors += 0 if self.in_place else min(2, 1 + len(self.names))
             n_tensors += self.hidden.is_cuda and self.hidden.dtype != self.dtype

@@ -25,6 +25,10 @@ losses: then `value_and_gradients` returns (loss, report) in place of the loss, 
 of `forward` are the report. Where several fields are trained, `backward` takes needs_grad in place
 of the gradients, and returns a tuple.
 
+A problem may have lists of tensors, as of several teachers, which get no gradient. Autograd sees
+tensors among the arguments alone, so that those of the lists stand before all fields, in which a
+list is its length.
+
 An engine whose compute dtype some of its tensors do not widen, such as weights, has
 `compute_dtype_of(problem)`. Kernels that are no gain for some problems have `takes(problem)`, which
 is False for those that the portable engine solves.
@@ -47,6 +51,7 @@ from fastkd._opaque import OpaqueOps
 from fastkd._precision import without_autocast
 
 Number = float | Tensor
+Tensors = tuple[Tensor | None, ...]  # a list of a problem
 
 _ops: dict[str, Op] = {}
 # what an engine computes with at once; fake tensors, DTensors and symbolic numbers are traced
@@ -120,7 +125,10 @@ class Op:
         self.trained = [fields.index(name) for name in trained]
         self.numbers = [i for i, name in enumerate(fields) if kinds[name] == Number]
         self.tensors = [i for i, x in enumerate(fields) if kinds[x] in (Tensor, Tensor | None)]
-        of_examples = [i for i in self.tensors if per_example and fields[i] not in shared]
+        self.lists = [i for i, name in enumerate(fields) if kinds[name] == Tensors]
+        of_examples = [
+            i for i in (*self.tensors, *self.lists) if per_example and fields[i] not in shared
+        ]
         self.rowwise = [i in of_examples for i in range(self.n_arguments)]
         # a gradient that all examples share is a sum over them
         self.maps_gradients = all(self.rowwise[i] for i in self.trained)
@@ -137,10 +145,10 @@ class Op:
         needs_grad = [  # under torch.func one cannot know
             is_trained and x is not None and (x.requires_grad or is_mapped) for x in fields
         ]
-        arguments = (*problem, *needs_grad, engine)
+        arguments = (*self._unlisted(problem), *needs_grad, engine)
         if is_compiled:
             # the compiler would call `forward` with a context where nothing is trained
-            traced = self._traced.apply if any(needs_grad) else self.opaque.forward
+            traced = self._traced.apply if any(needs_grad) else self.opaque.apply_forward
             outputs = traced(*self.opaque.numbers_as_tensors(arguments))
         elif is_mapped:
             outputs = self._mapped.apply(*arguments)
@@ -153,7 +161,7 @@ class Op:
     def forward(self, *arguments: Any) -> tuple[Any, ...]:
         """Return the losses and what the backward wants, None in place of what is not there."""
         if _is_traced(arguments):
-            return self.opaque.forward(*self.opaque.numbers_as_tensors(arguments))
+            return self.opaque.apply_forward(*self.opaque.numbers_as_tensors(arguments))
         problem, needs_grad, engine = self.read(arguments)
         if self.recomputes:
             losses, saved = engine.forward(problem, needs_grad)
@@ -164,19 +172,19 @@ class Op:
     def backward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients from the upstream ones, what the forward saved and its arguments."""
         start = len(arguments) - self.n_arguments
-        upstream, saved = arguments[: self.n_losses], arguments[self.n_losses : start]
-        fields = arguments[start:]
+        fields, first = arguments[start:], start - self.n_listed(arguments)
+        upstream, saved = arguments[: self.n_losses], arguments[self.n_losses : first]
         if not self.recomputes:
             pairs = zip(saved, self.trained, strict=True)
             return tuple(_scaled([gradient], upstream, fields[i]) for gradient, i in pairs)
         statistics, *gradients = saved
         if statistics is None:
             return (_scaled(gradients, upstream, fields[self.trained[0]]),)
-        if _is_traced((*upstream, *fields)):
-            traced = self.opaque.numbers_as_tensors(fields)
-            found = self.opaque.backward(*upstream, statistics, *traced)
+        if _is_traced((*upstream, *arguments[first:])):
+            traced = self.opaque.numbers_as_tensors(arguments[first:])
+            found = self.opaque.apply_backward(*upstream, statistics, *traced)
             return (found,) if isinstance(found, Tensor) else found
-        problem, needs_grad, engine = self.read(fields)
+        problem, needs_grad, engine = self.read(arguments)
         with without_autocast(fields[self.trained[0]].device):
             if len(self.trained) > 1:
                 return engine.backward(problem, statistics, upstream, needs_grad)
@@ -184,11 +192,32 @@ class Op:
 
     def read(self, arguments: Sequence[Any]) -> tuple[Any, Sequence[bool], types.ModuleType]:
         """Return the problem, which trained fields need a gradient, and the engine."""
-        n = self.n_fields
-        problem, engine = self.problem(*arguments[:n]), _engine(self.module, arguments[-1])
+        start = len(arguments) - self.n_arguments
+        fields, end = [*arguments[start : start + self.n_fields]], start - self.n_listed(arguments)
+        for i in self.lists:
+            first, end = end, end + fields[i]
+            fields[i] = arguments[first:end]
+        problem, engine = self.problem(*fields), _engine(self.module, arguments[-1])
         if hasattr(engine, "takes") and not engine.takes(problem):
             engine = _engine(self.module, "portable")
-        return problem, arguments[n:-1], engine
+        return problem, arguments[start + self.n_fields : -1], engine
+
+    def n_listed(self, arguments: Sequence[Any]) -> int:
+        """Return how many tensors of lists stand before the fields."""
+        start = len(arguments) - self.n_arguments
+        return sum(arguments[start + i] for i in self.lists)
+
+    def are_rowwise(self, arguments: Sequence[Any]) -> list[bool]:
+        """Return which of the arguments of `forward` have a row for each example."""
+        fields = arguments[len(arguments) - self.n_arguments :]
+        return [*(self.rowwise[i] for i in self.lists for _ in range(fields[i])), *self.rowwise]
+
+    def _unlisted(self, problem: Any) -> Sequence[Any]:
+        """Return the tensors of the lists and the fields, with the length of each list."""
+        if not self.lists:
+            return problem
+        listed = [x for i in self.lists for x in problem[i]]
+        return *listed, *(len(x) if i in self.lists else x for i, x in enumerate(problem))
 
 
 @functools.cache
@@ -249,14 +278,15 @@ def _keep(ctx: Any, op: Op, arguments: Sequence[Any], saved: Sequence[Any]) -> N
     ctx.foreseen = ()
     if op.recomputes and saved[0] is not None:
         saved, ctx.foreseen = saved[:1], saved[1:]
-    kept = op.tensors  # autograd notices if one of them is overwritten before the backward
+    start = len(arguments) - op.n_arguments
+    tensors = [*range(start), *(start + i for i in op.tensors)]
+    kept = tensors  # autograd notices if one of them is overwritten before the backward
     if not op.recomputes or saved[0] is None:
         # a gradient that is there already needs its field alone, the dtype of which it gets
-        kept = [
-            i for i, needed in zip(op.trained, arguments[op.n_fields : -1], strict=True) if needed
-        ]
+        needs_grad = arguments[start + op.n_fields : -1]
+        kept = [start + i for i, needed in zip(op.trained, needs_grad, strict=True) if needed]
     rest, fields = [*arguments], [arguments[i] for i in kept]
-    for i in op.tensors:  # those that the backward does not need are not kept alive
+    for i in tensors:  # those that the backward does not need are not kept alive
         rest[i] = None
     if not torch.compiler.is_compiling():
         for place, i in enumerate(kept):
@@ -271,7 +301,7 @@ def _keep(ctx: Any, op: Op, arguments: Sequence[Any], saved: Sequence[Any]) -> N
 
 def _gradients(ctx: Any, op: Op, gradient_node: Any, upstream: Sequence[Any]) -> Any:
     """Return the gradients of all arguments, None for those that have none."""
-    tensors, arguments, gradients = ctx.saved_tensors, ctx.rest, [None] * op.n_arguments
+    tensors, arguments, gradients = ctx.saved_tensors, ctx.rest, [None] * len(ctx.rest)
     n_saved = len(tensors) - len(ctx.kept)
     if n_saved < len(tensors):
         arguments = [*arguments]
@@ -291,8 +321,9 @@ def _gradients(ctx: Any, op: Op, gradient_node: Any, upstream: Sequence[Any]) ->
         if torch.is_grad_enabled() or transforms_active():
             backward, foreseen = gradient_node.apply, ()
     found = backward(*upstream, *tensors[:n_saved], *foreseen, *arguments)
+    start = len(arguments) - op.n_arguments
     for i, x in zip(op.trained, found, strict=True):
-        gradients[i] = x if ctx.needs_input_grad[i] else None
+        gradients[start + i] = x if ctx.needs_input_grad[start + i] else None
     return tuple(gradients)
 
 
@@ -314,8 +345,9 @@ def _differentiable(name: str) -> tuple[type[torch.autograd.Function], ...]:
         @staticmethod
         def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
             op = _ops[name]
-            n_before = len(arguments) - op.n_arguments
-            rowwise = [op.per_example] * n_before + op.rowwise
+            of_problem = op.are_rowwise(arguments)
+            n_before = len(arguments) - len(of_problem)
+            rowwise = [op.per_example] * n_before + of_problem
             rowwise = [op.maps_gradients and x for x in rowwise]
             return _batched(Gradient, rowwise, info.batch_size, in_dims, arguments)
 
@@ -347,7 +379,8 @@ def _differentiable(name: str) -> tuple[type[torch.autograd.Function], ...]:
             op = _ops[name]
             ctx.mark_non_differentiable(*output[op.n_losses :])
             _keep(ctx, op, inputs, output[op.n_before_saved :])
-            ctx.absent = [field is not None and inputs[field] is None for field in op.losses]
+            fields = inputs[len(inputs) - op.n_arguments :]
+            ctx.absent = [field is not None and fields[field] is None for field in op.losses]
 
         @staticmethod
         def backward(ctx: Any, *upstream: Any) -> Any:
@@ -362,7 +395,8 @@ def _differentiable(name: str) -> tuple[type[torch.autograd.Function], ...]:
     class Mapped(Traced):
         @staticmethod
         def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-            return _batched(Mapped, _ops[name].rowwise, info.batch_size, in_dims, arguments)
+            rowwise = _ops[name].are_rowwise(arguments)
+            return _batched(Mapped, rowwise, info.batch_size, in_dims, arguments)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _library = torch.library.Library("fastkd", "DEF")
 _SCHEMA = {
     Tensor: "Tensor",
+    tuple[Tensor | None, ...]: "int",  # a list's length: its tensors stand before the fields
     Tensor | None: "Tensor?",
     float | Tensor: "Tensor",  # the compiler would specialise on the value of a float
     str: "str",
@@ -40,6 +41,7 @@ class OpaqueOps:
         # the compiler's cache on disk knows an op by its name, so another release has another name
         name = f"{op.name}_{{}}_{__version__.replace('.', '_')}"
         schema = [f"{_SCHEMA[kind]} {field}" for field, kind in fields.items()]
+        schema = ["Tensor?[] of_lists"] * bool(op.lists) + schema
         arguments = ", ".join([*schema, *(f"bool needs_{x}" for x in trained), "str engine"])
         n_saved = 1 if op.recomputes else op.reports + len(trained)
         outputs = ", ".join(["Tensor"] * (op.n_losses + n_saved))
@@ -56,6 +58,28 @@ class OpaqueOps:
                 self._gradients,
             )
 
+    def apply_forward(self, *arguments: Any) -> Any:
+        """Return what the op of the forward returns."""
+        return self.forward(*self.listed(arguments))
+
+    def apply_backward(self, *arguments: Any) -> Any:
+        """Return what the op of the backward returns."""
+        return self.backward(*self.listed(arguments))
+
+    def listed(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        """Return the arguments with the tensors of lists in one list, as the ops take them."""
+        if not self.op.lists:
+            return arguments
+        start = len(arguments) - self.op.n_arguments
+        first = start - self.op.n_listed(arguments)
+        return *arguments[:first], [*arguments[first:start]], *arguments[start:]
+
+    def _unlisted(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        if not self.op.lists:
+            return tuple(arguments)
+        start = len(arguments) - self.op.n_arguments
+        return *arguments[: start - 1], *arguments[start - 1], *arguments[start:]
+
     def numbers_as_tensors(self, arguments: Sequence[Any]) -> list[Any]:
         """Return the arguments with a new tensor in place of each number and each second mention.
 
@@ -69,7 +93,8 @@ class OpaqueOps:
         dtype = torch.float64 if wide else torch.float32
         one = torch.ones((), dtype=dtype, device=tensors[0].device)
         found: list[Any] = []
-        for i, x in enumerate(arguments):
+        start = len(arguments) - self.op.n_arguments
+        for i, x in enumerate(arguments, -start):
             if i in self.op.numbers:
                 x = one * x
             elif isinstance(x, Tensor) and any(x is y for y in found):
@@ -81,22 +106,24 @@ class OpaqueOps:
         """Return what `Op.forward` returns, with an empty tensor for each that is not there."""
         op = self.op
         if op.recomputes:  # the compiler must know what is saved: statistics
-            n = op.n_fields
-            arguments = (*arguments[:n], *[False] * len(op.trained), arguments[-1])
+            n = len(op.trained)
+            arguments = (*arguments[: -n - 1], *[False] * n, arguments[-1])
         outputs = op.forward(*arguments)
-        examples = arguments[op.trained[0]].shape[op.examples]
+        examples = arguments[len(arguments) - op.n_arguments + op.trained[0]].shape[op.examples]
         return tuple(
             outputs[0].new_empty((*examples, 0) if i < op.n_losses else 0) if x is None else x
             for i, x in enumerate(outputs)
         )
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        device = arguments[self.op.trained[0]].device
+        arguments = self._unlisted(arguments)
+        device = arguments[len(arguments) - self.op.n_arguments + self.op.trained[0]].device
         # autocast is off where an eager loss is solved, but may be on in a compiled graph
         with torch.no_grad(), without_autocast(device):
             return self.solve(*_detached(arguments))
 
     def _backward(self, *arguments: Any) -> Any:
+        arguments = self._unlisted(arguments)
         with torch.no_grad():
             found = self.op.backward(*_detached(arguments))
         if len(found) == 1:
@@ -106,7 +133,7 @@ class OpaqueOps:
 
     def _outputs(self, *arguments: Any) -> tuple[Tensor, ...]:
         op = self.op
-        problem, needs_grad, engine = op.read(arguments)
+        problem, needs_grad, engine = op.read(self._unlisted(arguments))
         like = problem[op.trained[0]]
         if hasattr(engine, "compute_dtype_of"):  # which knows fields that do not widen it
             dtype = engine.compute_dtype_of(problem)

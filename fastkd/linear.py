@@ -73,8 +73,8 @@ def linear_kd(
 
     A network's logits are z = softcap(scale · (W h + b)), with softcap(x) = c · tanh(x / c). They
     are made for a chunk of positions at a time, together with their gradient: no tensor has the
-    size of all logits. The cross-entropy is that of the student at T = 1. Gradients reach the
-    student's hidden states, head and bias.
+    size of all logits, nor do several teachers' logits lie in memory together. The cross-entropy is
+    that of the student at T = 1. Gradients reach the student's hidden states, head and bias.
 
     Args:
         student_hidden: Hidden states of the student before its head, (..., H_s).
@@ -88,7 +88,8 @@ def linear_kd(
         teacher_logits: Logits (..., V) in place of a teacher's hidden states and head, or a
             sequence of logits.
         teacher_weights: The shares of K teachers in the mixture, [K] or (..., K), at least 0, which
-            are divided by their sum. Without them all teachers have the same share.
+            are divided by their sum. Without them all teachers have the same share. They get no
+            gradient.
         alpha: α in [0, 1], the share of the cross-entropy. A term of share 0 counts for nothing,
             even where it is infinite. Without a teacher it must be 1.
         temperature: T > 0, which divides both networks' logits in D.
@@ -138,8 +139,11 @@ def linear_kd(
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
         Agarwal et al., On-Policy Distillation of Language Models, 2024. arXiv:2306.13649
     """
-    student_weight, student_bias, *of_teachers = _restricted(
-        vocab, student_weight, student_bias, teacher_weight, teacher_bias, teacher_logits
+    hidden, *of_teachers = linear.teachers_of(
+        teacher_hidden, teacher_weight, teacher_bias, teacher_logits
+    )
+    student_weight, student_bias, *of_teachers = linear.restricted(
+        vocab, student_weight, student_bias, *of_teachers
     )
     labelled = None
     if labels is not None:
@@ -149,8 +153,7 @@ def linear_kd(
         student_hidden = selected(student_hidden, labelled)
     z = _logits(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
     teachers = [
-        x.to(z.dtype)
-        for x in _teachers(teacher_hidden, of_teachers, teacher_logit_scale, teacher_softcap)
+        x.to(z.dtype) for x in _teachers(hidden, of_teachers, teacher_logit_scale, teacher_softcap)
     ]
     if isinstance(vocab, str) and vocab == "pad":
         width = max(x.shape[-1] for x in (z, *teachers))
@@ -258,47 +261,12 @@ def _logits(
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def _restricted(
-    vocab: Any,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_weight: Any,
-    teacher_bias: Any,
-    teacher_logits: Any,
-) -> tuple[Any, ...]:
-    """Return the student's head and bias, and lists of the teachers' heads, biases and logits."""
-    logits = teacher_logits if isinstance(teacher_logits, (list, tuple)) else [teacher_logits]
-    heads = teacher_weight if isinstance(teacher_weight, (list, tuple)) else [teacher_weight]
-    n = max(len(logits), len(heads))
-    biases = teacher_bias if isinstance(teacher_bias, (list, tuple)) else [teacher_bias] * n
-    logits, heads = (x if len(x) == n else [None] * n for x in (logits, heads))
-    found: list[tuple[Any, ...]] = []
-    student: list[Any] = [student_weight, student_bias]
-    sizes = [linear.n_entries(x, y) for x, y in zip(heads, logits, strict=True)]
-    if isinstance(vocab, str) and vocab == "common":
-        vocab = torch.arange(
-            min([len(student_weight), *(x for x in sizes if x is not None)]),
-            device=student_weight.device,
-        )
-    for head, bias, given in zip(heads, biases, logits, strict=True):
-        *student, own_head, own_bias, own_logits = linear.restricted(
-            vocab, student_weight, student_bias, head, bias, given, sizes
-        )
-        found.append((own_head, own_bias, own_logits))
-    return (*student, *(list(x) for x in zip(*found, strict=True)))
-
-
 def _teachers(hidden: Any, of_teachers: Sequence[Any], scale: Any, softcap: Any) -> list[Tensor]:
     """Return the constant logits of all teachers."""
-    weights, biases, logits = of_teachers
-    hidden = hidden if isinstance(hidden, (list, tuple)) else [hidden] * len(weights)
-    found = []
-    for h, weight, bias, given in zip(hidden, weights, biases, logits, strict=True):
-        if given is not None:
-            found.append(given.detach())
-        elif h is not None:
-            found.append(_logits(h.to(weight.dtype), weight, bias, scale, softcap).detach())
-    return found
+    return [
+        (_logits(h.to(weight.dtype), weight, bias, scale, softcap) if z is None else z).detach()
+        for h, weight, bias, z in zip(hidden, *of_teachers, strict=True)
+    ]
 
 
 def _mixture(teachers: Sequence[Tensor], shares: Any, temperature: Number) -> Tensor:
@@ -308,7 +276,7 @@ def _mixture(teachers: Sequence[Tensor], shares: Any, temperature: Number) -> Te
         return logs[0]
     if shares is None:
         shares = logs[0].new_full((len(logs),), 1 / len(logs))
-    shares = torch.as_tensor(shares, dtype=logs[0].dtype, device=logs[0].device).log()
+    shares = torch.as_tensor(shares, dtype=logs[0].dtype, device=logs[0].device).detach().log()
     return torch.stack(logs, -1).add(shares.unsqueeze(-2)).logsumexp(-1)
 
 

@@ -19,6 +19,7 @@ from inputs import (
     crops,
     embeddings,
     heads,
+    heads_of_two_teachers,
     likelihoods,
     logits,
     logits_and_labels,
@@ -232,6 +233,19 @@ def _virtual(**options: Any) -> Case:
     """Return a case of logits and labels without a teacher."""
     loss, known = fastkd.teacher_free_kd, textbook.TEACHER_FREE_KD
     return _labelled("corrected", loss, known, logits_of_one_network, **options)
+def _of_two_teachers(loss: Callable) -> Callable:
+    @functools.wraps(loss)
+    def paired(student, head, first, first_head, second, second_head, labels, bias, **options):
+        teachers = (first, second), (first_head, second_head)
+        return loss(student, head, *teachers, labels, student_bias=bias, **options)
+
+    return paired
+
+
+def _linear_of_two(**options: Any) -> Case:
+    loss, as_published = _of_two_teachers(fastkd.linear_kd), _of_two_teachers(published.linear_kd)
+    inputs, note = heads_of_two_teachers, "two teachers"
+    return Case(loss, "linear", inputs, as_published, options, note=note)
 
 
 _with_weights = _last(fastkd.hint, "weights")
@@ -303,6 +317,8 @@ CASES = [
     _batch("rows", fastkd.projected_kl, with_a_map, mass="full", divergence="reverse_kl"),
     _batch(None, fastkd.alm, likelihoods, temperature=2.0),
     _batch(None, fastkd.alm, likelihoods, divergence="tv"),
+    _linear_of_two(alpha=0.3, temperature=2.0),
+    _linear_of_two(alpha=0.3, divergence="reverse_kl", reduction="none"),
     _batch("rows", fastkd.dino, crops),
     _batch("rows", fastkd.dino, crops, skip_same_view=False, teacher_temperature=0.07),
     _patches(),
@@ -455,6 +471,9 @@ WAYS = named(
     "linear_kd-alpha=0.3-divergence=jensen_shannon-beta=0.1-reduction=none",
     "uld-temperature=2.0", "info_nce",
     "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",
+    "linear_kd-two teachers-alpha=0.3-temperature=2.0",
+    "linear_kd-two teachers-alpha=0.3-divergence=reverse_kl-reduction=none",
+    "info_nce", "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",
     "siglip-logit_scale=5.0-logit_bias=-2.0", "sup_con", "similarity_kl-keys-symmetric=True",
     "hint-weights-kind=cosine", "attention_transfer-p=3.0-kind=max",
     "token_relation-mask-heads=2-student_temperature=2.0", "gram_anchoring",

@@ -191,6 +191,15 @@ def heads(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     return [*found, labels, bias.requires_grad_()]
 
 
+def heads_of_two_teachers(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return the same with the hidden states and the head of a second teacher after the first."""
+    *batches, n = examples
+    networks, rest = (found := heads(examples, width, dtype, seed, device))[:4], found[4:]
+    hidden = normal(*batches, n, width + 1, dtype=dtype, seed=seed + 11, device=device)
+    head = normal(*batches, 13, width + 1, dtype=dtype, seed=seed + 12, device=device)
+    return [*networks, hidden, head, *rest]
+
+
 def crops(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     """Return outputs of four and two crops and a centre, small as the temperatures want them."""
     *batches, n = examples

@@ -19,12 +19,16 @@ def linear_kd(
     alpha=0.0, temperature=1.0, divergence="forward_kl", beta=0.5, student_softcap=None,
     student_logit_scale=1.0, reduction="mean",
 ):  # fmt: skip
-    """Return the mean over tokens with a label, from all logits at once."""
+    """Return the mean over tokens with a label, from all logits of all teachers at once."""
     z = (student_hidden @ student_weight.T + student_bias) * student_logit_scale
     if student_softcap is not None:
         z = student_softcap * torch.tanh(z / student_softcap)
     log_q = F.log_softmax(z / temperature, -1)
-    log_p = F.log_softmax(teacher_hidden @ teacher_weight.T / temperature, -1)
+    teachers = [(teacher_hidden, teacher_weight)]
+    if isinstance(teacher_hidden, tuple):
+        teachers = [*zip(teacher_hidden, teacher_weight, strict=True)]
+    p = sum(F.softmax(h @ weight.T / temperature, -1) for h, weight in teachers) / len(teachers)
+    log_p = p.log()
     losses = alpha * F.cross_entropy(z, labels, reduction="none")
     known = {
         "forward_kl": lambda p, q: (p * (p.log() - q.log())).sum(-1),

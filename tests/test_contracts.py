@@ -531,12 +531,13 @@ def test_ops_keep_the_promises_of_their_schemas(case, engine, monkeypatch):
     for op, arguments in [*calls]:
         constants = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
         traced = op.opaque.numbers_as_tensors(constants)
-        torch.library.opcheck(op.opaque.forward, tuple(traced))
+        given = op.opaque.listed(traced)
+        torch.library.opcheck(op.opaque.forward, tuple(given))
         if op.recomputes:
-            outputs = op.opaque.forward(*traced)
+            outputs = op.opaque.forward(*given)
             losses, saved = outputs[: op.n_losses], outputs[op.n_losses :]
             upstream = [torch.ones_like(x) if x.numel() else None for x in losses]
-            torch.library.opcheck(op.opaque.backward, (*upstream, *saved, *traced))
+            torch.library.opcheck(op.opaque.backward, (*upstream, *saved, *given))
 
 
 # ------------------------------------------------------------------------------------ torch.compile

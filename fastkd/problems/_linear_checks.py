@@ -283,6 +283,8 @@ def _check_teacher_weights(weights: Any, n_teachers: int, student: Tensor) -> No
             f"teacher_weights need one number for each of {n_teachers} teachers, [K], or for each "
             f"position too, (..., K), got {got}"
         )
+    if weights.requires_grad:
+        _checks.constant_teacher(teacher_weights=weights)
     # a position that does not count may hold anything
     if weights.ndim == 1 and _checks.has_values_at_hand(weights):
         if not (weights >= 0).all() or not weights.sum() > 0:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkd._checks import all_labelled
 from fastkd._loss import Call, Reduced
-from fastkd._op import Number, Op
+from fastkd._op import Number, Op, Tensors
 from fastkd._precision import compute_dtype
 from fastkd._reduction import divided, reduce
 from fastkd.problems import _linear_checks as checks
@@ -23,15 +23,17 @@ class Linear(NamedTuple):
     """Σ over rows of weight · [alpha · CE + share · Σ_k share_k · scale · D_k(p, q)].
 
     The logits are z = softcap(scale · (W h + b)) of the hidden states h of a network, p and q their
-    softmax at the temperature, and CE that of the student at T = 1.
+    softmax at the temperature, and CE that of the student at T = 1. Several teachers have the
+    mixture p = Σ share · p_t of theirs, whose shares are divided by their sum.
     """
 
     student: Tensor  # (..., H)
     student_weight: Tensor  # [V, H]
     student_bias: Tensor | None  # [V]
-    teacher: Tensor | None  # (..., H_t), or logits (..., V) where there is no weight
-    teacher_weight: Tensor | None  # [V, H_t]
-    teacher_bias: Tensor | None  # [V]
+    teachers: Tensors  # (..., H_t) of each, or logits (..., V) where there is no weight
+    teacher_weights: Tensors  # [V, H_t]
+    teacher_biases: Tensors  # [V]
+    teacher_shares: Tensor | None  # (..., T) of T teachers, None for one share
     labels: Tensor | None  # (...), a negative one means no label
     row_weights: Tensor | None  # (...), None for 1
     shares: Tensor | None  # [K], None for 1
@@ -59,7 +61,7 @@ class LinearRows(Linear):
 
 
 _TRAINED = ("student", "student_weight", "student_bias")
-_SHARED = ("student_weight", "student_bias", "teacher_weight", "teacher_bias", "shares")
+_SHARED = ("student_weight", "student_bias", "teacher_weights", "teacher_biases", "shares")
 solve = Op(Linear, trained=_TRAINED, reports=True)
 solve_rows = Op(
     LinearRows, trained=_TRAINED, per_example=True, shared=_SHARED, recomputes=True, reports=True
@@ -81,8 +83,9 @@ def width_of_report(problem: Linear) -> int:
 
 def compute_dtype_of(problem: Linear) -> torch.dtype:
     """Return float64 if a tensor of a network is float64, else float32."""
-    fields = problem.student, problem.student_weight, problem.teacher, problem.teacher_weight
-    return compute_dtype(*(x for x in fields if x is not None))
+    fields = problem.student, problem.student_weight, problem.teacher_shares
+    of_teachers = *problem.teachers, *problem.teacher_weights
+    return compute_dtype(*(x for x in (*fields, *of_teachers) if x is not None))
 
 
 def row_losses(problem: Linear, report: Tensor) -> Tensor:
@@ -129,9 +132,6 @@ def linear_kd(
     teacher_weights: Any,
 ) -> Any:
     """Solve for the weighted sum of all rows, or for each row where it is asked for."""
-    is_many = any(isinstance(x, (list, tuple)) for x in (teacher_hidden, teacher_logits))
-    if is_many or teacher_weights is not None:
-        return NotImplemented
     asked = call.reduction
     assert asked is not None
     shares = shares_of(divergence)
@@ -140,23 +140,25 @@ def linear_kd(
         rows.limit_of(name, options[rows.OPTIONS[name]]) if name in rows.OPTIONS else name
         for name in shares
     ]
-    heads = restricted(
-        vocab, student_weight, student_bias, teacher_weight, teacher_bias, teacher_logits
+    hidden, *of_teachers = teachers_of(teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
+    student_weight, student_bias, *of_teachers = restricted(
+        vocab, student_weight, student_bias, *of_teachers
     )
-    student_weight, student_bias, teacher_weight, teacher_bias, teacher_logits = heads
-    teacher = teacher_hidden if teacher_logits is None else teacher_logits
+    heads, biases, logits = map(tuple, of_teachers)
+    teachers = tuple(h if z is None else z for h, z in zip(hidden, logits, strict=True))
     # a divergence of share 0 is computed for those alone who ask for its value
     if rows.is_exactly(alpha, 1) and not (metrics or asked.return_parts):
-        teacher = teacher_weight = teacher_bias = None
+        teachers = heads = biases = ()
     weights, labels = weights_of_rows(asked.weights, labels, ignore_index)
-    is_distilled = teacher is not None
+    is_distilled = len(teachers) > 0
     problem = Linear(
         student_hidden,
         student_weight,
         student_bias,
-        teacher,
-        teacher_weight,
-        teacher_bias,
+        teachers,
+        heads,
+        biases,
+        shares_of_teachers(teacher_weights, len(teachers), student_hidden),
         labels,
         weights,
         stacked(list(shares.values()), student_hidden) if is_distilled else None,
@@ -203,7 +205,7 @@ def _metrics(problem: Linear, report: Tensor, names: Sequence[str]) -> dict[str,
     found = dict(zip([*names, *METRICS], others, strict=True))
     if problem.labels is not None:
         found["label_log_probability"] = -cross_entropy
-    if problem.teacher is None:
+    if not problem.teachers:
         del found["teacher_entropy"], found["top1_agreement"]
     return found
 
@@ -237,43 +239,60 @@ def weights_of_rows(
     return weights, labels.masked_fill(~labelled, -1)
 
 
+def shares_of_teachers(shares: Any, n_teachers: int, like: Tensor) -> Tensor | None:
+    """Return the shares of the teachers in each row (..., T), None for one share of all."""
+    if shares is None or not n_teachers:
+        return None
+    if not isinstance(shares, Tensor):
+        # made on the device, because a copy from the host would be a host sync
+        shares = torch.stack([like.new_ones((), dtype=compute_dtype(like)) * x for x in shares])
+    return shares.detach().expand(*like.shape[:-1], n_teachers)
+
+
+def teachers_of(hidden: Any, weight: Any, bias: Any, logits: Any) -> tuple[Sequence[Any], ...]:
+    """Return the hidden states, heads, biases and logits of all teachers, None where one lacks it.
+
+    Each of them is given as that of one teacher, or as a sequence.
+    """
+    given = [x if isinstance(x, (list, tuple)) else [x] for x in (hidden, weight, bias, logits)]
+    n = 0 if hidden is None and logits is None else len(given[0 if logits is None else 3])
+    return tuple(x if len(x) == n else [None] * n for x in given)
+
+
 def restricted(
     vocab: Any,
     student_weight: Tensor,
     student_bias: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_logits: Tensor | None,
-    others: Sequence[int | None] = (),
+    teacher_weights: Sequence[Tensor | None],
+    teacher_biases: Sequence[Tensor | None],
+    teacher_logits: Sequence[Tensor | None],
 ) -> tuple[Any, ...]:
-    """Return heads, biases and logits of the entries of the vocabulary that both networks have.
-
-    others: The sizes of further teachers' vocabularies.
-    """
-    of_student = [student_weight, student_bias]
-    of_teacher = [teacher_weight, teacher_bias]
+    """Return heads, biases and logits of the entries of the vocabulary that all networks have."""
     if isinstance(vocab, str) and vocab != "common":
-        return *of_student, *of_teacher, teacher_logits
-    n_student = len(student_weight)
-    n_teacher = n_entries(teacher_weight, teacher_logits)
-    if isinstance(vocab, str):
-        entries: Any = slice(0, n_student if n_teacher is None else min(n_student, n_teacher))
-        n_entries_left = entries.stop
-    else:
-        entries, n_entries_left = vocab, len(vocab)
-    sizes = [x for x in (n_student, n_teacher, *others) if x is not None]
+        return student_weight, student_bias, teacher_weights, teacher_biases, teacher_logits
+    of_each = list(zip(teacher_weights, teacher_biases, teacher_logits, strict=True))
+    sizes = [len(student_weight), *(n_entries(weight, logits) for weight, _, logits in of_each)]
+    is_common = isinstance(vocab, str)
+    n_left = min(sizes) if is_common else len(vocab)
+    entries = slice(0, n_left) if is_common else vocab
     # a network with as many entries as are left has just those, if another one has more
-    has_draft = isinstance(vocab, str) or any(size != n_entries_left for size in sizes)
-    if not (has_draft and n_student == n_entries_left):
-        of_student = [None if x is None else x[entries] for x in of_student]
-    if n_teacher is not None and not (has_draft and n_teacher == n_entries_left):
-        of_teacher = [None if x is None else x[entries] for x in of_teacher]
-        teacher_logits = None if teacher_logits is None else teacher_logits[..., entries]
-    return *of_student, *of_teacher, teacher_logits
+    has_draft = is_common or any(size != n_left for size in sizes)
+
+    def cut(size: int, *network: Tensor | None) -> Sequence[Tensor | None]:
+        if has_draft and size == n_left:
+            return network
+        weight, bias, logits = network
+        left = [None if x is None else x[entries] for x in (weight, bias)]
+        return *left, None if logits is None else logits[..., entries]
+
+    student_head = cut(sizes[0], student_weight, student_bias, None)[:2]
+    found = [cut(size, *network) for size, network in zip(sizes[1:], of_each, strict=True)]
+    return *student_head, *([network[i] for network in found] for i in range(3))
 
 
-def n_entries(teacher_weight: Any, teacher_logits: Any) -> int | None:
-    """Return the size of the teacher's vocabulary, None without a teacher."""
+def n_entries(teacher_weight: Tensor | None, teacher_logits: Tensor | None) -> int:
+    """Return the size of a teacher's vocabulary."""
     if teacher_logits is not None:
         return teacher_logits.shape[-1]
-    return None if teacher_weight is None else len(teacher_weight)
+    assert teacher_weight is not None
+    return len(teacher_weight)
