@@ -62,10 +62,10 @@ from fastkd.modules import (
     LinearKDLoss,
     LogitMSELoss,
     MatchedKLLoss,
-    MutualKLLoss,
-    NKDLoss,
     MFTLoss,
     MLKDLoss,
+    MutualKLLoss,
+    NKDLoss,
     NTXentLoss,
     PKTLoss,
     ProjectedKLLoss,
@@ -84,11 +84,10 @@ from fastkd.modules import (
     TeacherFreeKDLoss,
     TotalVariationLoss,
     ULDLoss,
-)
-from fastkd.online import mutual_kl
     WSLDLoss,
 )
 from fastkd.multi_level import mlkd
+from fastkd.online import mutual_kl
 from fastkd.relational import rkd, rkd_angle, rkd_distance
 from fastkd.self_distillation import dino, ibot, koleo, sinkhorn_center
 from fastkd.spatial import channel_wise, localization

@@ -197,6 +197,8 @@ class MutualKLLoss(LossModule, function=online.mutual_kl):
 
     def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
         return [empty, empty]
+
+
 class ULDLoss(LossModule, function=cross_tokenizer.uld):
     """Σ_k |q_(k) − p_(k)| of sorted probabilities, the module of `fastkd.uld`.
 

@@ -114,8 +114,6 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
     return Case(fastkd.kd, "rows", logits_and_labels, eager, options, by_hand, per_example=True)
 
 
-def _labelled(loss: Callable, known: tuple, **options: Any) -> Case:
-    return Case(loss, "rows", logits_and_labels, known[1], options, known[0], per_example=True)
 def _labelled(
     problem: str, loss: Callable, known: tuple, inputs: Inputs = logits_and_labels, **options: Any
 ) -> Case:
@@ -233,6 +231,8 @@ def _virtual(**options: Any) -> Case:
     """Return a case of logits and labels without a teacher."""
     loss, known = fastkd.teacher_free_kd, textbook.TEACHER_FREE_KD
     return _labelled("corrected", loss, known, logits_of_one_network, **options)
+
+
 def _of_two_teachers(loss: Callable) -> Callable:
     @functools.wraps(loss)
     def paired(student, head, first, first_head, second, second_head, labels, bias, **options):
@@ -276,9 +276,13 @@ CASES = [
     _kd("forward_kl", textbook.FORWARD_KL),
     _kd("jensen_shannon", textbook.JENSEN_SHANNON, beta=0.1),
     _kd("total_variation", textbook.TOTAL_VARIATION),
-    _labelled(fastkd.decoupled_kd, textbook.DECOUPLED_KD),
-    _labelled(fastkd.decoupled_kd, textbook.DECOUPLED_KD, alpha=2.0, beta=0.5, scale_t2=False),
-    _labelled(fastkd.decoupled_kd, textbook.standardized(textbook.DECOUPLED_KD), standardize=True),
+    _labelled("rows", fastkd.decoupled_kd, textbook.DECOUPLED_KD),
+    _labelled(
+        "rows", fastkd.decoupled_kd, textbook.DECOUPLED_KD, alpha=2.0, beta=0.5, scale_t2=False
+    ),
+    _labelled(
+        "rows", fastkd.decoupled_kd, textbook.standardized(textbook.DECOUPLED_KD), standardize=True
+    ),
     *(
         _rows(loss, textbook.standardized(known), standardize=True)
         for loss, known in (
@@ -287,8 +291,8 @@ CASES = [
             (fastkd.total_variation, textbook.TOTAL_VARIATION),
         )
     ),
-    _labelled(fastkd.nkd, textbook.NKD),
-    _labelled(fastkd.nkd, textbook.NKD, gamma=0.5, temperature=3.0),
+    _labelled("rows", fastkd.nkd, textbook.NKD),
+    _labelled("rows", fastkd.nkd, textbook.NKD, gamma=0.5, temperature=3.0),
     _peers(2, temperature=2.0),
     _peers(3),
     _peers(4, temperature=2.0, scale_t2=False, detach_peers=False),
@@ -463,17 +467,13 @@ def named(*ids: str) -> list[Case]:
 WAYS = named(
     "forward_kl-temperature=4.0", "jensen_shannon-temperature=2.0-beta=0.1",
     "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "dino", "rkd", "pkt", "dist_kd",
-    "mutual_kl-2 networks-temperature=2.0", "linear_kd-alpha=0.3-temperature=2.0",
-    "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "dino", "rkd", "pkt", "dist_kd", "mlkd",
+    "mutual_kl-2 networks-temperature=2.0", "linear_kd-alpha=0.3-temperature=2.0", "mlkd",
     "mft-threshold=0.2-temperature=1.0",
     "teacher_free_kd-correct_probability=0.99-temperature=20.0",
-    "linear_kd-alpha=0.3-temperature=2.0",
-    "linear_kd-alpha=0.3-divergence=jensen_shannon-beta=0.1-reduction=none",
-    "uld-temperature=2.0", "info_nce",
-    "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",
+    "linear_kd-alpha=0.3-divergence=jensen_shannon-beta=0.1-reduction=none", "uld-temperature=2.0",
+    "info_nce", "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",
     "linear_kd-two teachers-alpha=0.3-temperature=2.0",
     "linear_kd-two teachers-alpha=0.3-divergence=reverse_kl-reduction=none",
-    "info_nce", "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",
     "siglip-logit_scale=5.0-logit_bias=-2.0", "sup_con", "similarity_kl-keys-symmetric=True",
     "hint-weights-kind=cosine", "attention_transfer-p=3.0-kind=max",
     "token_relation-mask-heads=2-student_temperature=2.0", "gram_anchoring",

@@ -87,6 +87,8 @@ def with_a_map(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
 def likelihoods(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     student, teacher = -3 * normal(2, *examples, width, seed=seed, device=device).abs()
     return [student.to(dtype).requires_grad_(), teacher.to(dtype)]
+
+
 def logits_of_one_network(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     student, _, labels = logits_and_labels(examples, width, dtype, seed, device)
     return [student, labels]

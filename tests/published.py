@@ -61,6 +61,8 @@ def mutual_kl(*logits, temperature=1.0, scale_t2=True, detach_peers=True):
             if i != j:
                 losses.append((p * (p.log() - log_q)).sum(-1) / (len(logits) - 1))
     return sum(losses) * (temperature**2 if scale_t2 else 1)
+
+
 # ------------------------------------------------------------------------------- two vocabularies
 
 

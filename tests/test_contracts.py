@@ -288,8 +288,7 @@ TAUGHT = [
     case
     for case in LOSSES
     if (case.problem not in ("pairs", "linear") or case.name == "similarity_kl")
-    and case.name not in ("minilm_relation", "koleo", "mutual_kl")
-    and case.name not in ("minilm_relation", "teacher_free_kd")
+    and case.name not in ("minilm_relation", "koleo", "mutual_kl", "teacher_free_kd")
 ]
 
 

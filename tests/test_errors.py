@@ -87,12 +87,8 @@ def test_two_devices(inputs):
         fastkd.forward_kl(student, teacher, weights=torch.ones(4, device=meta))
 
 
-@each_loss
+@pytest.mark.parametrize("case", [case for case in ROWS if "dim" in case.parameters], ids=str)
 def test_a_temperature_that_is_no_number_of_each_row(case):
-# the weight of a soft label is that of undivided logits
-@pytest.mark.parametrize("case", [case for case in ROWS if case.name != "wsld"], ids=str)
-def test_a_temperature_of_each_row_has_its_way(case):
-    """The value that the advice leads to is the mean of each row's own."""
     inputs = case.inputs((4,), 7)
     for shape in ((4, 1), (3,)):
         temperature = torch.ones(shape, device=DEVICE)

@@ -234,6 +234,8 @@ def _nkd_eager(student, teacher, labels, *, gamma=1.5, temperature=1.0, scale_t2
 
 DECOUPLED_KD = (_decoupled_by_hand, _decoupled_eager)
 NKD = (_nkd_by_hand, _nkd_eager)
+
+
 def _labelled(by_hand):
     """Return a loss of log p, log q and the label by hand, both softened, times T²."""
 

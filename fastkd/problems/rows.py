@@ -151,8 +151,6 @@ def check_kd(
     options = dict(beta=beta, skew=skew, weight=weight)
     own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
     check(student, teacher, **softening, **own)
-    _checks.labels(labels, student, ignore_index, divergence)
-    check(student, teacher, of_each_row=_OF_EACH_ROW_OF_KD, **softening, **own)
     _checks.fraction(label_smoothing=label_smoothing)
     if class_weights is not None:
         _checks.class_weights(class_weights, student)
@@ -206,6 +204,8 @@ def is_trained_besides(*others: Number | None) -> bool:
         isinstance(x, Tensor) and (x.requires_grad or (x.ndim > 0 and i < 2))
         for i, x in enumerate(others)
     )
+
+
 def is_soft(labels: Any) -> bool:
     """Return whether the labels are probabilities of classes and not their numbers."""
     return isinstance(labels, Tensor) and labels.is_floating_point()
@@ -278,8 +278,6 @@ def kd(
     class_weights: Tensor | None,
     **softening: Any,
 ) -> Any:
-    """Solve for the cross-entropy with the labels and for a divergence, in one pass."""
-) -> list[Term]:
     """Solve for the cross-entropy with the labels and for a divergence.
 
     Both take one pass, but for soft, smoothed and weighted labels, which have one more.
@@ -289,6 +287,8 @@ def kd(
     share = 1 - alpha if distill_weight is None else distill_weight
     if is_soft(labels):
         losses, _ = _solve(call, divergence, student, teacher, None, **softening, **own)
+        if losses is NotImplemented:
+            return NotImplemented
         soft = labels.to(losses.dtype)
         target = with_smoothing(soft, label_smoothing, class_weights)
         return [
