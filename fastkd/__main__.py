@@ -30,13 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help=about, description=about)
     demo.add_argument(
         "name", nargs="?", choices=[*_DEMOS], default="digits",
-        help="digits (the default), text: paragraphs of Python's documentation, segmentation: "
-        "scenes drawn from digits, or lm: a language model of Python's reference",
+        help="digits (the default), logits: variants and a committee of teachers, text: "
+        "paragraphs of Python's documentation, segmentation: scenes drawn from digits, or lm: a "
+        "language model of Python's reference",
     )  # fmt: skip
     demo.add_argument(
         "--out", type=Path, default=Path("fastkd-demo"), help="folder for the results"
     )
-    demo.add_argument("--seeds", type=_count, help="students for each loss (5, or 3 of the others)")
+    demo.add_argument("--seeds", type=_count, help="students for each loss (5 of digits, otherwise 3)")
     demo.add_argument(
         "--steps", type=_count, help="training steps of a student (250, of text 200, of lm 500)"
     )
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 _DEMOS = {  # seeds and steps
     "digits": (5, 250),
+    "logits": (5, 250),
     "text": (3, 200),
     "segmentation": (3, 250),
     "lm": (3, 500),
@@ -86,7 +88,7 @@ def _device(text: str) -> str:
 
 def _demo(name: str, out: Path, seeds: int | None, steps: int | None, device: str) -> int:
     try:
-        from fastkd.demo import report, scenes, study, text
+        from fastkd.demo import logits, report, scenes, study, text
     except ModuleNotFoundError as error:
         missing = str(error.name).split(".")[0]
         if missing not in ("matplotlib", "rich", "sklearn"):
@@ -110,7 +112,8 @@ def _demo(name: str, out: Path, seeds: int | None, steps: int | None, device: st
         from fastkd.demo import lm_report  # whose text no other demo needs
 
         return lm_report.run(out, seeds, steps, device)
-    return study.run(text.STUDY if name == "text" else scenes.STUDY, out, seeds, steps, device)
+    of_name = {"logits": logits.STUDY, "text": text.STUDY, "segmentation": scenes.STUDY}
+    return study.run(of_name[name], out, seeds, steps, device)
 
 
 # ----------------------------------------------------------------------------------------- doctor

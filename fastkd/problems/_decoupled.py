@@ -28,7 +28,7 @@ def check(
             "a loss that sets the label's class apart needs at least two classes, got logits of "
             f"shape {_checks.shape(student)}"
         )
-    _checks.labels(labels, student, ignore_index, "forward_kl")
+    _checks.labels(labels, student, ignore_index)
 
 
 def decoupled_kd(
