@@ -22,6 +22,7 @@ from fastkd.divergence import (
     symmetric_kl,
     total_variation,
 )
+from fastkd.ensemble import multi_teacher, teacher_weights
 from fastkd.feature import attention_transfer, embedding_mse, hint
 from fastkd.feature_modules import (
     AttentionMSELoss,
@@ -51,6 +52,7 @@ from fastkd.modules import (
     KDLoss,
     LinearKDLoss,
     LogitMSELoss,
+    MultiTeacherLoss,
     NTXentLoss,
     PKTLoss,
     ReverseKLLoss,
@@ -96,6 +98,7 @@ __all__ = [
     "LocalizationLoss",
     "LogitMSELoss",
     "MiniLMRelationLoss",
+    "MultiTeacherLoss",
     "NSTLoss",
     "NTXentLoss",
     "PKTLoss",
@@ -137,6 +140,7 @@ __all__ = [
     "localization",
     "logit_mse",
     "minilm_relation",
+    "multi_teacher",
     "nst",
     "nt_xent",
     "pkt",
@@ -152,6 +156,7 @@ __all__ = [
     "soft_cross_entropy",
     "sup_con",
     "symmetric_kl",
+    "teacher_weights",
     "token_relation",
     "total_variation",
     "vid",

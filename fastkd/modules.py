@@ -27,6 +27,7 @@ from fastkd import (
     contrastive,
     correlation,
     divergence,
+    ensemble,
     linear,
     relational,
     self_distillation,
@@ -132,6 +133,20 @@ class LinearKDLoss(LossModule, function=linear.linear_kd):
     def _is_in_empty_batch(self, parameter: inspect.Parameter, options: Mapping[str, Any]) -> bool:
         """Return whether it is one of the tensors, a teacher's too."""
         return parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+
+
+class MultiTeacherLoss(LossModule, function=ensemble.multi_teacher):
+    """T² D(Σ w_k p_k, q) of several teachers, the module of `fastkd.multi_teacher`.
+
+    You et al., Learning from Multiple Teacher Networks, 2017.
+    """
+
+    of_a_batch = (*LossModule.of_a_batch, "teacher_weights", "teacher_index")
+
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
+        """Return no rows, and one teacher of them."""
+        found = super()._of_empty_batch(name, empty, options)
+        return [found] if name == "teachers" else found
 
 
 class RKDDistanceLoss(LossModule, function=relational.rkd_distance):

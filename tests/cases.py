@@ -21,6 +21,7 @@ from inputs import (
     heads_of_two_teachers,
     logits,
     logits_and_labels,
+    logits_of_three,
     maps,
     maps_of_layers,
     scores,
@@ -186,6 +187,18 @@ def _linear(**options: Any) -> Case:
     return Case(loss, "linear", heads, as_published, options)
 
 
+@functools.wraps(fastkd.multi_teacher)
+def _of_three(student, *teachers, **options):
+    return fastkd.multi_teacher(student, teachers, **options)
+
+
+def _ensemble(temperature: float = 2.0, **options: Any) -> Case:
+    options = dict(temperature=temperature) | options
+    return Case(
+        _of_three, "rows", logits_of_three, published.multi_teacher, options, per_example=True
+    )
+
+
 def _of_two_teachers(loss: Callable) -> Callable:
     @functools.wraps(loss)
     def paired(student, head, first, first_head, second, second_head, labels, bias, **options):
@@ -229,6 +242,11 @@ CASES = [
     _kd("forward_kl", textbook.FORWARD_KL),
     _kd("jensen_shannon", textbook.JENSEN_SHANNON, beta=0.1),
     _kd("total_variation", textbook.TOTAL_VARIATION),
+    _ensemble(),
+    _ensemble(divergence="reverse_kl", teacher_weights=[0.5, 0.2, 0.9]),
+    _ensemble(divergence="jensen_shannon", beta=0.1, combine="logits"),
+    _ensemble(combine="sum", teacher_weights=[0.5, 0.2, 0.9]),
+    _ensemble(divergence="total_variation", combine="sum", scale_t2=False),
     _linear(alpha=0.3, temperature=2.0),
     _linear(alpha=0.3, divergence="jensen_shannon", beta=0.1, reduction="none"),
     _linear(divergence={"reverse_kl": 0.5, "total_variation": 2.0}, student_softcap=2.0),
@@ -371,7 +389,8 @@ def named(*ids: str) -> list[Case]:
 # one for each way through an op: what depends on the op alone is tested with these
 WAYS = named(
     "forward_kl-temperature=4.0", "jensen_shannon-temperature=2.0-beta=0.1",
-    "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "dino", "rkd", "pkt", "dist_kd",
+    "kd-temperature=4.0-alpha=0.3-divergence=forward_kl", "multi_teacher-temperature=2.0",
+    "dino", "rkd", "pkt", "dist_kd",
     "linear_kd-alpha=0.3-temperature=2.0",
     "linear_kd-alpha=0.3-divergence=jensen_shannon-beta=0.1-reduction=none",
     "linear_kd-two teachers-alpha=0.3-temperature=2.0",

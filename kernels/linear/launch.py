@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from fastkd import _heads
+from fastkd.kernels.ensembles.teachers import mix
 from fastkd.kernels.rows import launch as rows
-from fastkd.kernels.rows.ensembles import mix
 from fastkd.problems.linear import compute_dtype_of as compute_dtype_of
 from fastkd.problems.linear import width_of_report as n_statistics  # noqa: F401
 from fastkd.problems.rows import Rows
