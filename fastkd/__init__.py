@@ -27,6 +27,7 @@ from fastkd.divergence import (
     total_variation,
 )
 from fastkd.ema import EMATeacher
+from fastkd.ensemble import multi_teacher, teacher_weights
 from fastkd.feature import attention_transfer, embedding_mse, hint
 from fastkd.feature_modules import (
     AttentionMSELoss,
@@ -64,6 +65,7 @@ from fastkd.modules import (
     MatchedKLLoss,
     MFTLoss,
     MLKDLoss,
+    MultiTeacherLoss,
     MutualKLLoss,
     NKDLoss,
     NTXentLoss,
@@ -125,6 +127,7 @@ __all__ = [
     "MLKDLoss",
     "MatchedKLLoss",
     "MiniLMRelationLoss",
+    "MultiTeacherLoss",
     "MutualKLLoss",
     "NKDLoss",
     "NSTLoss",
@@ -182,6 +185,7 @@ __all__ = [
     "mft",
     "minilm_relation",
     "mlkd",
+    "multi_teacher",
     "mutual_kl",
     "nkd",
     "nst",
@@ -203,6 +207,7 @@ __all__ = [
     "sup_con",
     "symmetric_kl",
     "teacher_free_kd",
+    "teacher_weights",
     "token_relation",
     "total_variation",
     "uld",

@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "--out", type=Path, default=Path("fastkd-demo"), help="folder for the results"
     )
-    demo.add_argument("--seeds", type=_count, help="students for each loss (5 of digits, otherwise 3)")
+    demo.add_argument(
+        "--seeds", type=_count, help="students for each loss (5 of digits, otherwise 3)"
+    )
     demo.add_argument(
         "--steps", type=_count, help="training steps of a student (250, of text 200, of lm 500)"
     )

@@ -30,6 +30,7 @@ from fastkd import (
     cross_tokenizer,
     decoupled,
     divergence,
+    ensemble,
     label_aware,
     linear,
     multi_level,
@@ -232,6 +233,20 @@ class ALMLoss(LossModule, function=cross_tokenizer.alm):
     Minixhofer et al., Cross-Tokenizer Distillation via Approximate Likelihood Matching, 2025.
     arXiv:2503.20083
     """
+
+
+class MultiTeacherLoss(LossModule, function=ensemble.multi_teacher):
+    """T² D(Σ w_k p_k, q) of several teachers, the module of `fastkd.multi_teacher`.
+
+    You et al., Learning from Multiple Teacher Networks, 2017.
+    """
+
+    of_a_batch = (*LossModule.of_a_batch, "teacher_weights", "teacher_index")
+
+    def _of_empty_batch(self, name: str, empty: Tensor, options: Mapping[str, Any]) -> Any:
+        """Return no rows, and one teacher of them."""
+        found = super()._of_empty_batch(name, empty, options)
+        return [found] if name == "teachers" else found
 
 
 class RKDDistanceLoss(LossModule, function=relational.rkd_distance):

@@ -24,6 +24,7 @@ from inputs import (
     logits,
     logits_and_labels,
     logits_of_one_network,
+    logits_of_three,
     maps,
     maps_of_layers,
     patches,
@@ -233,6 +234,18 @@ def _virtual(**options: Any) -> Case:
     return _labelled("corrected", loss, known, logits_of_one_network, **options)
 
 
+@functools.wraps(fastkd.multi_teacher)
+def _of_three(student, *teachers, **options):
+    return fastkd.multi_teacher(student, teachers, **options)
+
+
+def _ensemble(temperature: float = 2.0, **options: Any) -> Case:
+    options = dict(temperature=temperature) | options
+    return Case(
+        _of_three, "rows", logits_of_three, published.multi_teacher, options, per_example=True
+    )
+
+
 def _of_two_teachers(loss: Callable) -> Callable:
     @functools.wraps(loss)
     def paired(student, head, first, first_head, second, second_head, labels, bias, **options):
@@ -302,6 +315,11 @@ CASES = [
     _labelled("corrected", fastkd.mft, textbook.MFT, threshold=0.7, temperature=3.0),
     _virtual(correct_probability=0.99, temperature=20.0),
     _virtual(correct_probability=0.6, temperature=1.0, scale_t2=False),
+    _ensemble(),
+    _ensemble(divergence="reverse_kl", teacher_weights=[0.5, 0.2, 0.9]),
+    _ensemble(divergence="jensen_shannon", beta=0.1, combine="logits"),
+    _ensemble(combine="sum", teacher_weights=[0.5, 0.2, 0.9]),
+    _ensemble(divergence="total_variation", combine="sum", scale_t2=False),
     _linear(alpha=0.3, temperature=2.0),
     _linear(alpha=0.3, divergence="jensen_shannon", beta=0.1, reduction="none"),
     _linear(divergence={"reverse_kl": 0.5, "total_variation": 2.0}, student_softcap=2.0),
@@ -472,7 +490,7 @@ WAYS = named(
     "teacher_free_kd-correct_probability=0.99-temperature=20.0",
     "linear_kd-alpha=0.3-divergence=jensen_shannon-beta=0.1-reduction=none", "uld-temperature=2.0",
     "info_nce", "info_nce-bank-negative_weight=0.3-symmetric=True-decoupled=True",
-    "linear_kd-two teachers-alpha=0.3-temperature=2.0",
+    "multi_teacher-temperature=2.0", "linear_kd-two teachers-alpha=0.3-temperature=2.0",
     "linear_kd-two teachers-alpha=0.3-divergence=reverse_kl-reduction=none",
     "siglip-logit_scale=5.0-logit_bias=-2.0", "sup_con", "similarity_kl-keys-symmetric=True",
     "hint-weights-kind=cosine", "attention_transfer-p=3.0-kind=max",

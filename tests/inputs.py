@@ -47,6 +47,12 @@ def peers(n: int) -> Inputs:
     return inputs
 
 
+def logits_of_three(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return logits of a student and of three teachers."""
+    tensors = 3 * normal(4, *examples, width, seed=seed, device=device)
+    return [x.to(dtype).requires_grad_(i < 1) for i, x in enumerate(tensors)]
+
+
 def logits_and_labels(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(width, examples, generator=generator).to(device)

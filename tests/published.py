@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import textbook
 import torch
 import torch.nn.functional as F
 
@@ -124,6 +125,28 @@ def alm(student, teacher, temperature=100.0, divergence="kl"):
     if divergence == "tv":
         return ((p - q).abs() + ((1 - p) - (1 - q)).abs()).mean() / 2
     return (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+
+
+def multi_teacher(
+    student, *teachers, teacher_weights=None, combine="mixture", teacher_index=None,
+    divergence="forward_kl", temperature=1.0, scale_t2=True, **own,
+):  # fmt: skip
+    """Return the loss of each row, in which all teachers are there at once."""
+    of_rows = getattr(textbook, divergence.upper())[1]
+    options = dict(temperature=temperature, scale_t2=scale_t2, **own)
+    t = torch.stack(teachers)
+    if teacher_index is not None:
+        return of_rows(
+            student, t.gather(0, teacher_index[None, ..., None].expand_as(t))[0], **options
+        )
+    w = torch.as_tensor(teacher_weights or [1 / len(t)] * len(t), dtype=t.dtype, device=t.device)
+    w = w.view(-1, *[1] * student.ndim)
+    if combine == "sum":
+        return sum(w[k, ..., 0] * of_rows(student, x, **options) for k, x in enumerate(t))
+    if combine == "logits":
+        return of_rows(student, (w * t).sum(0), **options)
+    p = (w * (t / temperature).softmax(-1)).sum(0) / w.sum()
+    return of_rows(student, temperature * p.log(), **options)
 
 
 # ------------------------------------------------------------------------------------------ pairs

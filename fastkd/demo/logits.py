@@ -87,9 +87,7 @@ def of_first(z: Tensor, teachers: Logits, labels: Tensor) -> Tensor:
 
 def of_committee(combine: str) -> Loss:
     def loss(z: Tensor, teachers: Logits, labels: Tensor) -> Tensor:
-        return fastkd.multi_teacher(
-            z, teachers.committee.unbind(1), combine=combine, temperature=T
-        )
+        return fastkd.multi_teacher(z, teachers.committee.unbind(1), combine=combine, temperature=T)
 
     return loss
 

@@ -1,11 +1,12 @@
-"""Add up the softened probabilities of several teachers, by chunks that stay in the cache.
+"""Put the softmaxes of several teachers together, by chunks that stay in the cache.
 
-A mixture is kept as logarithms, log p̄ = log Σ_k w_k p_k, because a probability that is too small
-for a float has a logarithm that is not.
+A mixture p̄ = Σ_k w_k p_k is kept as logarithms where a probability may be too small for a float and
+its logarithm is asked for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,8 +14,12 @@ from torch import Tensor
 
 from fastkd._op import Number
 from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
+from fastkd.portable._row_terms import Scratch, Softmax, softmax
 
 _ON_CPU, _ELSEWHERE = 1 << 18, 1 << 23  # elements of a chunk
+_LOG2E = math.log2(math.e)
+_LEAST = -100  # log2 of what added to 1 leaves it 1 in float64 too; smaller ones would be denormal
+_VANISHING = 1e-30  # a probability close to those that float32 has no numbers for
 
 
 def mix(
@@ -35,17 +40,117 @@ def mix(
     def of_chunk(rows: slice, scratch: Sequence[Tensor]) -> None:
         z, out, n = logits[rows], mixture[rows], rows.stop - rows.start
         above, e = (x[:n] for x in scratch)
-        # the maximum is subtracted first, because one multiplication for both would round it away
         top = z.amax(-1, keepdim=True).to(above.dtype)
+        # the maximum is subtracted first, because one multiplication for both would round it away
         torch.sub(z, top, out=above).mul_(1 / temperature)
-        shift = log_shares[rows] - torch.exp(above, out=e).sum(-1, keepdim=True).log_()
+        total = torch.mul(above, _LOG2E, out=e).exp2_().sum(-1, keepdim=True)
+        shift = log_shares[rows] - total.log_()
         if is_first:
             torch.add(above, shift, out=out)
         else:
-            torch.logaddexp(out, above.add_(shift), out=out)
+            _add_exponentials(out, above.add_(shift), e, _LOG2E)
 
     def scratch() -> Sequence[Tensor]:
         return mixture.new_empty((2, min(size, n_rows), n_cols)).unbind()
 
     chunks = cut(range(n_rows), size)
     by_workers(lambda: for_each(of_chunk, chunks, scratch), len(chunks) > 1, mixture)
+
+
+def _add_exponentials(out: Tensor, other: Tensor, scratch: Tensor | None, unit: float) -> None:
+    """Write log(e^out + e^other) to `out`, of logarithms that are log2 when they are times `unit`.
+
+    PyTorch's logaddexp takes twenty times as long where the numbers lie far apart.
+    """
+    above = torch.sub(out, other, out=scratch).abs_().mul_(-unit).clamp_(min=_LEAST)
+    # −∞ of both has no difference and stays −∞; a NaN stays in the maximum
+    above.nan_to_num_(_LEAST).exp2_().add_(1).log2_()
+    torch.maximum(out, other, out=out).add_(above, alpha=1 / unit)
+
+
+def mixture(
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    temperature: Number,
+    dtype: torch.dtype,
+    scratch: Scratch,
+    needs_logs: bool,
+) -> Softmax:
+    """Return Σ w p of a chunk's teachers [R, V] in the first two of four buffers.
+
+    Args:
+        teachers: Logits.
+        weights: w, [R, K], which add up to 1.
+        temperature: What divides the logits.
+        dtype: The compute dtype.
+        scratch: Four buffers.
+        needs_logs: Whether logarithms are asked for even where nobody has a probability.
+    """
+    if needs_logs and not teachers[0].is_cpu:  # a look at the numbers would be a host sync
+        return _log_mixture(teachers, weights, temperature, dtype, scratch)
+    e: Tensor | None = None
+    for k, z in enumerate(teachers):
+        p = softmax(z, temperature, dtype, scratch[2:4])
+        share = weights[:, k : k + 1] / p.total
+        if e is None:
+            e = torch.mul(p.e, share, out=scratch[1])
+        else:
+            torch.addcmul(e, p.e, share, out=e)
+    assert e is not None
+    if needs_logs and e.numel() and e.amin() < _VANISHING:
+        return _log_mixture(teachers, weights, temperature, dtype, scratch)
+    return Softmax(torch.log2(e, out=scratch[0]), e, p.top, e.sum(-1, keepdim=True))
+
+
+def _log_mixture(
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    temperature: Number,
+    dtype: torch.dtype,
+    scratch: Scratch,
+) -> Softmax:
+    d: Tensor | None = None
+    for k, z in enumerate(teachers):
+        p = softmax(z, temperature, dtype, scratch[2:4])
+        shift = (weights[:, k : k + 1] / p.total).log2_()
+        if d is None:
+            d = torch.add(p.d, shift, out=scratch[0])
+        else:
+            _add_exponentials(d, p.d.add_(shift), p.e, 1.0)
+    assert d is not None
+    top = d.amax(-1, keepdim=True)
+    e = torch.exp2(d.sub_(top), out=scratch[1])
+    return Softmax(d, e, top, e.sum(-1, keepdim=True))
+
+
+def weighted_logits(
+    teachers: Sequence[Tensor], weights: Tensor, dtype: torch.dtype, out: Tensor | None
+) -> Tensor:
+    """Return Σ w t of a chunk's teachers [R, V]; a weight of 0 adds nothing, even of −∞."""
+    total: Tensor | None = None
+    for k, z in enumerate(teachers):
+        weight = weights[:, k : k + 1]
+        # elsewhere than on a CPU a look at the weights would be a host sync
+        if not weight.is_cpu or not weight.all():
+            z = torch.where(weight == 0, 0, z)
+        if total is None:
+            total = torch.mul(z.to(dtype), weight, out=out)
+        else:
+            torch.addcmul(total, z.to(dtype), weight, out=total)
+    assert total is not None
+    return total
+
+
+def chosen_logits(
+    teachers: Sequence[Tensor], index: Tensor, dtype: torch.dtype, out: Tensor | None
+) -> Tensor:
+    """Return each row [R, V] of the teacher that its index [R] names, NaN where that is none."""
+    found = torch.empty_like(teachers[0], dtype=dtype) if out is None else out
+    found.fill_(torch.nan)
+    for k, z in enumerate(teachers):
+        if index.is_cpu:
+            places = (index == k).nonzero().squeeze(1)
+            found.index_copy_(0, places, z[places].to(dtype))
+        else:  # where rows that are few cannot be counted without a host sync
+            torch.where((index == k).unsqueeze(1), z, found, out=found)
+    return found

@@ -418,10 +418,14 @@ def _select(rows: Tensor, factor: Tensor) -> Tensor:
 
 
 def _for_chunks(
-    work: Callable[[slice, list[Tensor], Scratch], None], n_scratch: int, *tensors: Tensor
+    work: Callable[[slice, list[Tensor], Scratch], None],
+    n_scratch: int,
+    *tensors: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Call `work` with row numbers, chunks [R, V] of the tensors, and scratch of that shape.
 
+    The scratch has the dtype, or else the compute dtype of the first two tensors.
     Shifted logits, [B, S, V] cut to [:, :-1], do not flatten to rows: their blocks are taken one
     after the other, so that they need no copy.
     """
@@ -430,7 +434,7 @@ def _for_chunks(
         return
     n_cols, most = student.shape[-1], most_elements(student, _ON_CPU, _ELSEWHERE)
     if student.numel() <= most and all(x.is_contiguous() for x in tensors):
-        work(slice(None), [x.view(-1, n_cols) for x in tensors], _NO_SCRATCH)
+        work(slice(None), [x.view(-1, n_cols) for x in tensors], (None,) * n_scratch)
         return
     inner = student.shape[-2] if student.ndim > 1 else 1
     blocks = [x.reshape(-1, inner, n_cols) for x in tensors]
@@ -440,7 +444,7 @@ def _for_chunks(
     size = max(1, most // n_cols)
     # the cache holds more rows where they need less scratch, but many threads want a chunk each
     size = min(inner, max(size, min(size * N_SCRATCH // n_scratch, inner // 64)))
-    shape, dtype = (n_scratch, size, n_cols), compute_dtype(student, teacher)
+    shape, dtype = (n_scratch, size, n_cols), dtype or compute_dtype(student, teacher)
     matrices = list(zip(*blocks, strict=True))
 
     def of_chunk(places: slice, scratch: Sequence[Tensor]) -> None:

@@ -5,8 +5,8 @@ Bytes for each (row, entry) of a chunk, in float32: 4 written and 4 read for eac
 """
 
 from fastkd import _heads
+from fastkd.kernels.ensembles.teachers import mix
 from fastkd.kernels.rows import launch as rows
-from fastkd.kernels.rows.ensembles import mix
 from fastkd.problems.linear import compute_dtype_of as compute_dtype_of
 from fastkd.problems.linear import width_of_report as n_statistics  # noqa: F401
 

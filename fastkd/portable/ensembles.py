@@ -1,0 +1,181 @@
+"""Solve `Ensemble` in PyTorch, for any device: divergences from what several teachers say together.
+
+Rows are taken in chunks that stay in the cache, as those of `Rows` are. A chunk's teachers become
+one softmax there, which no tensor of the logits' size holds. Since that costs more than the
+divergence, the forward makes the gradient too where it knows what the losses are multiplied by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd._pages import in_huge_pages
+from fastkd.portable import rows as of_rows
+from fastkd.portable._chunks import most_elements
+from fastkd.portable._mixtures import chosen_logits, mixture, weighted_logits
+from fastkd.portable._row_terms import (
+    N_SCRATCH,
+    Scratch,
+    Softmax,
+    Terms,
+    centre,
+    certain_rows,
+    softmax,
+    terms_of,
+)
+from fastkd.problems.ensembles import Ensemble, weights_of_rows
+from fastkd.problems.ensembles import compute_dtype_of as compute_dtype_of
+
+_WITH_LOGS = ("reverse_kl", "symmetric_kl")  # in which log p counts where p is 0
+
+
+def n_statistics(problem: Ensemble) -> int:
+    """Return how many numbers of each row `forward` saves: none."""
+    return 0
+
+
+def forward(problem: Ensemble, needs_grad: Sequence[bool]) -> tuple[tuple[Tensor], tuple[Any, ...]]:
+    """Return rows of scale · D and what the backward has: the gradient, or nothing.
+
+    It is that of each loss where one chunk holds all rows, or else that for the row weight.
+    """
+    student, dtype = problem.student, compute_dtype_of(problem)
+    if needs_grad[0] and student.is_cpu and student.numel() <= most_elements(student, 1 << 18, 0):
+        slopes = torch.empty_like(student, dtype=dtype)
+        losses = _solve(problem, _factors(problem), slopes)
+        # a row with a NaN may have no gradient upstream, and `backward` has to leave it out then
+        if losses.isfinite().all():
+            return (losses,), (None, slopes)
+    statistics = student.new_empty((*student.shape[:-1], 0), dtype=dtype)
+    if needs_grad[0] and _foresees_weight(problem):
+        gradient = in_huge_pages(torch.empty_like(student))
+        return (_solve(problem, _factors(problem) * problem.row_weight, gradient),), (
+            statistics,
+            gradient,
+        )
+    return (_solve(problem, None, None),), (statistics,)
+
+
+def backward(
+    problem: Ensemble,
+    statistics: Tensor,
+    upstream: Sequence[Tensor | None],
+    foreseen: Tensor | None = None,
+) -> Tensor:
+    """Return Σ upstream · ∂losses with respect to the student, in `foreseen` if it is there."""
+    (of_losses,) = upstream
+    assert of_losses is not None
+    dtype = compute_dtype_of(problem)
+    if foreseen is not None:
+        factor = of_losses.reshape(-1, 1).to(dtype) / problem.row_weight
+        # elsewhere than on a CPU a look at the numbers would be a host sync
+        if factor.is_cpu and (factor == 1).all():
+            return foreseen
+        if foreseen.dtype == dtype:  # otherwise it would be rounded twice
+            rows = foreseen.view(-1, foreseen.shape[-1]) if foreseen.is_contiguous() else None
+            if rows is not None:
+                of_rows._select(rows.mul_(factor), factor)
+                return foreseen
+    gradient = in_huge_pages(torch.empty_like(problem.student)) if foreseen is None else foreseen
+    factors = torch.where(_factors(problem) == 0, 0, of_losses.reshape(-1, 1).to(dtype))
+    _solve(problem, factors, gradient, needs_losses=False)
+    return gradient
+
+
+def _foresees_weight(problem: Ensemble) -> bool:
+    is_known = isinstance(problem.row_weight, Tensor) or problem.row_weight != 0
+    # a loss in float16 is scaled so that its gradient does not vanish
+    return is_known and problem.student.dtype != torch.float16
+
+
+def _factors(problem: Ensemble) -> Tensor:
+    """Return 1 for each row that counts, else 0, [N, 1]."""
+    n_rows, dtype = problem.student.shape[:-1].numel(), compute_dtype_of(problem)
+    if problem.row_mask is None:
+        return problem.student.new_ones((n_rows, 1), dtype=dtype)
+    return problem.row_mask.reshape(n_rows, 1).to(dtype)
+
+
+def _solve(
+    problem: Ensemble,
+    factors: Tensor | None,
+    gradient: Tensor | None,
+    needs_losses: bool = True,
+) -> Tensor:
+    """Return the losses (...), and write factor · ∂loss of each row to the gradient, if any."""
+    student, dtype = problem.student, compute_dtype_of(problem)
+    losses = student.new_zeros(student.shape[:-1], dtype=dtype)
+    column, n = losses.view(-1, 1), len(problem.teachers)
+    weights = weights_of_rows(problem)
+    index = None if problem.teacher_index is None else problem.teacher_index.reshape(-1)
+    out = gradient
+    if gradient is not None and gradient.ndim > 3 and not gradient.is_contiguous():
+        out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    unit = problem.scale / problem.student_temperature
+    scaled = None if factors is None else factors * unit
+    has_masked = factors is not None and not (factors.is_cpu and factors.all())
+    in_scratch = out is not None and (
+        out.dtype != dtype or (out.stride(-1) != 1 and out.shape[-1] > 1)
+    )
+
+    def terms_of_chunk(
+        q: Softmax, z_teachers: Sequence[Tensor], rows: slice, scratch: Scratch
+    ) -> Terms:
+        if problem.combine == "mixture":
+            p = mixture(
+                z_teachers, weights[rows], problem.teacher_temperature, dtype, scratch[2:6],
+                problem.divergence in _WITH_LOGS,
+            )  # fmt: skip
+        else:
+            (z,) = z_teachers
+            p = softmax(z, problem.teacher_temperature, dtype, scratch[2:4])
+        return terms_of(problem.divergence, q, p, problem.weight, scratch[4:6])
+
+    def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
+        z, z_teachers, certain = chunks[0], chunks[1 : 1 + n], None
+        slope = None
+        if out is not None:
+            slope = scratch[N_SCRATCH] if in_scratch else chunks[-1]
+            if slope is None:
+                slope = torch.empty_like(z, dtype=dtype)
+        if problem.combine == "logits":
+            z_teachers = [weighted_logits(z_teachers, weights[rows], dtype, scratch[5])]
+        elif index is not None:
+            z_teachers = [chosen_logits(z_teachers, index[rows], dtype, scratch[5])]
+        groups = [[x] for x in z_teachers] if problem.combine == "sum" else [z_teachers]
+        for k, group in enumerate(groups):
+            q = softmax(z, problem.student_temperature, dtype, scratch[:2])
+            if slope is not None and k == 0:
+                certain = certain_rows(z, [q.total])
+            weight = weights[rows, k : k + 1] if problem.combine == "sum" else None
+            terms = terms_of_chunk(q, group, rows, scratch)
+            if needs_losses:
+                value = terms.value(problem.scale)
+                if weight is not None:
+                    value = column[rows] + torch.where(weight == 0, 0, value * weight)
+                column[rows] = value
+            if slope is None or scaled is None:
+                continue
+            factor = scaled[rows] if weight is None else scaled[rows] * weight
+            of_terms = slope if k == 0 else terms.spare
+            terms.slope(of_terms, factor)
+            if has_masked or weight is not None:
+                of_rows._select(of_terms, factor)
+            if k:
+                slope.add_(of_terms)
+        if slope is not None and out is not None:
+            centre(slope, certain)
+            if in_scratch:
+                chunks[-1].copy_(slope)
+
+    tensors = [student, *problem.teachers] + ([] if out is None else [out])
+    of_rows._for_chunks(work, N_SCRATCH + in_scratch, *tensors, dtype=dtype)
+    if gradient is not None and out is not gradient:
+        gradient.copy_(out)
+    if problem.row_mask is not None:
+        losses.masked_fill_(~problem.row_mask, 0)
+    return losses
