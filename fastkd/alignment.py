@@ -123,7 +123,8 @@ def byte_offsets(text: str, tokens: Iterable[bytes] | Offsets) -> list[tuple[int
     Args:
         text: The text.
         tokens: The bytes of each token, which are the text one after the other, or the offsets of
-            each token in characters, as tokenizers of Hugging Face return them.
+            each token in characters, as tokenizers of Hugging Face return them. SentencePiece gives
+            no text to the first bytes of a character that it has no token for: take bytes there.
 
     Raises:
         ValueError: The tokens are not those of the text.
