@@ -7,7 +7,7 @@ a token ends inside a character, as tokens of bytes may, take bytes for both: `b
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,19 +123,20 @@ def byte_offsets(text: str, tokens: Iterable[bytes] | Offsets) -> list[tuple[int
     Args:
         text: The text.
         tokens: The bytes of each token, which are the text one after the other, or the offsets of
-            each token in characters, as tokenizers of Hugging Face return them.
+            each token in characters, as tokenizers of Hugging Face return them. SentencePiece gives
+            no text to the first bytes of a character that it has no token for: take bytes there.
 
     Raises:
         ValueError: The tokens are not those of the text.
     """
-    tokens = list(tokens)
+    pieces: list[Any] = list(tokens)
     encoded = text.encode()
-    if tokens and not isinstance(tokens[0], bytes):
+    found = []
+    if pieces and not isinstance(pieces[0], bytes):
         places = [0]
         for character in text:
             places.append(places[-1] + len(character.encode()))
-        found = []
-        for start, end in tokens:  # type: ignore[misc]
+        for start, end in pieces:
             if not 0 <= start <= end < len(places):
                 raise ValueError(
                     f"tokens must have offsets (start, end) with 0 ≤ start ≤ end ≤ {len(text)}, in "
@@ -143,9 +144,9 @@ def byte_offsets(text: str, tokens: Iterable[bytes] | Offsets) -> list[tuple[int
                 )
             found.append((places[start], places[end]))
         return found
-    found, place = [], 0
-    for i, token in enumerate(tokens):
-        end = place + len(token)  # type: ignore[arg-type]
+    place = 0
+    for i, token in enumerate(pieces):
+        end = place + len(token)
         if encoded[place:end] != token:
             raise ValueError(
                 f"tokens must be the bytes of the text one after the other, got {token!r} as token "
@@ -183,14 +184,15 @@ def group_tensors(
     if not alignments:
         raise ValueError("alignments must hold one alignment for each sequence, got none")
     n_groups = max(x.n_groups for x in alignments)
-    tensors = []
-    for groups in ([x.student for x in alignments], [x.teacher for x in alignments]):
-        tensors.append(_padded(groups, max(map(len, groups)), -1, device))
-    for groups in ([x.student for x in alignments], [x.teacher for x in alignments]):
-        firsts = [[place for place, _ in _places(x).values()] for x in groups]
-        tensors.append(_padded(firsts, n_groups, 0, device))
+    of_each = [[x.student for x in alignments], [x.teacher for x in alignments]]
+    student, teacher = (_padded(x, max(map(len, x)), -1, device) for x in of_each)
+    student_first, teacher_first = (
+        _padded([[first for first, _ in _places(x).values()] for x in groups], n_groups, 0, device)
+        for groups in of_each
+    )
     sizes = torch.tensor([x.n_groups for x in alignments], device=device)
-    return Groups(*tensors, torch.arange(n_groups, device=device) < sizes[:, None])
+    present = torch.arange(n_groups, device=device) < sizes[:, None]
+    return Groups(student, teacher, student_first, teacher_first, present)
 
 
 def _padded(

@@ -25,7 +25,7 @@ from fastkd.problems import _vocabularies as vocabularies
 from fastkd.problems import rows, sorted_rows
 
 _FORMULAS = {name: getattr(divergences, name).formula for name in rows.DIVERGENCES}
-_EVERY_ENTRY = 64  # is a loss of its own: no tensor has more dimensions
+_ALL_DIMENSIONS = 64  # more than a tensor has, so that every entry has a loss of its own
 
 
 @loss(vocabularies.check_sorted, sorted_rows.uld, per_example=True, has_kernels=False)
@@ -52,8 +52,8 @@ def uld(
     The portable engine sorts a chunk of rows at a time and keeps a byte for each logit until the
     backward, in place of eight numbers.
 
-        TRL GOLD    the same for each position; a mean over the positions of a sequence, and then
-                    over the sequences: with `reduction="none"`
+        TRL GOLD    the same for each position, a mean over the positions of a sequence, and then
+                    over the sequences; its default takes the logits at the tokens of an answer
 
     Args:
         student_logits: Logits of the student, (..., V), unnormalised.
@@ -309,7 +309,7 @@ def _check_likelihoods(
     _checks.one_of(("kl", "tv"), divergence=divergence)
 
 
-@loss(_check_likelihoods, per_example=_EVERY_ENTRY)
+@loss(_check_likelihoods, per_example=_ALL_DIMENSIONS)
 def alm(
     student_logprobs: Tensor,
     teacher_logprobs: Tensor,

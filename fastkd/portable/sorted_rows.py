@@ -97,8 +97,9 @@ def _softmax(
 
 def _compare(q: Tensor, p: Tensor, signs: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return Σ |sort(q) − sort(p)| and Σ q σ of the rows, and write the signs σ."""
+    # stable, so that of equal probabilities the same one gets the sign as by the formula
     difference, order = torch.sort(q, dim=-1, descending=True, stable=True)
-    others = torch.sort(p, dim=-1, descending=True, stable=True).values
+    others = torch.sort(p, dim=-1, descending=True).values
     n = min(q.shape[-1], p.shape[-1])
     sorted_q = difference.clone()
     difference[:, :n].sub_(others[:, :n])

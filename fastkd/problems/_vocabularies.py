@@ -149,7 +149,7 @@ def _check_divergence(divergence: str, **options: Number) -> None:
 
 
 def _check_ids(name: str, ids: Any, logits: Tensor, has_none: bool = False) -> None:
-    """Raise an error unless they are entries of the vocabulary of the logits."""
+    """Raise an error unless the ids are entries of the vocabulary of the logits, or −1 for none."""
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         got = str(ids.dtype) if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"{name} must be a tensor of token ids (torch.int64), got {got}")
@@ -245,7 +245,10 @@ def _solve(
     scale_t2: bool,
     **options: Number,
 ) -> Tensor:
-    """Solve for the divergence of rows, divided by temperatures yet, times those squared."""
+    """Solve for the divergence of rows that `temperatures` still divide, times T² if asked for.
+
+    T² is the product of the temperatures by which the networks are softened in all.
+    """
     option = (*own_option(divergence, **options).values(), 0.0)[0]
     name = rows.limit_of(divergence, option)
     scale = softened_by[0] * softened_by[1] if scale_t2 else 1.0
