@@ -176,6 +176,7 @@ def test_every_loss_has_its_least_bytes(workload):
     )
     # of 8 examples: two networks or towers, two views of half of them, the features of one, crops
     n_tensors = {"nt_xent": 1, "sup_con": 1, "dino": 12, "fsp": 4, "minilm_relation": 6}
+    n_tensors["teacher_free_kd"] = 1
     n_tensors["linear_kd"] = 2 + 2 * 2  # hidden states, and heads of 16 entries
     n_tensors = (n_tensors | {"vid": 2 + 1 / 8}).get(name, 2)
     n_trained = {"info_nce": 2, "clip_contrastive": 2, "siglip": 2, "dino": 10, "fsp": 2}
@@ -183,6 +184,7 @@ def test_every_loss_has_its_least_bytes(workload):
     n_trained = (n_trained | {"vid": 1 + 1 / 8, "minilm_relation": 3}).get(name, 1)
     others = {"kd": 8 * 8, "sup_con": 8 * 8, "clip_contrastive": 4, "siglip": 8, "dino": 2 * 16}
     others["hint"] = 2 * 8  # weights
+    others |= dict.fromkeys(("wsld", "mft", "teacher_free_kd"), 8 * 8)
     read = 2 * 8 * 16 * n_tensors + others.get(name, 0)
     assert runner.least_bytes(forward, inputs) == read
     again = read if workload.family.independent else 0  # of logits, which a backward reads again
