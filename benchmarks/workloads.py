@@ -48,6 +48,8 @@ _ROWS = [(128, 10), (128, 100), (256, 1000), (2048, 32000)]
 _RELATIONS = [(64, 64), *product((64, 128, 256, 512, 1024, 2048), (128, 512, 1024))]
 # features of a layer, of a small and of a large batch; rows and classes for DIST
 _GRAMS = [(64, 128), (256, 1000), (256, 16384), (2048, 512)]
+# batches of CIFAR-100 and of ImageNet; of their V² products for each T there is room for few more
+_LEVELS = [(64, 100), (512, 100), (256, 1000)]
 # images of a GPU and outputs of DINO's head, and smaller
 _CROPS = [(8, 1024), (16, 8192), (16, 65536)]
 _PAIRS = Family(
@@ -137,6 +139,19 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         [(4096, 768), (512, 8192)],
         independent=True,
     ),
+    # the kernels are those of "rows", or there are none
+    **dict.fromkeys(
+        ("wsld", "corrected"),
+        Family(
+            math.prod,
+            _ROWS,
+            [*_ROWS, (4096, 128256)],
+            [(4096, 128256), (256, 1000)],
+            [],
+            independent=True,
+        ),
+    ),
+    "levels": Family(math.prod, _LEVELS, _LEVELS, [(256, 1000)], []),
     # the kernels are those of "rows"
     "channel_wise": Family(
         math.prod,
@@ -209,6 +224,11 @@ def with_labels(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[T
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(shape[1], shape[:1], generator=generator)
     return [*two_networks(shape, dtype, device), labels.to(device)]
+
+
+def one_network(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Return logits and labels, without a teacher."""
+    return with_labels(shape, dtype, device)[::2]
 
 
 def both_trained(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
@@ -297,6 +317,9 @@ INPUTS: dict[str, Inputs] = {
     "kd": with_labels,
     "decoupled_kd": with_labels,
     "nkd": with_labels,
+    "wsld": with_labels,
+    "mft": with_labels,
+    "teacher_free_kd": one_network,
     "dino": crops,
     "linear_kd": heads,
     "hint": weighted_maps,
@@ -311,6 +334,8 @@ PUBLIC = {"channel_wise": fastkd.channel_wise, "linear_kd": fastkd.linear_kd}
 OPTIONS: dict[str, Mapping[str, Any]] = {
     "dist_kd": {"temperature": T},
     "correlation_congruence": {"form": "kernel"},
+    "mft": {"threshold": 0.2, "temperature": T},
+    "teacher_free_kd": {"correct_probability": 0.99, "temperature": 20.0},
     "token_relation": {"heads": 12},
     "minilm_relation": {"n_heads": 12},
 }

@@ -38,11 +38,23 @@ TEST_SECONDS, BYTES = 60, 8 << 30  # of CPU, and of memory: so that endless loop
 IGNORED = ("compiled", "integrations", "test_docs.py")  # which quotes the code as it is laid out
 INTERPRETED = ["tests", *(f"--ignore=tests/{name}" for name in IGNORED)]
 COMPILED = ["tests/compiled"]
-PROBLEMS = {"rows", "pairs", "relations", "gram", "moments", "tokens", "linear"}
+PROBLEMS = {
+    "rows",
+    "corrected",
+    "pairs",
+    "relations",
+    "gram",
+    "levels",
+    "moments",
+    "tokens",
+    "linear",
+}
 # a part of a file's path, and the tests that cover it: those of its problem, what else is about it
 TOPICS = [
     ("kernels/rows|_row_terms", "rows reduction kernels"),
     ("portable/rows", "rows reduction memory"),
+    ("corrected|label_aware", "corrected reduction"),
+    ("levels|multi_level", "levels"),
     ("kernels/pairs", "pairs kernels"),
     ("kernels/relations", "relations mirrored_angles kernels"),
     ("linear|_heads|_products", "linear"),
@@ -301,7 +313,8 @@ class Covering:
         others = EVERYWHERE if "doctor" not in topics else []
         self.selections = [[f"tests/{x}.py" for x in (*self.near, *others)]]
         if is_kernel:
-            losses = " or ".join(COMPILED_LOSSES[x] for x in sorted(self.problems - {"gram"}))
+            problems = sorted(self.problems & COMPILED_LOSSES.keys())
+            losses = " or ".join(COMPILED_LOSSES[x] for x in problems)
             self.selections.append([*COMPILED, "-k", losses])
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:

@@ -74,7 +74,7 @@ def test_logits_of_2000_are_finite(shape):
 @pytest.mark.parametrize("most", [100, 100_000])
 @each_shape
 def test_a_masked_vocabulary(shape, most, monkeypatch):
-    """What both leave out counts for nothing; what the student alone does, in the KL alone."""
+    """Classes that both leave out count for nothing; those of the student alone, in the KL."""
     in_chunks_of(most, monkeypatch)
     student, teacher = logits(shape[:1], shape[1])
     mask = torch.zeros(shape[1], dtype=torch.bool, device=DEVICE)
