@@ -28,7 +28,7 @@ OPTIONS = {  # none of them a default
     fastkd.LogitMSELoss: dict(temperature=2.0, scale_t2=False),
     fastkd.KDLoss: dict(alpha=0.2, temperature=2.0, divergence="skew_kl", skew=0.3),
     fastkd.LinearKDLoss: dict(temperature=2.0, divergence="jensen_shannon", beta=0.3),
-    fastkd.MutualKLLoss: dict(temperature=2.0, scale_t2=False, detach_peers=False),
+    fastkd.MutualKLLoss: dict(temperature=2.0, scale_t2=False),
     fastkd.RKDDistanceLoss: dict(normalize=True, smooth_l1_beta=0.3),
     fastkd.RKDAngleLoss: dict(normalize=True, smooth_l1_beta=0.3),
     fastkd.RKDLoss: dict(distance_weight=1.0, angle_weight=3.0, normalize=True),
