@@ -33,7 +33,7 @@ OPTIONS = {  # none of them a default
     fastkd.MFTLoss: dict(threshold=0.4, temperature=2.0, reduction="sum"),
     fastkd.TeacherFreeKDLoss: dict(correct_probability=0.8, temperature=2.0),
     fastkd.LinearKDLoss: dict(temperature=2.0, divergence="jensen_shannon", beta=0.3),
-    fastkd.MutualKLLoss: dict(temperature=2.0, scale_t2=False, detach_peers=False),
+    fastkd.MutualKLLoss: dict(temperature=2.0, scale_t2=False),
     fastkd.RKDDistanceLoss: dict(normalize=True, smooth_l1_beta=0.3),
     fastkd.RKDAngleLoss: dict(normalize=True, smooth_l1_beta=0.3),
     fastkd.RKDLoss: dict(distance_weight=1.0, angle_weight=3.0, normalize=True),

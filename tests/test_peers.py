@@ -42,6 +42,16 @@ def test_both_sides_learn_where_nothing_is_detached(engine):
     )
 
 
+def test_a_module_has_the_option_of_gradients():
+    """Its value is the same, which test_modules.py compares."""
+    logits, loss = peers(2)((5,), 7), fastkd.MutualKLLoss()
+    detached = torch.autograd.grad(loss(logits), logits)
+    loss.detach_peers = False
+    expected = torch.autograd.grad(fastkd.mutual_kl(logits, detach_peers=False), logits)
+    assert_same(torch.autograd.grad(loss(logits), logits), expected)
+    assert not torch.allclose(detached[0], expected[0])
+
+
 @pytest.mark.parametrize("n", [2, 3, 4])
 @pytest.mark.parametrize("detach_peers", [True, False])
 def test_equal_networks_have_nothing_to_learn(n, detach_peers, engine):
