@@ -263,6 +263,27 @@ def gradient(
             tl.store(gradient_row + (top - head), value.to(gradient_row.dtype.element_ty))
 
 
+@triton.jit
+def _others_of_rows(
+    rows, certain, exists, n_cols, units, row, weight, factors,
+    DIVERGENCE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of the gradients of rows without their tops, and these, −1 if uncertain.
+
+    They are read anew in narrow tiles, which take few registers.
+    """
+    NARROW: tl.constexpr = min(1024, max(1, COLUMNS // 4))
+    sums, tops = tl.zeros([ROWS, NARROW], DTYPE), tl.full([ROWS, NARROW], -1, tl.int32)
+    for start in range(0, n_cols, NARROW):
+        columns = start + tl.arange(0, NARROW)[None, :]
+        x, y = load_logits(rows, columns, exists & (columns < n_cols), DTYPE)
+        gradient = _row_gradient(x, y, columns, units, row, weight, factors, DIVERGENCE, False, FAST)
+        sums += tl.where(x == row.ms, 0.0, gradient)
+        tops = tl.where(x == row.ms, columns, tops)
+    return tl.sum(sums, 1), tl.max(tl.where(certain, tops, -1), 1)
+
+
 @triton.jit(do_not_specialize=["n_rows", "inner"])
 def whole_rows(
     student_ptr,  # (n_rows, n_cols)
@@ -348,24 +369,26 @@ def whole_rows(
             rows, exists, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
             unit, DTYPE,
         )  # fmt: skip
+        statistics = Statistics(
+            ms[:, None], zs[:, None], mt[:, None], zt[:, None], slope_sum[:, None], z1[:, None]
+        )
+        of_columns = Factors(
+            factors.divergence[:, None], factors.cross_entropy[:, None], factors.label[:, None]
+        )
         slopes = _row_gradient(
-            x, y, columns, units,
-            Statistics(
-                ms[:, None], zs[:, None], mt[:, None], zt[:, None], slope_sum[:, None],
-                z1[:, None],
-            ),
-            weight,
-            Factors(
-                factors.divergence[:, None], factors.cross_entropy[:, None], factors.label[:, None]
-            ),
-            DIVERGENCE, ce_upstream_ptr is not None, FAST,
+            x, y, columns, units, statistics, weight, of_columns, DIVERGENCE,
+            ce_upstream_ptr is not None, FAST,
         )  # fmt: skip
         certain = is_certain(zs, zt, z1, ce_upstream_ptr is not None)
-        if tl.max(certain.to(tl.int32), 0) != 0:
-            pivots = tl.where(certain, ms, INFINITY)[:, None]
-            is_top = _is_top(pointers, columns, inside, pivots)
-            others = tl.sum(tl.where(is_top, 0.0, slopes), 1)
-            slopes = tl.where(is_top, -others[:, None], slopes)
+        is_any = tl.max(certain.to(tl.int32), 0) != 0
+        # the gradient of a KL alone takes few registers, which a tile of logits would add to
+        IS_LEAN: tl.constexpr = not (losses_ptr is not None or LABELS or IS_MIXTURE)
+        if not IS_LEAN:
+            if is_any:
+                pivots = tl.where(certain, ms, INFINITY)[:, None]
+                is_top = _is_top(pointers, columns, inside, pivots)
+                others = tl.sum(tl.where(is_top, 0.0, slopes), 1)
+                slopes = tl.where(is_top, -others[:, None], slopes)
         if IN_PLACE and LABELS:
             tl.debug_barrier()  # so that the label's logit has been read before it is overwritten
         gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)
@@ -375,3 +398,12 @@ def whole_rows(
             slopes.to(gradient_ptr.dtype.element_ty),
             mask=inside,
         )
+        if IS_LEAN:
+            if is_any:
+                others, tops = _others_of_rows(
+                    pointers, certain[:, None], exists[:, None], n_cols, units, statistics, weight,
+                    of_columns, DIVERGENCE, DTYPE, FAST, ROWS, COLUMNS,
+                )  # fmt: skip
+                tl.debug_barrier()  # so that this is stored after what the tile has there
+                places = gradient_ptr + gradient_rows + tops
+                tl.store(places, (-others).to(gradient_ptr.dtype.element_ty), tops >= 0)
