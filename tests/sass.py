@@ -3,6 +3,8 @@
     report = analyse(launch)            registers, spills, occupancy, instruction counts
     complaints(launch)                  sentences, none if all is well
 
+What only rows whose student is certain of a class execute is counted apart: see `body_of_few`.
+
 Limits: every instruction of a loop counts as issued, predicated or not, and a loop may be unrolled
 (divide by what its load_bytes say); the bodies of outer loops count as outside; a wait for a
 barrier is a loop too; bytes moved by TMA are not seen.
@@ -22,10 +24,11 @@ import triton
 PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS_PER_SCHEDULER = 16384
 SCHEDULERS = 4  # of a multiprocessor
+WITH_FEW = ("whole_rows",)  # kernels with a branch that few rows take
 RESERVED_SHARED_BYTES = 1024  # by the driver, for each program
 
 LABEL = re.compile(r"\s*(\.L_\w+):")
-INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
+INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
 JUMP = re.compile(r"`\((\.L_\w+)\)")
 WIDTH = re.compile(r"\.(?:[US](8|16)|(64|128|256))\b")
 
@@ -35,6 +38,7 @@ class Instruction:
     address: int
     code: str  # LDG.E.128
     target: int | None  # of a jump
+    is_conditional: bool = False
 
     @property
     def name(self) -> str:
@@ -59,6 +63,7 @@ class Report:
     outside: Counter  # everything outside the innermost loops
     loops: list[Counter]  # one for each innermost loop, in the order of the code
     bodies: list[Counter]  # one for each loop, without the loops inside it
+    few: Counter  # what few rows execute besides, and is in none of these; a loop there once
 
     @property
     def main(self) -> Counter:
@@ -82,11 +87,14 @@ class Report:
 
 def analyse(launch) -> Report:
     resources, instructions = disassemble(launch.asm["cubin"])
+    everything, few = count(instructions), []
+    if launch.name in WITH_FEW:
+        few = body_of_few(instructions)
+        instructions = [i for i in instructions if i not in few]
     ranges = all_loops(instructions)
     loops = [within(x, instructions) for x in innermost(ranges)]
     looped = {i.address for loop in loops for i in loop}
     outside = [i for i in instructions if i.address not in looped]
-    everything = count(instructions)
     warps_per_sm, limited_by = occupancy(launch, resources["REG"])
     return Report(
         registers=resources["REG"],
@@ -99,6 +107,7 @@ def analyse(launch) -> Report:
         outside=count(outside),
         loops=[count(loop) for loop in loops],
         bodies=[count(body_of(x, ranges, instructions)) for x in ranges],
+        few=count(few),
     )
 
 
@@ -142,10 +151,10 @@ def disassemble(cubin: bytes) -> tuple[dict[str, int], list[Instruction]]:
             pending = []
             rows.append(row.groups())
     instructions = []
-    for address, code, operands in rows:
+    for address, predicate, code, operands in rows:
         jump = JUMP.search(operands)
         target = addresses.get(jump[1]) if jump else None
-        instructions.append(Instruction(int(address, 16), code, target))
+        instructions.append(Instruction(int(address, 16), code, target, bool(predicate)))
     while instructions and instructions[-1].name == "NOP":  # padding
         instructions.pop()
     return resources, instructions
@@ -197,6 +206,37 @@ def body_of(loop: Range, loops: list[Range], instructions: list[Instruction]) ->
         for i in within(loop, instructions)
         if not any(first <= i.address <= last for first, last in inner)
     ]
+
+
+def body_of_few(instructions: list[Instruction]) -> list[Instruction]:
+    """Return the instructions that a kernel jumps over, or ends before, in most of its rows.
+
+    They load a part of what was loaded before them once more.
+    """
+    ends = [i.address for i in instructions if i.name == "EXIT" and not i.is_conditional]
+    for jump in instructions:
+        end = jump.target or 0
+        if jump.name == "EXIT":
+            end = next((x + 1 for x in ends if x > jump.address), 0)
+        if jump.is_conditional and end > jump.address:
+            before = count([i for i in instructions if i.address < jump.address])
+            body = [i for i in instructions if jump.address < i.address < end]
+            if 0 < count(body)["load_bytes"] < before["load_bytes"]:
+                return body + far_from(body, instructions)
+    return []
+
+
+def far_from(body: list[Instruction], instructions: list[Instruction]) -> list[Instruction]:
+    """Return what a body jumps to elsewhere, up to the jump that comes back to it.
+
+    It is what shuffles would do if their warp had diverged.
+    """
+    inside, found = {i.address for i in body}, []
+    for target in {i.target for i in body} - inside - {None}:
+        run = [i for i in instructions if i.address >= target]
+        n = next((n for n, i in enumerate(run, 1) if i.target in inside), 0)
+        found += run[:n]
+    return found
 
 
 def count(instructions: list[Instruction]) -> Counter:

@@ -27,6 +27,7 @@ from fastkd.kernels.rows.terms import (
     add_products,
     cross_entropy,
     decoupled,
+    is_certain,
     kl_value,
     log2_odds,
     logit_of,
@@ -110,6 +111,28 @@ def _row_gradient(
 
 
 @triton.jit
+def _is_top(rows, columns, mask, pivots, APART: tl.constexpr):
+    """Return where the student's logits are these pivots; they are read anew, from the cache.
+
+    Kept from where they were read first, they would take registers of rows that need no look.
+    """
+    logits = tl.load(rows.student + columns, mask, -INFINITY)
+    is_top = logits == pivots.to(logits.dtype)
+    return is_top & (columns != rows.apart) if APART else is_top
+
+
+@triton.jit
+def _with_certain(slopes, rows, columns, mask, certain, ms, APART: tl.constexpr):
+    """Return the slopes of rows, in which a certain class has minus the sum of the others."""
+    if tl.max(certain.to(tl.int32), 0) != 0:
+        pivots = tl.where(certain, ms, INFINITY)[:, None]
+        is_top = _is_top(rows, columns, mask, pivots, APART)
+        others = tl.sum(tl.where(is_top, 0.0, slopes), 1)
+        slopes = tl.where(is_top, -others[:, None], slopes)
+    return slopes
+
+
+@triton.jit
 def _gradient_tile(
     rows, gradient_row, columns, inside, unmasked, head, units, row, weight, factors,
     DIVERGENCE: tl.constexpr, IS_DECOUPLED: tl.constexpr, LABELS: tl.constexpr,
@@ -124,6 +147,98 @@ def _gradient_tile(
     tl.store(gradient_row + columns, gradient.to(gradient_row.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _other_gradients(
+    rows, columns, inside, head, units, row, weight, factors, DIVERGENCE: tl.constexpr,
+    IS_DECOUPLED: tl.constexpr, LABELS: tl.constexpr, APART: tl.constexpr, DTYPE: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """Return the sum of a tile's gradient without the row's top, and the top, for each thread."""
+    x, y = load_logits(rows, columns, inside, DIVERGENCE, APART, DTYPE)
+    gradient = _row_gradient(
+        x, y, columns + head, columns == rows.apart, units, row, weight, factors, DIVERGENCE,
+        IS_DECOUPLED, LABELS, APART, FAST,
+    )  # fmt: skip
+    top = tl.max(tl.where(x == row.ms, columns + head, -1), 1)
+    return tl.sum(tl.where(inside & (x != row.ms), gradient, 0.0), 1), top
+
+
+@triton.jit(do_not_specialize=["inner"])
+def certain_classes(
+    student_ptr,  # (n_rows, n_cols)
+    teacher_ptr,  # (n_rows, n_cols)
+    labels_ptr,  # (n_rows,) or None
+    row_mask_ptr,  # (n_rows,) or None
+    apart_ptr,  # (n_rows,), classes that are set apart, or None
+    upstream_ptr,  # (n_rows,) of the losses, or None
+    ce_upstream_ptr,  # (n_rows,) of the cross-entropies, or None
+    statistics_ptr,  # (n_rows, N_STATISTICS)
+    gradient_ptr,  # (n_rows, n_cols), written there; None before it is
+    tops_ptr,  # (n_rows,), written; None with gradient_ptr
+    of_tops_ptr,  # (n_rows,), written; None with gradient_ptr
+    n_cols,
+    inner,  # size of the logits' last dimension but one
+    strides,  # Strides
+    numbers,  # Numbers
+    DIVERGENCE: tl.constexpr, IS_DECOUPLED: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    ON_DEVICE: tl.constexpr, PER_ROW: tl.constexpr, CONGRUENT: tl.constexpr,
+    THREADS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of a class that a student is nearly certain of: program (row).
+
+    It is minus the sum of the others. Rows that are not certain are not read, and get the top −1.
+    This is no part of `gradient`, whose occupancy it would take, and no block there has a whole row.
+    """
+    row = tl.program_id(0)
+    weight = number(numbers.weight, ON_DEVICE, DTYPE)
+    temperature = temperature_of(numbers.student_temperature, row, PER_ROW, ON_DEVICE, DTYPE)
+    units = units_of(numbers, row, PER_ROW, ON_DEVICE, DTYPE)
+    LABELS: tl.constexpr = ce_upstream_ptr is not None
+    APART: tl.constexpr = apart_ptr is not None
+    apart = tl.load(apart_ptr + row).to(tl.int64) if apart_ptr is not None else -1
+    factors = _row_factors(
+        row, row >= 0, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
+        number(numbers.scale, ON_DEVICE, DTYPE) / temperature, DTYPE,
+    )  # fmt: skip
+    statistics = load_statistics(statistics_ptr + row.to(tl.int64) * N_STATISTICS)
+    unmasked = (factors.divergence != 0) | (factors.cross_entropy != 0)
+    if not (unmasked & is_certain(statistics.zs, statistics.zt, statistics.z1, LABELS)):
+        if tops_ptr is not None:
+            tl.store(tops_ptr + row, -1)
+        return
+    student = Strided(student_ptr, strides.student_outer, strides.student_inner)
+    teacher = Strided(teacher_ptr, strides.teacher_outer, strides.teacher_inner)
+    student_row = student_ptr + row_offset(row, inner, student)
+    head = head_of(student_row, n_cols, WIDTH)
+    rows = Pointers(
+        at_boundary(student_row, head, True),
+        at_boundary(teacher_ptr, row_offset(row, inner, teacher) + head, CONGRUENT),
+        apart - head,
+    )
+    end = (n_cols - head) // WIDTH
+    sums, tops = tl.zeros([THREADS], DTYPE), tl.full([THREADS], -1, tl.int32)
+    for i in range(0, end, THREADS):
+        inside = (i + tl.arange(0, THREADS) < end)[:, None]
+        others, top = _other_gradients(
+            rows, vectors(i, THREADS, WIDTH), inside, head, units, statistics, weight, factors,
+            DIVERGENCE, IS_DECOUPLED, LABELS, APART, DTYPE, FAST,
+        )  # fmt: skip
+        sums, tops = sums + others, tl.maximum(tops, top)
+    at_edge, inside_edge = edges(head, n_cols, THREADS, WIDTH)
+    others, top = _other_gradients(
+        rows, at_edge, inside_edge, head, units, statistics, weight, factors, DIVERGENCE,
+        IS_DECOUPLED, LABELS, APART, DTYPE, FAST,
+    )  # fmt: skip
+    value, top = -tl.sum(sums + others, 0), tl.max(tl.maximum(tops, top), 0)
+    if gradient_ptr is not None:
+        gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)
+        place = gradient_ptr + row_offset(row, inner, gradient) + top
+        tl.store(place, value.to(gradient_ptr.dtype.element_ty), top >= 0)
+    else:
+        tl.store(tops_ptr + row, top)
+        tl.store(of_tops_ptr + row, value)
+
+
 @triton.jit(do_not_specialize=["inner"])
 def gradient(
     student_ptr,  # (n_rows, n_cols)
@@ -135,6 +250,8 @@ def gradient(
     ce_upstream_ptr,  # (n_rows,) of the cross-entropies, or None
     statistics_ptr,  # (n_rows, N_STATISTICS)
     gradient_ptr,  # (n_rows, n_cols), written
+    tops_ptr,  # (n_rows,), what `certain_classes` found before, or None
+    of_tops_ptr,  # (n_rows,), or None
     n_cols,
     n_blocks,  # of VECTORS vectors, to a row
     inner,  # size of the logits' last dimension but one
@@ -176,8 +293,8 @@ def gradient(
         gradient_ptr, row_offset(row, inner, gradient) + head, GRADIENT_CONGRUENT
     )
     unmasked = (factors.divergence != 0) | (factors.cross_entropy != 0)
-    start = block * VECTORS
-    inside = (start + tl.arange(0, VECTORS) < (n_cols - head) // WIDTH)[:, None]
+    start, end = block * VECTORS, (n_cols - head) // WIDTH
+    inside = (start + tl.arange(0, VECTORS) < end)[:, None]
     _gradient_tile(
         rows, gradient_row, vectors(start, VECTORS, WIDTH), inside, unmasked, head, units,
         statistics, weight, factors, DIVERGENCE, IS_DECOUPLED, LABELS, APART, DTYPE, FAST,
@@ -188,6 +305,36 @@ def gradient(
             rows, gradient_row, at_edge, inside_edge, unmasked, head, units, statistics, weight,
             factors, DIVERGENCE, IS_DECOUPLED, LABELS, APART, DTYPE, FAST,
         )  # fmt: skip
+    if tops_ptr is not None:
+        top = tl.load(tops_ptr + row)
+        vector = (top - head + WIDTH) // WIDTH - 1  # rounded down, because a division rounds to 0
+        is_own = (vector >= start) & (vector < tl.minimum(start + VECTORS, end))
+        is_own |= (block == 0) & ((vector < 0) | (vector >= end))
+        if (top >= 0) & is_own:
+            tl.debug_barrier()  # so that this is stored after what the tile has there
+            value = tl.load(of_tops_ptr + row)
+            tl.store(gradient_row + (top - head), value.to(gradient_row.dtype.element_ty))
+
+
+@triton.jit
+def _others_of_rows(
+    rows, certain, exists, n_cols, units, row, weight, factors,
+    DIVERGENCE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of the gradients of rows without their tops, and these, −1 if uncertain.
+
+    They are read anew in narrow tiles, which take few registers.
+    """
+    NARROW: tl.constexpr = min(1024, max(1, COLUMNS // 4))
+    sums, tops = tl.zeros([ROWS, NARROW], DTYPE), tl.full([ROWS, NARROW], -1, tl.int32)
+    for start in range(0, n_cols, NARROW):
+        columns = start + tl.arange(0, NARROW)[None, :]
+        x, y = load_logits(rows, columns, exists & (columns < n_cols), DIVERGENCE, False, DTYPE)
+        gradient = _slopes(x, y, columns < 0, units, row, weight, factors, DIVERGENCE, False, FAST)
+        sums += tl.where(x == row.ms, 0.0, gradient)
+        tops = tl.where(x == row.ms, columns, tops)
+    return tl.sum(sums, 1), tl.max(tl.where(certain, tops, -1), 1)
 
 
 @triton.jit
@@ -337,7 +484,9 @@ def whole_rows(
         slopes = _slopes(
             x, y, columns == apart, units, row, weight, factors, DIVERGENCE, IS_DECOUPLED, FAST
         )
+        certain = is_certain(zs, zt, z1, ce_upstream_ptr is not None)
         if IS_STANDARDIZED:
+            slopes = _with_certain(slopes, pointers, columns, inside, certain, ms, APART)
             if APART:
                 x, y = load_logits(pointers, columns, inside, DIVERGENCE, False, DTYPE)
             slopes += _slopes_of_deviation(slopes, x, mean, deviation, n)
@@ -345,6 +494,12 @@ def whole_rows(
                 x, y = load_logits(pointers, columns, inside, DIVERGENCE, APART, DTYPE)
         if ce_upstream_ptr is not None:
             slopes += _label_slopes(x, columns, units, row, factors, APART)
+        # the gradient of a KL alone takes few registers, which a tile of logits would add to
+        IS_LEAN: tl.constexpr = not (
+            losses_ptr is not None or LABELS or IS_MIXTURE or IS_STANDARDIZED or APART
+        )
+        if not IS_LEAN:
+            slopes = _with_certain(slopes, pointers, columns, inside, certain, ms, APART)
         if IN_PLACE and LABELS:
             tl.debug_barrier()  # so that the label's logit has been read before it is overwritten
         gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)
@@ -354,3 +509,12 @@ def whole_rows(
             slopes.to(gradient_ptr.dtype.element_ty),
             mask=inside,
         )
+        if IS_LEAN:
+            if tl.max(certain.to(tl.int32), 0) != 0:
+                others, tops = _others_of_rows(
+                    pointers, certain[:, None], exists[:, None], n_cols, units, row, weight,
+                    factors, DIVERGENCE, DTYPE, FAST, ROWS, COLUMNS,
+                )  # fmt: skip
+                tl.debug_barrier()  # so that this is stored after what the tile has there
+                places = gradient_ptr + gradient_rows + tops
+                tl.store(places, (-others).to(gradient_ptr.dtype.element_ty), tops >= 0)

@@ -284,23 +284,37 @@ def _launch_gradient(
     n_rows, n_cols = _shape(problem)
     student, teacher = rows_of(problem.student), rows_of(problem.teacher)
     gradient_rows, width = rows_of(gradient), _width(problem)
-    num_warps = 4
     # numbers of float64 take two registers, and more to compute with: a thread has 8 of them
     vectors = 1024 // width if _dtype(problem) == torch.float64 else 512
     n_blocks = triton.cdiv(n_cols, vectors * width)
+    shared = dict(
+        **_arguments(problem),
+        **_operands(student, teacher, gradient_rows, upstream),
+        statistics_ptr=statistics.contiguous(),  # mapped upstreams have one of all, expanded
+        FAST=_has_fast_log2(problem),
+        CONGRUENT=congruent(student, teacher, width),
+        WIDTH=width,
+    )
+    tops = of_tops = None
+    if gradient is problem.student:  # found beforehand, because they are overwritten
+        of_tops = statistics.new_empty(n_rows)
+        tops = torch.empty_like(of_tops, dtype=torch.int32)
+    found: dict[str, Any] = dict(tops_ptr=tops, of_tops_ptr=of_tops)
     with on_device(problem.student):
+        if tops is not None:
+            gradients.certain_classes[(n_rows,)](
+                **{**shared, "gradient_ptr": None}, **found, THREADS=256, num_warps=8
+            )
         gradients.gradient[(n_rows * n_blocks,)](
-            **_arguments(problem),
-            **_operands(student, teacher, gradient_rows, upstream),
-            statistics_ptr=statistics.contiguous(),  # mapped upstreams have one of all, expanded
+            **shared,
+            **found,
             n_blocks=n_blocks,
-            FAST=_has_fast_log2(problem),
-            CONGRUENT=congruent(student, teacher, width),
             GRADIENT_CONGRUENT=congruent(student, gradient_rows, width),
             VECTORS=vectors,
-            WIDTH=width,
-            num_warps=num_warps,
+            num_warps=4,
         )
+        if tops is None:
+            gradients.certain_classes[(n_rows,)](**shared, **found, THREADS=256, num_warps=8)
 
 
 def _arguments(problem: Rows) -> dict[str, Any]:

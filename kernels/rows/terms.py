@@ -18,6 +18,7 @@ from fastkd.kernels.tiles import LN2, LOG2E, log2
 LOWEST = tl.constexpr(-1e30)  # pivot of an empty sum: finite, so that differences are numbers
 SMALLEST = tl.constexpr(-120.0)  # log2 of the probability that a mixture takes for 0
 LEAST = tl.constexpr(2.0**-119)  # above exp2(SMALLEST), however that is rounded
+CERTAIN = tl.constexpr(1 / 0.9)  # Z of a row, relative to its maximum, with a class of 0.9
 TINY = tl.constexpr(1e-30)  # q·log q is taken for 0 below this q
 
 
@@ -225,6 +226,15 @@ def slope(ds, dt, row, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
         each *= (1 - weight) * LN2
         is_none = q <= LEAST  # because ds would stay in a register of each entry until here
     return tl.where(is_none, 0.0, q * (v - row.slope_sum)) * each
+
+
+@triton.jit
+def is_certain(zs, zt, z1, LABELS: tl.constexpr):
+    """Return whether a student is nearly certain of a class."""
+    certain = zs < CERTAIN
+    if LABELS:
+        certain |= z1 < CERTAIN
+    return certain & (zt > 0)
 
 
 @triton.jit
