@@ -187,7 +187,7 @@ def certain_classes(
     """Compute the gradient of a class that a student is nearly certain of: program (row).
 
     It is minus the sum of the others. Rows that are not certain are not read, and get the top −1.
-    This is no part of `gradient`, whose occupancy it would take, and no block there has a whole row.
+    This is no part of `gradient`, whose occupancy it would take; no block there has a whole row.
     """
     row = tl.program_id(0)
     weight = number(numbers.weight, ON_DEVICE, DTYPE)
