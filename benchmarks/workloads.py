@@ -50,6 +50,9 @@ _RELATIONS = [(64, 64), *product((64, 128, 256, 512, 1024, 2048), (128, 512, 102
 _GRAMS = [(64, 128), (256, 1000), (256, 16384), (2048, 512)]
 # images of a GPU and outputs of DINO's head, and smaller
 _CROPS = [(8, 1024), (16, 8192), (16, 65536)]
+# images with five patches, and outputs of a head; half of a batch of global embeddings
+N_PATCHES, _PROTOTYPES = 5, [(16, 1024), (64, 4096), (256, 8192)]
+_GLOBAL = [(64, 384), (1024, 768), (4096, 768)]
 _PAIRS = Family(
     lambda shape: shape[0] ** 2,
     [(256, 256), (1024, 256), (4096, 256), (8192, 256)],
@@ -141,6 +144,19 @@ FAMILIES = {  # by problem, or by loss where a loss differs
     "localization": Family(
         math.prod, _EDGES, [*_EDGES, (1 << 20, 17)], [(1 << 20, 17)], [], independent=True
     ),
+    "ibot": Family(
+        lambda shape: N_PATCHES * math.prod(shape),
+        _PROTOTYPES,
+        _PROTOTYPES,
+        [(256, 8192)],
+        [],
+        independent=True,
+    ),
+    # on a GPU they are pairs of "rows"
+    "mutual_kl": Family(
+        math.prod, _ROWS, [*_ROWS, (4096, 128256)], [(4096, 128256)], [], independent=True
+    ),
+    "koleo": Family(lambda shape: 4 * shape[0] ** 2, _GLOBAL, _GLOBAL, [(1024, 768)], []),
     "nst": _CROSSED,
     "fsp": _CROSSED,
     "vid": Family(math.prod, _MAPS, _MAPS, [(16, 256, 64, 64)], []),

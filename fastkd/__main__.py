@@ -31,14 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "name", nargs="?", choices=[*_DEMOS], default="digits",
         help="digits (the default), text: paragraphs of Python's documentation, segmentation: "
-        "scenes drawn from digits, or lm: a language model of Python's reference",
+        "scenes drawn from digits, mutual: students that teach each other, ema: a network that its "
+        "average teaches, or lm: a language model of Python's reference",
     )  # fmt: skip
     demo.add_argument(
         "--out", type=Path, default=Path("fastkd-demo"), help="folder for the results"
     )
-    demo.add_argument("--seeds", type=_count, help="students for each loss (5, or 3 of the others)")
     demo.add_argument(
-        "--steps", type=_count, help="training steps of a student (250, of text 200, of lm 500)"
+        "--seeds", type=_count, help="students for each loss (5, or 3 of text, segmentation and lm)"
+    )
+    demo.add_argument(
+        "--steps",
+        type=_count,
+        help="training steps of a student (250, of text 200, of ema 400, of lm 500)",
     )
     demo.add_argument(
         "--device", type=_device, default="cpu", help="cpu (the default) or for example cuda"
@@ -57,6 +62,8 @@ _DEMOS = {  # seeds and steps
     "digits": (5, 250),
     "text": (3, 200),
     "segmentation": (3, 250),
+    "mutual": (5, 250),
+    "ema": (5, 400),
     "lm": (3, 500),
 }
 
@@ -86,7 +93,7 @@ def _device(text: str) -> str:
 
 def _demo(name: str, out: Path, seeds: int | None, steps: int | None, device: str) -> int:
     try:
-        from fastkd.demo import report, scenes, study, text
+        from fastkd.demo import online, report, scenes, study, text
     except ModuleNotFoundError as error:
         missing = str(error.name).split(".")[0]
         if missing not in ("matplotlib", "rich", "sklearn"):
@@ -110,7 +117,9 @@ def _demo(name: str, out: Path, seeds: int | None, steps: int | None, device: st
         from fastkd.demo import lm_report  # whose text no other demo needs
 
         return lm_report.run(out, seeds, steps, device)
-    return study.run(text.STUDY if name == "text" else scenes.STUDY, out, seeds, steps, device)
+    studies = text.STUDY, scenes.STUDY, online.MUTUAL, online.EMA
+    (chosen,) = (x for x in studies if x.name == name)
+    return study.run(chosen, out, seeds, steps, device)
 
 
 # ----------------------------------------------------------------------------------------- doctor
