@@ -52,6 +52,9 @@ _GRAMS = [(64, 128), (256, 1000), (256, 16384), (2048, 512)]
 _LEVELS = [(64, 100), (512, 100), (256, 1000)]
 # images of a GPU and outputs of DINO's head, and smaller
 _CROPS = [(8, 1024), (16, 8192), (16, 65536)]
+# images with five patches, and outputs of a head; half of a batch of global embeddings
+N_PATCHES, _PROTOTYPES = 5, [(16, 1024), (64, 4096), (256, 8192)]
+_GLOBAL = [(64, 384), (1024, 768), (4096, 768)]
 _PAIRS = Family(
     lambda shape: shape[0] ** 2,
     [(256, 256), (1024, 256), (4096, 256), (8192, 256)],
@@ -169,6 +172,19 @@ FAMILIES = {  # by problem, or by loss where a loss differs
     "matched_kl": _VOCABULARIES,
     "projected_kl": _VOCABULARIES,
     "alm": Family(math.prod, [(8, 512), (64, 1024)], [(64, 1024)], [(64, 1024)], []),
+    "ibot": Family(
+        lambda shape: N_PATCHES * math.prod(shape),
+        _PROTOTYPES,
+        _PROTOTYPES,
+        [(256, 8192)],
+        [],
+        independent=True,
+    ),
+    # on a GPU they are pairs of "rows"
+    "mutual_kl": Family(
+        math.prod, _ROWS, [*_ROWS, (4096, 128256)], [(4096, 128256)], [], independent=True
+    ),
+    "koleo": Family(lambda shape: 4 * shape[0] ** 2, _GLOBAL, _GLOBAL, [(1024, 768)], []),
     "nst": _CROSSED,
     "fsp": _CROSSED,
     "vid": Family(math.prod, _MAPS, _MAPS, [(16, 256, 64, 64)], []),

@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="digits (the default), logits: variants and a committee of teachers, text: "
         "paragraphs of Python's documentation, segmentation: scenes drawn from digits, or lm: a "
         "language model of Python's reference",
+        help="digits (the default), text: paragraphs of Python's documentation, segmentation: "
+        "scenes drawn from digits, mutual: students that teach each other, ema: a network that its "
+        "average teaches, or lm: a language model of Python's reference",
     )  # fmt: skip
     demo.add_argument(
         "--out", type=Path, default=Path("fastkd-demo"), help="folder for the results"
@@ -41,7 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--seeds", type=_count, help="students for each loss (5 of digits, otherwise 3)"
     )
     demo.add_argument(
-        "--steps", type=_count, help="training steps of a student (250, of text 200, of lm 500)"
+        "--seeds", type=_count, help="students for each loss (5, or 3 of text, segmentation and lm)"
+    )
+    demo.add_argument(
+        "--steps",
+        type=_count,
+        help="training steps of a student (250, of text 200, of ema 400, of lm 500)",
     )
     demo.add_argument(
         "--device", type=_device, default="cpu", help="cpu (the default) or for example cuda"
@@ -61,6 +69,8 @@ _DEMOS = {  # seeds and steps
     "logits": (5, 250),
     "text": (3, 200),
     "segmentation": (3, 250),
+    "mutual": (5, 250),
+    "ema": (5, 400),
     "lm": (3, 500),
 }
 
@@ -91,6 +101,7 @@ def _device(text: str) -> str:
 def _demo(name: str, out: Path, seeds: int | None, steps: int | None, device: str) -> int:
     try:
         from fastkd.demo import logits, report, scenes, study, text
+        from fastkd.demo import online, report, scenes, study, text
     except ModuleNotFoundError as error:
         missing = str(error.name).split(".")[0]
         if missing not in ("matplotlib", "rich", "sklearn"):
@@ -116,6 +127,9 @@ def _demo(name: str, out: Path, seeds: int | None, steps: int | None, device: st
         return lm_report.run(out, seeds, steps, device)
     of_name = {"logits": logits.STUDY, "text": text.STUDY, "segmentation": scenes.STUDY}
     return study.run(of_name[name], out, seeds, steps, device)
+    studies = text.STUDY, scenes.STUDY, online.MUTUAL, online.EMA
+    (chosen,) = (x for x in studies if x.name == name)
+    return study.run(chosen, out, seeds, steps, device)
 
 
 # ----------------------------------------------------------------------------------------- doctor

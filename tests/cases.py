@@ -205,7 +205,8 @@ def _of_views(first, second, **options):
 
 
 def _patches(**options: Any) -> Case:
-    return Case(fastkd.ibot, "rows", patches, published.ibot, options, None, per_example=True)
+    # whose kernels are those of other losses of rows
+    return Case(fastkd.ibot, "rows", patches, published.ibot, options, None, True, False)
 
 
 @functools.wraps(fastkd.mutual_kl)
@@ -216,7 +217,7 @@ def _mutual(*logits, **options):
 def _peers(n: int, **options: Any) -> Case:
     """Return a case of n networks that teach each other."""
     return Case(
-        _mutual, "peers", peers(n), published.mutual_kl, options, per_example=True,
+        _mutual, "peers", peers(n), published.mutual_kl, options, None, True, False,
         note=f"{n} networks",
     )  # fmt: skip
 

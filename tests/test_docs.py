@@ -26,6 +26,7 @@ NAMES = [name for name in fastkd.__all__ if name not in ("__version__", "backend
 NO_LOSSES = {
     "LayerPairs", "align", "byte_offsets", "group_tensors", "head_options", "sum_by_group",
 }  # fmt: skip
+NO_LOSSES = {"EMATeacher", "LayerPairs", "head_options", "sinkhorn_center"}
 FUNCTIONS = [name for name in NAMES if name.islower() and name not in NO_LOSSES]
 FRAMEWORKS = ("lightning", "transformers", "trl")  # in the extra `integrations` alone
 
@@ -56,6 +57,9 @@ def loop_of_the_reader():
     def convolutional(width):
         layers = dict(stem=torch.nn.Conv2d(3, width, 3), body=torch.nn.Conv2d(width, width, 3))
         return torch.nn.Sequential(OrderedDict(layers))
+
+    def classifier():
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, n_classes))
 
     inputs = torch.randint(n_classes, (2, length))
     return dict(
@@ -89,6 +93,8 @@ def loop_of_the_reader():
         **{f"{name}_t": torch.randn(batch, length, 96) for name in "qkv"},
         patches=leaf(batch, length, width), teacher_patches=torch.randn(batch, length, 24),
         earlier_patches=torch.randn(batch, length, width),
+        first_net=classifier(), second_net=classifier(), third_net=classifier(),
+        patch_mask=torch.arange(length) % 3 < torch.arange(batch)[:, None] % 3,
     )  # fmt: skip
 
 
@@ -348,12 +354,14 @@ def test_the_site(tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
-    losses, modules, results = (
+    losses, modules, results, online = (
         (tmp_path / f"{name}.html").read_text(encoding="utf-8")
-        for name in ("losses", "modules", "results")
+        for name in ("losses", "modules", "results", "online")
     )
     headings = re.findall(r'<h3 id="([\w.]+)" class="doc doc-heading">', losses + modules)
     assert sorted(heading.split(".")[-1] for heading in headings) == sorted([*NAMES, "backend"])
+    for name in ("constant", "linear", "cosine", "warmup", "until"):
+        assert f'id="fastkd.schedules.{name}"' in online
     assert "As in" not in losses  # what docstrings share is written out
     assert "Σ<sub>ij</sub>" in losses and ">arXiv:1503.02531</a>" in losses
     assert "forward_kl" in results

@@ -1,11 +1,16 @@
-"""The demos of text and of drawn scenes, small: their data, their losses and their tables."""
+"""The demos that are studies, small: their data, their losses and their tables."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import fastkd
 from fastkd import __main__ as program
 
+online = pytest.importorskip("fastkd.demo.online", reason="needs the extra `demo`")
 scenes = pytest.importorskip("fastkd.demo.scenes", reason="needs the extra `demo`")
 study = pytest.importorskip("fastkd.demo.study", reason="needs the extra `demo`")
 text = pytest.importorskip("fastkd.demo.text", reason="needs the extra `demo`")
@@ -14,6 +19,9 @@ training = pytest.importorskip("fastkd.demo.training", reason="needs the extra `
 
 SMALL = {text: dict(N_STUDENT=40, N_LABELLED=20, TEACHER_STEPS=2, N_TEST=50)}
 SMALL[scenes] = dict(N_STUDENT=8, N_LABELLED=4, TEACHER_STEPS=2, N_TEST=4, N_TEACHER=8)
+SMALL[online] = {}
+STUDIES = [text.STUDY, scenes.STUDY, online.MUTUAL, online.EMA]
+each_study = pytest.mark.parametrize("chosen", STUDIES, ids=lambda chosen: chosen.name)
 
 
 @pytest.fixture(autouse=True)
@@ -23,32 +31,33 @@ def small(monkeypatch):
         for name, size in sizes.items():
             monkeypatch.setattr(module, name, size)
         monkeypatch.setattr(module, "BATCH", 8)
+    monkeypatch.setattr(training, "TEACHER_STEPS", 2)
 
 
-@pytest.mark.parametrize("module", [text, scenes], ids=["text", "segmentation"])
-def test_prints_and_writes_the_table_and_the_plot(module, tmp_path, capsys):
-    name = module.STUDY.name
+@each_study
+def test_prints_and_writes_the_table_and_the_plot(chosen, tmp_path, capsys):
+    name = chosen.name
     arguments = ["demo", name, "--seeds", "2", "--steps", "2", "--out", str(tmp_path)]
     assert program.main(arguments) == 0
     printed, written = capsys.readouterr().out, (tmp_path / f"{name}.md").read_text("utf-8")
     rows = [line.split("|")[1:-1] for line in written.splitlines() if line.startswith("| ")]
-    names = [method.name for method in module.METHODS]
-    assert [row[0].strip() for row in rows[2:]] == ["teacher", *names]
-    assert [cell.strip() for cell in rows[0]] == study.header_of(module.STUDY)
-    for word in (*names, *study.header_of(module.STUDY)):  # 80 columns hold all of them
+    names = [method.name for method in chosen.methods]
+    assert [row[0].strip() for row in rows[2:]] == [chosen.teacher.name, *names]
+    assert [cell.strip() for cell in rows[0]] == study.header_of(chosen)
+    for word in (*names, *study.header_of(chosen)):  # 80 columns hold all of them
         assert word in printed
     gains = [i for i, cell in enumerate(rows[0]) if cell.strip() == "gain"]
-    assert len(gains) == module.STUDY.n_gains
+    assert len(gains) == chosen.n_gains
     assert not any(rows[3][i].strip() for i in gains)  # no teacher has no gain
     assert rows[4][2].strip()[0] in "+-" and rows[4][3].strip()[1:] == "/2"
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("module", [text, scenes], ids=["text", "segmentation"])
-def test_the_same_seed_gives_the_same_numbers(module):
-    first, second = ([*module.experiment(1, 2)] for _ in range(2))
+@each_study
+def test_the_same_seed_gives_the_same_numbers(chosen):
+    first, second = ([*chosen.experiment(1, 2, "cpu")] for _ in range(2))
     assert [fit.results for fit in first] == [fit.results for fit in second]
-    assert len(first) == 1 + len(module.METHODS)
+    assert len(first) == 1 + len(chosen.methods)
 
 
 def gradients_of(method, outputs, target):
@@ -161,3 +170,72 @@ def test_each_loss_of_scenes_teaches_places_without_a_label(method):
         "hint, weighted": [True, False, False],
     }
     assert taught == expected[method.name]
+
+
+# --------------------------------------------------------------------- online and without labels
+
+
+def test_students_learn_from_whom_their_method_says():
+    """Images without a label teach where there is a teacher, or another student."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 6, 10, generator=generator).unbind()
+    teacher = torch.randn(6, 10, generator=generator)
+    labels = torch.tensor([3, -100, 1, -100, -100, 9])
+    names = {"labels alone": False, "each other, two": True, "the teacher, KD": True}
+    for method in online.GROUPS:
+        loss = method.new_loss()
+        students = [x.clone().requires_grad_() for x in logits[: loss.n_students]]
+        gradients = torch.autograd.grad(loss(students, teacher, labels), students)
+        assert len(students) == (3 if "three" in method.name else 2)
+        for gradient in gradients:
+            assert gradient[labels >= 0].any() and gradient.isfinite().all()
+            assert bool(gradient[labels < 0].any()) is names.get(method.name, True)
+        alone = online.Alone()(students, teacher, labels)
+        apart = torch.autograd.grad(alone, students)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, apart, strict=True)) is (
+            method.name == "labels alone"
+        )
+
+
+def test_a_group_is_judged_one_by_one_and_together():
+    test = online.Data(torch.zeros(4, 1, 8, 8), torch.tensor([0, 0, 1, 1]))
+
+    class Answer(nn.Module):
+        def __init__(self, *logits):
+            super().__init__()
+            self.logits = F.pad(torch.tensor(logits), (0, 8), value=-9.0)
+
+        def forward(self, images):
+            return SimpleNamespace(logits=self.logits)
+
+    first = Answer((2.0, 0.0), (2.0, 0.0), (2.0, 0.0), (0.0, 2.0))  # 75 %
+    second = Answer((9.0, 0.0), (0.0, 1.0), (0.0, 9.0), (0.0, 9.0))  # 75 %
+    assert online.results_of(nn.ModuleList([first, second]), test) == (75.0, 100.0)
+
+
+def test_an_average_is_returned_that_labels_did_not_teach():
+    images, loss = training.load_images("cpu")[0][:40], online.DINO(online._average)
+    torch.manual_seed(0)
+    start = online.Encoder().state_dict()
+    found = []
+    for decay in (1.0, 0.5, 0.0):
+        torch.manual_seed(0)
+        loss.decay = lambda steps, decay=decay: fastkd.schedules.constant(decay)
+        found.append(online.train_by_average(loss, images, 3, seed=0).state_dict())
+    kept, average, last = ([*x.values()] for x in found)
+    assert all(map(torch.equal, kept, start.values()))
+    assert not any(map(torch.equal, average, kept)) and not any(map(torch.equal, average, last))
+
+
+def test_crops_are_of_their_images_and_features_are_probed():
+    images, digits = training.load_images("cpu")
+    generator = torch.Generator().manual_seed(0)
+    crops = online.cropped(images, generator)
+    assert crops.shape == images.shape
+    alike = F.cosine_similarity(crops.flatten(1), images.flatten(1))
+    others = F.cosine_similarity(crops.flatten(1), images.flatten(1).roll(1, 0))
+    assert alike.mean() > others.mean() + 0.1
+    data = online.Data(images[:300], digits[:300])
+    told = online.Data(F.one_hot(digits[:300], 64).float().view(-1, 1, 8, 8), digits[:300])
+    assert online.probed(nn.Flatten(), told.take(torch.arange(60)), told) == 100.0
+    assert 60 < online.probed(nn.Flatten(), data.take(torch.arange(60)), data) < 100

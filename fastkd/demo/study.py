@@ -139,7 +139,7 @@ def plot(study: Study, fits: Sequence[Fit]) -> Figure:
         axes.axvline(
             of(study.teacher, fits)[0].results[i], color="black", linestyle="--", linewidth=1
         )
-        axes.set_title("dashed: the teacher", loc="left", fontsize="small")
+        axes.set_title(f"dashed: {study.teacher.name}", loc="left", fontsize="small")
         axes.set_xlabel(f"{measure}: each seed and the mean")
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
