@@ -57,11 +57,13 @@ def compute_dtype_of(problem: Ensemble) -> torch.dtype:
 
 def weights_of_rows(problem: Ensemble) -> Tensor:
     """Return the teachers' weights in each row, [N, K]; of "mixture" they add up to 1."""
-    n_rows, n, dtype = problem.student.shape[:-1].numel(), len(problem.teachers), None
+    n_rows, n = problem.student.shape[:-1].numel(), len(problem.teachers)
     dtype = compute_dtype_of(problem)
     if problem.teacher_weights is None:
         return problem.student.new_full((), 1 / n, dtype=dtype).expand(n_rows, n)
     weights = problem.teacher_weights.reshape(n_rows, n).to(dtype)
+    if problem.row_mask is not None:  # a row that does not count may hold anything
+        weights = torch.where(problem.row_mask.reshape(n_rows, 1), weights, 1)
     if problem.combine == "mixture":
         weights = weights / weights.sum(-1, keepdim=True)
     return weights
