@@ -185,9 +185,9 @@ def soft_labels(labels: Tensor, student: Tensor) -> None:
     if type(labels) is not Tensor or labels.is_nested:
         one_piece("labels", labels, "probabilities of one shape with the logits")
     if labels.dtype not in FLOATS or labels.shape != student.shape:
-        way = "pass .long() of class indices"
-        if labels.ndim == student.ndim and labels.shape[:-1] == student.shape[:-1]:
-            way = "they need as many classes as the logits"
+        way = "of class indices pass .squeeze(-1).long()"
+        if labels.shape[-1] != 1:
+            way = "of other classes pass those of the logits"
         raise ValueError(
             f"labels of a floating-point dtype are probabilities of classes and need the shape of "
             f"the logits, {shape(student)}, got {shape(labels)} of {labels.dtype}: {way}"

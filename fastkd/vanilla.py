@@ -93,7 +93,7 @@ def kd(
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
     """
     labelled = counts = None
-    if rows.is_soft(labels):
+    if rows.is_soft(labels, student_logits):
         of_labels = student_logits
         target = rows.with_smoothing(labels, label_smoothing, class_weights)
         log_q = of_labels.log_softmax(-1)

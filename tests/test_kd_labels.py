@@ -275,12 +275,14 @@ def test_errors_are_sentences():
     student, teacher, labels = batch("hard")
     soft = batch("soft")[2]
     for wrong, says in (
-        (soft[:, :7], r"need the shape of the logits, \[6, 11\], got \[6, 7\].*as many classes"),
-        (labels.double(), r"got \[6\] of torch.float64: pass .long\(\) of class indices"),
+        (soft[:, :7], r"need the shape of the logits, \[6, 11\], got \[6, 7\].*of other classes"),
+        (labels.double()[:, None], r"got \[6, 1\] of torch.float64: .*\.squeeze\(-1\).long\(\)"),
         (teacher, r"probabilities of at least 0, got -.*labels.softmax\(-1\)"),
     ):
         with pytest.raises(ValueError, match=says):
             fastkd.kd(student, teacher, wrong)
+    with pytest.raises(TypeError, match=r"class indices \(torch.int64\), got torch.float64"):
+        fastkd.kd(student, teacher, labels.double())
     weights = torch.ones(11, device=DEVICE)
     for wrong, says in (
         (weights[:7], r"V = 11 classes, got \[7\]"),

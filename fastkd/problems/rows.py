@@ -154,7 +154,7 @@ def check_kd(
     _checks.fraction(label_smoothing=label_smoothing)
     if class_weights is not None:
         _checks.class_weights(class_weights, student)
-    if is_soft(labels):
+    if is_soft(labels, student):
         _checks.soft_labels(labels, student)
     else:
         _checks.labels(labels, student, ignore_index)
@@ -207,8 +207,9 @@ def is_trained_besides(*others: Number | None) -> bool:
 
 
 def is_soft(labels: Any) -> bool:
+def is_soft(labels: Any, logits: Tensor) -> bool:
     """Return whether the labels are probabilities of classes and not their numbers."""
-    return isinstance(labels, Tensor) and labels.is_floating_point()
+    return isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == logits.ndim
 
 
 def is_exactly(number: Number, value: float) -> bool:
@@ -285,7 +286,7 @@ def kd(
     options = dict(beta=beta, skew=skew, weight=weight)
     own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
     share = 1 - alpha if distill_weight is None else distill_weight
-    if is_soft(labels):
+    if is_soft(labels, student):
         losses, _ = _solve(call, divergence, student, teacher, None, **softening, **own)
         if losses is NotImplemented:
             return NotImplemented
