@@ -144,7 +144,7 @@ def test_uld_keeps_a_byte_for_each_logit(dtype, monkeypatch):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_the_raw_terms_of_all_entries_are_the_divergence(divergence):
-    """In any two parts; the whole vocabulary renormalised is the divergence too."""
+    """Cut the vocabulary in any two parts; the whole of it is the divergence in each convention."""
     student, teacher = (x[:, :9] for x in two_vocabularies((6,), 9))
     ids = torch.randperm(9, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     own = dict.fromkeys(("beta", "skew", "weight"), 0.3)
