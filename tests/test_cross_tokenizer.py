@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from cases import of
+from choice import quick_if
 from exactness import assert_same, results
 from force import in_chunks_of
 from inputs import DEVICE, normal, two_vocabularies, with_a_map, with_matched_ids
@@ -82,6 +83,7 @@ def test_temperatures_of_each_network_and_forms_of_the_teacher(case, engine):
 
 
 @each_case
+@quick_if(lambda case: case.name == "uld")
 def test_torch_compile_makes_one_graph(case):
     inputs = case.inputs((19,), 5)
     torch._dynamo.reset()
