@@ -288,7 +288,8 @@ def _check_likelihoods(
 ) -> None:
     for name, x in (("student_logprobs", student), ("teacher_logprobs", teacher)):
         needed = "a tensor (..., C), the log-probability of each group"
-        _checks.floats(name, x, needed, "log-probabilities", "those of all groups")
+        padded = "them padded to one number of groups, with weights of 0 for those that are not"
+        _checks.floats(name, x, needed, "log-probabilities", padded)
         if not x.ndim:
             raise ValueError(f"{name} needs the shape (..., C), C groups, got a number")
     if student.shape != teacher.shape:
@@ -409,7 +410,9 @@ def sum_by_group(values: Tensor, groups: Tensor, n_groups: int) -> Tensor:
         TypeError: The values are no floating-point tensor or the groups no integers.
         ValueError: The shapes differ, or a group is none of the n_groups.
     """
-    _checks.floats("values", values, "a tensor (..., L)", "numbers", "those of all tokens")
+    _checks.floats(
+        "values", values, "a tensor (..., L)", "numbers", "them padded, with groups of −1"
+    )
     if not isinstance(groups, Tensor) or groups.dtype not in (torch.int32, torch.int64):
         got = str(groups.dtype) if isinstance(groups, Tensor) else type(groups).__name__
         raise TypeError(f"groups must be a tensor of integers (torch.int64), got {got}")

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from cases import of
+from choice import quick_if
 from exactness import assert_same, results
 from force import in_chunks_of
 from inputs import DEVICE, normal, two_vocabularies, with_a_map, with_matched_ids
@@ -82,6 +83,7 @@ def test_temperatures_of_each_network_and_forms_of_the_teacher(case, engine):
 
 
 @each_case
+@quick_if(lambda case: case.name == "uld")
 def test_torch_compile_makes_one_graph(case):
     inputs = case.inputs((19,), 5)
     torch._dynamo.reset()
@@ -144,7 +146,7 @@ def test_uld_keeps_a_byte_for_each_logit(dtype, monkeypatch):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_the_raw_terms_of_all_entries_are_the_divergence(divergence):
-    """In any two parts; the whole vocabulary renormalised is the divergence too."""
+    """Cut the vocabulary in any two parts; the whole of it is the divergence in each convention."""
     student, teacher = (x[:, :9] for x in two_vocabularies((6,), 9))
     ids = torch.randperm(9, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     own = dict.fromkeys(("beta", "skew", "weight"), 0.3)

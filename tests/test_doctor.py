@@ -95,6 +95,7 @@ def test_a_wrong_value_fails(monkeypatch, capsys):
     assert "float32: its value is" in lines_of(page)["reverse_kl"][1]
     assert lines_of(page)["rkd"] == ["portable", "ok"]
     assert "15 wrong" in page
+    assert "16 wrong" in page
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
