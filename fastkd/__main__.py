@@ -30,18 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help=about, description=about)
     demo.add_argument(
         "name", nargs="?", choices=[*_DEMOS], default="digits",
-        help="digits (the default), logits: variants and a committee of teachers, text: "
-        "paragraphs of Python's documentation, segmentation: scenes drawn from digits, or lm: a "
-        "language model of Python's reference",
-        help="digits (the default), text: paragraphs of Python's documentation, segmentation: "
-        "scenes drawn from digits, mutual: students that teach each other, ema: a network that its "
-        "average teaches, or lm: a language model of Python's reference",
+        help="digits (the default), logits: variants and a committee of teachers, mutual: students "
+        "that teach each other, ema: a network that its average teaches, text: paragraphs of "
+        "Python's documentation, segmentation: scenes drawn from digits, or lm: a language model "
+        "of Python's reference",
     )  # fmt: skip
     demo.add_argument(
         "--out", type=Path, default=Path("fastkd-demo"), help="folder for the results"
-    )
-    demo.add_argument(
-        "--seeds", type=_count, help="students for each loss (5 of digits, otherwise 3)"
     )
     demo.add_argument(
         "--seeds", type=_count, help="students for each loss (5, or 3 of text, segmentation and lm)"
@@ -100,8 +95,7 @@ def _device(text: str) -> str:
 
 def _demo(name: str, out: Path, seeds: int | None, steps: int | None, device: str) -> int:
     try:
-        from fastkd.demo import logits, report, scenes, study, text
-        from fastkd.demo import online, report, scenes, study, text
+        from fastkd.demo import logits, online, report, scenes, study, text
     except ModuleNotFoundError as error:
         missing = str(error.name).split(".")[0]
         if missing not in ("matplotlib", "rich", "sklearn"):
@@ -125,9 +119,7 @@ def _demo(name: str, out: Path, seeds: int | None, steps: int | None, device: st
         from fastkd.demo import lm_report  # whose text no other demo needs
 
         return lm_report.run(out, seeds, steps, device)
-    of_name = {"logits": logits.STUDY, "text": text.STUDY, "segmentation": scenes.STUDY}
-    return study.run(of_name[name], out, seeds, steps, device)
-    studies = text.STUDY, scenes.STUDY, online.MUTUAL, online.EMA
+    studies = logits.STUDY, text.STUDY, scenes.STUDY, online.MUTUAL, online.EMA
     (chosen,) = (x for x in studies if x.name == name)
     return study.run(chosen, out, seeds, steps, device)
 

@@ -206,7 +206,6 @@ def is_trained_besides(*others: Number | None) -> bool:
     )
 
 
-def is_soft(labels: Any) -> bool:
 def is_soft(labels: Any, logits: Tensor) -> bool:
     """Return whether the labels are probabilities of classes and not their numbers."""
     return isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == logits.ndim
