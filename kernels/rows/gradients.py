@@ -278,7 +278,9 @@ def _others_of_rows(
     for start in range(0, n_cols, NARROW):
         columns = start + tl.arange(0, NARROW)[None, :]
         x, y = load_logits(rows, columns, exists & (columns < n_cols), DTYPE)
-        gradient = _row_gradient(x, y, columns, units, row, weight, factors, DIVERGENCE, False, FAST)
+        gradient = _row_gradient(
+            x, y, columns, units, row, weight, factors, DIVERGENCE, False, FAST
+        )
         sums += tl.where(x == row.ms, 0.0, gradient)
         tops = tl.where(x == row.ms, columns, tops)
     return tl.sum(sums, 1), tl.max(tl.where(certain, tops, -1), 1)
@@ -405,5 +407,8 @@ def whole_rows(
                     of_columns, DIVERGENCE, DTYPE, FAST, ROWS, COLUMNS,
                 )  # fmt: skip
                 tl.debug_barrier()  # so that this is stored after what the tile has there
-                places = gradient_ptr + gradient_rows + tops
-                tl.store(places, (-others).to(gradient_ptr.dtype.element_ty), tops >= 0)
+                tl.store(
+                    gradient_ptr + gradient_rows + tops,
+                    (-others).to(gradient_ptr.dtype.element_ty),
+                    mask=tops >= 0,
+                )
