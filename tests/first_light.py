@@ -38,7 +38,7 @@ _KD = "kd-temperature=4.0-alpha=0.3-divergence=forward_kl"
 _CLIP, _SIGLIP = "clip_contrastive-logit_scale=5.0", "siglip-logit_scale=5.0-logit_bias=-2.0"
 _MSE = "token_relation-divergence=mse-normalize=True-temperature=1.0"
 _COSINE = "hint-weights-kind=cosine"
-_WHOLE, _LONG = ("whole_rows",), ("row_statistics", "combine", "gradient")
+_WHOLE, _LONG = ("whole_rows",), ("row_statistics", "combine", "gradient", "certain_classes")
 _SIDES = ("lay_out", "gradients")
 _COLUMNS = (
     *_SIDES, "row_and_column_log_sums", "column_log_sums", "log_sum_penalties", "weighed_sums",

@@ -516,5 +516,8 @@ def whole_rows(
                     factors, DIVERGENCE, DTYPE, FAST, ROWS, COLUMNS,
                 )  # fmt: skip
                 tl.debug_barrier()  # so that this is stored after what the tile has there
-                places = gradient_ptr + gradient_rows + tops
-                tl.store(places, (-others).to(gradient_ptr.dtype.element_ty), tops >= 0)
+                tl.store(
+                    gradient_ptr + gradient_rows + tops,
+                    (-others).to(gradient_ptr.dtype.element_ty),
+                    mask=tops >= 0,
+                )

@@ -48,13 +48,21 @@ def captured(rows, target="sm_90"):
 
 @pytest.mark.parametrize("n_cols", [1000, 4096, 8192])
 def test_instructions_and_barriers_of_whole_rows(n_cols):
-    (forward,), (backward,), _ = captured(problem("forward_kl", n_cols))
+    """A row whose student is certain of a class takes a branch that other rows do not."""
+    (forward,), (backward,), (both,) = captured(problem("forward_kl", n_cols))
     for found in (forward, backward):
         report = analyse(found)
         n_entries = found.args["ROWS"] * found.args["COLUMNS"] / (32 * report.warps)
         assert report.total["instructions"] / n_entries <= 32
+        # the branch is a loop over all entries; what follows it is counted as often as the loop
+        n_trips = n_entries / (report.few["load_bytes"] / 4) if report.few["load_bytes"] else 0
+        assert n_trips * report.few["instructions"] / n_entries <= 42
         assert not report.spills and report.warps_per_sm >= 24
         assert report.total["barriers"] == 0 or report.warps > 1
+    report = analyse(both)  # keeps all entries, and reads the student once more: a branch
+    n_entries = both.args["ROWS"] * both.args["COLUMNS"] / (32 * report.warps)
+    assert report.few["load_bytes"] == 2 * n_entries
+    assert report.few["instructions"] / n_entries <= 12
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -139,7 +147,8 @@ def test_batches_of_long_rows_compile_what_splits_need():
     """A row is swept by 8 warps, or by 16 where there are few."""
     sizes = [*range(200, 216), 300, 511, 512]
     names = kernels_of(sizes, 32000)
-    assert {name: names.count(name) for name in names} == {"row_statistics": 2, "gradient": 1}
+    expected = {"row_statistics": 2, "gradient": 1, "certain_classes": 1}
+    assert {name: names.count(name) for name in names} == expected
 
 
 @full
