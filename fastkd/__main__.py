@@ -123,6 +123,11 @@ def _logits(device: str, dtype: torch.dtype) -> list[Tensor]:
     return [3 * torch.randn(n_rows, 1003, generator=generator).to(device, dtype) for _ in range(2)]
 
 
+def _logits_of_teachers(device: str, dtype: torch.dtype) -> list[Any]:
+    student, teacher = _logits(device, dtype)
+    return [student, [teacher, teacher.sin()]]
+
+
 def _logits_and_labels(device: str, dtype: torch.dtype) -> list[Tensor]:
     logits = _logits(device, dtype)
     return [*logits, torch.arange(len(logits[0]), device=device)]
@@ -198,6 +203,7 @@ _BY_FIRST_PARAMETER: dict[str, Inputs] = {
 }
 _BY_NAME: dict[str, Inputs] = {
     "kd": _logits_and_labels,
+    "multi_teacher": _logits_of_teachers,
     "correlation_congruence": _embeddings_of_one_width,
     "dino": _crops,
     "channel_wise": _maps_of_one_width,
