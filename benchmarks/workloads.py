@@ -155,6 +155,15 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         ),
     ),
     "levels": Family(math.prod, _LEVELS, _LEVELS, [(256, 1000)], []),
+    "multi_teacher": Family(
+        math.prod,
+        _ROWS,
+        [*_ROWS, (4096, 128256)],
+        [(4096, 128256)],
+        # long rows off the boundary of 16 bytes; the other kernels are those of "rows"
+        [(4096, 128256), (256, 1000), (512, 151669)],
+        independent=True,
+    ),
     # the kernels are those of "rows"
     "channel_wise": Family(
         math.prod,

@@ -139,6 +139,11 @@ def _logits_of_peers(device: str, dtype: torch.dtype) -> list[Any]:
     return [(first, second, first.cos())]
 
 
+def _logits_of_teachers(device: str, dtype: torch.dtype) -> list[Any]:
+    student, teacher = _logits(device, dtype)
+    return [student, [teacher, teacher.sin()]]
+
+
 def _logits_and_labels(device: str, dtype: torch.dtype) -> list[Tensor]:
     logits = _logits(device, dtype)
     return [*logits, torch.arange(len(logits[0]), device=device)]
@@ -250,6 +255,7 @@ _BY_NAME: dict[str, Inputs] = {
     "wsld": _logits_and_labels,
     "mft": _logits_and_labels,
     "teacher_free_kd": lambda device, dtype: _logits_and_labels(device, dtype)[::2],
+    "multi_teacher": _logits_of_teachers,
     "correlation_congruence": _embeddings_of_one_width,
     "dino": _crops,
     "ibot": _patches,

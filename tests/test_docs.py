@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [name for name in fastkd.__all__ if name not in ("__version__", "backend")]
 NO_LOSSES = {
-    "LayerPairs", "align", "byte_offsets", "group_tensors", "head_options", "sum_by_group",
+    "EMATeacher", "LayerPairs", "align", "byte_offsets", "group_tensors", "head_options",
+    "sinkhorn_center", "sum_by_group", "teacher_weights",
 }  # fmt: skip
-NO_LOSSES = {"EMATeacher", "LayerPairs", "head_options", "sinkhorn_center"}
 FUNCTIONS = [name for name in NAMES if name.islower() and name not in NO_LOSSES]
 FRAMEWORKS = ("lightning", "transformers", "trl")  # in the extra `integrations` alone
 
@@ -79,6 +79,8 @@ def loop_of_the_reader():
         images=torch.randn(batch, 3, 8, 8), student_net=convolutional(4),
         teacher_net=convolutional(6),
         student_maps=leaf(batch, 4, 6, 6), teacher_maps=torch.randn(batch, 6, 6, 6),
+        wide_teacher_maps=torch.randn(batch, 8, 6, 6),
+        other_teacher_logits=torch.randn(batch, n_classes),
         teacher_scores=torch.rand(batch, 6, 6),
         student_tokens=leaf(batch, length, width),
         teacher_tokens=torch.randn(batch, length, width),

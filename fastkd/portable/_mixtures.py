@@ -1,4 +1,4 @@
-"""Put the softmaxes of several teachers together, by chunks that stay in the cache.
+"""Put several teachers together: their softmaxes, their logits, or the terms of each.
 
 A mixture p̄ = Σ_k w_k p_k is kept as logarithms where a probability may be too small for a float and
 its logarithm is asked for.
@@ -14,12 +14,25 @@ from torch import Tensor
 
 from fastkd._op import Number
 from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
-from fastkd.portable._row_terms import Scratch, Softmax, softmax
+from fastkd.portable._row_terms import (
+    Scratch,
+    Softmax,
+    Terms,
+    _log_ratio,
+    _mean,
+    _not_below_0,
+    _weighted,
+    softmax,
+    terms_of,
+)
 
 _ON_CPU, _ELSEWHERE = 1 << 18, 1 << 23  # elements of a chunk
 _LOG2E = math.log2(math.e)
 _LEAST = -100  # log2 of what added to 1 leaves it 1 in float64 too; smaller ones would be denormal
 _VANISHING = 1e-30  # a probability close to those that float32 has no numbers for
+
+# divergences whose weighted sum over teachers has one slope
+SUMMED = ("forward_kl", "soft_cross_entropy", "reverse_kl")
 
 
 def mix(
@@ -129,16 +142,71 @@ def weighted_logits(
     """Return Σ w t of a chunk's teachers [R, V]; a weight of 0 adds nothing, even of −∞."""
     total: Tensor | None = None
     for k, z in enumerate(teachers):
-        weight = weights[:, k : k + 1]
-        # elsewhere than on a CPU a look at the weights would be a host sync
-        if not weight.is_cpu or not weight.all():
-            z = torch.where(weight == 0, 0, z)
-        if total is None:
-            total = torch.mul(z.to(dtype), weight, out=out)
-        else:
-            torch.addcmul(total, z.to(dtype), weight, out=total)
+        total = _add_weighted(total, z.to(dtype), weights[:, k : k + 1], out)
     assert total is not None
     return total
+
+
+def summed_terms(
+    divergence: str,
+    q: Softmax,
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    temperature: Number,
+    scratch: Scratch,
+) -> Terms:
+    """Return value and slope of Σ w D(p, q) for a D in SUMMED, with one slope for all teachers.
+
+    That of Σ w KL(p ‖ q) is Σ w (q − p), and that of Σ w KL(q ‖ p) is q (v − Σ q v) with
+    v = Σ w (log q − log p): neither needs the teachers one by one.
+    """
+    if divergence == "reverse_kl":
+        return _summed_reverse_kl(q, teachers, weights, temperature, scratch)
+    total: Tensor | None = None
+    losses = torch.zeros_like(q.total)
+    for k, z in enumerate(teachers):
+        p, weight = softmax(z, temperature, q.total.dtype, scratch[2:4]), weights[:, k : k + 1]
+        total = _add_weighted(total, p.e, weight / p.total, scratch[0])
+        # the logarithms of the student, which the terms may overwrite, are needed once more
+        own_q = q._replace(d=torch.clone(q.d) if scratch[1] is None else scratch[1].copy_(q.d))
+        own = terms_of(divergence, own_q, p, 0.0, ()).value(1.0)
+        losses += torch.where(weight == 0, 0, weight * own)
+    assert total is not None
+    of_teachers = total
+
+    def slope(out: Tensor, factor: Number) -> None:
+        torch.mul(q.e, weights.sum(-1, keepdim=True) / q.total, out=out)
+        out.sub_(of_teachers).mul_(factor)
+
+    return Terms(lambda scale: losses * scale, slope, q.d)
+
+
+def _summed_reverse_kl(
+    q: Softmax, teachers: Sequence[Tensor], weights: Tensor, temperature: Number, scratch: Scratch
+) -> Terms:
+    above: Tensor | None = None
+    ratio = torch.zeros_like(q.total)
+    for k, z in enumerate(teachers):
+        p, weight = softmax(z, temperature, q.total.dtype, scratch[2:4]), weights[:, k : k + 1]
+        above = _add_weighted(above, torch.sub(q.d, p.d, out=p.d), weight, scratch[0])
+        ratio += torch.where(weight == 0, 0, weight * _log_ratio(p, q))
+    assert above is not None
+    v, of_q = above, _mean(above, q, out=scratch[1])
+
+    def slope(out: Tensor, factor: Number) -> None:
+        _weighted(v.sub_(of_q).nan_to_num_(0), q, out, ratio, factor * math.log(2))
+
+    return Terms(lambda scale: _not_below_0(of_q + ratio, scale), slope, q.d)
+
+
+def _add_weighted(total: Tensor | None, x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+    """Return total + weight · x, overwriting the total; a weight of 0 wins over an infinity."""
+    # elsewhere than on a CPU a look at the weights would be a host sync
+    if not weight.is_cpu or not weight.all():
+        x = torch.where(weight == 0, 0, x)
+    if total is None:
+        return torch.mul(x, weight, out=out)
+    return torch.addcmul(total, x, weight, out=total)
 
 
 def chosen_logits(

@@ -16,7 +16,13 @@ from torch import Tensor
 from fastkd._pages import in_huge_pages
 from fastkd.portable import rows as of_rows
 from fastkd.portable._chunks import most_elements
-from fastkd.portable._mixtures import chosen_logits, mixture, weighted_logits
+from fastkd.portable._mixtures import (
+    SUMMED,
+    chosen_logits,
+    mixture,
+    summed_terms,
+    weighted_logits,
+)
 from fastkd.portable._row_terms import (
     N_SCRATCH,
     Scratch,
@@ -122,9 +128,16 @@ def _solve(
         out.dtype != dtype or (out.stride(-1) != 1 and out.shape[-1] > 1)
     )
 
+    is_loop = problem.combine == "sum" and problem.divergence not in SUMMED
+
     def terms_of_chunk(
         q: Softmax, z_teachers: Sequence[Tensor], rows: slice, scratch: Scratch
     ) -> Terms:
+        if problem.combine == "sum" and not is_loop:
+            return summed_terms(
+                problem.divergence, q, z_teachers, weights[rows], problem.teacher_temperature,
+                scratch[2:6],
+            )  # fmt: skip
         if problem.combine == "mixture":
             p = mixture(
                 z_teachers, weights[rows], problem.teacher_temperature, dtype, scratch[2:6],
@@ -146,12 +159,12 @@ def _solve(
             z_teachers = [weighted_logits(z_teachers, weights[rows], dtype, scratch[5])]
         elif index is not None:
             z_teachers = [chosen_logits(z_teachers, index[rows], dtype, scratch[5])]
-        groups = [[x] for x in z_teachers] if problem.combine == "sum" else [z_teachers]
+        groups = [[x] for x in z_teachers] if is_loop else [z_teachers]
         for k, group in enumerate(groups):
             q = softmax(z, problem.student_temperature, dtype, scratch[:2])
             if slope is not None and k == 0:
                 certain = certain_rows(z, [q.total])
-            weight = weights[rows, k : k + 1] if problem.combine == "sum" else None
+            weight = weights[rows, k : k + 1] if is_loop else None
             terms = terms_of_chunk(q, group, rows, scratch)
             if needs_losses:
                 value = terms.value(problem.scale)
@@ -172,9 +185,10 @@ def _solve(
             if in_scratch:
                 chunks[-1].copy_(slope)
 
-    tensors = [student, *problem.teachers] + ([] if out is None else [out])
+    of_networks: list[Any] = [student, *problem.teachers]
+    tensors = of_networks if out is None else [*of_networks, out]
     of_rows._for_chunks(work, N_SCRATCH + in_scratch, *tensors, dtype=dtype)
-    if gradient is not None and out is not gradient:
+    if gradient is not None and out is not None and out is not gradient:
         gradient.copy_(out)
     if problem.row_mask is not None:
         losses.masked_fill_(~problem.row_mask, 0)

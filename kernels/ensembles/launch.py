@@ -76,7 +76,8 @@ def _solve(problem: Ensemble, factors: Tensor | None, gradient: Tensor | None) -
     out, n = gradient, len(problem.teachers)
     if gradient is not None and gradient.ndim > 3 and not gradient.is_contiguous():
         out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-    tensors = [student, *problem.teachers] + ([] if out is None else [out])
+    of_networks: list[Any] = [student, *problem.teachers]
+    tensors = of_networks if out is None else [*of_networks, out]
     buffer: Tensor | None = None
     for rows, chunks in _chunks(tensors, dtype):
         z, z_teachers, of_chunk = chunks[0], chunks[1 : 1 + n], weights[rows]
@@ -96,7 +97,7 @@ def _solve(problem: Ensemble, factors: Tensor | None, gradient: Tensor | None) -
         column[rows] = found
         if slopes is not None:
             chunks[-1].copy_(slopes)
-    if gradient is not None and out is not gradient:
+    if gradient is not None and out is not None and out is not gradient:
         gradient.copy_(out)
     return losses
 
