@@ -115,7 +115,7 @@ def _kd(divergence: str, known: tuple, **options: Any) -> Case:
     return Case(fastkd.kd, "rows", logits_and_labels, eager, options, by_hand, per_example=True)
 
 
-def _labelled(
+def _of_labels(
     problem: str, loss: Callable, known: tuple, inputs: Inputs = logits_and_labels, **options: Any
 ) -> Case:
     by_hand, eager = known
@@ -232,7 +232,7 @@ def _linear(**options: Any) -> Case:
 def _virtual(**options: Any) -> Case:
     """Return a case of logits and labels without a teacher."""
     loss, known = fastkd.teacher_free_kd, textbook.TEACHER_FREE_KD
-    return _labelled("corrected", loss, known, logits_of_one_network, **options)
+    return _of_labels("corrected", loss, known, logits_of_one_network, **options)
 
 
 @functools.wraps(fastkd.multi_teacher)
@@ -290,11 +290,11 @@ CASES = [
     _kd("forward_kl", textbook.FORWARD_KL),
     _kd("jensen_shannon", textbook.JENSEN_SHANNON, beta=0.1),
     _kd("total_variation", textbook.TOTAL_VARIATION),
-    _labelled("rows", fastkd.decoupled_kd, textbook.DECOUPLED_KD),
-    _labelled(
+    _of_labels("rows", fastkd.decoupled_kd, textbook.DECOUPLED_KD),
+    _of_labels(
         "rows", fastkd.decoupled_kd, textbook.DECOUPLED_KD, alpha=2.0, beta=0.5, scale_t2=False
     ),
-    _labelled(
+    _of_labels(
         "rows", fastkd.decoupled_kd, textbook.standardized(textbook.DECOUPLED_KD), standardize=True
     ),
     *(
@@ -305,15 +305,15 @@ CASES = [
             (fastkd.total_variation, textbook.TOTAL_VARIATION),
         )
     ),
-    _labelled("rows", fastkd.nkd, textbook.NKD),
-    _labelled("rows", fastkd.nkd, textbook.NKD, gamma=0.5, temperature=3.0),
+    _of_labels("rows", fastkd.nkd, textbook.NKD),
+    _of_labels("rows", fastkd.nkd, textbook.NKD, gamma=0.5, temperature=3.0),
     _peers(2, temperature=2.0),
     _peers(3),
     _peers(4, temperature=2.0, scale_t2=False, detach_peers=False),
     _peers(5, detach_peers=False),
-    _labelled("rows", fastkd.wsld, textbook.WSLD, temperature=4.0),
-    _labelled("corrected", fastkd.mft, textbook.MFT, threshold=0.2, temperature=1.0),
-    _labelled("corrected", fastkd.mft, textbook.MFT, threshold=0.7, temperature=3.0),
+    _of_labels("rows", fastkd.wsld, textbook.WSLD, temperature=4.0),
+    _of_labels("corrected", fastkd.mft, textbook.MFT, threshold=0.2, temperature=1.0),
+    _of_labels("corrected", fastkd.mft, textbook.MFT, threshold=0.7, temperature=3.0),
     _virtual(correct_probability=0.99, temperature=20.0),
     _virtual(correct_probability=0.6, temperature=1.0, scale_t2=False),
     _ensemble(),
