@@ -176,17 +176,18 @@ def test_every_loss_has_its_least_bytes(workload):
     )
     # of 8 examples: two networks or towers, two views of half of them, the features of one, crops
     n_tensors = {"nt_xent": 1, "sup_con": 1, "dino": 12, "fsp": 4, "minilm_relation": 6}
-    n_tensors["teacher_free_kd"] = 1
+    n_tensors |= {"teacher_free_kd": 1, "multi_teacher": 4, "ibot": 2 * 5}  # patches
     n_tensors["linear_kd"] = 2 + 2 * 2  # hidden states, and heads of 16 entries
     wider = dict.fromkeys(("matched_kl", "projected_kl"), 1 + 18 / 16)  # two entries more
     n_tensors = (n_tensors | wider | {"vid": 2 + 1 / 8}).get(name, 2)
     n_trained = {"info_nce": 2, "clip_contrastive": 2, "siglip": 2, "dino": 10, "fsp": 2}
-    n_trained["linear_kd"] = 1 + 2
+    n_trained |= {"linear_kd": 1 + 2, "mutual_kl": 2, "koleo": 2, "ibot": 5}
     n_trained = (n_trained | {"vid": 1 + 1 / 8, "minilm_relation": 3}).get(name, 1)
     others = {"kd": 8 * 8, "sup_con": 8 * 8, "clip_contrastive": 4, "siglip": 8, "dino": 2 * 16}
-    others["hint"] = 2 * 8  # weights
+    others |= {"hint": 2 * 8, "ibot": 8 * 5 + 4 * 16}  # weights; a mask and a centre
     others["matched_kl"], others["projected_kl"] = 8 * 2 * 10, (8 + 2) * 16 * 3  # ids, shares
-    others |= dict.fromkeys(("wsld", "mft", "teacher_free_kd"), 8 * 8)
+    labelled = ("decoupled_kd", "nkd", "wsld", "mft", "teacher_free_kd")
+    others |= dict.fromkeys(labelled, 8 * 8)
     read = 2 * 8 * 16 * n_tensors + others.get(name, 0)
     assert runner.least_bytes(forward, inputs) == read
     again = read if workload.family.independent else 0  # of logits, which a backward reads again

@@ -33,6 +33,7 @@ OPTIONS = {  # none of them a default
     fastkd.MFTLoss: dict(threshold=0.4, temperature=2.0, reduction="sum"),
     fastkd.TeacherFreeKDLoss: dict(correct_probability=0.8, temperature=2.0),
     fastkd.LinearKDLoss: dict(temperature=2.0, divergence="jensen_shannon", beta=0.3),
+    fastkd.MultiTeacherLoss: dict(combine="logits", divergence="reverse_kl", temperature=2.0),
     fastkd.MutualKLLoss: dict(temperature=2.0, scale_t2=False),
     fastkd.RKDDistanceLoss: dict(normalize=True, smooth_l1_beta=0.3),
     fastkd.RKDAngleLoss: dict(normalize=True, smooth_l1_beta=0.3),
@@ -105,6 +106,8 @@ def batch(module):
     tensors = [student.requires_grad_(), teacher]
     if module is fastkd.LinearKDLoss:
         return [student, teacher.sin().requires_grad_(), teacher, student.detach().cos()]
+    if module is fastkd.MultiTeacherLoss:
+        return [student, [teacher, teacher.sin()]]
     if module is fastkd.MutualKLLoss:
         return [(student, teacher.sin().requires_grad_(), teacher.requires_grad_())]
     if module is fastkd.MatchedKLLoss:
