@@ -264,7 +264,7 @@ EMA = Study(
     legend=(
         "Accuracy on 650 test images of ridge regression from the features, mean ± standard "
         "deviation over the seeds. Gain: points over the pixels, seed by seed. Wins: seeds with a "
-        "gain. The teacher is the network of the step before, itself, or its average, and is centred "
+        "gain. The teacher is the network itself, one step before, or its average, and is centred "
         "by the mean of its outputs or by Sinkhorn's iteration."
     ),
     measures=("accuracy, %",),
