@@ -186,8 +186,10 @@ def certain_classes(
 ):  # fmt: skip
     """Compute the gradient of a class that a student is nearly certain of: program (row).
 
-    It is minus the sum of the others. Rows that are not certain are not read, and get the top −1.
-    This is no part of `gradient`, whose occupancy it would take; no block there has a whole row.
+    It is minus the sum of the others, because the gradient of every row has the sum 0, and with
+    Z = 1 + rest, which loses the digits of the rest, it would be the difference of numbers near 1.
+    Other rows are not read; their top is −1. This is no part of `gradient`, because no block there
+    has a whole row, and because a loop over one would take registers of all.
     """
     row = tl.program_id(0)
     weight = number(numbers.weight, ON_DEVICE, DTYPE)

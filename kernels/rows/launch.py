@@ -8,7 +8,9 @@ away.
 Bytes for each (row, entry) of bf16 logits, forward + backward. V ≤ ON_CHIP: 4 + 6, each one sweep
 and one launch; 6 + 0 with the row weight known beforehand, or 6 + 6 where another upstream comes.
 Above: the KLs 4 + 6; mixtures and total variation, which need both Z before they can sum, 8 + 6.
-`value_and_gradients` moves as much, or 6 in its one sweep where V ≤ ON_CHIP.
+`value_and_gradients` moves as much, or 6 in its one sweep where V ≤ ON_CHIP. Rows of which the
+student is nearly certain of a class are read once more for the gradient of that class, 4 above
+ON_CHIP, and from the cache below.
 """
 
 from __future__ import annotations

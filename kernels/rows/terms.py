@@ -230,7 +230,10 @@ def slope(ds, dt, row, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def is_certain(zs, zt, z1, LABELS: tl.constexpr):
-    """Return whether a student is nearly certain of a class."""
+    """Return whether a student is nearly certain of a class, where its Z has lost digits.
+
+    A teacher without a softmax makes NaN of the row, which stays.
+    """
     certain = zs < CERTAIN
     if LABELS:
         certain |= z1 < CERTAIN
