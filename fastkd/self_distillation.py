@@ -222,5 +222,6 @@ def koleo(embeddings: Tensor, *, epsilon: Number = 1e-8, group: Any = None) -> T
     units = directions(embeddings)
     if len(units) < 2:
         return units.sum() * 0
-    distances = torch.linalg.vector_norm(units - units[patches.nearest(units.detach())], dim=-1)
+    others = patches.rows_at(patches.nearest(units.detach()), units)
+    distances = torch.linalg.vector_norm(units - others, dim=-1)
     return -(distances + epsilon).log().mean()

@@ -125,7 +125,7 @@ MUTUAL = Study(
         "points over labels alone, seed by seed. Wins: seeds with a gain."
     ),
     measures=("accuracy, %", "together, %"),
-    n_gains=2,
+    n_gains=1,
     teacher=TEACHER,
     methods=GROUPS,
     experiment=groups,
@@ -154,11 +154,11 @@ class Encoder(nn.Module):
 
 
 class Pixels(nn.Module):
-    """No network: the pixels are the features."""
+    """Pixels as features, of which nothing is trained."""
 
 
 class DINO(nn.Module):
-    """What a network learns from its average, with a decay, and how the average is centred."""
+    """DINO's loss, with the decay of the average and the way in which it is centred."""
 
     def __init__(
         self,
@@ -264,8 +264,8 @@ EMA = Study(
     legend=(
         "Accuracy on 650 test images of ridge regression from the features, mean ± standard "
         "deviation over the seeds. Gain: points over the pixels, seed by seed. Wins: seeds with a "
-        "gain. The teacher is the network itself, one step before, or its average, and is centred "
-        "by the mean of its outputs or by Sinkhorn's iteration."
+        "gain. The teacher is the network of the step before, itself, or its average; it is "
+        "centred by the mean of its outputs or by Sinkhorn's iteration."
     ),
     measures=("accuracy, %",),
     n_gains=1,

@@ -123,3 +123,9 @@ def nearest(units: Tensor) -> Tensor:
         products.diagonal(start).fill_(-2)  # below every cosine, because none is its own neighbour
         found.append(products.argmax(1))
     return torch.cat(found)
+
+
+def rows_at(places: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows at these places, of which some may be the same, in this order."""
+    # each of the two adds gradients of one row atomically, in any order, where the other is taken
+    return rows.index_select(0, places) if rows.is_cpu else rows[places]
