@@ -77,6 +77,7 @@ def test_dropped_spaces_and_shared_characters():
         ),
         ([(0, 3)], [], "end at 3 and .* end at 0"),
         ([(2, 4), (0, 2)], [(0, 4)], r"student_offsets .* order .* got \(0, 2\) after \(2, 4\)"),
+        ([(2, 4), (1, 5)], [(0, 5)], r"student_offsets .* got \(1, 5\) after \(2, 4\)"),
         ([(0, 4)], [(3, 2)], r"teacher_offsets must be \(start, end\) .* got \(3, 2\)"),
         ([(0, 4)], [(-1, 4)], r"teacher_offsets must be \(start, end\) .* got \(-1, 4\)"),
     ],
