@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastkd import _checks
 from fastkd._module import LossModule
+from fastkd._op import Number
 from fastkd._ranks import Ranks
 from fastkd._reduction import selected
 from fastkd.problems._patches import places_of
@@ -88,7 +89,7 @@ class CentredLoss(LossModule):
         return sinkhorn_center(
             teacher,
             mask,
-            teacher_temperature=self.teacher_temperature,
+            teacher_temperature=cast(Number, self.teacher_temperature),
             n_iterations=self.sinkhorn_iterations,
             group=self.group,
         )

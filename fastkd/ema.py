@@ -100,14 +100,14 @@ class EMATeacher(nn.Module):
         copied = _pairs("buffer", teacher.named_buffers(), student.named_buffers())
         if self.buffers_are == "average":
             pairs, copied = pairs + copied, []
-        averaged = []
+        averaged: list[tuple[Tensor, Tensor]] = []
         for pair in pairs:
             has_mean = pair[0].is_floating_point() or pair[0].is_complex()
             (averaged if has_mean else copied).append(pair)
         if averaged:
-            torch._foreach_lerp_(*map(list, zip(*averaged, strict=True)), 1 - decay)
+            torch._foreach_lerp_([x for x, _ in averaged], [x for _, x in averaged], 1 - decay)
         if copied:
-            torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
+            torch._foreach_copy_([x for x, _ in copied], [x for _, x in copied])
         self.step += 1
 
     def train(self, mode: bool = True) -> EMATeacher:

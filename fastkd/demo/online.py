@@ -9,6 +9,7 @@ moving average teaches it, by DINO, and its features are judged by a linear clas
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +87,7 @@ def groups(seeds: int, steps: int, device: str = "cpu") -> Iterator[Fit]:
 
     for method in GROUPS:
         for seed in range(seeds):
-            seen, criterion = few_labels(data, seed), method.new_loss()
+            seen, criterion = few_labels(data, seed), cast(Any, method.new_loss())
             torch.manual_seed(seed)
             students = nn.ModuleList(new_student().to(device) for _ in range(criterion.n_students))
             train_group(students, criterion, seen, steps, seed)
@@ -201,14 +202,15 @@ def averages(seeds: int, steps: int, device: str = "cpu") -> Iterator[Fit]:
     for method in AVERAGES:
         for seed in range(seeds):
             torch.manual_seed(seed)
-            loss, features = method.new_loss(), nn.Flatten()
+            loss: Any = method.new_loss()
+            features: nn.Module = nn.Flatten()
             if isinstance(loss, DINO):
                 features = train_by_average(loss.to(device), data.images, steps, seed).body
             labelled = data.take(rows_of_student(seed)[:N_LABELLED])
             yield Fit(method, seed, (probed(features, labelled, test),))
 
 
-def train_by_average(loss: DINO, images: Tensor, steps: int, seed: int) -> Encoder:
+def train_by_average(loss: DINO, images: Tensor, steps: int, seed: int) -> Any:
     """Return the average of a network that it has taught, without a label."""
     student = Encoder().to(images.device)
     teacher = fastkd.EMATeacher(student, loss.decay(steps))

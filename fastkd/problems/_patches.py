@@ -74,7 +74,8 @@ def masked(
     teacher_temperature: Number,
 ) -> Tensor:
     """Solve for the mean over the masked patches of each image."""
-    counted = mask = as_bool(mask)
+    mask = as_bool(mask)
+    counted: Tensor | None = mask
     if call.row_mask is not None:
         counted = mask & call.row_mask.unsqueeze(-1)
     of_student, of_teacher, places = student, teacher.detach(), places_of(counted)

@@ -102,5 +102,7 @@ def mutual(
         return sum(losses[1:], losses[0])
     if n_peers > MOST:
         return NotImplemented
-    fields = [*logits, *[None] * (MOST - n_peers)]
-    return solve("portable", Peers(*fields, call.row_mask, T, scale, detach_peers))
+    first, second, *others = logits
+    third, fourth = (*others, None, None)[: MOST - 2]
+    problem = Peers(first, second, third, fourth, call.row_mask, T, scale, detach_peers)
+    return solve("portable", problem)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -284,6 +284,10 @@ def _scale(temperature: Number | None, vectors: Tensor, heads: int) -> Number:
 # ----------------------------------------------------------- what formulas and statements share
 
 
+@overload
+def as_bool(mask: Tensor) -> Tensor: ...
+@overload
+def as_bool(mask: Tensor | None) -> Tensor | None: ...
 def as_bool(mask: Tensor | None) -> Tensor | None:
     """Return a mask of integers as one of bool."""
     return mask if mask is None or mask.dtype == torch.bool else mask != 0
