@@ -69,7 +69,7 @@ def decoupled_kd(
     adds the cross-entropy with the labels.
 
     Args:
-        student_logits: Logits of the student, (..., V), unnormalised, V ≥ 2.
+        student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         labels: Class indices, (...), integers in [0, V) or `ignore_index`.
         alpha: α ≥ 0, the weight of the target class.
@@ -100,6 +100,9 @@ def decoupled_kd(
     student, teacher, classes, labelled = _labelled(
         student_logits, teacher_logits, labels, ignore_index
     )
+    nothing = selected(student[..., 0], torch.zeros_like(labelled))
+    if student.shape[-1] == 1:  # one class is no choice
+        return [Term(1.0, nothing, labelled)]
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
     T = as_column(temperature, student)
@@ -112,7 +115,6 @@ def decoupled_kd(
         )
     others = _expectation(log_p.exp(), log_p - log_q)
     # a term of weight 0 counts for nothing, even where it is infinite
-    nothing = selected(student[..., 0], torch.zeros_like(labelled))
     target = nothing if is_exactly(alpha, 0) else alpha * target
     others = nothing if is_exactly(beta, 0) else beta * others
     t2 = temperature**2 if scale_t2 else 1.0
@@ -141,7 +143,7 @@ def nkd(
     The paper adds the cross-entropy with the labels.
 
     Args:
-        student_logits: Logits of the student, (..., V), unnormalised, V ≥ 2.
+        student_logits: Logits of the student, (..., V), unnormalised.
         teacher_logits: Logits of the teacher, the same shape. They get no gradient.
         labels: Class indices, (...), integers in [0, V) or `ignore_index`.
         gamma: γ ≥ 0, the weight of the other classes.
@@ -165,6 +167,9 @@ def nkd(
     student, teacher, classes, labelled = _labelled(
         student_logits, teacher_logits, labels, ignore_index
     )
+    if student.shape[-1] == 1:  # one class is no choice
+        nothing = selected(student[..., 0], torch.zeros_like(labelled))
+        return [Term(1.0, nothing, labelled), Term(gamma, nothing, labelled)]
     (of_q, _), (of_p, _) = _parted(student, classes), _parted(teacher, classes)
     target = torch.where(of_p == -torch.inf, 0, of_p.sigmoid() * -F.logsigmoid(of_q))
     T = as_column(temperature, student)

@@ -151,8 +151,6 @@ class DecoupledKDLoss(LossModule, function=decoupled.decoupled_kd):
     Zhao et al., Decoupled Knowledge Distillation, 2022. arXiv:2203.08679
     """
 
-    empty_shape = (0, 2)
-
 
 class NKDLoss(LossModule, function=decoupled.nkd):
     """−p_y log q_y − γ T² Σ p̂ log q̂, the module of `fastkd.nkd`.
@@ -160,8 +158,6 @@ class NKDLoss(LossModule, function=decoupled.nkd):
     Yang et al., From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
     Normalized Loss and Customized Soft Labels, 2023. arXiv:2303.13005
     """
-
-    empty_shape = (0, 2)
 
 
 class LinearKDLoss(LossModule, function=linear.linear_kd):

@@ -167,7 +167,9 @@ def cross_entropy_factor(q: Softmax, factor: Tensor) -> Tensor:
 
     Where that class is set apart it is factor · (1 − q[class]), which has all its digits.
     """
-    return factor if q.apart is None else factor * log_odds(q).neg_().sigmoid_()
+    if q.apart is None:
+        return factor
+    return torch.where(factor == 0, 0, factor * log_odds(q).neg_().sigmoid_())
 
 
 def log_odds(q: Softmax) -> Tensor:

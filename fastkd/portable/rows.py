@@ -292,8 +292,7 @@ def _fill(
         beside = None if apart is None else apart[rows]
         totals = [] if problem.divergence == "logit_mse" else [known[1]]
         totals += [known[-1]] if ce_factors is not None and labels is not None else []
-        others = z if beside is None else z.scatter(1, beside, -torch.inf)
-        certain = certain_rows(others, totals) if totals else None
+        certain = certain_rows(z, totals) if totals and beside is None else None
         if factors is None or scaled is None or not problem.divergence:
             slope.zero_()
         else:
@@ -303,6 +302,8 @@ def _fill(
             else:
                 of_student, of_teacher, moments = _temperatures(problem, rows, z, z_teacher, dtype)
                 q = softmax(z, of_student, dtype, scratch[:2], known[:2], apart=beside)
+                if beside is not None:
+                    certain = certain_rows(q.d, totals)
                 p = softmax(
                     z_teacher, of_teacher, dtype, scratch[2:4], known[2:4],
                     problem.divergence != "reverse_kl", beside,
@@ -317,6 +318,8 @@ def _fill(
                 _select(slope, factors[rows])
         if ce_factors is not None and labels is not None:
             q = softmax(z, 1.0, dtype, scratch, (known[0], known[-1]), apart=beside)
+            if beside is not None:
+                certain = certain_rows(q.d, totals)
             factor = cross_entropy_factor(q, ce_factors[rows])
             slope.add_(_select(q.e.mul_(factor / q.total), factor))
             slope.scatter_add_(1, labels[rows].clamp(min=0), -factor)

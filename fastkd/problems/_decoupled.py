@@ -23,11 +23,6 @@ def check(
     softening |= {name: options.pop(name) for name in ("temperature", "scale_t2")}
     _checks.at_least_0(**options)
     rows.check(student, teacher, **softening)
-    if student.shape[-1] < 2:
-        raise ValueError(
-            "a loss that sets the label's class apart needs at least two classes, got logits of "
-            f"shape {_checks.shape(student)}"
-        )
     _checks.labels(labels, student, ignore_index)
 
 
@@ -45,7 +40,7 @@ def decoupled_kd(
     ignore_index: int,
 ) -> Any:
     """Solve for α · KL of the label's class and all others + β · KL among the others."""
-    if rows.is_trained_besides(temperature):
+    if rows.is_trained_besides(temperature) or student.shape[-1] == 1:  # which has no others
         return NotImplemented
     labels, labelled, mask = _labelled(call, labels, ignore_index)
     total = alpha + beta
@@ -71,7 +66,7 @@ def nkd(
     ignore_index: int,
 ) -> Any:
     """Solve for −p log q of the label's class and for the cross-entropy among the others."""
-    if rows.is_trained_besides(temperature):
+    if rows.is_trained_besides(temperature) or student.shape[-1] == 1:  # which has no others
         return NotImplemented
     labels, labelled, mask = _labelled(call, labels, ignore_index)
     classes = labels if mask is None else labels.masked_fill(~mask, -1)

@@ -75,10 +75,9 @@ def masked(
 ) -> Tensor:
     """Solve for the mean over the masked patches of each image."""
     mask = as_bool(mask)
-    counted: Tensor | None = mask
-    if call.row_mask is not None:
-        counted = mask & call.row_mask.unsqueeze(-1)
-    of_student, of_teacher, places = student, teacher.detach(), places_of(counted)
+    counts = mask if call.row_mask is None else mask & call.row_mask.unsqueeze(-1)
+    of_student, of_teacher, places = student, teacher.detach(), places_of(counts)
+    counted: Tensor | None = counts
     if places is not None:
         of_student, of_teacher = (x.flatten(0, -2)[places] for x in (of_student, of_teacher))
         counted = None
