@@ -177,8 +177,10 @@ def _chunks(
     if all(x.is_contiguous() for x in blocks):
         blocks = [x.reshape(1, -1, n_cols) for x in blocks]
     n_blocks, inner, _ = blocks[0].shape
-    # a row is a program, and at least a wave of them shall run
+    # a row is a program, and at least a wave of them shall run; chunks of a multiple of 8 rows
+    # start at a boundary of 16 bytes, whatever the length of a row
     size = max(device_of(student).multiprocessors, _CHUNK // (n_cols * dtype.itemsize))
+    size = -(-size // 8) * 8
     for i in range(n_blocks):
         for start in range(0, inner, size):
             end = min(start + size, inner)

@@ -12,17 +12,20 @@ chosen rows 2 read and 4 written, whatever the number of teachers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastkd._op import Number
-from fastkd.kernels.device import on_device, rows_of
+from fastkd.kernels.device import congruent, on_device, rows_of
+from fastkd.kernels.rows.sweeps import edges, vectors
 from fastkd.kernels.rows.terms import LOWEST
-from fastkd.kernels.tiles import LN2, LOG2E, log2_units, number, row_offset
+from fastkd.kernels.tiles import LN2, LOG2E, at_boundary, head_of, log2_units, number, row_offset
 
-_COLUMNS = 2048  # of a block
+_VECTORS = 512  # of 16 bytes of logits, that a program of a block takes; of a whole row at once
 
 
 @triton.jit
@@ -31,6 +34,27 @@ def log_sum(a, b):
     higher, lower = tl.where(a > b, a, b), tl.where(a > b, b, a)
     above = tl.log2(1 + tl.exp2((lower - higher) * LOG2E)) * LN2
     return tl.where(higher == float("-inf"), higher, higher + above)
+
+
+@triton.jit
+def _fold(z, top, total, unit):
+    """Add logits [R, K] to the pivots and sums [R] of R threads."""
+    higher = tl.maximum(top, tl.max(z, 1))
+    above = tl.exp2((z - higher[:, None]) * unit)
+    return higher, total * tl.exp2((top - higher) * unit) + tl.sum(above, 1)
+
+
+@triton.jit
+def _add_tile(
+    mixture_row, teacher_row, columns, inside, highest, log_total, log_share, unit,
+    IS_FIRST: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Add the share of a tile of one row, whose log-sum-exp is known, to the mixture."""
+    z = tl.load(teacher_row + columns, inside, float("-inf")).to(DTYPE)
+    found = ((z - highest) * unit - log_total) * LN2 + log_share
+    if not IS_FIRST:
+        found = log_sum(tl.load(mixture_row + columns, inside, float("-inf")), found)
+    tl.store(mixture_row + columns, found, inside)
 
 
 @triton.jit(do_not_specialize=["inner"])
@@ -42,31 +66,53 @@ def add_probabilities(
     temperature,  # of the teacher
     n_cols,
     inner,  # size of the logits' last dimension but one
-    IS_FIRST: tl.constexpr, DTYPE: tl.constexpr, ON_DEVICE: tl.constexpr, COLUMNS: tl.constexpr,
+    IS_FIRST: tl.constexpr, DTYPE: tl.constexpr, ON_DEVICE: tl.constexpr, CONGRUENT: tl.constexpr,
+    VECTORS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Add a teacher's share of a row to the mixture: program (row)."""
     row = tl.program_id(0)
     unit = log2_units(number(temperature, ON_DEVICE, DTYPE), DTYPE)
     teacher_row = teacher.ptr + row_offset(row, inner, teacher)
-    mixture_row = mixture.ptr + row_offset(row, inner, mixture)
-    columns = tl.arange(0, COLUMNS)
-    top, total = tl.full([COLUMNS], LOWEST, DTYPE), tl.zeros([COLUMNS], DTYPE)
-    for start in range(0, n_cols, COLUMNS):
-        inside = start + columns < n_cols
-        z = tl.load(teacher_row + start + columns, inside, float("-inf")).to(DTYPE)
-        higher = tl.maximum(top, z)
-        total = total * tl.exp2((top - higher) * unit) + tl.exp2((z - higher) * unit)
-        top = higher
+    head = head_of(teacher_row, n_cols, WIDTH)
+    teacher_row = at_boundary(teacher_row, head, True)
+    mixture_row = at_boundary(mixture.ptr, row_offset(row, inner, mixture) + head, CONGRUENT)
+    n_vectors = (n_cols - head) // WIDTH
+    top, total = tl.full([VECTORS], LOWEST, DTYPE), tl.zeros([VECTORS], DTYPE)
+    for start in range(0, n_vectors, VECTORS):
+        inside = (start + tl.arange(0, VECTORS) < n_vectors)[:, None]
+        columns = vectors(start, VECTORS, WIDTH)
+        z = tl.load(teacher_row + columns, inside, float("-inf")).to(DTYPE)
+        top, total = _fold(z, top, total, unit)
+    at_edge, inside_edge = edges(head, n_cols, VECTORS, WIDTH)
+    has_edges = n_cols % WIDTH + head > 0
+    if has_edges:
+        z = tl.load(teacher_row + at_edge, inside_edge, float("-inf")).to(DTYPE)
+        top, total = _fold(z, top, total, unit)
     highest = tl.max(top, 0)
     log_total = tl.log2(tl.sum(total * tl.exp2((top - highest) * unit), 0))
     log_share = tl.load(log_shares_ptr + row.to(tl.int64) * share_stride).to(DTYPE)
-    for start in range(0, n_cols, COLUMNS):
-        inside = start + columns < n_cols
-        z = tl.load(teacher_row + start + columns, inside, float("-inf")).to(DTYPE)
-        found = ((z - highest) * unit - log_total) * LN2 + log_share
-        if not IS_FIRST:
-            found = log_sum(tl.load(mixture_row + start + columns, inside, float("-inf")), found)
-        tl.store(mixture_row + start + columns, found, inside)
+    for start in range(0, n_vectors, VECTORS):
+        inside = (start + tl.arange(0, VECTORS) < n_vectors)[:, None]
+        _add_tile(
+            mixture_row, teacher_row, vectors(start, VECTORS, WIDTH), inside, highest, log_total,
+            log_share, unit, IS_FIRST, DTYPE,
+        )  # fmt: skip
+    if has_edges:
+        _add_tile(
+            mixture_row, teacher_row, at_edge, inside_edge, highest, log_total, log_share, unit,
+            IS_FIRST, DTYPE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _weigh_tile(
+    total_row, teacher_row, columns, inside, weight, IS_FIRST: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Add a tile of one row times its weight; a weight of 0 wins over −∞, and nothing is read."""
+    found = tl.load(teacher_row + columns, inside & (weight != 0), 0.0).to(DTYPE) * weight
+    if not IS_FIRST:
+        found += tl.load(total_row + columns, inside, 0.0)
+    tl.store(total_row + columns, found, inside)
 
 
 @triton.jit(do_not_specialize=["inner"])
@@ -76,46 +122,62 @@ def add_logits(
     weights_ptr,  # (n_rows,)
     weight_stride,
     n_cols,
+    n_blocks,  # of VECTORS vectors, to a row
     inner,  # size of the logits' last dimension but one
-    IS_FIRST: tl.constexpr, DTYPE: tl.constexpr, COLUMNS: tl.constexpr,
+    IS_FIRST: tl.constexpr, DTYPE: tl.constexpr, CONGRUENT: tl.constexpr, VECTORS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Add a teacher's row times its weight to the total: program (row, block)."""
-    row, columns = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """Add a block of a teacher's row times its weight: program row · n_blocks + block."""
+    program = tl.program_id(0)
+    row, block = program // n_blocks, program % n_blocks
     weight = tl.load(weights_ptr + row.to(tl.int64) * weight_stride).to(DTYPE)
-    # a weight of 0 selects, so that it wins over a logit of −∞; its logits are not read
-    inside = (columns < n_cols) & (weight != 0)
     teacher_row = teacher.ptr + row_offset(row, inner, teacher)
-    total_row = total.ptr + row_offset(row, inner, total)
-    found = tl.load(teacher_row + columns, inside, 0.0).to(DTYPE) * weight
-    if not IS_FIRST:
-        found += tl.load(total_row + columns, columns < n_cols, 0.0)
-    tl.store(total_row + columns, found, columns < n_cols)
+    head = head_of(teacher_row, n_cols, WIDTH)
+    teacher_row = at_boundary(teacher_row, head, True)
+    total_row = at_boundary(total.ptr, row_offset(row, inner, total) + head, CONGRUENT)
+    start = block * VECTORS
+    inside = (start + tl.arange(0, VECTORS) < (n_cols - head) // WIDTH)[:, None]
+    columns = vectors(start, VECTORS, WIDTH)
+    _weigh_tile(total_row, teacher_row, columns, inside, weight, IS_FIRST, DTYPE)
+    if (block == 0) & (n_cols % WIDTH + head > 0):
+        at_edge, inside_edge = edges(head, n_cols, 2, WIDTH)
+        _weigh_tile(total_row, teacher_row, at_edge, inside_edge, weight, IS_FIRST, DTYPE)
 
 
-@triton.jit(do_not_specialize=["inner", "teacher_place", "n_teachers"])
+@triton.jit(do_not_specialize=["inner", "place", "n_teachers"])
 def copy_chosen(
     chosen,  # Strided (n_rows, n_cols), written
     teacher,  # Strided (n_rows, n_cols), logits
     index_ptr,  # (n_rows,), places of teachers
-    teacher_place,
+    place,  # of this teacher
     n_teachers,
     n_cols,
+    n_blocks,  # of VECTORS vectors, to a row
     inner,  # size of the logits' last dimension but one
-    DTYPE: tl.constexpr, COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr, CONGRUENT: tl.constexpr, VECTORS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Copy a teacher's row if it is the chosen one: program (row, block).
+    """Copy a block of a teacher's row if it is the chosen one: program row · n_blocks + block.
 
     The first teacher writes NaN where no teacher is chosen.
     """
-    row, columns = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    program = tl.program_id(0)
+    row, block = program // n_blocks, program % n_blocks
     index = tl.load(index_ptr + row).to(tl.int64)
-    is_chosen = index == teacher_place
-    is_none = (teacher_place == 0) & ((index < 0) | (index >= n_teachers))
-    inside = columns < n_cols
+    is_chosen = index == place
+    is_none = (place == 0) & ((index < 0) | (index >= n_teachers))
     teacher_row = teacher.ptr + row_offset(row, inner, teacher)
+    head = head_of(teacher_row, n_cols, WIDTH)
+    teacher_row = at_boundary(teacher_row, head, True)
+    chosen_row = at_boundary(chosen.ptr, row_offset(row, inner, chosen) + head, CONGRUENT)
+    start = block * VECTORS
+    inside = (start + tl.arange(0, VECTORS) < (n_cols - head) // WIDTH)[:, None]
+    columns = vectors(start, VECTORS, WIDTH)
     found = tl.load(teacher_row + columns, inside & is_chosen, float("nan")).to(DTYPE)
-    chosen_row = chosen.ptr + row_offset(row, inner, chosen)
     tl.store(chosen_row + columns, found, inside & (is_chosen | is_none))
+    if (block == 0) & (n_cols % WIDTH + head > 0):
+        at_edge, inside_edge = edges(head, n_cols, 2, WIDTH)
+        found = tl.load(teacher_row + at_edge, inside_edge & is_chosen, float("nan")).to(DTYPE)
+        tl.store(chosen_row + at_edge, found, inside_edge & (is_chosen | is_none))
 
 
 def mix(
@@ -134,67 +196,69 @@ def mix(
     by_pointer = mixture.dtype == torch.float64 or isinstance(temperature, Tensor)
     if by_pointer and not isinstance(temperature, Tensor):
         temperature = torch.full((), temperature, dtype=torch.float64, device=mixture.device)
-    n_rows, n_cols = logits.shape
-    if not n_rows:
+    if not len(logits):
         return
     with on_device(mixture):
-        add_probabilities[(n_rows,)](
+        add_probabilities[(len(logits),)](
             rows_of(mixture),
-            rows_of(logits),
-            log_shares,
-            log_shares.stride(0),
-            temperature,
-            n_cols,
-            n_rows,
+            log_shares_ptr=log_shares,
+            share_stride=log_shares.stride(0),
+            temperature=temperature,
             IS_FIRST=is_first,
-            DTYPE=_dtype(mixture),
             ON_DEVICE=by_pointer,
-            COLUMNS=_columns(n_cols),
-            num_warps=8,
+            **_shared(mixture, logits),
         )
 
 
 def add(total: Tensor, logits: Tensor, weights: Tensor, is_first: bool) -> None:
     """Add a teacher's logits [N, V] times its weight [N, 1] to a total, which is overwritten."""
-    n_rows, n_cols = logits.shape
-    columns = _columns(n_cols)
+    shared, n_blocks = _shared(total, logits), _n_blocks(logits)
     with on_device(total):
-        add_logits[(n_rows, triton.cdiv(n_cols, columns))](
+        add_logits[(len(logits) * n_blocks,)](
             rows_of(total),
-            rows_of(logits),
-            weights,
-            weights.stride(0),
-            n_cols,
-            n_rows,
+            weights_ptr=weights,
+            weight_stride=weights.stride(0),
+            n_blocks=n_blocks,
             IS_FIRST=is_first,
-            DTYPE=_dtype(total),
-            COLUMNS=columns,
-            num_warps=8,
+            **shared,
         )
 
 
 def choose(chosen: Tensor, logits: Tensor, index: Tensor, place: int, n_teachers: int) -> None:
     """Copy the rows [N, V] of a teacher whose index [N] is its place; the first writes NaN too."""
-    n_rows, n_cols = logits.shape
-    columns = _columns(n_cols)
+    shared, n_blocks = _shared(chosen, logits), _n_blocks(logits)
     with on_device(chosen):
-        copy_chosen[(n_rows, triton.cdiv(n_cols, columns))](
+        copy_chosen[(len(logits) * n_blocks,)](
             rows_of(chosen),
-            rows_of(logits),
-            index,
-            place,
-            n_teachers,
-            n_cols,
-            n_rows,
-            DTYPE=_dtype(chosen),
-            COLUMNS=columns,
-            num_warps=8,
+            index_ptr=index,
+            place=place,
+            n_teachers=n_teachers,
+            n_blocks=n_blocks,
+            **shared,
         )
 
 
-def _columns(n_cols: int) -> int:
-    return min(_COLUMNS, triton.next_power_of_2(n_cols))
+def _shared(found: Tensor, logits: Tensor) -> dict[str, Any]:
+    """Return what all kernels take, by the names of their parameters."""
+    n_rows, n_cols = logits.shape
+    teacher, width = rows_of(logits), _width(logits)
+    return dict(
+        teacher=teacher,
+        n_cols=n_cols,
+        inner=n_rows,
+        DTYPE=tl.float64 if found.dtype == torch.float64 else tl.float32,
+        CONGRUENT=congruent(teacher, rows_of(found), width),
+        # at least 2, because a row has two edges
+        VECTORS=max(2, min(_VECTORS, triton.next_power_of_2(triton.cdiv(n_cols, width)))),
+        WIDTH=width,
+        num_warps=8,
+    )
 
 
-def _dtype(found: Tensor) -> tl.dtype:
-    return tl.float64 if found.dtype == torch.float64 else tl.float32
+def _width(logits: Tensor) -> int:
+    """Return the elements of a vector of 16 bytes."""
+    return 16 // logits.element_size()
+
+
+def _n_blocks(logits: Tensor) -> int:
+    return triton.cdiv(triton.cdiv(logits.shape[1], _width(logits)), _VECTORS)
