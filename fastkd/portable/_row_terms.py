@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd._op import Number
-from fastkd.problems.rows import EPSILON, moments
+from fastkd.problems.rows import EPSILON, is_exactly, moments
 
 N_SCRATCH = 6  # buffers of a chunk: d and e of both networks, and two for a divergence
 _LN2 = math.log(2)
@@ -152,14 +152,25 @@ def _summing_to_0(slopes: Tensor, places: Tensor) -> Tensor:
     return others.scatter_(-1, places, others.sum(-1, keepdim=True).neg_())
 
 
-def cross_entropy(q: Softmax, classes: Tensor) -> Tensor:
+def cross_entropy(q: Softmax, classes: Tensor, smoothing: Number = 0.0) -> Tensor:
     """Return rows [R, 1] of −log q[class]; a negative class gives a number without meaning.
 
-    Where a class is set apart it is this one.
+    Where a class is set apart it is this one. Smoothing gives all classes a share of the label.
     """
     if q.apart is not None:
         return softplus(log_odds(q).neg_())
-    return (q.total.log2() - q.d.gather(1, classes.clamp(min=0))).mul_(_LN2)
+    of_label = q.d.gather(1, classes.clamp(min=0))
+    if not is_exactly(smoothing, 0):
+        of_label = of_label * (1 - smoothing) + q.d.mean(-1, keepdim=True) * smoothing
+    return (q.total.log2() - of_label).mul_(_LN2)
+
+
+def subtract_labels(slopes: Tensor, classes: Tensor, factor: Tensor, smoothing: Number) -> None:
+    """Subtract factor · label from slopes, of which smoothing gives all classes a share."""
+    if not is_exactly(smoothing, 0):
+        slopes.sub_(factor * (smoothing / slopes.shape[-1]))
+        factor = factor * (1 - smoothing)
+    slopes.scatter_add_(1, classes.clamp(min=0), -factor)
 
 
 def cross_entropy_factor(q: Softmax, factor: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from fastkd.portable._row_terms import (
     logit_mse,
     moments_of,
     softmax,
+    subtract_labels,
     terms_of,
     without_temperature,
 )
@@ -92,7 +93,9 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
             totals = []
             if labels is not None and cross_entropies is not None:
                 plain = without_temperature(q, of_student, scratch[2:4])
-                cross_entropies.view(-1, 1)[rows] = cross_entropy(plain, labels[rows])
+                cross_entropies.view(-1, 1)[rows] = cross_entropy(
+                    plain, labels[rows], problem.label_smoothing
+                )
                 totals = [plain.total]
             known = [q.top, q.total, *totals]
             if problem.divergence:
@@ -159,7 +162,9 @@ def value_and_gradients(
         slope, certain, plain = out[0] if out else None, None, None
         if labels is not None and of_labels is not None:
             plain = without_temperature(q, of_student, scratch[2:4])
-            of_labels.view(-1, 1)[rows] = cross_entropy(plain, labels[rows])
+            of_labels.view(-1, 1)[rows] = cross_entropy(
+                plain, labels[rows], problem.label_smoothing
+            )
         if slope is not None:
             totals = [q.total] if plain is None else [q.total, plain.total]
             certain = certain_rows(q.d, totals)
@@ -168,7 +173,7 @@ def value_and_gradients(
                 factor = cross_entropy_factor(plain, ce_factors[rows])
                 torch.mul(plain.e, factor / plain.total, out=slope)
                 _select(slope, factor)
-                slope.scatter_add_(1, labels[rows].clamp(min=0), -factor)
+                subtract_labels(slope, labels[rows], factor, problem.label_smoothing)
         if problem.divergence:
             p = softmax(z_teacher, of_teacher, dtype, scratch[2:4], apart=beside)
             terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
@@ -218,7 +223,9 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
         q = softmax(z, of_student, dtype, scratch[:2], apart=beside)
         if labels is not None:
             plain = without_temperature(q, of_student, scratch[2:4])
-            cross_entropies, ce_slopes = _of_labels(plain, labels.reshape(-1, 1))
+            cross_entropies, ce_slopes = _of_labels(
+                plain, labels.reshape(-1, 1), problem.label_smoothing
+            )
             centre(ce_slopes, certain_rows(plain.d, [plain.total]))
         certain = certain_rows(q.d, [q.total])
         p = softmax(z_teacher, of_teacher, dtype, scratch[2:4], apart=beside)
@@ -246,17 +253,15 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
     return (losses.view(examples), cross_entropies), (None, slopes, ce_slopes)
 
 
-def _of_labels(q: Softmax, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _of_labels(q: Softmax, labels: Tensor, smoothing: Number) -> tuple[Tensor, Tensor]:
     """Return the cross-entropies with the labels and their gradient in the logits."""
     unit = cross_entropy_factor(q, torch.ones_like(q.total))
-    slopes, minus = q.e * (unit / q.total), unit.neg()
+    slopes, losses = q.e * (unit / q.total), cross_entropy(q, labels, smoothing)
+    subtract_labels(slopes, labels, unit, smoothing)
     if labels.numel() and labels.min().item() >= 0:
-        slopes.scatter_add_(1, labels, minus)
-        return cross_entropy(q, labels), slopes
-    masked, classes = labels < 0, labels.clamp(min=0)
-    slopes.scatter_add_(1, classes, minus)
-    losses = cross_entropy(q, classes).masked_fill_(masked, 0)
-    return losses, slopes.masked_fill_(masked, 0)
+        return losses, slopes
+    masked = labels < 0
+    return losses.masked_fill_(masked, 0), slopes.masked_fill_(masked, 0)
 
 
 def _matrix(logits: Tensor) -> Tensor:
@@ -322,7 +327,7 @@ def _fill(
                 certain = certain_rows(q.d, totals)
             factor = cross_entropy_factor(q, ce_factors[rows])
             slope.add_(_select(q.e.mul_(factor / q.total), factor))
-            slope.scatter_add_(1, labels[rows].clamp(min=0), -factor)
+            subtract_labels(slope, labels[rows], factor, problem.label_smoothing)
         centre(slope, certain)
         if in_scratch:
             out.copy_(slope)

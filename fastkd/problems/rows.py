@@ -40,6 +40,8 @@ class Rows(NamedTuple):
     apart: Tensor | None = None
     # whether the logits of each row are divided by their deviation + EPSILON besides
     standardized: bool = False
+    # ε: the cross-entropy is (1 − ε) times that with the label + ε times its mean over all classes
+    label_smoothing: Number = 0.0
 
 
 solve = Op(
@@ -305,7 +307,13 @@ def kd(
     if not distill_ignored:
         # written out, because old compilers do not trace _replace
         call = of_labels
-    losses, cross_entropies = _solve(call, divergence, student, teacher, labels, **softening, **own)
+    # weights of classes are in every term of the smoothed label, and the kernels know none
+    is_smooth = not is_exactly(label_smoothing, 0)
+    in_one_pass = is_smooth and class_weights is None and call.engine == "portable"
+    smoothing = label_smoothing if in_one_pass else 0.0
+    losses, cross_entropies = _solve(
+        call, divergence, student, teacher, labels, label_smoothing=smoothing, **softening, **own
+    )
     if losses is NotImplemented:
         return NotImplemented
     counts = None
@@ -313,7 +321,7 @@ def kd(
         class_weights = class_weights.detach().to(cross_entropies)
         counts = class_weights[labels.clamp(min=0)]
         cross_entropies = selected(cross_entropies * counts, counts != 0)
-    if not is_exactly(label_smoothing, 0):
+    if is_smooth and not in_one_pass:
         each = class_weights
         if each is None:
             each = cross_entropies.new_ones(student.shape[-1])
@@ -346,9 +354,13 @@ def _cross_entropies(call: Call, student: Tensor, target: Tensor) -> Tensor:
     return selected(losses * total, total != 0)
 
 
-def label_cross_entropies(call: Call, logits: Tensor, classes: Tensor) -> Tensor:
+def label_cross_entropies(
+    call: Call, logits: Tensor, classes: Tensor, smoothing: Number = 0.0
+) -> Tensor:
     """Return the cross-entropy of each row with its class, 0 where that is negative."""
-    problem = Rows(logits, logits, classes, None, 1.0, 1.0, 0.0, 1.0, "")
+    problem = Rows(
+        logits, logits, classes, None, 1.0, 1.0, 0.0, 1.0, "", 0.0, None, False, smoothing
+    )
     _, cross_entropies = solve(call.engine, problem)
     return cross_entropies
 
@@ -367,6 +379,7 @@ def _solve(
     scale_t2: bool,
     standardize: bool = False,
     teacher_gradient: bool = False,
+    label_smoothing: Number = 0.0,
     **own: Number,
 ) -> tuple[Any, Any]:
     mixture = (*own.values(), 0.0)[0]
@@ -390,10 +403,12 @@ def _solve(
         )
         if scale_t2:
             losses = losses * (own_student * own_teacher)
-        of_labels = None if labels is None else label_cross_entropies(call, student, labels)
+        of_labels = None
+        if labels is not None:
+            of_labels = label_cross_entropies(call, student, labels, label_smoothing)
         return losses, of_labels
     problem = Rows(
         student, teacher, labels, call.row_mask, of_student, of_teacher, mixture, scale, name,
-        call.row_weight, None, standardize,
+        call.row_weight, None, standardize, label_smoothing,
     )  # fmt: skip
     return solve(call.engine, problem)

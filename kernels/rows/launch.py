@@ -34,7 +34,7 @@ from fastkd.kernels.device import (
     rows_of,
 )
 from fastkd.kernels.rows import gradients, sweeps
-from fastkd.problems.rows import Rows
+from fastkd.problems.rows import Rows, is_exactly
 
 ON_CHIP = 8192  # columns of the longest rows that are read once, a quarter of it in float64
 _MIXTURES = ("jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation")
@@ -54,8 +54,12 @@ def n_statistics(problem: Rows) -> int:
 
 
 def takes(problem: Rows) -> bool:
-    """Return whether the kernels solve the problem: a deviation is known of rows on chip alone."""
-    return not (problem.standardized and n_statistics(problem))
+    """Return whether the kernels solve the problem.
+
+    A deviation is known of rows on chip alone, and labels that are smooth of none.
+    """
+    is_unknown = problem.standardized and n_statistics(problem) > 0
+    return not is_unknown and is_exactly(problem.label_smoothing, 0)
 
 
 def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Tensor, ...]]:
