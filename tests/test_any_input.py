@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from cases import CASES, named, of
+from cases import named, of
 from choice import quick_if
 from exactness import exact
 from hypothesis import HealthCheck, given, settings

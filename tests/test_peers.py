@@ -67,7 +67,7 @@ def test_equal_networks_have_nothing_to_learn(n, detach_peers, engine):
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_classes_that_are_masked(n, engine):
-    """Classes that all exclude contribute nothing; one that one alone excludes is not taught it."""
+    """Classes that all exclude contribute nothing; one network cannot learn what it excludes."""
     logits, masked, kept = peers(n)((3,), 6), [1, 4], [0, 2, 3, 5]
     both = [x.detach().clone() for x in logits]
     for x in both:
