@@ -144,6 +144,15 @@ def add_logits(
         _weigh_tile(total_row, teacher_row, at_edge, inside_edge, weight, IS_FIRST, DTYPE)
 
 
+@triton.jit
+def _copy_tile(
+    chosen_row, teacher_row, columns, inside, is_chosen, is_none, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Copy a tile of a chosen row, or write NaN where no teacher is chosen."""
+    found = tl.load(teacher_row + columns, inside & is_chosen, float("nan")).to(DTYPE)
+    tl.store(chosen_row + columns, found, inside & (is_chosen | is_none))
+
+
 @triton.jit(do_not_specialize=["inner", "place", "n_teachers"])
 def copy_chosen(
     chosen,  # Strided (n_rows, n_cols), written
@@ -172,12 +181,10 @@ def copy_chosen(
     start = block * VECTORS
     inside = (start + tl.arange(0, VECTORS) < (n_cols - head) // WIDTH)[:, None]
     columns = vectors(start, VECTORS, WIDTH)
-    found = tl.load(teacher_row + columns, inside & is_chosen, float("nan")).to(DTYPE)
-    tl.store(chosen_row + columns, found, inside & (is_chosen | is_none))
+    _copy_tile(chosen_row, teacher_row, columns, inside, is_chosen, is_none, DTYPE)
     if (block == 0) & (n_cols % WIDTH + head > 0):
         at_edge, inside_edge = edges(head, n_cols, 2, WIDTH)
-        found = tl.load(teacher_row + at_edge, inside_edge & is_chosen, float("nan")).to(DTYPE)
-        tl.store(chosen_row + at_edge, found, inside_edge & (is_chosen | is_none))
+        _copy_tile(chosen_row, teacher_row, at_edge, inside_edge, is_chosen, is_none, DTYPE)
 
 
 def mix(
