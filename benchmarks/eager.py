@@ -106,6 +106,19 @@ def nkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return target + 1.5 * F.cross_entropy(rest[0], F.softmax(rest[1], dim=-1))
 
 
+def ibot(student: Tensor, teacher: Tensor, mask: Tensor, center: Tensor) -> Tensor:
+    p = F.softmax((teacher - center) / 0.04, dim=-1)
+    losses = -(p * F.log_softmax(student / 0.1, dim=-1)).sum(-1) * mask
+    return (losses.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+
+
+def koleo(first: Tensor, second: Tensor) -> Tensor:
+    x = F.normalize(torch.cat([first, second]))
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    nearest = (x @ x.T).masked_fill(itself, -1).max(-1).indices
+    return -(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).log().mean()
+
+
 def _taylor(x: Tensor) -> Tensor:
     """Return a Gaussian kernel with gamma = 0.4, to the second order."""
     cosines = F.normalize(x) @ F.normalize(x).T

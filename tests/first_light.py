@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 import torch
 from cases import Case, named
+from inputs import logits_of_three
+
+import fastkd
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 # of rows: several of them in one program, and several programs for each
@@ -29,6 +32,15 @@ class Light(NamedTuple):
         return self.case.inputs(self.examples, self.width, self.dtype, **options)
 
 
+def _routed(student, *teachers, **options):
+    """Compute the loss of rows that learn from one of the teachers each."""
+    index = torch.arange(len(student), device=student.device) % len(teachers)
+    return fastkd.multi_teacher(student, teachers, teacher_index=index, **options)
+
+
+_ROUTED = Case(_routed, "rows", logits_of_three, _routed, per_example=True)
+
+
 def _light(case, shape, *kernels, dtype=HALF):
     return Light(*named(case), *shape, dtype, kernels)
 
@@ -37,6 +49,7 @@ _KL, _JSD = "forward_kl-temperature=4.0", "jensen_shannon-temperature=2.0-beta=0
 _KD = "kd-temperature=4.0-alpha=0.3-divergence=forward_kl"
 _CLIP, _SIGLIP = "clip_contrastive-logit_scale=5.0", "siglip-logit_scale=5.0-logit_bias=-2.0"
 _MSE = "token_relation-divergence=mse-normalize=True-temperature=1.0"
+_AVERAGED = "multi_teacher-temperature=2.0-divergence=jensen_shannon-beta=0.1-combine=logits"
 _COSINE = "hint-weights-kind=cosine"
 _WHOLE, _LONG = ("whole_rows",), ("row_statistics", "combine", "gradient", "certain_classes")
 _SIDES = ("lay_out", "gradients")
@@ -67,6 +80,9 @@ LIGHTS = [
     _light("attention_transfer", ((7,), 5), "values", "slopes", "map_differences"),
     _light("token_relation-heads=2", ((3,), 16), *_TOKENS),
     _light(_MSE, ((3,), 16), "relation_squares"),
+    _light("multi_teacher-temperature=2.0", SHORT, *_WHOLE, "add_probabilities"),
+    _light(_AVERAGED, SHORT, *_WHOLE, "add_logits"),
+    Light(_ROUTED, *SHORT, HALF, (*_WHOLE, "copy_chosen")),
     # the same kernels with other options and precisions
     _light(_JSD, SPLIT, *_LONG),
     _light(_JSD, SHORT, *_WHOLE),
@@ -75,6 +91,9 @@ LIGHTS = [
     _light("total_variation-temperature=2.0", SPLIT, *_LONG),
     _light(_KL, SPLIT, *_LONG, dtype=FLOAT),
     _light("dino", SHORT, *_WHOLE),
+    _light("decoupled_kd", SPLIT, *_LONG),
+    _light("decoupled_kd-standardize=True", SHORT, *_WHOLE),
+    _light("nkd", SHORT, *_WHOLE),
     _light("channel_wise-temperature=4.0", SHORT, *_WHOLE),
     _light("info_nce", WIDE, *_POSITIVES),
     _light(_CLIP, WIDE, *_COLUMNS),
