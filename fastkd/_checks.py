@@ -359,6 +359,12 @@ def fraction(**option: Any) -> None:
             raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
 
 
+def yes_or_no(**options: Any) -> None:
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def at_least_0(**options: Any) -> None:
     for name, value in options.items():
         if not _is_tensor(name, value) and not (_ordered(0, value, math.inf) and value < math.inf):

@@ -33,6 +33,7 @@ def kd(
     weight: Number = 0.5,
     teacher_form: str = "logits",
     scale_t2: bool = True,
+    standardize: bool = False,
     ignore_index: int = -100,
     distill_ignored: bool = False,
     label_smoothing: Number = 0.0,
@@ -63,6 +64,8 @@ def kd(
         weight: The option of D = "symmetric_kl".
         teacher_form: As in `forward_kl`.
         scale_t2: Whether D is multiplied by T².
+        standardize: Whether the logits of D are standardized, as in `forward_kl`; those of the
+            cross-entropy never are.
         ignore_index: Rows with this label count in neither term.
         distill_ignored: Whether those rows count in D after all, as unlabelled examples: CE is then
             the mean over the labelled rows, D over all of them.
@@ -123,6 +126,7 @@ def kd(
         teacher_temperature=teacher_temperature,
         teacher_form=teacher_form,
         scale_t2=scale_t2,
+        standardize=standardize,
         **{name: own[name] for name in [rows.OPTIONS.get(divergence)] if name},
     )
     share = 1 - alpha if distill_weight is None else distill_weight

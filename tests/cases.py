@@ -290,6 +290,7 @@ CASES = [
     _kd("forward_kl", textbook.FORWARD_KL),
     _kd("jensen_shannon", textbook.JENSEN_SHANNON, beta=0.1),
     _kd("total_variation", textbook.TOTAL_VARIATION),
+    _kd("forward_kl", textbook.standardized(textbook.FORWARD_KL), standardize=True),
     _of_labels("rows", fastkd.decoupled_kd, textbook.DECOUPLED_KD),
     _of_labels(
         "rows", fastkd.decoupled_kd, textbook.DECOUPLED_KD, alpha=2.0, beta=0.5, scale_t2=False

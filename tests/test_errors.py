@@ -99,6 +99,15 @@ def test_a_temperature_that_is_no_number_of_each_row(case):
         case(*inputs, temperature=torch.ones(4, dtype=torch.int64, device=DEVICE))
 
 
+def test_a_flag_is_true_or_false(inputs):
+    student, teacher, _ = inputs
+    for name in ("standardize", "teacher_gradient"):
+        with says(TypeError, f"{name} must be True or False", "got 'yes'"):
+            fastkd.forward_kl(student, teacher, **{name: "yes"})
+    with says(TypeError, "metrics must be True or False", "got 1"):
+        fastkd.linear_kd(student, student.t()[:, :4].t(), teacher, teacher, metrics=1)
+
+
 def test_a_mixture_is_not_learnt():
     learnt = torch.tensor(0.5, requires_grad=True, device=DEVICE)
     way = r'with fastkd.backend\("formula"\):'

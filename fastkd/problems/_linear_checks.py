@@ -51,6 +51,7 @@ def check(
         teacher_hidden, teacher_weight, teacher_bias, teacher_logits, student_hidden
     )
     _check_options(divergence, temperature, alpha, num_valid, memory_budget, options)
+    _checks.yes_or_no(metrics=metrics)
     _check_terms(alpha, labels, bool(teachers))
     n_classes = _check_vocabulary(vocab, len(student_weight), teachers, student_hidden.device)
     if labels is not None:

@@ -100,6 +100,7 @@ def check(
     **fraction: Number,
 ) -> None:
     """Raise an error for logits that do not fit together and options out of range."""
+    _checks.yes_or_no(standardize=standardize, teacher_gradient=teacher_gradient)
     _checks.logits(student, teacher, teacher_is_constant=not teacher_gradient)
     for name, value in (
         ("temperature", temperature),
