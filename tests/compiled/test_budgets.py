@@ -93,6 +93,8 @@ def test_the_file_has_what_the_table_has():
 
 def test_bytes_are_counted_where_the_launch_sites_choose_as_for_the_whole():
     for case in FUSED:
+        if case.name == "multi_teacher":
+            continue  # of which there are as many chunks as rows need
         for shape in case.family.compiled_sizes:
             counts = RECORD["counts"][case.name][budgets.name_of(shape, torch.bfloat16)]
             assert counts["traffic"]["launches"] == counts["call"]["launches"]
@@ -161,8 +163,8 @@ def test_the_counts_are_those_of_the_algorithm():
     shape = (4096, 128256)
     run = compiled(case, shape, torch.bfloat16, "sm_90")
     assert (run.trained_bytes, run.element_bytes) == (2 * 4096 * 128256, 4)
-    assert budgets.of_call(run) == {"launches": [1, 2], "extra_memory": [0.0001248, 1.0]}
-    statistics, gradient = budgets.of_kernels(run, "sm_90").values()
+    assert budgets.of_call(run) == {"launches": [1, 3], "extra_memory": [0.0001248, 1.0]}
+    statistics, gradient, _ = budgets.of_kernels(run, "sm_90").values()
     assert (len(statistics["instructions"]), len(gradient["instructions"])) == (1, 1)
     assert 2 <= statistics["mufu"][0] <= 2.5
     assert 15 <= statistics["instructions"][0] <= 21  # two of them, so that e is 1 at the maximum
