@@ -116,7 +116,7 @@ def koleo(first: Tensor, second: Tensor) -> Tensor:
     x = F.normalize(torch.cat([first, second]))
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
     nearest = (x @ x.T).masked_fill(itself, -1).max(-1).indices
-    return -(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).log().mean()
+    return -(F.pairwise_distance(x, x[nearest], eps=0) + 1e-8).log().mean()
 
 
 def _taylor(x: Tensor) -> Tensor:
