@@ -45,6 +45,7 @@ def decoupled_kd(
     labels, labelled, mask = _labelled(call, labels, ignore_index)
     total = alpha + beta
     share = 0.0 if is_exactly(total, 0) else alpha / total
+    temperature = rows.widened(temperature)
     t2 = temperature**2 if scale_t2 else 1.0
     problem = Rows(
         student, teacher, None, mask, temperature, temperature, share, t2 * total, "decoupled_kl",
@@ -70,6 +71,7 @@ def nkd(
         return NotImplemented
     labels, labelled, mask = _labelled(call, labels, ignore_index)
     classes = labels if mask is None else labels.masked_fill(~mask, -1)
+    temperature = rows.widened(temperature)
     problem = Rows(
         student, teacher, classes, mask, temperature, temperature, 0.0,
         temperature**2 if scale_t2 else 1.0, "soft_cross_entropy", 0.0, labels,
