@@ -44,7 +44,7 @@ def decoupled_kd(
         return NotImplemented
     labels, labelled, mask = _labelled(call, labels, ignore_index)
     total = alpha + beta
-    share = 0.0 if is_exactly(total, 0) else alpha / total
+    share = 0.0 if is_exactly(total, 0) else alpha / _not_0(total)
     temperature = rows.widened(temperature)
     t2 = temperature**2 if scale_t2 else 1.0
     problem = Rows(
@@ -80,6 +80,11 @@ def nkd(
     p = rows.label_cross_entropies(call, teacher.detach(), classes).neg().exp()
     target = p * torch.where(p == 0, 0, cross_entropies)
     return [Term(1.0, target, labelled), Term(gamma, losses, labelled)]
+
+
+def _not_0(total: Number) -> Number:
+    """Return the number, with 1 in place of the 0 of a tensor, at which nobody looks."""
+    return torch.where(total == 0, 1, total) if isinstance(total, Tensor) else total
 
 
 def _labelled(
