@@ -209,3 +209,13 @@ def test_ignored_rows_of_probabilities_give_a_temperature_no_gradient(engine):
         )  # fmt: skip
         found.append(torch.autograd.grad(loss, temperature)[0])
     torch.testing.assert_close(*found)
+
+
+@each_divergence
+def test_a_standardized_row_of_weight_0_may_hold_anything(case, engine):
+    student, teacher = (torch.randn(3, 9, device=DEVICE) for _ in range(2))
+    student[1], teacher[1] = math.nan, math.inf
+    weights = torch.tensor([True, False, True], device=DEVICE)
+    losses = case(student.requires_grad_(), teacher, weights=weights, standardize=True)
+    (gradient,) = torch.autograd.grad(losses.sum(), student)
+    assert losses.isfinite().all() and gradient.isfinite().all() and not gradient[1].any()
