@@ -24,6 +24,7 @@ _ROW_LABELS = ("labels", "ignore_index")  # these too, where labels are an optio
 _PARTS = "return_parts"
 _DIM = "dim"  # a parameter too that a formula does not read
 _TEACHER_GRADIENT = "teacher_gradient"
+_TEACHER_FORM = "teacher_form"
 _THIS_PROCESS = Ranks()
 
 
@@ -129,8 +130,16 @@ def loss(
                 for option, x in zip(of_examples, given, strict=True)
             }
             is_trained = options.get(_TEACHER_GRADIENT, False)
+            # probabilities of 0 alone have no logarithm, so that masked rows would give a NaN
+            of_teacher = 1 if options.get(_TEACHER_FORM) == "probabilities" else 0
             tensors = [
-                _prepared(x, dtype, mask if is_spread else None, is_constant and not is_trained)
+                _prepared(
+                    x,
+                    dtype,
+                    mask if is_spread else None,
+                    is_constant and not is_trained,
+                    of_teacher if is_constant else 0,
+                )
                 for x, is_constant, is_spread in zip(arguments, constant, spread, strict=True)
             ]
             if not ranks or is_mean:
@@ -304,17 +313,19 @@ def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
     return found
 
 
-def _prepared(x: Any, dtype: torch.dtype, mask: Tensor | None, is_constant: bool) -> Any:
+def _prepared(
+    x: Any, dtype: torch.dtype, mask: Tensor | None, is_constant: bool, masked: int = 0
+) -> Any:
     """Return an argument of a formula: in the compute dtype, constant if it is a teacher's."""
     if isinstance(x, (list, tuple)):
-        return [_prepared(each, dtype, mask, is_constant) for each in x]
+        return [_prepared(each, dtype, mask, is_constant, masked) for each in x]
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
     x = x.to(dtype)
     if is_constant:
         x = x.detach()
     if mask is not None and x.shape[: mask.ndim] == mask.shape:
-        x = selected(x, mask)
+        x = selected(x, mask, masked)
     # autograd cannot save what torch.inference_mode made
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 

@@ -34,11 +34,11 @@ class Term(NamedTuple):
     counts: Tensor | None = None  # (...), as how many examples the mean counts each; without, as 1
 
 
-def selected(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the rows with 0 where the mask is False, so that a NaN there reaches nothing."""
+def selected(rows: Tensor, mask: Tensor | None, masked: int = 0) -> Tensor:
+    """Return the rows with `masked` where the mask is False: a NaN there reaches nothing."""
     if mask is None:
         return rows
-    return torch.where(mask[(..., *[None] * (rows.ndim - mask.ndim))], rows, 0)
+    return torch.where(mask[(..., *[None] * (rows.ndim - mask.ndim))], rows, masked)
 
 
 def reduce(

@@ -18,7 +18,7 @@ from fastkd._loss import loss
 from fastkd._op import Number
 from fastkd._reduction import Term, selected
 from fastkd.problems import _decoupled
-from fastkd.problems.rows import as_column, is_exactly, standardized
+from fastkd.problems.rows import divided, is_exactly, standardized, widened
 
 
 def _parted(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,9 +105,9 @@ def decoupled_kd(
         return [Term(1.0, nothing, labelled)]
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
-    T = as_column(temperature, student)
-    of_q, log_q = _parted(student / T, classes)
-    of_p, log_p = _parted(teacher / T, classes)
+    T = widened(temperature)
+    of_q, log_q = _parted(divided(student, T), classes)
+    of_p, log_p = _parted(divided(teacher, T), classes)
     target = torch.zeros_like(of_q)
     for x, y in ((of_p, of_q), (-of_p, -of_q)):
         target = target + torch.where(
@@ -117,7 +117,7 @@ def decoupled_kd(
     # a term of weight 0 counts for nothing, even where it is infinite
     target = nothing if is_exactly(alpha, 0) else alpha * target
     others = nothing if is_exactly(beta, 0) else beta * others
-    t2 = temperature**2 if scale_t2 else 1.0
+    t2 = T**2 if scale_t2 else 1.0
     return [Term(1.0, selected(t2 * (target + others), labelled), labelled)]
 
 
@@ -172,10 +172,10 @@ def nkd(
         return [Term(1.0, nothing, labelled), Term(gamma, nothing, labelled)]
     (of_q, _), (of_p, _) = _parted(student, classes), _parted(teacher, classes)
     target = torch.where(of_p == -torch.inf, 0, of_p.sigmoid() * -F.logsigmoid(of_q))
-    T = as_column(temperature, student)
-    _, log_q = _parted(student / T, classes)
-    _, log_p = _parted(teacher / T, classes)
-    others = _expectation(log_p.exp(), -log_q) * (temperature**2 if scale_t2 else 1.0)
+    T = widened(temperature)
+    _, log_q = _parted(divided(student, T), classes)
+    _, log_p = _parted(divided(teacher, T), classes)
+    others = _expectation(log_p.exp(), -log_q) * (T**2 if scale_t2 else 1.0)
     return [
         Term(1.0, selected(target, labelled), labelled),
         Term(gamma, selected(others, labelled), labelled),

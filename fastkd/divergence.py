@@ -40,8 +40,8 @@ def _softened(
     teacher = rows.as_logits(teacher, teacher_form)
     if standardize:
         student, teacher = rows.standardized(student), rows.standardized(teacher)
-    log_q = (student / rows.as_column(of_student, student)).log_softmax(-1)
-    log_p = (teacher / rows.as_column(of_teacher, teacher)).log_softmax(-1)
+    log_q = rows.divided(student, of_student).log_softmax(-1)
+    log_p = rows.divided(teacher, of_teacher).log_softmax(-1)
     return log_q, log_p, of_student * of_teacher if scale_t2 else 1.0
 
 

@@ -73,7 +73,9 @@ def multi_teacher(
         beta: The option of D = "jensen_shannon".
         skew: The option of D = "skew_kl" and "skew_reverse_kl".
         weight: The option of D = "symmetric_kl".
-        temperature, student_temperature, teacher_temperature, scale_t2: As in `forward_kl`.
+        temperature, student_temperature, teacher_temperature: As in `forward_kl`, but one number
+            for all rows, which gets no gradient.
+        scale_t2: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
     Returns:

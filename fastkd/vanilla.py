@@ -120,7 +120,7 @@ def kd(
     own = dict(beta=beta, skew=skew, weight=weight)
     distances = _FORMULAS[divergence](
         of_labels if distilled is not None else student_logits,
-        selected(teacher_logits, distilled),
+        selected(teacher_logits, distilled, 1),  # of which there is a logarithm too
         temperature=temperature,
         student_temperature=student_temperature,
         teacher_temperature=teacher_temperature,

@@ -368,6 +368,8 @@ def test_the_module_has_the_options_of_the_function():
         (dict(divergence="kl"), "divergence must be one of forward_kl"),
         (dict(divergence="jensen_shannon", beta=2.0), "beta must be a number in"),
         (dict(temperature=0.0), "temperature must be a finite number above 0"),
+        (dict(temperature=torch.ones(4)), r"temperature must be a number.*got \[4\]"),
+        (dict(teacher_temperature=torch.ones((), requires_grad=True)), "without gradient"),
         (dict(teacher_weights=[1.0, 2.0]), r"one number for each of 3 teachers.*got \[2\]"),
         (dict(teacher_weights="abc"), "one number for each of 3 teachers.*got str"),
         (dict(teacher_weights=[1.0, -1.0, 1.0]), "must be at least 0"),

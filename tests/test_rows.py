@@ -755,3 +755,12 @@ def assert_digits(engine, divergence, n_rows, n_cols, with_labels, dtype):
     within = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float64: 1e-7}[dtype]
     assert ((found - truth)[:, 3].abs() <= within * truth[:, 3].abs()).all()
     assert (found - truth).norm() <= within * truth.norm()
+
+
+def test_decoupled_kd_of_two_weights_of_0_is_0(engine):
+    """Whether they are numbers or tensors, as those of a warm-up are."""
+    inputs = [torch.randn(3, 9, device=DEVICE).requires_grad_(i == 0) for i in range(2)]
+    labels, zero = torch.arange(3, device=DEVICE), torch.zeros((), device=DEVICE)
+    loss = fastkd.decoupled_kd(*inputs, labels, alpha=zero, beta=zero)
+    (gradient,) = torch.autograd.grad(loss, inputs[0])
+    assert loss == 0 and not gradient.any()

@@ -162,3 +162,60 @@ def test_equal_logits_have_no_deviation(case, engine):
     (found,) = torch.autograd.grad(case(student, teacher, standardize=True).sum(), student)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert found.isfinite().all()
+
+
+@each_divergence
+def test_a_learnt_temperature_of_classes_that_are_not_last(case, engine):
+    """The gradients of logits [N, V, H, W] are those of the same rows with their classes last."""
+    student, teacher = (x.detach() for x in case.inputs((2, 3, 4), 5, torch.float32))
+    found = []
+    for dim in (-1, 1):
+        inputs = [x.movedim(-1, dim).contiguous().requires_grad_() for x in (student, teacher)]
+        inputs.append(numbers((2, 3, 4)))
+        losses = case(*inputs[:2], temperature=inputs[2], teacher_gradient=True, dim=dim)
+        *of_logits, of_temperature = torch.autograd.grad(losses.sum(), inputs)
+        found.append([*(x.movedim(dim, -1) for x in of_logits), of_temperature])
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@each_divergence
+def test_the_square_of_a_temperature_in_half_precision_is_not_rounded(case, dtype, engine):
+    temperature = torch.tensor(1 + 2**-7, dtype=dtype, device=DEVICE)
+    inputs = case.inputs((3,), 9, torch.float32)
+    expected = case(*inputs, temperature=temperature.item())
+    torch.testing.assert_close(case(*inputs, temperature=temperature), expected, rtol=1e-5, atol=0)
+
+
+@each_divergence
+def test_excluded_classes_give_a_temperature_of_standardized_logits_no_gradient(case, engine):
+    inputs = [x.detach() for x in case.inputs((3,), 9, torch.float32)]
+    wide, temperature = [F.pad(x, (0, 2), value=-math.inf) for x in inputs], numbers(())
+    found = [
+        torch.autograd.grad(case(*x, temperature=temperature, standardize=True).sum(), temperature)
+        for x in (wide, inputs)
+    ]
+    torch.testing.assert_close(*found)
+
+
+def test_ignored_rows_of_probabilities_give_a_temperature_no_gradient(engine):
+    student, labels = torch.randn(3, 9, device=DEVICE), torch.tensor([0, -100, 2], device=DEVICE)
+    teacher = torch.randn(3, 9, device=DEVICE).softmax(-1)
+    temperature, found = numbers(()), []
+    for rows in (slice(None), [0, 2]):
+        loss = fastkd.forward_kl(
+            student[rows], teacher[rows], labels=labels[rows], temperature=temperature,
+            teacher_form="probabilities", standardize=True,
+        )  # fmt: skip
+        found.append(torch.autograd.grad(loss, temperature)[0])
+    torch.testing.assert_close(*found)
+
+
+@each_divergence
+def test_a_standardized_row_of_weight_0_may_hold_anything(case, engine):
+    student, teacher = (torch.randn(3, 9, device=DEVICE) for _ in range(2))
+    student[1], teacher[1] = math.nan, math.inf
+    weights = torch.tensor([True, False, True], device=DEVICE)
+    losses = case(student.requires_grad_(), teacher, weights=weights, standardize=True)
+    (gradient,) = torch.autograd.grad(losses.sum(), student)
+    assert losses.isfinite().all() and gradient.isfinite().all() and not gradient[1].any()

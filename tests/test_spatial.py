@@ -176,3 +176,9 @@ def test_bins_are_summed_or_averaged():
     assert_same([both[0]], [9 * both[1]])
     with pytest.raises(ValueError, match='bins must be "sum" or "mean", got \'max\''):
         fastkd.localization(student, teacher, bins="max")
+
+
+@pytest.mark.parametrize("temperature", [torch.ones(5, 4), torch.ones((), requires_grad=True)])
+def test_the_temperature_of_localization_is_one_number(temperature):
+    with pytest.raises(ValueError, match="temperature must be a number or a 0-dim tensor"):
+        fastkd.localization(*maps(5, 4, 9), temperature=temperature)

@@ -145,7 +145,10 @@ def value_and_gradients(
     losses, cross_entropies = _empty_losses(problem)
     gradient = None
     if needs_grad[0]:
-        gradient = student if in_place else torch.empty_like(student, dtype=dtype)
+        gradient = student
+        if not in_place:  # contiguous, because chunks of other strides may be no views of it
+            kept = torch.contiguous_format
+            gradient = torch.empty_like(student, dtype=dtype, memory_format=kept)
     weights = losses.new_ones(losses.shape) if row_weights is None else row_weights
     factors, ce_factors = _factors(problem, weights, ce_weights)
     assert factors is not None

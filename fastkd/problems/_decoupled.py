@@ -44,7 +44,8 @@ def decoupled_kd(
         return NotImplemented
     labels, labelled, mask = _labelled(call, labels, ignore_index)
     total = alpha + beta
-    share = 0.0 if is_exactly(total, 0) else alpha / total
+    share = 0.0 if is_exactly(total, 0) else alpha / _not_0(total)
+    temperature = rows.widened(temperature)
     t2 = temperature**2 if scale_t2 else 1.0
     problem = Rows(
         student, teacher, None, mask, temperature, temperature, share, t2 * total, "decoupled_kl",
@@ -70,6 +71,7 @@ def nkd(
         return NotImplemented
     labels, labelled, mask = _labelled(call, labels, ignore_index)
     classes = labels if mask is None else labels.masked_fill(~mask, -1)
+    temperature = rows.widened(temperature)
     problem = Rows(
         student, teacher, classes, mask, temperature, temperature, 0.0,
         temperature**2 if scale_t2 else 1.0, "soft_cross_entropy", 0.0, labels,
@@ -78,6 +80,11 @@ def nkd(
     p = rows.label_cross_entropies(call, teacher.detach(), classes).neg().exp()
     target = p * torch.where(p == 0, 0, cross_entropies)
     return [Term(1.0, target, labelled), Term(gamma, losses, labelled)]
+
+
+def _not_0(total: Number) -> Number:
+    """Return the number, with 1 in place of the 0 of a tensor, at which nobody looks."""
+    return torch.where(total == 0, 1, total) if isinstance(total, Tensor) else total
 
 
 def _labelled(

@@ -80,6 +80,7 @@ def check_localization(
     student: Tensor, teacher: Tensor, *, temperature: Number, bins: str, scale_t2: bool
 ) -> None:
     """Raise an error for logits that do not fit together and options out of range."""
+    _checks.temperature(temperature)
     rows.check(student, teacher, temperature=temperature, scale_t2=scale_t2)
     _checks.one_of(BINS, bins=bins)
 

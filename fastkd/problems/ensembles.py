@@ -90,6 +90,9 @@ def check(
     _checks.one_of(COMBINATIONS, combine=combine)
     options = dict(beta=beta, skew=skew, weight=weight)
     own: dict[str, Any] = {name: options[name] for name in [rows.OPTIONS.get(divergence)] if name}
+    for name in ("temperature", "student_temperature", "teacher_temperature"):
+        if softening.get(name) is not None:
+            _checks.temperature(softening[name], name)
     for k, teacher in enumerate(teachers):
         try:
             rows.check(student, teacher, **softening, **own)

@@ -168,9 +168,15 @@ def temperatures(
 ) -> tuple[Number, Number]:
     """Return the temperatures of student and teacher, T where they have none of their own."""
     return (
-        temperature if student_temperature is None else student_temperature,
-        temperature if teacher_temperature is None else teacher_temperature,
+        widened(temperature if student_temperature is None else student_temperature),
+        widened(temperature if teacher_temperature is None else teacher_temperature),
     )
+
+
+def widened(number: Number) -> Number:
+    """Return a number of half precision in float32, because its square would be rounded."""
+    is_half = isinstance(number, Tensor) and number.dtype in (torch.float16, torch.bfloat16)
+    return number.float() if is_half else number  # type: ignore[union-attr]
 
 
 def as_logits(teacher: Tensor, form: str) -> Tensor:
@@ -233,11 +239,14 @@ def divergence(call: Call, student: Tensor, teacher: Tensor, **options: Any) -> 
     return losses
 
 
-def as_column(number: Number, logits: Tensor) -> Number:
-    """Return numbers of the rows as a column that divides these logits."""
-    if not isinstance(number, Tensor) or not number.ndim:
-        return number
-    return number.unsqueeze(-1).to(logits.dtype)
+def divided(logits: Tensor, temperature: Number) -> Tensor:
+    """Return logits / T with one T or one for each row, which excluded classes give no gradient."""
+    if not isinstance(temperature, Tensor):
+        return logits / temperature
+    if temperature.ndim:
+        temperature = temperature.unsqueeze(-1).to(logits.dtype)
+    excluded = logits == -torch.inf  # whose gradient is 0, and 0 · ∞ would be a NaN
+    return torch.where(excluded, -torch.inf, torch.where(excluded, 0, logits) / temperature)
 
 
 def of_rows(number: Number, logits: Tensor, dtype: torch.dtype, row_mask: Tensor | None) -> Tensor:

@@ -491,7 +491,9 @@ def whole_rows(
             slopes = _with_certain(slopes, pointers, columns, inside, certain, ms, APART)
             if APART:
                 x, y = load_logits(pointers, columns, inside, DIVERGENCE, False, DTYPE)
-            slopes += _slopes_of_deviation(slopes, x, mean, deviation, n)
+            of_deviation = _slopes_of_deviation(slopes, x, mean, deviation, n)
+            # a row that does not count may hold a NaN
+            slopes += tl.where(factors.divergence != 0, of_deviation, 0.0)
             if APART:
                 x, y = load_logits(pointers, columns, inside, DIVERGENCE, APART, DTYPE)
         if ce_upstream_ptr is not None:
