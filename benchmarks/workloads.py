@@ -160,8 +160,7 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         _ROWS,
         [*_ROWS, (4096, 128256)],
         [(4096, 128256)],
-        # long rows off the boundary of 16 bytes; the other kernels are those of "rows"
-        [(4096, 128256), (256, 1000), (512, 151669)],
+        [],  # by chunks, of which a small problem has fewer; the other kernels are those of "rows"
         independent=True,
     ),
     # the kernels are those of "rows"
