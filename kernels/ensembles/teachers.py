@@ -54,6 +54,7 @@ def _add_tile(
     found = ((z - highest) * unit - log_total) * LN2 + log_share
     if not IS_FIRST:
         found = log_sum(tl.load(mixture_row + columns, inside, float("-inf")), found)
+        tl.debug_barrier()  # because another warp may have read what a thread is about to write
     tl.store(mixture_row + columns, found, inside)
 
 
@@ -112,6 +113,7 @@ def _weigh_tile(
     found = tl.load(teacher_row + columns, inside & (weight != 0), 0.0).to(DTYPE) * weight
     if not IS_FIRST:
         found += tl.load(total_row + columns, inside, 0.0)
+        tl.debug_barrier()  # because another warp may have read what a thread is about to write
     tl.store(total_row + columns, found, inside)
 
 
