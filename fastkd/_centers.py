@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _option_checks
 from fastkd._module import LossModule
 from fastkd._op import Number
 from fastkd._ranks import Ranks
@@ -43,7 +43,7 @@ class CentredLoss(LossModule):
         sinkhorn_iterations: int = 3,
         **options: Any,
     ) -> None:
-        _checks.at_least_1(n_prototypes=n_prototypes)
+        _option_checks.at_least_1(n_prototypes=n_prototypes)
         super().__init__(*misplaced, **options)
         self.center_momentum = center_momentum
         self.centering = centering
@@ -57,7 +57,7 @@ class CentredLoss(LossModule):
 
     @center_momentum.setter
     def center_momentum(self, value: float) -> None:
-        _checks.fraction(center_momentum=value)
+        _option_checks.fraction(center_momentum=value)
         self._center_momentum = value
 
     @property
@@ -67,7 +67,7 @@ class CentredLoss(LossModule):
 
     @centering.setter
     def centering(self, value: str) -> None:
-        _checks.one_of(CENTERINGS, centering=value)
+        _option_checks.one_of(CENTERINGS, centering=value)
         self._centering = value
 
     @property
@@ -77,7 +77,7 @@ class CentredLoss(LossModule):
 
     @sinkhorn_iterations.setter
     def sinkhorn_iterations(self, value: int) -> None:
-        _checks.at_least_1(sinkhorn_iterations=value)
+        _option_checks.at_least_1(sinkhorn_iterations=value)
         self._sinkhorn_iterations = value
 
     def _check_batch(self, **batch: Any) -> None:

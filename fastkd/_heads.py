@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd._logits import Head, Teacher, logits_of, measure
 from fastkd._op import Number
 from fastkd._pages import in_huge_pages
 from fastkd._products import multiply, split
@@ -33,7 +34,6 @@ from fastkd.problems.rows import OPTIONS, Rows, is_exactly
 
 MOST_ROWS, FEWEST_ROWS = 1024, 256  # of a chunk, between which the products are quick
 _BUDGET = {"cpu": 1 << 28, "elsewhere": 1 << 30}  # bytes
-_BLOCK = 1 << 18  # logits that metrics are made of at once
 
 # rows.value_and_gradients of an engine
 SolveRows = Callable[..., tuple[tuple[Tensor, Tensor | None], tuple[Tensor | None]]]
@@ -93,32 +93,6 @@ class Engine(NamedTuple):
         )
 
 
-class _Head(NamedTuple):
-    """The head of a network, whose logits are softcap(scale · (W h + b))."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    scale: Number
-    softcap: Number | None
-
-
-class _Teacher(NamedTuple):
-    """A teacher, whose logits are there, [N, V], or are made from hidden states [N, H]."""
-
-    hidden_or_logits: Tensor
-    head: _Head
-
-    @property
-    def n_cols(self) -> int:
-        """Return the size of its vocabulary."""
-        weight = self.head.weight
-        return self.hidden_or_logits.shape[1] if weight is None else len(weight)
-
-    def is_there(self, width: int) -> bool:
-        """Return whether its logits are there already, in rows of this width."""
-        return self.head.weight is None and self.n_cols == width
-
-
 class _Chunks:
     """A problem whose rows are taken by chunks, with what all chunks share."""
 
@@ -130,9 +104,9 @@ class _Chunks:
         self.examples, self.n_rows = hidden.shape[:-1], hidden.shape[:-1].numel()
         self.n_cols = len(weight)
         self.teachers = [
-            _Teacher(
+            Teacher(
                 hidden_or_logits.reshape(self.n_rows, hidden_or_logits.shape[-1]),
-                _Head(
+                Head(
                     head, bias, problem.teacher_scale,
                     problem.teacher_softcap if problem.teacher_is_capped else None,
                 ),
@@ -143,7 +117,7 @@ class _Chunks:
             if hidden_or_logits is not None
         ]  # fmt: skip
         self.width = max([self.n_cols, *(teacher.n_cols for teacher in self.teachers)])
-        self.student_head = _Head(
+        self.student_head = Head(
             weight, problem.student_bias, problem.student_scale,
             problem.student_softcap if problem.student_is_capped else None,
         )  # fmt: skip
@@ -215,7 +189,7 @@ class _Chunks:
             hidden = selected(hidden, mask)
             labels = None if labels is None else torch.where(mask, labels, -1)
         n = len(hidden)
-        z = _logits(hidden, self.student_head, z[:n])
+        z = logits_of(hidden, self.student_head, z[:n])
         teacher = measured_teacher = None
         if mixtures:
             teacher, measured_teacher = self._mixture(rows, mask, z_teacher, mixtures)
@@ -226,7 +200,7 @@ class _Chunks:
         columns = report[rows] if isinstance(rows, slice) else report.new_zeros(n, report.shape[1])
         if problem.metrics:
             measured = columns[:, 1 + len(self.names) :]
-            _measure(z, measured_teacher, measured)
+            measure(z, measured_teacher, measured)
             if mask is not None:
                 measured.masked_fill_(~mask[:, None], 0)
         gradient = self._solve_rows(z, teacher, labels, mask, weights, columns)
@@ -236,14 +210,14 @@ class _Chunks:
             self._add_products(rows, hidden, gradient[:, : self.n_cols], z, gradients)
 
     def _teacher_logits(
-        self, teacher: _Teacher, rows: slice | Tensor, mask: Tensor | None, out: Tensor | None
+        self, teacher: Teacher, rows: slice | Tensor, mask: Tensor | None, out: Tensor | None
     ) -> Tensor:
         found = teacher.hidden_or_logits[rows]
         if out is None or teacher.is_there(self.width):
             return found
         out = out[: len(found)]
         if teacher.head.weight is not None:
-            return _logits(selected(found, mask), teacher.head, out)
+            return logits_of(selected(found, mask), teacher.head, out)
         out[:, : teacher.n_cols] = found
         out[:, teacher.n_cols :] = -torch.inf
         return out
@@ -389,31 +363,3 @@ class _Chunks:
         most = min(MOST_ROWS, max(fewest, budget // max(1, size)))
         n_chunks = max(1, -(-n_rows // most))
         return max(1, -(-n_rows // n_chunks))
-
-
-def _logits(hidden: Tensor, head: _Head, out: Tensor) -> Tensor:
-    """Write the logits to the first columns of `out` and −∞ to those after, and return it."""
-    weight, bias, scale, softcap = head
-    assert weight is not None
-    z = out[:, : len(weight)]
-    multiply(hidden, weight.t(), z)
-    if bias is not None:
-        z.add_(bias)
-    if not is_exactly(scale, 1):
-        z.mul_(scale)
-    if softcap is not None:
-        z.div_(softcap).tanh_().mul_(softcap)
-    out[:, len(weight) :] = -torch.inf
-    return out
-
-
-def _measure(z: Tensor, teacher: Tensor | None, report: Tensor) -> None:
-    """Write the entropies of both networks at T = 1, and whether their largest logits agree."""
-    size = max(1, _BLOCK // z.shape[1])
-    networks = [z] if teacher is None else [z, teacher]
-    for column, logits in enumerate(networks):
-        for block, found in zip(logits.split(size), report[:, column].split(size), strict=True):
-            probabilities = block.to(report.dtype).softmax(-1)
-            found.copy_(torch.special.entr(probabilities).sum(-1))
-    if teacher is not None:
-        report[:, 2] = z.argmax(-1) == teacher.argmax(-1)

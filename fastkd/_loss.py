@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fastkd import _backend, _checks
+from fastkd import _backend, _checks, _option_checks
 from fastkd._op import Number
 from fastkd._precision import as_under_autocast, compute_dtype, without_autocast
 from fastkd._ranks import Ranks
@@ -184,7 +184,7 @@ def loss(
             if len(arguments) != len(batch):
                 arguments = _bound(signature, absent, arguments, options, name)
             if options:
-                _checks.options(options, defaults, name)
+                _option_checks.options(options, defaults, name)
             options = defaults | options
             if not per_example:
                 group = options.pop("group", None)
@@ -199,7 +199,7 @@ def loss(
             if dim != -1:
                 arguments = _with_classes_last(arguments, dim)
             if reduction != "mean" or normalizer is not None:
-                _checks.reduction(reduction, normalizer)
+                _option_checks.reduction(reduction, normalizer)
                 if isinstance(normalizer, Tensor):
                     normalizer = normalizer.reshape(())
             check(*arguments, **options)
@@ -239,13 +239,13 @@ def loss(
             options = defaults | options
             if per_example:
                 *_, reduction = map(options.pop, _REDUCTION)
-                _checks.reduction(reduction, None)
+                _option_checks.reduction(reduction, None)
                 for name_of_rows in (_PARTS, _DIM, *_ROW_LABELS[: 2 * takes_labels]):
                     options.pop(name_of_rows, None)
             else:
                 group = options.pop("group", None)
                 if not isinstance(group, str):  # a name is looked up at the call
-                    _checks.process_group(group)
+                    _option_checks.process_group(group)
             check(*arguments, **options)
 
         public: Any = compute

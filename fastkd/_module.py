@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import _checks
+from fastkd import _option_checks
 from fastkd._loss import Loss
 
 _OF_A_MODULE = ("center", "variance_parameter")  # parameters that a module keeps as its state
@@ -56,7 +56,7 @@ class LossModule(nn.Module):
                 f"{name} takes its options by name, got {misplaced[0]!r} without one: write "
                 f"{name}(option=value) with an option of {', '.join(self.defaults) or 'none'}"
             )
-        _checks.options(options, self.defaults, name)
+        _option_checks.options(options, self.defaults, name)
         if options.get("group", self) is None:
             _warn_of_no_group(name)
         options = self.defaults | options

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _option_checks
 
 
 class Ranks:
@@ -25,7 +25,7 @@ class Ranks:
     @classmethod
     def of(cls, group: Any) -> Ranks:
         """Return the ranks of a group, of that with this name, or without one this process."""
-        return cls(_checks.process_group(group))
+        return cls(_option_checks.process_group(group))
 
     def __bool__(self) -> bool:
         return self.group is not None

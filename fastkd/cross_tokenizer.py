@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd import divergence as divergences
 from fastkd._loss import loss
 from fastkd._op import Number
@@ -306,8 +306,8 @@ def _check_likelihoods(
                 f"{name} must be logarithms of probabilities, at most 0, got "
                 f"{x.detach().max().item():g}: take .log_softmax(-1) of logits"
             )
-    _checks.temperature(temperature)
-    _checks.one_of(("kl", "tv"), divergence=divergence)
+    _option_checks.temperature(temperature)
+    _option_checks.one_of(("kl", "tv"), divergence=divergence)
 
 
 @loss(_check_likelihoods, per_example=_ALL_DIMENSIONS)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd import divergence as divergences
 from fastkd._loss import loss
 from fastkd._op import Number
@@ -170,8 +170,8 @@ def teacher_weights(
     first = teachers[0]
     for teacher in teachers:
         _checks.logits(first, teacher)
-    _checks.one_of(_SCORES, by=by)
-    _checks.temperature(temperature)
+    _option_checks.one_of(_SCORES, by=by)
+    _option_checks.temperature(temperature)
     if by == "cross_entropy":
         if labels is None:
             raise ValueError('by="cross_entropy" needs labels: pass them, or by="entropy"')

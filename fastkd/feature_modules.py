@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import _checks, _projectors, feature, spatial, texture, tokens
+from fastkd import _option_checks, _projectors, feature, spatial, texture, tokens
 from fastkd._module import LossModule
 from fastkd.problems import _features as features
 from fastkd.problems import _maps as maps
@@ -57,11 +57,11 @@ class HintLoss(LossModule, function=feature.hint):
         resize: str | None = None,
         **options: Any,
     ) -> None:
-        _checks.one_of(("student", "teacher"), side=side)
+        _option_checks.one_of(("student", "teacher"), side=side)
         if resize is not None:
-            _checks.one_of(_projectors.RESIZES, resize=resize)
+            _option_checks.one_of(_projectors.RESIZES, resize=resize)
         widths = {"student_channels": student_channels, "teacher_channels": teacher_channels}
-        _checks.at_least_1(**{name: n for name, n in widths.items() if n is not None})
+        _option_checks.at_least_1(**{name: n for name, n in widths.items() if n is not None})
         super().__init__(*misplaced, **options)
         self.student_channels, self.teacher_channels = widths.values()
         self.side, self.resize = side, resize
@@ -250,10 +250,12 @@ class VIDLoss(LossModule, function=texture.vid):
         initial_variance: float = 5.0,
         **options: Any,
     ) -> None:
-        _checks.at_least_1(student_channels=student_channels, teacher_channels=teacher_channels)
+        _option_checks.at_least_1(
+            student_channels=student_channels, teacher_channels=teacher_channels
+        )
         super().__init__(*misplaced, **options)
         epsilon = float(self.options["epsilon"])
-        _checks.number(epsilon, initial_variance=initial_variance)
+        _option_checks.number(epsilon, initial_variance=initial_variance)
         if regressor is None:
             regressor = nn.Sequential(
                 nn.Conv2d(student_channels, teacher_channels, 1, bias=False),

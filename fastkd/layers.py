@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fastkd import _checks
+from fastkd import _option_checks
 
 Layers = str | tuple[str, ...]  # a name of a module, or several for a loss of several layers
 Pairs = Mapping[Any, Any] | Sequence[tuple[Any, Any]]
@@ -88,8 +88,8 @@ class LayerPairs(nn.Module):
                 )
         self.losses = nn.ModuleList(x if isinstance(x, nn.Module) else _Function(x) for x in losses)
         self.weights = [1.0] * n if weights is None else [*weights]
-        _checks.number(**{f"weights[{i}]": w for i, w in enumerate(self.weights)})
-        _checks.one_of(("sum", "mean"), reduce=reduce)
+        _option_checks.number(**{f"weights[{i}]": w for i, w in enumerate(self.weights)})
+        _option_checks.one_of(("sum", "mean"), reduce=reduce)
         self.reduce = reduce
         self.select = select
         self.teacher_select = select if teacher_select is None else teacher_select

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastkd import (
     _centers,
-    _checks,
+    _option_checks,
     contrastive,
     correlation,
     cross_tokenizer,
@@ -477,7 +477,7 @@ class IBOTLoss(_centers.CentredLoss, function=self_distillation.ibot):
 
     def __init__(self, n_prototypes: int, *misplaced: Any, group: Any = None, **options: Any):
         if not isinstance(group, str):  # a name is looked up at the call
-            _checks.process_group(group)
+            _option_checks.process_group(group)
         super().__init__(n_prototypes, *misplaced, **options)
         self.group = group
 

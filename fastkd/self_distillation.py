@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _option_checks
 from fastkd._loss import loss
 from fastkd._op import Number
 from fastkd._ranks import Ranks, log_sum_exp
@@ -167,8 +167,8 @@ def sinkhorn_center(
         2020. arXiv:2006.09882
     """
     patches.check_outputs(teacher, mask)
-    _checks.temperature(teacher_temperature, "teacher_temperature")
-    _checks.at_least_1(n_iterations=n_iterations)
+    _option_checks.temperature(teacher_temperature, "teacher_temperature")
+    _option_checks.at_least_1(n_iterations=n_iterations)
     ranks = Ranks.of(group)
     outputs = teacher.to(torch.promote_types(teacher.dtype, torch.float32)) / teacher_temperature
     if mask is not None:

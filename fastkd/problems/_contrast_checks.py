@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._op import Number
 
 
@@ -31,9 +31,9 @@ def check_info_nce(
     _checks.same_examples(query=query, key=key)
     if negatives is not None and negatives.ndim == 3:
         _checks.same_examples(query=query, negatives=negatives)
-    _checks.number(temperature=temperature, above=0)
-    _checks.number(negative_weight=negative_weight, above=0)
-    _checks.number(margin=margin)
+    _option_checks.number(temperature=temperature, above=0)
+    _option_checks.number(negative_weight=negative_weight, above=0)
+    _option_checks.number(margin=margin)
     _weights_and_reduction(weights, reduction, query)
     if not in_batch_negatives and (negatives is None or symmetric):
         got = "negatives=None" if negatives is None else "symmetric=True"
@@ -67,9 +67,9 @@ def check_clip_contrastive(
 ) -> None:
     _checks.matrices(image=image, text=text)
     _checks.same_examples(image=image, text=text)
-    _checks.number(logit_scale=logit_scale)
+    _option_checks.number(logit_scale=logit_scale)
     if logit_bias is not None:
-        _checks.number(logit_bias=logit_bias)
+        _option_checks.number(logit_bias=logit_bias)
     _weights_and_reduction(weights, reduction, image)
 
 
@@ -84,7 +84,7 @@ def check_nt_xent(
 ) -> None:
     _checks.matrices(view1=view1, view2=view2)
     _checks.same_examples(view1=view1, view2=view2)
-    _checks.number(temperature=temperature, above=0)
+    _option_checks.number(temperature=temperature, above=0)
     _weights_and_reduction(weights, reduction, view1)
 
 
@@ -121,10 +121,10 @@ def check_sup_con(
         _labels("keys", keys, key_labels=key_labels)
     if positives is not None:
         _mask(features, positives=positives)
-    _checks.number(temperature=temperature, above=0)
+    _option_checks.number(temperature=temperature, above=0)
     if base_temperature is not None:
-        _checks.number(base_temperature=base_temperature, above=0)
-    _checks.one_of(("with_positive", "all"), anchors=anchors)
+        _option_checks.number(base_temperature=base_temperature, above=0)
+    _option_checks.one_of(("with_positive", "all"), anchors=anchors)
     _weights_and_reduction(weights, reduction, features)
 
 
@@ -170,9 +170,9 @@ def check_similarity_kl(
                 f"not a loss of each query; got {got}: call similarity_kl once for each direction"
             )
     _checks.constant_teacher(teacher=teacher)
-    _checks.number(above=0, student_temperature=student_temperature)
-    _checks.number(above=0, teacher_temperature=teacher_temperature)
-    _checks.one_of(("kl", "cross_entropy"), form=form)
+    _option_checks.number(above=0, student_temperature=student_temperature)
+    _option_checks.number(above=0, teacher_temperature=teacher_temperature)
+    _option_checks.one_of(("kl", "cross_entropy"), form=form)
     _weights_and_reduction(weights, reduction, student)
 
 
@@ -220,6 +220,6 @@ def _mask(rows: Tensor, **mask: Any) -> None:
 
 def _weights_and_reduction(weights: Tensor | None, reduction: str, rows: Tensor) -> None:
     if reduction != "mean":
-        _checks.reduction(reduction, None)
+        _option_checks.reduction(reduction, None)
     if weights is not None:
         _checks.weights(weights, rows.shape[:-1], rows.device)

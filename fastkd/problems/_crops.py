@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._loss import Call
 from fastkd._op import Number
 from fastkd._precision import compute_dtype
@@ -106,8 +106,8 @@ def check(
             f"the teacher's {len(teacher)} and the student's {len(student)} crops have no pair of "
             "different views: add a crop, or pass skip_same_view=False"
         )
-    _checks.temperature(student_temperature, "student_temperature")
-    _checks.temperature(teacher_temperature, "teacher_temperature")
+    _option_checks.temperature(student_temperature, "student_temperature")
+    _option_checks.temperature(teacher_temperature, "teacher_temperature")
 
 
 def against_means(

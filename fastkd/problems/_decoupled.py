@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._loss import Call
 from fastkd._op import Number
 from fastkd._reduction import Term
@@ -21,7 +21,7 @@ def check(
     """Raise an error for logits and labels that do not fit together and options out of range."""
     softening = {"standardize": options.pop("standardize", False)}
     softening |= {name: options.pop(name) for name in ("temperature", "scale_t2")}
-    _checks.at_least_0(**options)
+    _option_checks.at_least_0(**options)
     rows.check(student, teacher, **softening)
     _checks.labels(labels, student, ignore_index)
 

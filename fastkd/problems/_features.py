@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._checks import shape
 from fastkd._op import Number
 from fastkd._reduction import reduce, selected, total, totals
@@ -41,9 +41,9 @@ def check_hint(
 ) -> None:
     """Raise an error for features that do not fit together and options out of range."""
     check_layers(student, teacher)
-    _checks.one_of(KINDS, kind=kind)
-    _checks.at_least_0(beta=beta)
-    _checks.reduction(reduction, normalizer)
+    _option_checks.one_of(KINDS, kind=kind)
+    _option_checks.at_least_0(beta=beta)
+    _option_checks.reduction(reduction, normalizer)
     feature, batch = dimensions(student, feature_dim, batch_dim)
     if student.shape != teacher.shape:
         raise ValueError(
@@ -128,8 +128,8 @@ def check_embeddings(student: Tensor, teacher: Tensor, *, normalize: bool) -> No
 
 def check_maps(student: Features, teacher: Features, *, p: Number, kind: str) -> None:
     """Raise an error unless both have feature maps [B, C, ...] of the same examples, or as many."""
-    _checks.one_of(("sum", "max"), kind=kind)
-    _checks.temperature(p, "p")
+    _option_checks.one_of(("sum", "max"), kind=kind)
+    _option_checks.temperature(p, "p")
     pairs = list_of(student), list_of(teacher)
     if len(pairs[0]) != len(pairs[1]) or not pairs[0]:
         raise ValueError(

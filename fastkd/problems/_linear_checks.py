@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._op import Number
 from fastkd.problems import rows
 
@@ -51,7 +51,7 @@ def check(
         teacher_hidden, teacher_weight, teacher_bias, teacher_logits, student_hidden
     )
     _check_options(divergence, temperature, alpha, num_valid, memory_budget, options)
-    _checks.yes_or_no(metrics=metrics)
+    _option_checks.yes_or_no(metrics=metrics)
     _check_terms(alpha, labels, bool(teachers))
     n_classes = _check_vocabulary(vocab, len(student_weight), teachers, student_hidden.device)
     if labels is not None:
@@ -190,20 +190,20 @@ def _check_options(
     if len({*names}) != len(names):
         raise ValueError(f"divergence names one twice, got {divergence!r}: add up its weights")
     if isinstance(divergence, Mapping):
-        _checks.at_least_0(**{f"divergence[{name!r}]": x for name, x in divergence.items()})
-    _checks.temperature(temperature, "temperature", _DIVIDED)
-    _checks.fraction(alpha=alpha)
+        _option_checks.at_least_0(**{f"divergence[{name!r}]": x for name, x in divergence.items()})
+    _option_checks.temperature(temperature, "temperature", _DIVIDED)
+    _option_checks.fraction(alpha=alpha)
     for name in names:
         if name in rows.OPTIONS:
-            _checks.fraction(**{rows.OPTIONS[name]: options[rows.OPTIONS[name]]})
+            _option_checks.fraction(**{rows.OPTIONS[name]: options[rows.OPTIONS[name]]})
     for network in ("student", "teacher"):
         scale, softcap = options[f"{network}_logit_scale"], options[f"{network}_softcap"]
         if scale is not None:
-            _checks.number(**{f"{network}_logit_scale": scale})
+            _option_checks.number(**{f"{network}_logit_scale": scale})
             way = "multiply the hidden states by one that is learnt, and the bias if there is one"
             _without_gradient(f"{network}_logit_scale", scale, way)
         if softcap is not None:
-            _checks.number(0.0, **{f"{network}_softcap": softcap})
+            _option_checks.number(0.0, **{f"{network}_softcap": softcap})
             way = "make the logits and pass them to fastkd.kd where it is learnt"
             _without_gradient(f"{network}_softcap", softcap, way)
     for name, value, least in (("num_valid", num_valid, 0), ("memory_budget", memory_budget, 1)):
@@ -239,7 +239,7 @@ def _check_vocabulary(
 ) -> int:
     """Return how many entries of the student's vocabulary labels may name."""
     if isinstance(vocab, str):
-        _checks.one_of(VOCABULARIES, vocab=vocab)
+        _option_checks.one_of(VOCABULARIES, vocab=vocab)
         for name, size in teachers:
             if vocab == "same" and size != n_student:
                 raise ValueError(

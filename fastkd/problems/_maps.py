@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._op import Number
 from fastkd.problems import rows
 
@@ -73,16 +73,16 @@ def check_channel_wise(
             f"{_checks.shape(teacher)}: resize the student's, for example by "
             f'torch.nn.functional.interpolate(student, {size}, mode="bilinear")'
         )
-    _checks.temperature(temperature)
+    _option_checks.temperature(temperature)
 
 
 def check_localization(
     student: Tensor, teacher: Tensor, *, temperature: Number, bins: str, scale_t2: bool
 ) -> None:
     """Raise an error for logits that do not fit together and options out of range."""
-    _checks.temperature(temperature)
+    _option_checks.temperature(temperature)
     rows.check(student, teacher, temperature=temperature, scale_t2=scale_t2)
-    _checks.one_of(BINS, bins=bins)
+    _option_checks.one_of(BINS, bins=bins)
 
 
 def check_selectivity(student: Tensor, teacher: Tensor) -> None:
@@ -163,7 +163,7 @@ def check_variational(
         )
     if variance_parameter.device != mean.device:
         _checks.same_device(student=mean, variance_parameter=variance_parameter)
-    _checks.temperature(epsilon, "epsilon")
+    _option_checks.temperature(epsilon, "epsilon")
 
 
 def check_scores(
@@ -185,7 +185,7 @@ def check_scores(
         )
     _checks.same_device(student_scores=student, teacher_scores=teacher)
     _checks.constant_teacher(teacher_scores=teacher)
-    _checks.number(masked_below=masked_below)
+    _option_checks.number(masked_below=masked_below)
     if mask is not None:
         if student.shape[-2] != student.shape[-1]:
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._loss import Call
 from fastkd._op import Number
 from fastkd._precision import compute_dtype
@@ -59,8 +59,8 @@ def check(
     check_mask(mask, student, "student_patches")
     if center is not None:
         _crops.check_center(center, teacher)
-    _checks.temperature(student_temperature, "student_temperature")
-    _checks.temperature(teacher_temperature, "teacher_temperature")
+    _option_checks.temperature(student_temperature, "student_temperature")
+    _option_checks.temperature(teacher_temperature, "teacher_temperature")
 
 
 def masked(
@@ -110,7 +110,7 @@ def mean_of_masked(losses: Tensor, mask: Tensor) -> Tensor:
 def check_embeddings(embeddings: Tensor, *, epsilon: float) -> None:
     """Raise an error for what are no embeddings, and an epsilon out of range."""
     _checks.matrices(embeddings=embeddings)
-    _checks.at_least_0(epsilon=epsilon)
+    _option_checks.at_least_0(epsilon=epsilon)
 
 
 @torch.no_grad()

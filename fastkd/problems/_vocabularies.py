@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._op import Number
 from fastkd._precision import compute_dtype
 from fastkd._reduction import selected
@@ -50,7 +50,7 @@ def check_matched(
     """Raise an error for logits and ids that do not fit together and options out of range."""
     _checks.logits_of_two_vocabularies(student, teacher)
     _check_softening(teacher, **softening)
-    _checks.one_of(MASSES, mass=mass)
+    _option_checks.one_of(MASSES, mass=mass)
     _check_divergence(divergence, beta=beta, skew=skew, weight=weight)
     both = (("student_ids", student_ids, student), ("teacher_ids", teacher_ids, teacher))
     for name, ids, logits in both:
@@ -93,7 +93,7 @@ def check_projected(
     """Raise an error for logits and a map that do not fit together and options out of range."""
     _checks.logits_of_two_vocabularies(student, teacher)
     _check_softening(teacher, **softening)
-    _checks.one_of(MASSES_OF_MAPS, mass=mass)
+    _option_checks.one_of(MASSES_OF_MAPS, mass=mass)
     _check_divergence(divergence, beta=beta, skew=skew, weight=weight)
     _check_ids("ids", ids, teacher, has_none=True)
     n_entries = student.shape[-1]
@@ -137,15 +137,15 @@ def _check_softening(
     )
     for name, value in of_each.items():
         if value is not None:
-            _checks.temperature(value, name)
+            _option_checks.temperature(value, name)
     if teacher_form != "logits":
-        _checks.one_of(rows.FORMS, teacher_form=teacher_form)
+        _option_checks.one_of(rows.FORMS, teacher_form=teacher_form)
         _checks.probabilities(teacher, teacher_form)
 
 
 def _check_divergence(divergence: str, **options: Number) -> None:
-    _checks.one_of(rows.DIVERGENCES, divergence=divergence)
-    _checks.fraction(**own_option(divergence, **options))
+    _option_checks.one_of(rows.DIVERGENCES, divergence=divergence)
+    _option_checks.fraction(**own_option(divergence, **options))
 
 
 def _check_ids(name: str, ids: Any, logits: Tensor, has_none: bool = False) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._loss import Call
 from fastkd._op import Number, Op
 from fastkd._precision import compute_dtype
@@ -51,9 +51,9 @@ def check(
 ) -> None:
     """Raise an error for logits and labels that do not fit together and options out of range."""
     _checks.logits(student, teacher)
-    _checks.temperature(temperature)
+    _option_checks.temperature(temperature)
     if fraction:
-        _checks.fraction(**fraction)
+        _option_checks.fraction(**fraction)
     _checks.labels(labels, student, ignore_index)
 
 
@@ -68,8 +68,8 @@ def check_virtual(
 ) -> None:
     """Raise an error for logits and labels that do not fit together and options out of range."""
     _checks.logits(student, student.detach() if isinstance(student, Tensor) else student)
-    _checks.fraction(correct_probability=correct_probability)
-    _checks.temperature(temperature)
+    _option_checks.fraction(correct_probability=correct_probability)
+    _option_checks.temperature(temperature)
     _checks.labels(labels, student, ignore_index)
 
 

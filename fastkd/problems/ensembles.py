@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._loss import Call
 from fastkd._op import Number, Op, Tensors
 from fastkd._precision import compute_dtype
@@ -87,12 +87,12 @@ def check(
     if not isinstance(divergence, str) or divergence not in rows.DIVERGENCES:
         known = ", ".join(rows.DIVERGENCES)
         raise ValueError(f"divergence must be one of {known}, got {divergence!r}")
-    _checks.one_of(COMBINATIONS, combine=combine)
+    _option_checks.one_of(COMBINATIONS, combine=combine)
     options = dict(beta=beta, skew=skew, weight=weight)
     own: dict[str, Any] = {name: options[name] for name in [rows.OPTIONS.get(divergence)] if name}
     for name in ("temperature", "student_temperature", "teacher_temperature"):
         if softening.get(name) is not None:
-            _checks.temperature(softening[name], name)
+            _option_checks.temperature(softening[name], name)
     for k, teacher in enumerate(teachers):
         try:
             rows.check(student, teacher, **softening, **own)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._op import Number, Op
 from fastkd._precision import compute_dtype
 
@@ -44,9 +44,9 @@ def check_congruence(
 ) -> None:
     """Refuse features that do not fit together or do not fit the form, and options out of range."""
     _checks.embeddings(student, teacher)
-    _checks.one_of(("sequential", "kernel"), form=form)
-    _checks.at_least_0(gamma=gamma)
-    _checks.at_least_1(order=order)
+    _option_checks.one_of(("sequential", "kernel"), form=form)
+    _option_checks.at_least_0(gamma=gamma)
+    _option_checks.at_least_1(order=order)
     if form == "sequential" and student[0:0].flatten(1).shape != teacher[0:0].flatten(1).shape:
         raise ValueError(
             f'form="sequential" subtracts features: student and teacher need one width, got '
@@ -66,9 +66,9 @@ def check_predictions(
 ) -> None:
     """Refuse logits that do not fit together, and options out of range."""
     _checks.logits(student_logits, teacher_logits)
-    _checks.at_least_0(beta=beta, gamma=gamma)
-    _checks.temperature(temperature)
-    _checks.temperature(epsilon, "epsilon")
+    _option_checks.at_least_0(beta=beta, gamma=gamma)
+    _option_checks.temperature(temperature)
+    _option_checks.temperature(epsilon, "epsilon")
 
 
 def similarities(call: Call, student: Tensor, teacher: Tensor) -> Tensor:

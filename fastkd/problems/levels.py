@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._op import Number, Op
 from fastkd._precision import compute_dtype
 
@@ -53,8 +53,8 @@ def check(
     if not temperatures:
         raise ValueError("temperatures need at least one temperature, got none")
     for i, temperature in enumerate(temperatures):
-        _checks.temperature(temperature, f"temperatures[{i}]")
-    _checks.at_least_0(
+        _option_checks.temperature(temperature, f"temperatures[{i}]")
+    _option_checks.at_least_0(
         instance_weight=instance_weight, batch_weight=batch_weight, class_weight=class_weight
     )
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._loss import Call
 from fastkd._op import Number, Op
 from fastkd._precision import compute_dtype
@@ -69,7 +69,7 @@ def check(
             )
         if i:
             _checks.same_device(**{"logits[0]": logits[0], name: x})
-    _checks.temperature(temperature)
+    _option_checks.temperature(temperature)
 
 
 def mutual(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._op import Number, Op
 from fastkd._precision import compute_dtype
 
@@ -71,8 +71,8 @@ def check(
 ) -> None:
     """Refuse what is no pair of embeddings of the same examples, and options out of range."""
     _checks.embeddings(student, teacher)
-    _checks.one_of(("default", "high"), precision=precision)
-    _checks.at_least_0(smooth_l1_beta=smooth_l1_beta, **weights)
+    _option_checks.one_of(("default", "high"), precision=precision)
+    _option_checks.at_least_0(smooth_l1_beta=smooth_l1_beta, **weights)
 
 
 def distances_and_angles(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._loss import Call
 from fastkd._op import Number, Op
 from fastkd._precision import compute_dtype
@@ -100,7 +100,7 @@ def check(
     **fraction: Number,
 ) -> None:
     """Raise an error for logits that do not fit together and options out of range."""
-    _checks.yes_or_no(standardize=standardize, teacher_gradient=teacher_gradient)
+    _option_checks.yes_or_no(standardize=standardize, teacher_gradient=teacher_gradient)
     _checks.logits(student, teacher, teacher_is_constant=not teacher_gradient)
     for name, value in (
         ("temperature", temperature),
@@ -108,9 +108,9 @@ def check(
         ("teacher_temperature", teacher_temperature),
     ):
         if value is not None:
-            _checks.temperature_of_rows(value, name, student)
+            _option_checks.temperature_of_rows(value, name, student)
     if teacher_form != "logits":
-        _checks.one_of(FORMS, teacher_form=teacher_form)
+        _option_checks.one_of(FORMS, teacher_form=teacher_form)
         _checks.probabilities(teacher, teacher_form)
     if teacher_gradient and teacher_form == "probabilities":
         raise ValueError(
@@ -119,7 +119,7 @@ def check(
             "teacher_logits as they are before the softmax"
         )
     if fraction:
-        _checks.fraction(**fraction)
+        _option_checks.fraction(**fraction)
 
 
 def check_kd(
@@ -144,17 +144,17 @@ def check_kd(
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
     if distill_weight is None:
         try:
-            _checks.fraction(alpha=alpha)
+            _option_checks.fraction(alpha=alpha)
         except ValueError as error:
             raise ValueError(
                 f"{error}; with distill_weight, D's own, any number of at least 0"
             ) from None
     else:
-        _checks.at_least_0(alpha=alpha, distill_weight=distill_weight)
+        _option_checks.at_least_0(alpha=alpha, distill_weight=distill_weight)
     options = dict(beta=beta, skew=skew, weight=weight)
     own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
     check(student, teacher, **softening, **own)
-    _checks.fraction(label_smoothing=label_smoothing)
+    _option_checks.fraction(label_smoothing=label_smoothing)
     if class_weights is not None:
         _checks.class_weights(class_weights, student)
     if is_soft(labels, student):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fastkd import _checks
+from fastkd import _checks, _option_checks
 from fastkd._loss import Call
 from fastkd._op import Number, Op
 from fastkd._reduction import Term, reduce
@@ -88,7 +88,7 @@ def check_mask(mask: Any, student: Tensor, name: str) -> None:
 
 
 def _check_heads(student: Tensor, teacher: Tensor, heads: Any, name: str = "heads") -> None:
-    _checks.at_least_1(**{name: heads})
+    _option_checks.at_least_1(**{name: heads})
     widths = student.shape[-1], teacher.shape[-1]
     # a module checks its options with an empty batch, the width of which says nothing
     if student.numel() and any(width % heads for width in widths):
@@ -121,8 +121,8 @@ def check(
     )
     for name, value in temperatures.items():
         if value is not None:
-            _checks.temperature(value, name)
-    _checks.one_of(("kl", "mse"), divergence=divergence)
+            _option_checks.temperature(value, name)
+    _option_checks.one_of(("kl", "mse"), divergence=divergence)
 
 
 def check_minilm(
@@ -167,7 +167,7 @@ def check_minilm(
                 f"weights need a number for each of {len(student_qkv)} relations, got {weights!r}"
             )
         for weight in weights:
-            _checks.at_least_0(weights=weight)
+            _option_checks.at_least_0(weights=weight)
 
 
 def check_anchoring(
