@@ -18,7 +18,7 @@ from fastkd._loss import loss
 from fastkd._op import Number
 from fastkd._reduction import Term, selected
 from fastkd.problems import _decoupled
-from fastkd.problems.rows import divided, is_exactly, standardized, widened
+from fastkd.problems.rows import classes_of, divided, is_exactly, standardized, widened
 
 
 def _parted(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,9 +39,7 @@ def _labelled(
     student: Tensor, teacher: Tensor, labels: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return both networks' logits with 0 in rows without a label, the classes, and the mask."""
-    labels = labels.long()  # −100 is 156 in uint8
-    labelled = labels != ignore_index
-    classes = torch.where(labelled, labels, 0)
+    labelled, classes = classes_of(labels, ignore_index)
     return selected(student, labelled), selected(teacher, labelled), classes, labelled
 
 

@@ -17,14 +17,7 @@ from fastkd._loss import loss
 from fastkd._op import Number
 from fastkd._reduction import Term, selected
 from fastkd.divergence import soft_cross_entropy
-from fastkd.problems import corrected
-
-
-def _labelled(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Return which rows have a label, and the classes (..., 1), 0 where there is none."""
-    labels = labels.long()  # −100 is 156 in uint8
-    labelled = labels != ignore_index
-    return labelled, torch.where(labelled, labels, 0).unsqueeze(-1)
+from fastkd.problems import corrected, rows
 
 
 def _kl(p: Tensor, log_q: Tensor) -> Tensor:
@@ -74,7 +67,8 @@ def wsld(
         Zhou et al., Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff
         Perspective, 2021. arXiv:2102.00650
     """
-    labelled, classes = _labelled(labels, ignore_index)
+    labelled, classes = rows.classes_of(labels, ignore_index)
+    classes = classes.unsqueeze(-1)
     student, teacher = selected(student_logits, labelled), selected(teacher_logits, labelled)
     of_student, of_teacher = (
         -z.log_softmax(-1).gather(-1, classes).squeeze(-1) for z in (student.detach(), teacher)
@@ -129,7 +123,8 @@ def mft(
         Belcak et al., Minifinetuning: Low-Data Generation Domain Adaptation through Corrective
         Self-Distillation, 2025. arXiv:2506.15702
     """
-    labelled, classes = _labelled(labels, ignore_index)
+    labelled, classes = rows.classes_of(labels, ignore_index)
+    classes = classes.unsqueeze(-1)
     student, teacher = selected(student_logits, labelled), selected(teacher_logits, labelled)
     p = (teacher / temperature).softmax(-1)
     of_label = p.gather(-1, classes)
@@ -182,7 +177,8 @@ def teacher_free_kd(
         Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization, 2020.
         arXiv:1909.11723
     """
-    labelled, classes = _labelled(labels, ignore_index)
+    labelled, classes = rows.classes_of(labels, ignore_index)
+    classes = classes.unsqueeze(-1)
     log_q = (selected(student_logits, labelled) / temperature).log_softmax(-1)
     n_classes = log_q.shape[-1]
     of_label = corrected.softened(correct_probability, n_classes, temperature, log_q.dtype)

@@ -102,15 +102,13 @@ def kd(
         log_q = of_labels.log_softmax(-1)
         cross_entropies = -(target * torch.where(target == 0, 0, log_q)).sum(-1)
     else:
-        labels = labels.long()  # −100 is 156 in uint8
-        labelled = labels != ignore_index
+        labelled, classes = rows.classes_of(labels, ignore_index)
         of_labels = selected(student_logits, labelled)
-        classes = torch.where(labelled, labels, 0).unsqueeze(-1)
         log_q = of_labels.log_softmax(-1)
-        cross_entropies = -log_q.gather(-1, classes).squeeze(-1)
+        cross_entropies = -log_q.gather(-1, classes.unsqueeze(-1)).squeeze(-1)
         if class_weights is not None:
             class_weights = class_weights.detach().to(log_q)
-            counts = class_weights[classes.squeeze(-1)]
+            counts = class_weights[classes]
             cross_entropies = selected(cross_entropies * counts, counts != 0)
         if not rows.is_exactly(label_smoothing, 0):
             each = torch.ones_like(log_q) if class_weights is None else class_weights

@@ -165,7 +165,7 @@ def _of_this_code() -> str:
     tests = Path(__file__).parent
     tree = tests.parent
     files = [x for name in ("fastkd", "kernels") for x in sorted((tree / name).glob("**/*.py"))]
-    files += [tests / "gate.py", tests / "targets.py", tree / "benchmarks" / "workloads.py"]
+    files += [tests / "gate.py", tests / "targets.py", *(tree / "benchmarks").glob("workload*.py")]
     code = b"".join(x.read_bytes() for x in files)
     return f"Triton {triton.__version__}, sources {hashlib.sha256(code).hexdigest()[:12]}"
 

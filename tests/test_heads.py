@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import head_losses  # noqa: E402
+import head_rows  # noqa: E402
 import heads  # noqa: E402
 import peers  # noqa: E402
 import records  # noqa: E402
@@ -28,7 +29,8 @@ CASES = [
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Return what measures tiny rows and returns them as the record has them, by their names."""
-    monkeypatch.setattr(heads, "SMALL", SHAPE)
+    for module in (heads, head_rows):
+        monkeypatch.setattr(module, "SMALL", SHAPE)
 
     def call(*options):
         command = ["heads", f"--out={tmp_path}", "--dtypes=float32", "--only=fastkd,eager"]

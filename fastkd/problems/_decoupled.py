@@ -42,7 +42,7 @@ def decoupled_kd(
     """Solve for α · KL of the label's class and all others + β · KL among the others."""
     if rows.is_trained_besides(temperature) or student.shape[-1] == 1:  # which has no others
         return NotImplemented
-    labels, labelled, mask = _labelled(call, labels, ignore_index)
+    labels, mask, labelled = rows.counted(call, labels, ignore_index)
     total = alpha + beta
     share = 0.0 if is_exactly(total, 0) else alpha / _not_0(total)
     temperature = rows.widened(temperature)
@@ -69,15 +69,14 @@ def nkd(
     """Solve for −p log q of the label's class and for the cross-entropy among the others."""
     if rows.is_trained_besides(temperature) or student.shape[-1] == 1:  # which has no others
         return NotImplemented
-    labels, labelled, mask = _labelled(call, labels, ignore_index)
-    classes = labels if mask is None else labels.masked_fill(~mask, -1)
+    labels, mask, labelled = rows.counted(call, labels, ignore_index)
     temperature = rows.widened(temperature)
     problem = Rows(
-        student, teacher, classes, mask, temperature, temperature, 0.0,
+        student, teacher, labels, mask, temperature, temperature, 0.0,
         temperature**2 if scale_t2 else 1.0, "soft_cross_entropy", 0.0, labels,
     )  # fmt: skip
     losses, cross_entropies = rows.solve(call.engine, problem)
-    p = rows.label_cross_entropies(call, teacher.detach(), classes).neg().exp()
+    p = rows.label_cross_entropies(call, teacher.detach(), labels).neg().exp()
     target = p * torch.where(p == 0, 0, cross_entropies)
     return [Term(1.0, target, labelled), Term(gamma, losses, labelled)]
 
@@ -85,14 +84,3 @@ def nkd(
 def _not_0(total: Number) -> Number:
     """Return the number, with 1 in place of the 0 of a tensor, at which nobody looks."""
     return torch.where(total == 0, 1, total) if isinstance(total, Tensor) else total
-
-
-def _labelled(
-    call: Call, labels: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the labels, which rows have one, None for all, and which rows count, None for all."""
-    mask, labels = call.row_mask, labels.long()  # −100 is 156 in uint8
-    if _checks.all_labelled(labels, ignore_index):
-        return labels, None, mask
-    labelled = labels != ignore_index
-    return labels, labelled, labelled if mask is None else labelled & mask

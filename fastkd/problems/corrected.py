@@ -115,15 +115,14 @@ def soft_labels(
     ignore_index: int,
 ) -> list[Term]:
     """Solve for the cross-entropy with soft labels and those with labels, which weigh it."""
-    labels, counted, labelled = _counted(call, labels, ignore_index)
+    labels, counted, labelled = rows.counted(call, labels, ignore_index)
     scale = temperature * temperature if scale_t2 else 1.0
     problem = rows.Rows(
         student, teacher, labels, counted, temperature, temperature, 0.0, scale,
         "soft_cross_entropy",
     )  # fmt: skip
     losses, of_student = rows.solve(call.engine, problem)
-    certain = Corrected(teacher.detach(), None, labels, 1.0, 1.0, 1.0, 1.0)
-    of_teacher = solve("portable", certain).to(losses.dtype)  # one log-sum-exp needs no kernel
+    of_teacher = rows.label_cross_entropies(call, teacher.detach(), labels).to(losses.dtype)
     weight = weight_of_soft_label(of_student.detach(), of_teacher)
     return [Term(1.0, weighted(losses, weight), labelled)]
 
@@ -140,7 +139,7 @@ def winning_labels(
     ignore_index: int,
 ) -> list[Term]:
     """Solve for the divergence from a teacher to whom the label wins by the threshold."""
-    labels, _, labelled = _counted(call, labels, ignore_index)
+    labels, _, labelled = rows.counted(call, labels, ignore_index)
     scale = temperature * temperature if scale_t2 else 1.0
     problem = Corrected(student, teacher, labels, temperature, temperature, threshold, scale)
     return [Term(1.0, solve(call.engine, problem), labelled)]
@@ -157,22 +156,9 @@ def virtual_teacher(
     ignore_index: int,
 ) -> list[Term]:
     """Solve for the divergence from a teacher that knows the label and no other class."""
-    labels, _, labelled = _counted(call, labels, ignore_index)
+    labels, _, labelled = rows.counted(call, labels, ignore_index)
     scale = temperature * temperature if scale_t2 else 1.0
     dtype = compute_dtype(student)
     probability = softened(correct_probability, student.shape[-1], temperature, dtype)
     problem = Corrected(student, None, labels, temperature, 1.0, probability, scale)
     return [Term(1.0, solve(call.engine, problem), labelled)]
-
-
-def _counted(
-    call: Call, labels: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return labels that are negative where no row counts, the row mask, and which are labelled."""
-    labels, mask = labels.long(), call.row_mask  # −100 is 156 in uint8
-    labelled = None if _checks.all_labelled(labels, ignore_index) else labels != ignore_index
-    if labelled is not None:
-        mask = labelled if mask is None else labelled & mask
-    if mask is not None:
-        labels = labels.masked_fill(~mask, -1)
-    return labels, mask, labelled

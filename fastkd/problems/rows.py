@@ -307,12 +307,7 @@ def kd(
             Term(alpha, _cross_entropies(call, student, target), None),
             Term(share, losses, None),
         ]
-    mask, labels = call.row_mask, labels.long()  # −100 is 156 in uint8
-    labelled = None if _checks.all_labelled(labels, ignore_index) else labels != ignore_index
-    if labelled is not None:
-        mask = labelled if mask is None else labelled & mask
-    if mask is not None:
-        labels = labels.masked_fill(~mask, -1)
+    labels, mask, labelled = counted(call, labels, ignore_index)
     of_labels = Call(call.name, call.engine, mask, call.ranks)
     if not distill_ignored:
         # written out, because old compilers do not trace _replace
@@ -362,6 +357,29 @@ def _cross_entropies(call: Call, student: Tensor, target: Tensor) -> Tensor:
     # of masked rows, because their gradient, which is 0, is multiplied by it
     total = selected(total.expand_as(losses), call.row_mask)
     return selected(losses * total, total != 0)
+
+
+def counted(
+    call: Call, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return labels that are negative where no row counts, the row mask, and which are labelled.
+
+    The masks are None where all rows count, and where all have a label.
+    """
+    labels, mask = labels.long(), call.row_mask  # −100 is 156 in uint8
+    labelled = None if _checks.all_labelled(labels, ignore_index) else labels != ignore_index
+    if labelled is not None:
+        mask = labelled if mask is None else labelled & mask
+    if mask is not None:
+        labels = labels.masked_fill(~mask, -1)
+    return labels, mask, labelled
+
+
+def classes_of(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return which rows have a label, and the classes, 0 where there is none."""
+    labels = labels.long()  # −100 is 156 in uint8
+    labelled = labels != ignore_index
+    return labelled, torch.where(labelled, labels, 0)
 
 
 def label_cross_entropies(

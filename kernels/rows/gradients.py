@@ -148,6 +148,25 @@ def _gradient_tile(
 
 
 @triton.jit
+def _pointers_of(
+    row, student_ptr, teacher_ptr, apart_ptr, n_cols, inner, strides, CONGRUENT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Return the Pointers to a row, and how many of its elements precede its first boundary."""
+    student = Strided(student_ptr, strides.student_outer, strides.student_inner)
+    teacher = Strided(teacher_ptr, strides.teacher_outer, strides.teacher_inner)
+    student_row = student_ptr + row_offset(row, inner, student)
+    head = head_of(student_row, n_cols, WIDTH)
+    apart = tl.load(apart_ptr + row).to(tl.int64) if apart_ptr is not None else -1
+    rows = Pointers(
+        at_boundary(student_row, head, True),
+        at_boundary(teacher_ptr, row_offset(row, inner, teacher) + head, CONGRUENT),
+        apart - head,
+    )
+    return rows, head
+
+
+@triton.jit
 def _other_gradients(
     rows, columns, inside, head, units, row, weight, factors, DIVERGENCE: tl.constexpr,
     IS_DECOUPLED: tl.constexpr, LABELS: tl.constexpr, APART: tl.constexpr, DTYPE: tl.constexpr,
@@ -197,7 +216,6 @@ def certain_classes(
     units = units_of(numbers, row, PER_ROW, ON_DEVICE, DTYPE)
     LABELS: tl.constexpr = ce_upstream_ptr is not None
     APART: tl.constexpr = apart_ptr is not None
-    apart = tl.load(apart_ptr + row).to(tl.int64) if apart_ptr is not None else -1
     factors = _row_factors(
         row, row >= 0, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
         number(numbers.scale, ON_DEVICE, DTYPE) / temperature, DTYPE,
@@ -208,14 +226,8 @@ def certain_classes(
         if tops_ptr is not None:
             tl.store(tops_ptr + row, -1)
         return
-    student = Strided(student_ptr, strides.student_outer, strides.student_inner)
-    teacher = Strided(teacher_ptr, strides.teacher_outer, strides.teacher_inner)
-    student_row = student_ptr + row_offset(row, inner, student)
-    head = head_of(student_row, n_cols, WIDTH)
-    rows = Pointers(
-        at_boundary(student_row, head, True),
-        at_boundary(teacher_ptr, row_offset(row, inner, teacher) + head, CONGRUENT),
-        apart - head,
+    rows, head = _pointers_of(
+        row, student_ptr, teacher_ptr, apart_ptr, n_cols, inner, strides, CONGRUENT, WIDTH
     )
     end = (n_cols - head) // WIDTH
     sums, tops = tl.zeros([THREADS], DTYPE), tl.full([THREADS], -1, tl.int32)
@@ -274,23 +286,16 @@ def gradient(
     units = units_of(numbers, row, PER_ROW, ON_DEVICE, DTYPE)
     LABELS: tl.constexpr = ce_upstream_ptr is not None
     APART: tl.constexpr = apart_ptr is not None
-    apart = tl.load(apart_ptr + row).to(tl.int64) if apart_ptr is not None else -1
     factors = _row_factors(
         row, row >= 0, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
         number(numbers.scale, ON_DEVICE, DTYPE) / temperature, DTYPE,
     )  # fmt: skip
     statistics = load_statistics(statistics_ptr + row.to(tl.int64) * N_STATISTICS)
 
-    student = Strided(student_ptr, strides.student_outer, strides.student_inner)
-    teacher = Strided(teacher_ptr, strides.teacher_outer, strides.teacher_inner)
-    gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)
-    student_row = student_ptr + row_offset(row, inner, student)
-    head = head_of(student_row, n_cols, WIDTH)
-    rows = Pointers(
-        at_boundary(student_row, head, True),
-        at_boundary(teacher_ptr, row_offset(row, inner, teacher) + head, CONGRUENT),
-        apart - head,
+    rows, head = _pointers_of(
+        row, student_ptr, teacher_ptr, apart_ptr, n_cols, inner, strides, CONGRUENT, WIDTH
     )
+    gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)
     gradient_row = at_boundary(
         gradient_ptr, row_offset(row, inner, gradient) + head, GRADIENT_CONGRUENT
     )
