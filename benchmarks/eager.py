@@ -99,11 +99,11 @@ def decoupled_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def nkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    is_other = ~F.one_hot(labels, student.shape[-1]).bool()
+    is_label = F.one_hot(labels, student.shape[-1])
     log_q, p = F.log_softmax(student, dim=-1), F.softmax(teacher, dim=-1)
-    target = -(p * log_q)[~is_other].mean()
-    rest = [x[is_other].view(len(x), -1) for x in (student, teacher)]
-    return target + 1.5 * F.cross_entropy(rest[0], F.softmax(rest[1], dim=-1))
+    target = -(p * log_q * is_label).sum(-1).mean()
+    others_q, others_p = (x - 1000.0 * is_label for x in (student, teacher))
+    return target + 1.5 * F.cross_entropy(others_q, F.softmax(others_p, dim=-1))
 
 
 def ibot(student: Tensor, teacher: Tensor, mask: Tensor, center: Tensor) -> Tensor:

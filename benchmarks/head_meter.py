@@ -1,4 +1,4 @@
-"""What a step allocates and multiplies, and what memory this process and machine have."""
+"""Meters of what a step allocates and multiplies, and of the memory of process and machine."""
 
 from __future__ import annotations
 
