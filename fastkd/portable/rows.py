@@ -42,6 +42,7 @@ from fastkd.portable._row_terms import (
 from fastkd.problems.rows import EPSILON, Rows
 
 _ON_CPU, _ELSEWHERE = 1 << 18, 1 << 23  # elements of a chunk
+_OF_MANY = 1 << 19  # those of a large problem on a CPU, whose workers then wait less for each other
 _FEW = 1 << 14  # elements whose buffers cost less than their views do
 _NO_SCRATCH = (None,) * N_SCRATCH
 
@@ -447,6 +448,7 @@ def _for_chunks(
     if student.numel() <= most and all(x.is_contiguous() for x in tensors):
         work(slice(None), [x.view(-1, n_cols) for x in tensors], (None,) * n_scratch)
         return
+    most = max(most, most_elements(student, min(_OF_MANY, student.numel() // 64), _ELSEWHERE))
     inner = student.shape[-2] if student.ndim > 1 else 1
     blocks = [x.reshape(-1, inner, n_cols) for x in tensors]
     if all(x.is_contiguous() for x in blocks):
