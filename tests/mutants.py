@@ -64,7 +64,7 @@ TOPICS = [
     ("cross_tokenizer|sorted_rows|_vocabularies", "cross_tokenizer"),
     ("alignment", "alignment"),
     ("softened", "softened"),
-    ("decoupled", "decoupled"),
+    ("decoupled", "rows infinities kd"),
     ("kernels/pairs", "pairs kernels"),
     ("kernels/relations", "relations mirrored_angles kernels"),
     ("linear|_heads|_products", "linear linear_chunks linear_teachers"),
