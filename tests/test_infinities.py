@@ -11,6 +11,9 @@ from row_cases import EACH, FEW, LONG, ROWS, SOFTMAXED
 
 import fastkd
 
+few_on_kernels = quick_if(
+    lambda case, engine: engine != "triton" or (case in EACH and case.name in FEW)
+)
 MASKED = [0, 3, 16]  # these classes, in every row but the first
 
 
@@ -35,7 +38,7 @@ ACCURACY = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 @pytest.mark.parametrize("whose", ["student and teacher", "student", "teacher"])
 @pytest.mark.parametrize("case", ROWS, ids=str)
-@quick_if(lambda case, engine: engine != "triton" or case.name in FEW)
+@few_on_kernels
 def test_a_masked_vocabulary(case, whose, engine):
     """Losses are those of the definition, gradients the limit of those of very low logits.
 
@@ -65,6 +68,7 @@ def test_a_masked_vocabulary(case, whose, engine):
 
 
 @pytest.mark.parametrize("case", SOFTMAXED, ids=str)
+@quick_if(lambda case, engine: engine != "triton" or case in EACH)
 def test_infinities_are_where_the_definition_has_them(case, engine):
     """The table says it in words: who excludes what the other allows."""
     divergence = case.options.get("divergence", case.name)
@@ -125,7 +129,7 @@ def test_a_row_without_a_softmax_gives_nan_and_spoils_no_other(case, engine, bad
 
 
 @pytest.mark.parametrize("case", SOFTMAXED, ids=str)
-@quick_if(lambda case, engine: engine != "triton" or case.name in FEW)
+@few_on_kernels
 def test_a_perfect_student_has_no_loss_and_no_gradient(case, engine):
     if case.name in ("kd", "nkd", "soft_cross_entropy", "wsld"):
         return  # they do not vanish

@@ -64,7 +64,7 @@ def test_one_row_without_a_batch(case, n_cols, engine):
 def test_dimensions_in_any_order(order, engine):
     """The gradient has the strides of the student, in whichever order its chunks are taken."""
     inverse = [order.index(i) for i in range(4)]
-    inputs = logits((3, 4, 5), 6)
+    inputs = logits((2, 3, 4), 6)
     moved = [x.detach().permute(order).contiguous().permute(inverse) for x in inputs]
     found = results(fastkd.forward_kl, [moved[0].requires_grad_(), moved[1]])
     assert_same(found, results(fastkd.forward_kl, inputs))
@@ -92,7 +92,8 @@ def test_one_class_is_no_choice(case, engine):
 )
 def test_rounding_crosses_no_bound(case, engine):
     """Rows near the teacher are not negative, rows that both networks are certain of are 0."""
-    student, teacher, *labels = case.inputs((64,), 100, torch.float32)
+    n_rows = 16 if engine == "triton" else 64
+    student, teacher, *labels = case.inputs((n_rows,), 100, torch.float32)
     near = (3 * teacher + 1e-4 * student.detach()).requires_grad_()
     losses, _ = results(case, [near, 3 * teacher, *labels])
     assert (losses >= 0).all()
@@ -107,7 +108,7 @@ def test_rounding_crosses_no_bound(case, engine):
 
 @pytest.mark.parametrize("n_cols", [1000, LONG])
 def test_jensen_shannon_of_a_half_is_symmetric(n_cols, engine):
-    student, teacher = (x.detach() for x in logits((16,), n_cols, torch.float32))
+    student, teacher = (x.detach() for x in logits((4,), n_cols, torch.float32))
     there, back = (
         fastkd.jensen_shannon(*both, temperature=2.0, reduction="none")
         for both in ((student, teacher), (teacher, student))
@@ -138,7 +139,9 @@ def test_extreme_logits(case, engine, extreme, n_cols):
 @each_loss
 @pytest.mark.parametrize("n_cols, top", [(1000, 60.0), (LONG, 60.0), (LONG, -60.0)])
 @quick_if(
-    lambda case, n_cols, top, engine: n_cols == LONG and (engine != "triton" or case.name in FEW)
+    lambda case, n_cols, top, engine: (
+        n_cols == LONG and (engine != "triton" or (case.name in FEW and top > 0))
+    )
 )
 def test_ramps_move_the_running_maximum(case, n_cols, top, engine):
     ramp = torch.linspace(0, top, n_cols, device=DEVICE)
@@ -148,7 +151,7 @@ def test_ramps_move_the_running_maximum(case, n_cols, top, engine):
 @each_loss
 def test_a_student_near_its_teacher(case, engine):
     """The end of a training: computed in half precision, divergences would come out negative."""
-    student, teacher, *labels = case.inputs((8,), 1000, torch.bfloat16)
+    student, teacher, *labels = case.inputs((4,), 1000, torch.bfloat16)
     near = (teacher + 0.05 * student.detach()).requires_grad_()
     inputs = [near, teacher, *labels]
     found = results(case, inputs)
@@ -189,7 +192,8 @@ def test_shares_of_any_size(loss, option, engine):
 @pytest.mark.parametrize("loss", [fastkd.reverse_kl, fastkd.symmetric_kl, fastkd.jensen_shannon])
 def test_what_is_decided_has_no_gradient(loss, engine):
     """Logits of 1e4 leave one class: a sum that is not quite 1 would be multiplied by 1e4."""
-    student, teacher = (3e3 * x.detach() for x in logits((64,), 10, torch.float32))
+    n_rows = 16 if engine == "triton" else 64
+    student, teacher = (3e3 * x.detach() for x in logits((n_rows,), 10, torch.float32))
     inputs = [student.requires_grad_(), teacher]
     wide = [student.detach().double().requires_grad_(), teacher.double()]
     (found,) = torch.autograd.grad(loss(*inputs, reduction="sum"), student)
@@ -199,7 +203,7 @@ def test_what_is_decided_has_no_gradient(loss, engine):
 
 
 def test_equal_networks_have_no_gradient_in_any_layout(engine):
-    student, _ = logits((37,), 41, torch.float32)
+    student, _ = logits((9,), 41, torch.float32)
     transposed = student.detach().T.contiguous().T.requires_grad_()
     fastkd.total_variation(transposed, student.detach()).backward()
     assert not transposed.grad.any()
@@ -280,7 +284,8 @@ def test_the_gradient_of_a_certain_student_keeps_its_digits(divergence, n_rows, 
 @pytest.mark.parametrize("engine", ["triton"], indirect=True)
 @quick_if(
     lambda n_cols, divergence, with_labels, dtype: (
-        n_cols >= 1000 and divergence in ("forward_kl", "jensen_shannon") and dtype.itemsize < 8
+        (n_cols, dtype) in ((1000, torch.bfloat16), (LONG, torch.float32))
+        and divergence in ("forward_kl", "jensen_shannon")
     )
 )
 def test_kernels_keep_the_digits_of_a_certain_student(
