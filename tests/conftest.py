@@ -127,6 +127,9 @@ def pytest_collection_modifyitems(config, items):
             names = condition.__code__.co_varnames[: condition.__code__.co_argcount]
             if not condition(*(params[name] for name in names)):
                 item.add_marker(pytest.mark.full)
+        # in which a formula is what it is in one chunk
+        if params.get("engine") == "portable in chunks" and getattr(case, "problem", "") is None:
+            item.add_marker(pytest.mark.full)
         if on_kernels and (item.originalname == ON_PTX) != bool(PTX_TARGET):
             item.add_marker(pytest.mark.full)
     items[:] = kept

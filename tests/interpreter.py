@@ -12,11 +12,18 @@ through float64, which differs from one rounding about once in 2**29; tl.sum add
 
 import functools
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as triton_interpreter
-from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+from triton.language.semantic import TritonSemantic
+from triton.runtime.interpreter import (
+    InterpretedFunction,
+    InterpreterBuilder,
+    ReduceOps,
+    TensorHandle,
+)
 
 from fastkd import _backend
 
@@ -41,7 +48,10 @@ original = {
     )
 }
 original_min_max = ReduceOps.min_max
+original_patch_lang = triton_interpreter._patch_lang
 original_patch_lang_tensor = triton_interpreter._patch_lang_tensor
+original_broadcast = TritonSemantic.broadcast_impl_value
+dtype_of_scalars = functools.cache(triton_interpreter._get_np_dtype)
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -141,19 +151,6 @@ def min_max(self, values, val_reduce_op, idx_reduce_op=None):
     return original_min_max(self, values, val_reduce_op, idx_reduce_op)
 
 
-@functools.cache
-def builtins_of(package) -> list[str]:
-    return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
-
-
-def patch_builtin(package, builder, *scope):
-    """Patch as shipped, without the search at every call of a device function, which took time."""
-    for name in builtins_of(package):
-        member = getattr(package, name)
-        if tl.core.is_builtin(member):  # not patched already
-            triton_interpreter._patch_attr(package, name, member, builder, *scope)
-
-
 def patch_lang_tensor(tensor, *scope):
     """Let triton <= 3.6 make an int of an array of one element, which numpy >= 2.4 refuses."""
 
@@ -167,6 +164,45 @@ def patch_lang_tensor(tensor, *scope):
         tensor.__index__ = index
 
 
+# ------------------------------------------------------------- the same as shipped, in less time
+
+
+@functools.cache
+def builtins_of(package) -> list[str]:
+    return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+
+def patch_builtin(package, builder, *scope):
+    """Patch without the search of all that a package has."""
+    for name in builtins_of(package):
+        member = getattr(package, name)
+        if tl.core.is_builtin(member):  # not patched already
+            triton_interpreter._patch_attr(package, name, member, builder, *scope)
+
+
+def patch_lang(function):
+    """Patch all that a kernel and its device functions see, once for each launch."""
+    return original_patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+
+
+def call_device_function(self, *arguments, **named):
+    """Call a device function for which the launch has patched everything."""
+    return self.rewrite()(*arguments, **named)
+
+
+def get_np_dtype(kind):
+    """Return NumPy's dtype without a new table of them at every call."""
+    is_pointer = isinstance(kind.scalar, tl.pointer_type)
+    return np.dtype(np.uint64) if is_pointer else dtype_of_scalars(kind.scalar)
+
+
+def broadcast_impl_value(self, left, right):
+    """Leave blocks of one shape as they are."""
+    if left.type.is_block() and right.type.is_block() and left.type.shape == right.type.shape:
+        return left, right
+    return original_broadcast(self, left, right)
+
+
 def correct() -> None:
     """Install the corrections; calling it again changes nothing."""
     for method in (cast_impl, create_fp_to_fp, binary_op, unary_op, create_fma, create_dot):
@@ -178,4 +214,8 @@ def correct() -> None:
     ReduceOps.min_max = min_max
     triton_interpreter._patch_lang_tensor = patch_lang_tensor
     triton_interpreter._patch_builtin = patch_builtin
+    triton_interpreter._patch_lang = patch_lang
+    triton_interpreter._get_np_dtype = get_np_dtype
+    InterpretedFunction.__call__ = call_device_function
+    TritonSemantic.broadcast_impl_value = broadcast_impl_value
     _backend.interpreter_knows_bfloat16 = True

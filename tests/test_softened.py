@@ -21,7 +21,7 @@ DIVERGENCES = [case for case in ROWS if "teacher_gradient" in case.parameters]
 SIZES = [((5,), 17), ((2, 3), 8200)]
 each_loss = pytest.mark.parametrize("case", ROWS, ids=str)
 each_divergence = pytest.mark.parametrize("case", DIVERGENCES, ids=str)
-# one kernel has all divergences: they differ in value and slope, which test_rows.py shows of each
+# one kernel has all divergences: their values and slopes are those of test_engines.py
 OF_ONE_KERNEL = {case.name for case in DIVERGENCES} - {"jensen_shannon"}
 quickly = quick_if(lambda case, engine: engine != "triton" or case.name not in OF_ONE_KERNEL)
 each_size = pytest.mark.parametrize(("examples", "n_cols"), SIZES)

@@ -1,0 +1,150 @@
+"""Rows of logits with infinities and NaN: what is excluded, what has no softmax, what vanishes."""
+
+import math
+
+import pytest
+import torch
+from choice import ENGINES, pairwise, quick_if
+from exactness import assert_same, results
+from inputs import DEVICE, normal
+from row_cases import EACH, FEW, LONG, ROWS, SOFTMAXED
+
+import fastkd
+
+few_on_kernels = quick_if(
+    lambda case, engine: engine != "triton" or (case in EACH and case.name in FEW)
+)
+MASKED = [0, 3, 16]  # these classes, in every row but the first
+
+
+def masked_inputs(case, whose, dtype):
+    student, teacher, *labels = case.inputs((3,), 17, dtype)
+    mask = torch.zeros(3, 17, dtype=torch.bool, device=DEVICE)
+    mask[1:, MASKED] = True
+    if "student" in whose:
+        student = student.detach().masked_fill(mask, -math.inf).requires_grad_()
+    if "teacher" in whose:
+        teacher = teacher.masked_fill(mask, -math.inf)
+    return [student, teacher, *(1 + 0 * label for label in labels)]  # a class that is allowed
+
+
+def very_low(logits):
+    """Return logits with exp(−600), a number in float64 and nothing beside 1, in place of 0."""
+    return logits.detach().double().clamp(min=-600).requires_grad_(logits.requires_grad)
+
+
+ACCURACY = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("whose", ["student and teacher", "student", "teacher"])
+@pytest.mark.parametrize("case", ROWS, ids=str)
+@few_on_kernels
+def test_a_masked_vocabulary(case, whose, engine):
+    """Losses are those of the definition, gradients the limit of those of very low logits.
+
+    The mean is that of the rows, also where it is infinite.
+    """
+    if case.name == "logit_mse" and whose != "student and teacher":
+        return  # an infinite distance
+    if case.options.get("standardize"):
+        return  # very low logits have another deviation than excluded ones
+    options = dict(temperature=1.0)
+    dtypes = [*ACCURACY]
+    dtype = dtypes[(len(case.id) + len(whose)) % 3] if engine == "portable in chunks" else dtypes[0]
+    student, teacher, *labels = inputs = masked_inputs(case, whose, dtype)
+    expected = case.hand(*inputs, **options)
+    limit = [very_low(student), very_low(teacher), *labels]
+    _, truth = results(lambda *xs: case.truth(*xs, **options), limit)
+    losses, gradient = results(lambda *xs: case(*xs, **options), inputs)
+    assert_same([losses], [expected], tolerance=min(ACCURACY[dtype], 1e-5))
+    if whose == "teacher":  # an infinite reverse divergence has no gradient
+        gradient, truth = gradient[expected.isfinite()], truth[expected.isfinite()]
+    assert_same([gradient], [truth], tolerance=ACCURACY[dtype])
+    rows, mean = case(*inputs, **options), case(*inputs, reduction="mean", **options)
+    assert_same([mean], [rows.mean()], 1e-6)
+    if mean.isfinite():
+        found, expected = (torch.autograd.grad(x, student)[0] for x in (mean, rows.mean()))
+        assert_same([found], [expected], ACCURACY[dtype])
+
+
+@pytest.mark.parametrize("case", SOFTMAXED, ids=str)
+@quick_if(lambda case, engine: engine != "triton" or case in EACH)
+def test_infinities_are_where_the_definition_has_them(case, engine):
+    """The table says it in words: who excludes what the other allows."""
+    divergence = case.options.get("divergence", case.name)
+    mixtures = [case.options[k] for k in ("beta", "skew", "weight") if k in case.options]
+    mixture = (*mixtures, 0.5)[0]
+    infinite_for_student = {
+        "forward_kl": True,
+        "channel_wise": True,
+        "localization": True,
+        "soft_cross_entropy": True,
+        "decoupled_kd": True,
+        "nkd": True,
+        "wsld": True,
+        "jensen_shannon": mixture == 0,
+        "skew_kl": mixture == 0,
+        "symmetric_kl": mixture > 0,
+    }
+    infinite_for_teacher = {
+        "reverse_kl": True,
+        "jensen_shannon": mixture == 1,
+        "skew_reverse_kl": mixture == 0,
+        "symmetric_kl": mixture < 1,
+    }
+    for whose, infinite in (("student", infinite_for_student), ("teacher", infinite_for_teacher)):
+        losses = case(*masked_inputs(case, whose, torch.float32))
+        assert losses[0].isfinite()
+        assert (losses[1:].isposinf() if infinite.get(divergence) else losses[1:].isfinite()).all()
+
+
+@pairwise(
+    case=EACH,
+    engine=ENGINES,
+    bad=[math.nan, math.inf, "a row of -inf"],
+    whose=["student", "teacher"],
+    n_cols=[17, LONG],
+)
+def test_a_row_without_a_softmax_gives_nan_and_spoils_no_other(case, engine, bad, whose, n_cols):
+    if case.name == "logit_mse" and bad != bad:
+        bad = math.nan
+    inputs = case.inputs((3,), n_cols, torch.float32)
+    expected = results(case, inputs)
+    i = ["student", "teacher"].index(whose)
+    spoilt = inputs[i].detach().clone()
+    if isinstance(bad, str):
+        spoilt[1] = -math.inf
+    else:
+        spoilt[1, n_cols // 2] = bad
+    inputs[i] = spoilt.requires_grad_(i == 0)
+    losses, gradient = results(case, inputs)
+    if case.name != "logit_mse":
+        assert losses[1].isnan()
+        # torch's derivatives of |NaN| and of a clamped NaN are 0
+        if whose == "student" or case.name != "total_variation":
+            assert gradient[1].isnan().all()
+    assert not losses[1].isfinite()
+    others = [0, 2]
+    assert_same([losses[others], gradient[others]], [x[others] for x in expected], 1e-6)
+
+
+@pytest.mark.parametrize("case", SOFTMAXED, ids=str)
+@few_on_kernels
+def test_a_perfect_student_has_no_loss_and_no_gradient(case, engine):
+    if case.name in ("kd", "nkd", "soft_cross_entropy", "wsld"):
+        return  # they do not vanish
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        student, _, *labels = case.inputs((5,), 37, dtype)
+        losses, gradient = results(case, [student, student.detach().clone(), *labels])
+        assert not losses.any()
+        # a kernel's probabilities add up to 1 but for rounding, by which a constant slope is off
+        is_inexact = engine == "triton" and "skew" in case.name
+        rounding = 2 * torch.finfo(losses.dtype).eps if is_inexact else 0
+        assert gradient.abs().max() <= rounding
+
+
+def test_logit_mse_spreads_nan_no_further_than_its_row():
+    student, teacher = normal(2, 4, 17)
+    student[2, 5] = math.nan
+    losses = fastkd.logit_mse(student, teacher, reduction="none")
+    assert losses.isnan().tolist() == [False, False, True, False]
