@@ -43,8 +43,10 @@ FREE = {
 # made of several others inside PyTorch
 SEVERAL = {"logsumexp": 9, "constant_pad_nd": 2, "masked_fill": 2}
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
-OF_FEW_ROWS = ("certain_classes",)  # kernels that read logits where a student is certain alone
+# kernels that read logits, or write gradients, where a network is certain alone
+OF_FEW_ROWS = ("certain_classes", "finish_rows")
 OVERWRITE = {"copy_", "zero_", "fill_"}  # do not read what they write to
+FILLED = {"new_full", "full_like", "new_ones", "ones_like", "new_zeros", "zeros_like"}  # read none
 
 
 class Operation(NamedTuple):
@@ -91,7 +93,7 @@ class Operations(TorchDispatchMode):
         device = {x.device.type for x in [*outputs, *tensors_of((args, kwargs))]}
         if function.is_view or name in FREE or "meta" not in device or not any(map(numel, outputs)):
             return result
-        read = [*args[1:]] if name in OVERWRITE else [*args]
+        read = [] if name in FILLED else [*args[1:]] if name in OVERWRITE else [*args]
         read += [value for key, value in kwargs.items() if not is_out(function, key)]
         inputs = {id(x): x for x in tensors_of(read)}.values()
         sizes = (sum(map(bytes_of, x)) for x in (inputs, outputs))
@@ -130,7 +132,8 @@ def of_kernel(launch: Launch) -> Operation:
     tensors = [x for x in tree_leaves(launch.args, is_leaf=is_tensor) if is_tensor(x)]
     loaded, stored = accesses(launch.asm["ttir"], len(tensors))
     if launch.name in OF_FEW_ROWS:  # usual rows are meant
-        whole = {i for i, x in enumerate(tensors) if x.shape[-1] == launch.args["n_cols"]}
+        n_cols = launch.args["n_cols"]
+        whole = {i for i, x in enumerate(tensors) if x.shape[-1:] == (n_cols,)}
         loaded, stored = loaded - whole, stored - whole
     read, written = (sum(bytes_of(tensors[i]) for i in places) for places in (loaded, stored))
     return Operation(launch.name, 1, read, written, is_kernel=True)

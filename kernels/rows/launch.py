@@ -221,21 +221,24 @@ def _launch_whole_rows(
         )
 
 
-def _tile(problem: Rows) -> tuple[int, int, int]:
+def _tile(problem: Rows, n_gradients: int = 1) -> tuple[int, int, int]:
     """Return the rows and columns of a program that takes whole rows, and its warps.
 
     A warp takes many short rows where that leaves a program for every multiprocessor, and otherwise
     one: numbers in between would compile a kernel anew for other batches.
     """
     n_rows, n_cols = _shape(problem)
-    columns, per_warp = triton.next_power_of_2(n_cols), _PER_WARP[_dtype(problem)]
+    columns = triton.next_power_of_2(n_cols)
+    per_warp = _PER_WARP[_dtype(problem)] // n_gradients
     block = max(1, per_warp // 2 // columns)  # half as many, because each row has sums besides
     if n_rows < block * device_of(problem.student).multiprocessors:
         block = 1
     return block, columns, max(1, block * columns // per_warp)
 
 
-def _launch_statistics(problem: Rows, losses: Losses, statistics: Tensor) -> None:
+def _launch_statistics(
+    problem: Rows, losses: Losses, statistics: Tensor, *, both: bool = False
+) -> None:
     n_rows, n_cols = _shape(problem)
     student, teacher = rows_of(problem.student), rows_of(problem.teacher)
     is_mixture, width = problem.divergence in _MIXTURES, _width(problem)
@@ -261,6 +264,7 @@ def _launch_statistics(problem: Rows, losses: Losses, statistics: Tensor) -> Non
         statistics_ptr=statistics,
         partial_ptr=partial,
         IS_MIXTURE=is_mixture,
+        BOTH=both,
     )
     with on_device(problem.student):
         for sweep in (0,) if splits == 1 else (1, 2) if is_mixture else (1,):
@@ -342,12 +346,12 @@ def _arguments(problem: Rows) -> dict[str, Any]:
             _on_device(x, device).expand(examples).reshape(-1).contiguous() for x in numbers[:2]
         )
         numbers = numbers._replace(student_temperature=of_student, teacher_temperature=of_teacher)
+    own, shared = (numbers[:2], numbers[2:]) if is_per_row else ((), numbers)
     # float64 goes by pointer too, because a Python float reaches a kernel as float32
-    by_pointer = dtype == torch.float64 or any(isinstance(x, Tensor) for x in numbers)
-    if by_pointer:
-        numbers = sweeps.Numbers(*(_on_device(x, device) for x in numbers))
-    else:
-        numbers = sweeps.Numbers(*map(float, numbers))
+    by_pointer = dtype == torch.float64 or any(isinstance(x, Tensor) for x in shared)
+    numbers = sweeps.Numbers(
+        *own, *(_on_device(x, device) if by_pointer else float(x) for x in shared)
+    )
     return dict(
         labels_ptr=_flat(problem.labels),
         row_mask_ptr=_flat(problem.row_mask),

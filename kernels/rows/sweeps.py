@@ -26,7 +26,8 @@ from fastkd.kernels.rows.terms import (
     log2_odds,
     logit_of,
     merge,
-    mixture,
+    mixture_of_both,
+    mixture_unit,
     mixture_value,
 )
 from fastkd.kernels.tiles import (
@@ -174,36 +175,46 @@ def _online_sums(
 def _mixture_of(
     x, y, units, ms, zs, mt, zt, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
-    """Return Σ d and Σ q·v of a tile, for each thread."""
+    """Return Σ d, Σ q·v and Σ p·u of a tile, for each thread."""
     ds, dt = (x - ms) * units.cs, (y - mt) * units.ct
-    summand, q, v = mixture(ds, dt, zs, zt, weight, DIVERGENCE, FAST)
-    return tl.sum(summand, 1), tl.sum(q * v, 1)
+    summand, q, v, p, u = mixture_of_both(ds, dt, zs, zt, weight, DIVERGENCE, FAST)
+    return tl.sum(summand, 1), tl.sum(q * v, 1), tl.sum(p * u, 1)
 
 
 @triton.jit
 def _mixture_sums(
     rows, span, units, ms, zs, mt, zt, weight, DIVERGENCE: tl.constexpr, APART: tl.constexpr,
-    DTYPE: tl.constexpr, FAST: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
+    BOTH: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Return Σ d and Σ q·v over what `_online_sums` reads, given the pivots and Z of the row."""
+    """Return Σ d and Σ q·v over what `_online_sums` reads, given the pivots and Z of the row.
+
+    Of BOTH networks it returns Σ p·u too, and otherwise 0.
+    """
     value = tl.zeros([THREADS], DTYPE)
-    slope_sum = value
+    slope_sum, teacher_sum = value, value
     rest = span.start + (span.end - span.start) // THREADS * THREADS
     for i in range(span.start, rest, THREADS):
         x, y = load_logits(rows, vectors(i, THREADS, WIDTH), None, DIVERGENCE, APART, DTYPE)
-        summands, slopes = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
-        value, slope_sum = value + summands, slope_sum + slopes
+        d, qv, pu = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
+        value, slope_sum = value + d, slope_sum + qv
+        if BOTH:
+            teacher_sum += pu
     if rest < span.end:
         inside = (rest + tl.arange(0, THREADS) < span.end)[:, None]
         x, y = load_logits(rows, vectors(rest, THREADS, WIDTH), inside, DIVERGENCE, APART, DTYPE)
-        summands, slopes = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
-        value, slope_sum = value + summands, slope_sum + slopes
+        d, qv, pu = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
+        value, slope_sum = value + d, slope_sum + qv
+        if BOTH:
+            teacher_sum += pu
     if _has_edges(span, WIDTH):
         columns, inside = edges(span.head, span.n_cols, THREADS, WIDTH)
         x, y = load_logits(rows, columns, inside, DIVERGENCE, APART, DTYPE)
-        summands, slopes = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
-        value, slope_sum = value + summands, slope_sum + slopes
-    return tl.sum(value, 0), tl.sum(slope_sum, 0)
+        d, qv, pu = _mixture_of(x, y, units, ms, zs, mt, zt, weight, DIVERGENCE, FAST)
+        value, slope_sum = value + d, slope_sum + qv
+        if BOTH:
+            teacher_sum += pu
+    return tl.sum(value, 0), tl.sum(slope_sum, 0), tl.sum(teacher_sum, 0)
 
 
 @triton.jit
@@ -214,7 +225,10 @@ def _store_sums(pointer, sums):
 
 @triton.jit
 def _store_statistics(pointer, sums, slope_sum, left):
-    """Store the Statistics of a row: a's place is the slope sum's, and b's what a class leaves."""
+    """Store the Statistics of a row: a's place is the slope sum's, and b's what a class leaves.
+
+    Where BOTH networks learn no class leaves anything, and the teacher's Σ p·u is in that place.
+    """
     _store_sums(
         pointer,
         Sums(sums.ms, sums.zs, sums.mt, sums.zt, slope_sum, left, sums.z1),
@@ -261,8 +275,9 @@ def row_statistics(
     inner,  # size of the logits' last dimension but one
     vectors_per_split,
     DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, IS_DECOUPLED: tl.constexpr,
-    SWEEP: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ON_DEVICE: tl.constexpr,
-    PER_ROW: tl.constexpr, CONGRUENT: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
+    BOTH: tl.constexpr, SWEEP: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    ON_DEVICE: tl.constexpr, PER_ROW: tl.constexpr, CONGRUENT: tl.constexpr,
+    THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Compute the losses and statistics of a row, or a split's part of them: program (row, split).
 
@@ -302,14 +317,16 @@ def row_statistics(
         ms, zs = tl.load(statistics_row), tl.load(statistics_row + 1)
         mt, zt = tl.load(statistics_row + 2), tl.load(statistics_row + 3)
     if IS_MIXTURE and SWEEP != 1:
-        value, slope_sum = _mixture_sums(
-            rows, span, units, ms, zs, mt, zt, weight, DIVERGENCE, APART, DTYPE, FAST, THREADS,
-            WIDTH,
+        value, slope_sum, teacher_sum = _mixture_sums(
+            rows, span, units, ms, zs, mt, zt, weight, DIVERGENCE, APART, BOTH, DTYPE, FAST,
+            THREADS, WIDTH,
         )  # fmt: skip
         if SWEEP == 0:
             value, slope_sum = mixture_value(value, slope_sum, zs, zt, weight, DIVERGENCE)
+            teacher_sum *= mixture_unit(zs, zt, DIVERGENCE)
     elif SWEEP == 0:
         value, slope_sum = kl_value(zs, zt, sums.a, sums.b, weight, DIVERGENCE)
+        teacher_sum = sums.a / zt
 
     if SWEEP == 0:
         if IS_DECOUPLED:
@@ -319,7 +336,7 @@ def row_statistics(
             )
         scale = number(numbers.scale, ON_DEVICE, DTYPE)
         tl.store(losses_ptr + row, tl.where(unmasked, value * scale, 0.0))
-        left = tl.zeros_like(sums.z1)
+        left = teacher_sum if BOTH else tl.zeros_like(sums.z1)
         if LABELS:
             ce, left = cross_entropy(
                 whole_row, label, n_cols, units.c1, sums.ms, sums.z1, APART, DTYPE
@@ -333,6 +350,8 @@ def row_statistics(
         else:
             tl.store(partial_ptr + place, value)
             tl.store(partial_ptr + place + 1, slope_sum)
+            if BOTH:
+                tl.store(partial_ptr + place + 2, teacher_sum)
 
 
 @triton.jit(do_not_specialize=["inner", "n_splits"])
@@ -351,8 +370,8 @@ def combine(
     inner,  # size of the logits' last dimension but one
     n_splits,
     DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, IS_DECOUPLED: tl.constexpr,
-    SWEEP: tl.constexpr, DTYPE: tl.constexpr, ON_DEVICE: tl.constexpr, PER_ROW: tl.constexpr,
-    SPLITS: tl.constexpr,
+    BOTH: tl.constexpr, SWEEP: tl.constexpr, DTYPE: tl.constexpr, ON_DEVICE: tl.constexpr,
+    PER_ROW: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Combine what the splits of a row summed, always in the same order: program (row)."""
     row = tl.program_id(0)
@@ -379,7 +398,7 @@ def combine(
         sums = merge(sums, units, DIVERGENCE)
         value, slope_sum = kl_value(sums.zs, sums.zt, sums.a, sums.b, weight, DIVERGENCE)
         row_ptr = student.ptr + row_offset(row, inner, student)
-        left = tl.zeros_like(sums.z1)
+        left = sums.a / sums.zt if BOTH else tl.zeros_like(sums.z1)
         if IS_DECOUPLED:
             apart = tl.load(apart_ptr + row).to(tl.int64)
             teacher_row = teacher.ptr + row_offset(row, inner, teacher)
@@ -399,5 +418,8 @@ def combine(
             tl.sum(summands, 0), tl.sum(slopes, 0), zs, zt, weight, DIVERGENCE
         )
         tl.store(statistics_row + 4, slope_sum)
+        if BOTH:
+            sums_of_teacher = tl.sum(tl.load(place + 2, inside, 0.0), 0)
+            tl.store(statistics_row + 5, sums_of_teacher * mixture_unit(zs, zt, DIVERGENCE))
     if SWEEP == 2 or not IS_MIXTURE:
         tl.store(losses_ptr + row, tl.where(unmasked, value * scale, 0.0))

@@ -65,8 +65,6 @@ def rescaled(sums, rise_s, rise_t, shrink_s, shrink_t, DIVERGENCE: tl.constexpr)
         a = tl.where(shrink_t > 0, (a + sums.zt * rise_s) * shrink_t, 0.0)
     if (DIVERGENCE == "reverse_kl") or (DIVERGENCE == "symmetric_kl"):
         b = tl.where(shrink_s > 0, (b + sums.zs * (rise_t - rise_s)) * shrink_s, 0.0)
-    if DIVERGENCE == "reverse_cross_entropy":
-        b = tl.where(shrink_s > 0, (b + sums.zs * rise_t) * shrink_s, 0.0)
     return a, b
 
 
@@ -79,8 +77,6 @@ def add_products(a, b, ds, dt, es, et, DIVERGENCE: tl.constexpr):
         a += tl.sum(tl.where(et > 0, et * -ds, 0.0), 1)
     if (DIVERGENCE == "reverse_kl") or (DIVERGENCE == "symmetric_kl"):
         b += tl.sum(tl.where(es > 0, es * (ds - dt), 0.0), 1)
-    if DIVERGENCE == "reverse_cross_entropy":
-        b += tl.sum(tl.where(es > 0, es * -dt, 0.0), 1)
     return a, b
 
 
@@ -138,8 +134,6 @@ def kl_value(zs, zt, a, b, weight, DIVERGENCE: tl.constexpr):
         value = b / zs + ratio
     elif DIVERGENCE == "symmetric_kl":
         value = weight * (a / zt - ratio) + (1 - weight) * (b / zs + ratio)
-    elif DIVERGENCE == "reverse_cross_entropy":
-        value = b / zs + tl.log2(zt)
     elif DIVERGENCE == "":
         value = tl.zeros_like(zs)
     else:
@@ -149,7 +143,14 @@ def kl_value(zs, zt, a, b, weight, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def mixture(ds, dt, zs, zt, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
-    """Return d, q and v of a divergence that needs both Z and has the slope q·(v − Σ q·v).
+    """Return d, q and v of a divergence that needs both Z and has the slope q·(v − Σ q·v)."""
+    d, q, v, _, _ = mixture_of_both(ds, dt, zs, zt, weight, DIVERGENCE, FAST)
+    return d, q, v
+
+
+@triton.jit
+def mixture_of_both(ds, dt, zs, zt, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
+    """Return d, q and v, and p and u, of which the teacher has the slope p·(u − Σ p·u).
 
     The divergence is Σ d. Of Jensen-Shannon it is w Σ d + (1 − w) Σ q·v, in units of log2: its two
     sums are made alike, so that with a weight of ½ student and teacher may change places, and
@@ -162,7 +163,7 @@ def mixture(ds, dt, zs, zt, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr
     if DIVERGENCE == "total_variation":
         p, q = tl.exp2(log_p), tl.exp2(log_q)
         sign = (q > p).to(q.dtype) - (q < p).to(q.dtype)  # because a constant would be float32
-        return 0.5 * tl.abs(p - q), q, 0.5 * sign
+        return 0.5 * tl.abs(p - q), q, 0.5 * sign, p, -0.5 * sign
     # floors instead of selections, because with them 0·∞ cannot come up
     log_q, log_p = tl.maximum(log_q, SMALLEST), tl.maximum(log_p, SMALLEST)
     p, q = tl.exp2(log_p), tl.exp2(log_q)
@@ -174,11 +175,14 @@ def mixture(ds, dt, zs, zt, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr
     p_above = tl.where(log_p == log_q, 0.0, log_p - log_m)
     q_above = tl.where(log_p == log_q, 0.0, log_q - log_m)
     if DIVERGENCE == "skew_kl":
-        return p * p_above * LN2, q, (weight - 1) * tl.exp2(p_above)
+        above = p_above * LN2
+        share = tl.exp2(p_above)
+        return p * above, q, (weight - 1) * share, p, above - weight * share
     if DIVERGENCE == "skew_reverse_kl":
         above = q_above * LN2
-        return q * above, q, above - weight * tl.exp2(q_above)
-    return p * p_above, q, q_above
+        share = tl.exp2(q_above)
+        return q * above, q, above - weight * share, p, (weight - 1) * share
+    return p * p_above, q, q_above, p, p_above
 
 
 @triton.jit
@@ -208,9 +212,6 @@ def slope(ds, dt, row, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
         return tl.exp2(ds) * (1 / row.zs) - tl.exp2(dt) * (1 / row.zt)
     if DIVERGENCE == "":
         return tl.zeros_like(ds)
-    if DIVERGENCE == "reverse_cross_entropy":
-        q = tl.exp2(ds) * (1 / row.zs)
-        return tl.where(q <= TINY, 0.0, q * (-dt - row.slope_sum)) * LN2
     if (DIVERGENCE == "reverse_kl") or (DIVERGENCE == "symmetric_kl"):
         q = tl.exp2(ds) * (1 / row.zs)
         # compared this way round, so that a NaN stays a NaN
