@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from fastkd.kernels.device import Strided
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
@@ -57,3 +59,22 @@ def at_boundary(pointer, offset, ALIGNED: tl.constexpr):
     """Return pointer + offset; if ALIGNED, the compiler may read 16 bytes at a time from there."""
     moved = pointer + offset
     return tl.multiple_of(moved, 16) if ALIGNED else moved
+
+
+@triton.jit
+def rows_of_each(networks, rows, inner, offset, ALIGNMENT: tl.constexpr):
+    """Return a tuple of pointers to the same rows of several `device.Strided`, moved by an offset.
+
+    The compiler is told that ALIGNMENT, a number of elements, divides where they start, without an
+    offset; 0 tells that they lie on a boundary of 16 bytes, and −1 nothing.
+    """
+    found = ()
+    for k in tl.static_range(len(networks)):
+        # by places, because the names of members in a tuple are lost in older versions of Triton
+        network = Strided(networks[k][0], networks[k][1], networks[k][2])
+        start = row_offset(rows, inner, network)
+        if ALIGNMENT > 0:
+            found += (network.ptr + start // ALIGNMENT * ALIGNMENT,)
+        else:
+            found += (at_boundary(network.ptr, start + offset, ALIGNMENT == 0),)
+    return found

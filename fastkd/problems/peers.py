@@ -14,7 +14,7 @@ from fastkd._op import Number, Op
 from fastkd._precision import compute_dtype
 from fastkd.problems import rows
 
-MOST = 4  # networks that the engine takes
+MOST = 4  # networks that the engines take at once
 
 
 class Peers(NamedTuple):
@@ -80,29 +80,29 @@ def mutual(
     scale_t2: bool,
     detach_peers: bool,
 ) -> Any:
-    """Solve for all divergences at once or, where kernels can, for one pair after the other."""
+    """Solve for all divergences at once, or those of many networks for one pair after another."""
     dtype = compute_dtype(*logits)
     if dtype == torch.float64:
         logits = [x.to(dtype) for x in logits]
     T, n_peers = temperature, len(logits)
     scale = (T * T if scale_t2 else 1.0) / (n_peers - 1)
-    if call.engine == "triton" and detach_peers:
-        losses = [
-            rows.solve(
-                call.engine,
-                rows.Rows(
-                    student, teacher.detach(), None, call.row_mask, T, T, 0.0, scale, "forward_kl",
-                    call.row_weight,
-                ),
-            )[0]
-            for student in logits
-            for teacher in logits
-            if teacher is not student
-        ]  # fmt: skip
-        return sum(losses[1:], losses[0])
-    if n_peers > MOST:
+    if n_peers <= MOST:
+        first, second, *others = logits
+        third, fourth = (*others, None, None)[: MOST - 2]
+        problem = Peers(first, second, third, fourth, call.row_mask, T, scale, detach_peers)
+        return solve(call.engine, problem)
+    if call.engine != "triton" or not detach_peers:
         return NotImplemented
-    first, second, *others = logits
-    third, fourth = (*others, None, None)[: MOST - 2]
-    problem = Peers(first, second, third, fourth, call.row_mask, T, scale, detach_peers)
-    return solve("portable", problem)
+    losses = [
+        rows.solve(
+            call.engine,
+            rows.Rows(
+                student, teacher.detach(), None, call.row_mask, T, T, 0.0, scale, "forward_kl",
+                call.row_weight,
+            ),
+        )[0]
+        for student in logits
+        for teacher in logits
+        if teacher is not student
+    ]  # fmt: skip
+    return sum(losses[1:], losses[0])

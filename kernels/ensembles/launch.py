@@ -1,46 +1,58 @@
-"""Solve `Ensemble` on a GPU: a chunk's teachers are put together, and it is solved as `Rows`.
+"""Solve `Ensemble` on a GPU: the teachers of a row are put together where it is solved.
 
-A chunk of rows fits into the cache, so that what `teachers.py` writes for it, in float32, does not
-go through memory where it is read again. Beside the bytes that are counted there, a chunk takes
-those of `Rows`, but for the teacher's, and in bfloat16 a gradient is copied to its place: 2 bytes
-read from the cache. A "sum" takes the bytes of `Rows` for each teacher.
+Nothing of the logits' size is written but the gradient. Bytes for each (row, entry) of bfloat16,
+K teachers, forward + backward. V ≤ ON_CHIP: (2 K + 2) + (2 K + 4), each one launch; (2 K + 4) + 0
+with the row weight known beforehand. Above: `sweeps.py` says what the losses read, once or more;
+the gradient takes 2 K + 4. With a teacher chosen for each row K counts as 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.device import device_of
-from fastkd.kernels.ensembles import teachers
+from fastkd.kernels.device import alignment, congruent, device_of, on_device, rows_of
+from fastkd.kernels.ensembles import sweeps
+from fastkd.kernels.ensembles.whole_rows import Strides, whole_ensembles
 from fastkd.kernels.rows import launch as of_rows
-from fastkd.problems.ensembles import Ensemble, weights_of_rows
+from fastkd.kernels.rows.sweeps import N_STATISTICS, Numbers
+from fastkd.problems.ensembles import Ensemble
 from fastkd.problems.ensembles import compute_dtype_of as compute_dtype_of
-from fastkd.problems.rows import Rows
 
-_CHUNK = 32 << 20  # bytes of a chunk's teacher, which the cache of a large GPU holds
+_LOGS = ("reverse_kl", "symmetric_kl")  # in which log p counts where p is too small for a float
+_PER_WARP = {torch.float32: 1024, torch.float64: 256}  # entries of whole rows
 
 
 def n_statistics(problem: Ensemble) -> int:
-    """Return how many numbers of each row `forward` saves: none."""
-    return 0
+    """Return how many numbers a row saves for `backward`: none if it fits on chip."""
+    if problem.student.shape[-1] <= _longest(compute_dtype_of(problem)):
+        return 0
+    n, count = len(problem.teachers), N_STATISTICS.value
+    return n * count if problem.combine == "sum" else count + 2 * n * (problem.combine == "mixture")
 
 
 def forward(problem: Ensemble, needs_grad: Sequence[bool]) -> tuple[tuple[Tensor], tuple[Any, ...]]:
-    """Return rows of scale · D and, if it is foreseen, the gradient for the row weight."""
+    """Return rows of scale · D and statistics and, if it is foreseen, the gradient."""
     student, dtype = problem.student, compute_dtype_of(problem)
-    statistics = student.new_empty((*student.shape[:-1], 0), dtype=dtype)
-    is_known = isinstance(problem.row_weight, Tensor) or problem.row_weight != 0
-    # in half precision a gradient that another upstream gradient multiplies is rounded twice
-    if needs_grad[0] and is_known and student.dtype == dtype and student.is_contiguous():
+    losses = student.new_empty(student.shape[:-1], dtype=dtype)
+    statistics = student.new_empty((*student.shape[:-1], n_statistics(problem)), dtype=dtype)
+    if not losses.numel():
+        return (losses,), (statistics,)
+    if statistics.numel():
+        _launch_statistics(problem, losses, statistics)
+        return (losses,), (statistics,)
+    if needs_grad[0] and _foresees_weight(problem):
         gradient = torch.empty_like(student)
-        factors = student.new_ones((), dtype=dtype) * problem.row_weight
-        losses = _solve(problem, factors.expand(student.shape[:-1]), gradient)
-        return (losses,), (statistics, gradient)
-    return (_solve(problem, None, None),), (statistics,)
+        if gradient.is_contiguous():
+            _launch_whole_rows(problem, losses, gradient)
+            return (losses,), (statistics, gradient)
+    _launch_whole_rows(problem, losses)
+    return (losses,), (statistics,)
 
 
 def backward(
@@ -50,139 +62,161 @@ def backward(
     foreseen: Tensor | None = None,
 ) -> Tensor:
     """Return Σ upstream · ∂losses with respect to the student, in `foreseen` if it is there."""
-    (factors,) = upstream
-    assert factors is not None
+    (of_losses,) = upstream
+    assert of_losses is not None
     if foreseen is not None:
-        factor = (factors.to(foreseen.dtype) / problem.row_weight).unsqueeze(-1)
-        return foreseen.mul_(factor).masked_fill_(factor == 0, 0)
-    gradient = torch.empty_like(problem.student)
-    if problem.row_mask is not None:
-        factors = torch.where(problem.row_mask, factors, 0)
-    _solve(problem, factors, gradient)
-    return gradient
+        _launch_whole_rows(problem, None, foreseen, of_losses, is_foreseen=True)
+        return foreseen
+    found = gradient = torch.empty_like(problem.student)
+    if not found.is_contiguous():
+        gradient = torch.empty_like(found, memory_format=torch.contiguous_format)
+    if not gradient.numel():
+        pass
+    elif statistics.numel():
+        _launch_gradient(problem, statistics, gradient, of_losses)
+    else:
+        _launch_whole_rows(problem, None, gradient, of_losses)
+    return found if gradient is found else found.copy_(gradient)
 
 
-def _solve(problem: Ensemble, factors: Tensor | None, gradient: Tensor | None) -> Tensor:
-    """Return the losses (...), and write factor · ∂loss of each row to the gradient, if any."""
-    student, dtype = problem.student, compute_dtype_of(problem)
-    losses = student.new_empty(student.shape[:-1], dtype=dtype)
-    if not student.numel():
-        return losses.zero_()
-    column, weights = losses.view(-1), weights_of_rows(problem)
-    index, mask, of_rows_given = (
-        None if x is None else x.reshape(-1).contiguous()
-        for x in (problem.teacher_index, problem.row_mask, factors)
+def _longest(dtype: torch.dtype) -> int:
+    """Return the columns of the longest rows that stay on chip."""
+    # numbers of float64 take two registers, and more to compute with
+    return of_rows.ON_CHIP // 4 if dtype == torch.float64 else of_rows.ON_CHIP
+
+
+def _foresees_weight(problem: Ensemble) -> bool:
+    is_known = isinstance(problem.row_weight, Tensor) or problem.row_weight != 0
+    # a loss in float16 is scaled so that its gradient does not vanish
+    return is_known and problem.student.dtype != torch.float16
+
+
+def _launch_whole_rows(
+    problem: Ensemble,
+    losses: Tensor | None,
+    gradient: Tensor | None = None,
+    upstream: Tensor | None = None,
+    *,
+    is_foreseen: bool = False,
+) -> None:
+    n_rows, n_cols = problem.student.shape[:-1].numel(), problem.student.shape[-1]
+    networks = [rows_of(x) for x in (problem.student, *problem.teachers)]
+    aligned = networks if gradient is None else [*networks, rows_of(gradient)]
+    columns, per_warp = triton.next_power_of_2(n_cols), _PER_WARP[compute_dtype_of(problem)]
+    # many short rows where that leaves a program for every multiprocessor, as `rows` has them
+    block = max(1, per_warp // 2 // columns)
+    if n_rows < block * device_of(problem.student).multiprocessors:
+        block = 1
+    with on_device(problem.student):
+        whole_ensembles[(triton.cdiv(n_rows, block),)](
+            **_arguments(problem, gradient, upstream),
+            student=networks[0],
+            teachers=tuple(networks[1:]),
+            losses_ptr=losses,
+            n_rows=n_rows,
+            IS_MIXTURE=problem.divergence in of_rows._MIXTURES,
+            ALIGNMENT=alignment(aligned, n_cols),
+            ROWS=block,
+            COLUMNS=columns,
+            WEIGHED=is_foreseen,
+            num_warps=max(1, block * columns // per_warp),
+        )
+
+
+def _launch_statistics(problem: Ensemble, losses: Tensor, statistics: Tensor) -> None:
+    arguments, _, width = _long_rows(problem, statistics)
+    del arguments["gradient_ptr"], arguments["upstream_ptr"]
+    with on_device(problem.student):
+        sweeps.ensemble_statistics[(losses.numel(),)](
+            **arguments,
+            losses_ptr=losses,
+            IS_MIXTURE=problem.divergence in of_rows._MIXTURES,
+            THREADS=256,
+            WIDTH=width,
+            num_warps=8,
+        )
+
+
+def _launch_gradient(
+    problem: Ensemble, statistics: Tensor, gradient: Tensor, upstream: Tensor
+) -> None:
+    n_rows, n_cols = problem.student.shape[:-1].numel(), problem.student.shape[-1]
+    arguments, student, width = _long_rows(problem, statistics, gradient, upstream)
+    vectors = 2048 // width  # 16 entries of a thread
+    n_blocks = triton.cdiv(n_cols, vectors * width)
+    with on_device(problem.student):
+        sweeps.ensemble_gradient[(n_rows * n_blocks,)](
+            **arguments,
+            n_blocks=n_blocks,
+            GRADIENT_CONGRUENT=congruent(student, rows_of(gradient), width),
+            VECTORS=vectors,
+            WIDTH=width,
+            num_warps=4,
+        )
+
+
+def _long_rows(
+    problem: Ensemble,
+    statistics: Tensor,
+    gradient: Tensor | None = None,
+    upstream: Tensor | None = None,
+) -> tuple[dict[str, Any], Any, int]:
+    """Return what both kernels of long rows take, the student's rows, and a vector's elements."""
+    networks = [problem.student, *problem.teachers]
+    width = 16 // min(x.element_size() for x in networks)
+    student, *teachers = map(rows_of, networks)
+    arguments = dict(
+        **_arguments(problem, gradient, upstream),
+        student=student,
+        teachers=tuple(teachers),
+        statistics_ptr=statistics.contiguous(),  # mapped upstreams have one of all, expanded
+        n_statistics=statistics.shape[-1],
+        CONGRUENT=all(congruent(student, x, width) for x in teachers),
     )
-    out, n = gradient, len(problem.teachers)
-    if gradient is not None and gradient.ndim > 3 and not gradient.is_contiguous():
-        out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-    of_networks: list[Any] = [student, *problem.teachers]
-    tensors = of_networks if out is None else [*of_networks, out]
-    buffer: Tensor | None = None
-    for rows, chunks in _chunks(tensors, dtype):
-        z, z_teachers, of_chunk = chunks[0], chunks[1 : 1 + n], weights[rows]
-        chunk_mask = None if mask is None else mask[rows]
-        factor = None if of_rows_given is None else of_rows_given[rows].to(dtype)
-        if problem.combine == "sum":
-            found, slopes = _sum(problem, z, z_teachers, of_chunk, chunk_mask, factor, dtype)
-        else:
-            if buffer is None:
-                buffer = student.new_empty(z.shape, dtype=dtype)
-            teacher = _together(
-                problem, z_teachers, of_chunk, None if index is None else index[rows],
-                buffer[: len(z)],
-            )  # fmt: skip
-            temperature = 1.0 if problem.combine == "mixture" else problem.teacher_temperature
-            found, slopes = _rows(problem, z, teacher, temperature, chunk_mask, factor)
-        column[rows] = found
-        if slopes is not None:
-            chunks[-1].copy_(slopes)
-    if gradient is not None and out is not None and out is not gradient:
-        gradient.copy_(out)
-    return losses
+    return arguments, student, width
 
 
-def _together(
-    problem: Ensemble,
-    z_teachers: Sequence[Tensor],
-    weights: Tensor,
-    index: Tensor | None,
-    out: Tensor,
-) -> Tensor:
-    """Return log p̄, the weighted logits or the chosen ones of a chunk's teachers."""
-    log_weights = weights.log() if problem.combine == "mixture" else weights
-    for k, z in enumerate(z_teachers):
-        if index is not None:
-            teachers.choose(out, z, index, k, len(z_teachers))
-        elif problem.combine == "mixture":
-            T = problem.teacher_temperature
-            teachers.mix(out, z, T, log_weights[:, k : k + 1], k == 0)
-        else:
-            teachers.add(out, z, weights[:, k : k + 1], k == 0)
-    return out
-
-
-def _rows(
-    problem: Ensemble,
-    z: Tensor,
-    teacher: Tensor,
-    teacher_temperature: Any,
-    mask: Tensor | None,
-    factor: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    rows = Rows(
-        z, teacher, None, mask, problem.student_temperature, teacher_temperature, problem.weight,
-        problem.scale, problem.divergence,
-    )  # fmt: skip
-    (losses, _), (slopes,) = of_rows.value_and_gradients(
-        rows, (factor is not None,), row_weights=factor
+def _arguments(
+    problem: Ensemble, gradient: Tensor | None, upstream: Tensor | None
+) -> dict[str, Any]:
+    """Return what all kernels take, by the names of their parameters."""
+    dtype, student = compute_dtype_of(problem), problem.student
+    given = Numbers(
+        problem.student_temperature,
+        problem.teacher_temperature,
+        problem.weight,
+        problem.scale,
+        problem.row_weight,
     )
-    return losses, slopes
-
-
-def _sum(
-    problem: Ensemble,
-    z: Tensor,
-    z_teachers: Sequence[Tensor],
-    weights: Tensor,
-    mask: Tensor | None,
-    factor: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """Return Σ w D and its gradient, whose terms are added in the compute dtype."""
-    losses, slopes, z = z.new_zeros(len(z), dtype=dtype), None, z.to(dtype)
-    for k, teacher in enumerate(z_teachers):
-        weight = weights[:, k]
-        own, of_own = _rows(
-            problem, z, teacher, problem.teacher_temperature, mask,
-            None if factor is None else factor * weight,
-        )  # fmt: skip
-        losses += torch.where(weight == 0, 0, own * weight)
-        if of_own is not None:
-            slopes = of_own if slopes is None else slopes.add_(of_own)
-    return losses, slopes
-
-
-def _chunks(
-    tensors: Sequence[Tensor], dtype: torch.dtype
-) -> Iterator[tuple[slice, Sequence[Tensor]]]:
-    """Yield numbers of rows and the rows [R, V] of all tensors.
-
-    Shifted logits, [B, S, V] cut to [:, :-1], do not flatten to rows: their blocks are taken one
-    after the other, so that they need no copy.
-    """
-    student = tensors[0]
-    n_cols, inner = student.shape[-1], student.shape[-2] if student.ndim > 1 else 1
-    blocks = [x.reshape(-1, inner, n_cols) for x in tensors]
-    if all(x.is_contiguous() for x in blocks):
-        blocks = [x.reshape(1, -1, n_cols) for x in blocks]
-    n_blocks, inner, _ = blocks[0].shape
-    # a row is a program, and at least a wave of them shall run; chunks of a multiple of 8 rows
-    # start at a boundary of 16 bytes, whatever the length of a row
-    size = max(device_of(student).multiprocessors, _CHUNK // (n_cols * dtype.itemsize))
-    size = -(-size // 8) * 8
-    for i in range(n_blocks):
-        for start in range(0, inner, size):
-            end = min(start + size, inner)
-            rows = slice(i * inner + start, i * inner + end)
-            yield rows, [x[i, start:end] for x in blocks]
+    # float64 goes by pointer too, because a Python float reaches a kernel as float32
+    by_pointer = dtype == torch.float64 or any(isinstance(x, Tensor) for x in given)
+    numbers: Any = Numbers(
+        *(of_rows._on_device(x, student.device) if by_pointer else float(x) for x in given)
+    )
+    weights, n = problem.teacher_weights, len(problem.teachers)
+    if weights is not None:
+        weights = weights.reshape(-1, n)
+        weights = weights if weights.is_floating_point() else weights.to(dtype)
+    upstream = None if upstream is None else upstream.reshape(-1)
+    of_gradient = (None, 0, 0) if gradient is None else rows_of(gradient)
+    return dict(
+        weights_ptr=weights,
+        index_ptr=of_rows._flat(problem.teacher_index),
+        row_mask_ptr=of_rows._flat(problem.row_mask),
+        upstream_ptr=upstream,
+        gradient_ptr=of_gradient[0],
+        n_cols=student.shape[-1],
+        inner=student.shape[-2] if student.ndim > 1 else 1,
+        strides=Strides(
+            *of_gradient[1:],
+            0 if upstream is None else upstream.stride(0),
+            *((0, 0) if weights is None else weights.stride()),
+        ),
+        numbers=numbers,
+        DIVERGENCE=problem.divergence,
+        COMBINE=problem.combine,
+        LOGS=problem.combine == "mixture" and problem.divergence in _LOGS,
+        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+        FAST=dtype == torch.float32 and device_of(student).nvidia,
+        ON_DEVICE=by_pointer,
+    )
