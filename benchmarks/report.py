@@ -53,7 +53,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in sorted(rows, key=place):
         found = row["implementations"]
         ours = found.get("fastkd", {})
-        line = [row["loss"], size(row), row["dtype"], row["direction"]]
+        line = [name_of(row), size(row), row["dtype"], row["direction"]]
         line += [str(row.get("threads") or "–")] if with_threads else []
         line += [milliseconds(ours)]
         if with_share:
@@ -77,7 +77,12 @@ def is_stale(row: Row) -> bool:
 
 def place(row: Row) -> tuple:
     known = ORDER.index(row["loss"]) if row["loss"] in ORDER else len(ORDER)
-    return known, row["dtype"], *row["shape"], row["direction"], row.get("threads") or 0
+    size_and_way = row["dtype"], *row["shape"], row["direction"], row.get("threads") or 0
+    return known, row.get("options", ""), size_and_way
+
+
+def name_of(row: Row) -> str:
+    return f"{row['loss']}, {row['options']}" if "options" in row else row["loss"]
 
 
 def size(row: Row) -> str:
@@ -121,7 +126,7 @@ def in_short(row: Row) -> str:
     """Return a line that says how a run gets on."""
     found = row["implementations"]
     others = (f"{name} {times(entry)}" for name, entry in found.items() if name != "fastkd")
-    what = f"{row['loss']} {size(row)} {row['dtype']} {row['direction']}"
+    what = f"{name_of(row)} {size(row)} {row['dtype']} {row['direction']}"
     return f"{what}: {milliseconds(found.get('fastkd', {}))} ms; {', '.join(others)}"
 
 

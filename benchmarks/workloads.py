@@ -285,6 +285,9 @@ class Workload(NamedTuple):
     inputs: Inputs
     options: Mapping[str, Any]
     eager: Callable[..., Tensor]  # the expression that people write
+    of_options: str = ""  # other options, in words
+    ours: Callable[..., Tensor] | None = None  # the loss with those
+    others: Mapping[str, Callable[..., Tensor]] = {}  # other losses, which are timed beside it
 
     @property
     def name(self) -> str:
@@ -294,7 +297,13 @@ class Workload(NamedTuple):
     def problem(self) -> str | None:
         return self.case.problem
 
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.of_options}" if self.of_options else self.name
+
     def fastkd(self, *inputs: Tensor) -> Tensor:
+        if self.ours is not None:
+            return self.ours(*inputs)
         return PUBLIC.get(self.name, self.case.loss)(*inputs, **self.options)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd._op import Number
-from fastkd.problems.rows import EPSILON, is_exactly, moments
+from fastkd.problems.rows import EPSILON, moments
 
 N_SCRATCH = 6  # buffers of a chunk: d and e of both networks, and two for a divergence
 _LN2 = math.log(2)
@@ -99,6 +99,18 @@ def without_temperature(q: Softmax, temperature: Number, scratch: Scratch) -> So
     return Softmax(d, e, q.top, e.sum(-1, keepdim=True), q.apart, of_apart)
 
 
+def total_at_1(q: Softmax, temperature: Number, out: Tensor | None) -> Tensor:
+    """Return Z of the same logits at a temperature of 1, by way of a buffer [R, V]."""
+    if isinstance(temperature, Tensor) or temperature not in (1, 2, 4):
+        e = torch.mul(q.d, temperature, out=out).exp2_()
+    elif temperature == 1:
+        return q.total
+    else:  # products cost less than exponentials
+        e = torch.mul(q.e, q.e, out=out)
+        e = e.mul_(e) if temperature == 4 else e
+    return e.sum(-1, keepdim=True)
+
+
 def terms_of(
     divergence: str,
     q: Softmax,
@@ -150,37 +162,6 @@ def centre(slopes: Tensor, certain: Certain) -> None:
 def _summing_to_0(slopes: Tensor, places: Tensor) -> Tensor:
     others = slopes.scatter(-1, places, 0)
     return others.scatter_(-1, places, others.sum(-1, keepdim=True).neg_())
-
-
-def cross_entropy(q: Softmax, classes: Tensor, smoothing: Number = 0.0) -> Tensor:
-    """Return rows [R, 1] of −log q[class]; a negative class gives a number without meaning.
-
-    Where a class is set apart it is this one. Smoothing gives all classes a share of the label.
-    """
-    if q.apart is not None:
-        return softplus(log_odds(q).neg_())
-    of_label = q.d.gather(1, classes.clamp(min=0))
-    if not is_exactly(smoothing, 0):
-        of_label = of_label * (1 - smoothing) + q.d.mean(-1, keepdim=True) * smoothing
-    return (q.total.log2() - of_label).mul_(_LN2)
-
-
-def subtract_labels(slopes: Tensor, classes: Tensor, factor: Tensor, smoothing: Number) -> None:
-    """Subtract factor · label from slopes, of which smoothing gives all classes a share."""
-    if not is_exactly(smoothing, 0):
-        slopes.sub_(factor * (smoothing / slopes.shape[-1]))
-        factor = factor * (1 - smoothing)
-    slopes.scatter_add_(1, classes.clamp(min=0), -factor)
-
-
-def cross_entropy_factor(q: Softmax, factor: Tensor) -> Tensor:
-    """Return what multiplies e / Z less 1 at the class in the gradient of factor · −log q[class].
-
-    Where that class is set apart it is factor · (1 − q[class]), which has all its digits.
-    """
-    if q.apart is None:
-        return factor
-    return torch.where(factor == 0, 0, factor * log_odds(q).neg_().sigmoid_())
 
 
 def log_odds(q: Softmax) -> Tensor:
@@ -455,6 +436,7 @@ _DIVERGENCES: dict[str, Callable[..., Terms]] = {
     "symmetric_kl": _symmetric_kl,
     "total_variation": _total_variation,
     "soft_cross_entropy": _soft_cross_entropy,
+    "weighted_soft_cross_entropy": _soft_cross_entropy,
     "decoupled_kl": _decoupled_kl,
     "reverse_cross_entropy": _reverse_cross_entropy,
 }

@@ -57,7 +57,7 @@ def forward(problem: Ensemble, needs_grad: Sequence[bool]) -> tuple[tuple[Tensor
         if losses.isfinite().all():
             return (losses,), (None, slopes)
     statistics = student.new_empty((*student.shape[:-1], 0), dtype=dtype)
-    if needs_grad[0] and _foresees_weight(problem):
+    if needs_grad[0] and of_rows.foresees_weight(problem):
         gradient = in_huge_pages(torch.empty_like(student))
         return (_solve(problem, _factors(problem) * problem.row_weight, gradient),), (
             statistics,
@@ -76,26 +76,12 @@ def backward(
     (of_losses,) = upstream
     assert of_losses is not None
     dtype = compute_dtype_of(problem)
-    if foreseen is not None:
-        factor = of_losses.reshape(-1, 1).to(dtype) / problem.row_weight
-        # elsewhere than on a CPU a look at the numbers would be a host sync
-        if factor.is_cpu and (factor == 1).all():
-            return foreseen
-        if foreseen.dtype == dtype:  # otherwise it would be rounded twice
-            rows = foreseen.view(-1, foreseen.shape[-1]) if foreseen.is_contiguous() else None
-            if rows is not None:
-                of_rows._select(rows.mul_(factor), factor)
-                return foreseen
+    if foreseen is not None and of_rows.rescale(foreseen, of_losses, problem.row_weight, dtype):
+        return foreseen
     gradient = in_huge_pages(torch.empty_like(problem.student)) if foreseen is None else foreseen
     factors = torch.where(_factors(problem) == 0, 0, of_losses.reshape(-1, 1).to(dtype))
     _solve(problem, factors, gradient, needs_losses=False)
     return gradient
-
-
-def _foresees_weight(problem: Ensemble) -> bool:
-    is_known = isinstance(problem.row_weight, Tensor) or problem.row_weight != 0
-    # a loss in float16 is scaled so that its gradient does not vanish
-    return is_known and problem.student.dtype != torch.float16
 
 
 def _factors(problem: Ensemble) -> Tensor:

@@ -3,9 +3,9 @@
 Every D = Σ d(log p, log q) has ∂D/∂student = (h − q Σ h) / T with h = ∂d/∂log q, known up to a
 multiple of q: a divergence is a value and a slope, which `_row_terms` has.
 
-Rows are taken in chunks that stay in the cache. Where one chunk holds all of them, the forward
-makes value and slope at once and keeps the gradient. Otherwise the backward computes the softmaxes
-again, which costs less in the cache than a tensor of the logits' size costs in memory.
+Rows are taken in chunks that stay in the cache. Where one chunk holds all of them, or where it is
+known what the losses are multiplied by, the forward makes value and slope at once and keeps the
+gradient. Otherwise the backward computes the softmaxes again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,14 @@ from fastkd._op import Number
 from fastkd._pages import in_huge_pages
 from fastkd._precision import compute_dtype
 from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
+from fastkd.portable._row_labels import (
+    Targets,
+    cross_entropy,
+    cross_entropy_factor,
+    cross_entropy_slope,
+    targets_of,
+    without_label,
+)
 from fastkd.portable._row_terms import (
     CENTRED,
     N_SCRATCH,
@@ -30,21 +38,21 @@ from fastkd.portable._row_terms import (
     add_slope_of_deviation,
     centre,
     certain_rows,
-    cross_entropy,
-    cross_entropy_factor,
     logit_mse,
     moments_of,
     softmax,
-    subtract_labels,
     terms_of,
+    total_at_1,
     without_temperature,
 )
+from fastkd.problems.corrected import weight_of_soft_label, weighted
 from fastkd.problems.rows import EPSILON, Rows
 
 _ON_CPU, _ELSEWHERE = 1 << 18, 1 << 23  # elements of a chunk
 _OF_MANY = 1 << 19  # those of a large problem on a CPU, whose workers then wait less for each other
 _FEW = 1 << 14  # elements whose buffers cost less than their views do
 _NO_SCRATCH = (None,) * N_SCRATCH
+_WEIGHTED = "weighted_soft_cross_entropy"
 
 Losses = tuple[Tensor, Tensor | None]  # the second one where there are labels
 
@@ -52,22 +60,24 @@ Losses = tuple[Tensor, Tensor | None]  # the second one where there are labels
 def n_statistics(problem: Rows) -> int:
     """Return how many numbers of each row `forward` saves where it does not save the gradient.
 
-    They are the largest logit and Z of both networks, Σ q·v where the value takes it too, and the
-    student's Z at T = 1 with labels; or the sum of squares. Without a divergence they are the
-    student's alone.
+    They are the largest logit and Z of both networks, Σ q·v where the value takes it too or the
+    weight of the row, and the student's Z at T = 1 with labels; or the sum of squares. Without a
+    divergence they are the student's alone.
     """
     if problem.divergence == "logit_mse":
         return 1
     if not problem.divergence:
         return 3
-    return 4 + (problem.divergence in CENTRED) + (problem.labels is not None)
+    has_mean = problem.divergence in (*CENTRED, _WEIGHTED)
+    return 4 + has_mean + (problem.labels is not None)
 
 
 def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Any, ...]]:
     """Return rows of scale · divergence and of cross-entropy, and what the backward needs.
 
-    That is None and the gradient of each of them where one chunk holds all rows, or else the
-    statistics of the softmaxes.
+    That is None and the gradient of each of them where one chunk holds all rows; no statistics and
+    the gradient of all where it is known what multiplies them; or else the statistics of the
+    softmaxes.
     """
     problem = _in_compute_dtype(problem)
     student = problem.student
@@ -76,14 +86,22 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
         solved = _losses_and_gradients(problem)
         if solved is not None:
             return solved
+    # cross-entropies are multiplied by something else
+    has_one_loss = problem.labels is None or problem.divergence == _WEIGHTED
+    if needs_grad[0] and has_one_loss and foresees_weight(problem):
+        gradient = in_huge_pages(torch.empty_like(student))
+        dtype = compute_dtype(student, problem.teacher)
+        weights = student.new_full((), problem.row_weight, dtype=dtype).expand(student.shape[:-1])
+        found, _ = value_and_gradients(problem, needs_grad, row_weights=weights, gradient=gradient)
+        return found, (student.new_empty((*student.shape[:-1], 0), dtype=dtype), gradient)
     losses, cross_entropies = _empty_losses(problem)
     examples, width = student.shape[:-1], n_statistics(problem)
-    labels, table = _column(problem.labels), losses.new_empty(examples.numel(), 1 + width)
+    targets, table = targets_of(problem), losses.new_empty(examples.numel(), 1 + width)
     apart = _classes(problem.apart)
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teacher = chunks
-        terms = None
+        terms = weight = None
         if problem.divergence == "logit_mse":
             squares, terms = logit_mse(z, z_teacher, losses.dtype, scratch)
             known = [squares]
@@ -92,19 +110,21 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
             of_student, of_teacher, _ = _temperatures(problem, rows, z, z_teacher, losses.dtype)
             q = softmax(z, of_student, losses.dtype, scratch[:2], apart=beside)
             totals = []
-            if labels is not None and cross_entropies is not None:
-                plain = without_temperature(q, of_student, scratch[2:4])
-                cross_entropies.view(-1, 1)[rows] = cross_entropy(
-                    plain, labels[rows], problem.label_smoothing
-                )
-                totals = [plain.total]
+            if targets is not None and cross_entropies is not None:
+                own, total = targets.of(rows), total_at_1(q, of_student, scratch[2])
+                of_labels = cross_entropy(q, total, of_student, own, scratch[2])
+                cross_entropies.view(-1, 1)[rows] = of_labels
+                totals = [total]
             known = [q.top, q.total, *totals]
             if problem.divergence:
                 p = softmax(z_teacher, of_teacher, losses.dtype, scratch[2:4], apart=beside)
+                if problem.divergence == _WEIGHTED:
+                    weight = _weight(of_labels, p, of_teacher, own, scratch[4])
                 terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
-                means = [] if terms.mean is None else [terms.mean]
+                means = [x for x in (terms.mean, weight) if x is not None]
                 known = [q.top, q.total, p.top, p.total, *means, *totals]
         value = terms.value(problem.scale) if terms else torch.zeros_like(known[0])
+        value = value if weight is None else weighted(value, weight)
         torch.cat([value, *known], 1, out=table[rows])
 
     _for_chunks(work, _n_scratch(problem), student, problem.teacher)
@@ -113,15 +133,51 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
     return _masked(problem, losses, cross_entropies), (statistics,)
 
 
-def backward(problem: Rows, statistics: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
+def backward(
+    problem: Rows,
+    statistics: Tensor,
+    upstream: Sequence[Tensor | None],
+    foreseen: Tensor | None = None,
+) -> Tensor:
     """Return Σ upstream · ∂losses + Σ upstream · ∂cross-entropies with respect to the student."""
     problem = _in_compute_dtype(problem)
+    of_losses, _ = upstream
+    if foreseen is not None and of_losses is not None:
+        if rescale(foreseen, of_losses, problem.row_weight, statistics.dtype):
+            return foreseen
     # in the order of the student's strides
-    found = gradient = in_huge_pages(torch.empty_like(problem.student))
+    found = in_huge_pages(torch.empty_like(problem.student)) if foreseen is None else foreseen
+    if not statistics.shape[-1]:  # what had the gradient foresaw another upstream
+        value_and_gradients(problem, (True,), row_weights=of_losses, gradient=found)
+        return found
+    gradient = found
     if found.ndim > 3 and not found.is_contiguous():  # chunks may be no views of it
         gradient = torch.empty_like(found, memory_format=torch.contiguous_format)
     _fill(gradient, problem, statistics, *_factors(problem, *upstream))
     return found if gradient is found else found.copy_(gradient)
+
+
+def foresees_weight(problem: Any) -> bool:
+    """Return whether a large problem makes the gradient for its row weight in the forward."""
+    student, row_weight = problem.student, problem.row_weight
+    is_known = isinstance(row_weight, Tensor) or row_weight != 0
+    # a loss in float16 is scaled so that its gradient does not vanish
+    return is_known and student.dtype != torch.float16
+
+
+def rescale(foreseen: Tensor, upstream: Tensor, row_weight: Number, dtype: torch.dtype) -> bool:
+    """Make the gradient for the row weight that for the upstream one, and return whether it is.
+
+    It is not where its dtype is narrower, in which it would be rounded twice.
+    """
+    factor = upstream.reshape(-1, 1).to(dtype) / row_weight
+    # elsewhere than on a CPU a look at the numbers would be a host sync
+    if factor.is_cpu and (factor == 1).all():
+        return True
+    if foreseen.dtype != dtype or not foreseen.is_contiguous():
+        return False
+    _select(foreseen.view(-1, foreseen.shape[-1]).mul_(factor), factor)
+    return True
 
 
 def value_and_gradients(
@@ -132,20 +188,24 @@ def value_and_gradients(
     ce_weights: Tensor | None = None,
     in_place: bool = False,
     is_wide: bool = True,
+    gradient: Tensor | None = None,
 ) -> tuple[Losses, tuple[Tensor | None]]:
     """Return the losses, and the gradient of Σ row_weights · losses + Σ ce_weights · them.
 
-    It is for a caller that knows the weights beforehand, on chunks of logits that are thrown away
-    afterwards: `in_place` writes the gradient over the student. Without the name of a divergence
-    there is the cross-entropy alone. The gradient is in the compute dtype anyway.
+    It is for a caller that knows the weights beforehand, often on chunks of logits that are thrown
+    away afterwards: `in_place` writes the gradient over the student. Without the name of a
+    divergence there is the cross-entropy alone. The gradient is in the compute dtype anyway, unless
+    there is a place for it; one without cross-entropies may have any dtype and strides.
     """
     problem = _in_compute_dtype(problem)
     student, dtype = problem.student, compute_dtype(problem.student, problem.teacher)
     if problem.divergence and not needs_grad[0]:
         return forward(problem, (False,))[0], (None,)
     losses, cross_entropies = _empty_losses(problem)
-    gradient = None
-    if needs_grad[0]:
+    place = gradient
+    if gradient is not None and gradient.ndim > 3 and not gradient.is_contiguous():
+        gradient = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    elif gradient is None and needs_grad[0]:
         gradient = student
         if not in_place:  # contiguous, because chunks of other strides may be no views of it
             kept = torch.contiguous_format
@@ -154,53 +214,65 @@ def value_and_gradients(
     factors, ce_factors = _factors(problem, weights, ce_weights)
     assert factors is not None
     factors = factors * problem.scale
-    labels, of_labels = _column(problem.labels), cross_entropies
-    apart = _classes(problem.apart)
+    targets, apart = targets_of(problem), _classes(problem.apart)
     is_masked = student.is_cpu and bool((factors == 0).any())
+    in_scratch = gradient is not None and not _is_written_at_once(gradient, dtype)
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teacher, *out = chunks
         beside = None if apart is None else apart[rows]
         of_student, of_teacher, moments = _temperatures(problem, rows, z, z_teacher, dtype)
         q = softmax(z, of_student, dtype, scratch[:2], apart=beside)
-        slope, certain, plain = out[0] if out else None, None, None
-        if labels is not None and of_labels is not None:
-            plain = without_temperature(q, of_student, scratch[2:4])
-            of_labels.view(-1, 1)[rows] = cross_entropy(
-                plain, labels[rows], problem.label_smoothing
-            )
+        slope, certain, plain, weight = out[0] if out else None, None, None, None
+        if slope is not None and in_scratch:
+            slope = torch.empty_like(z, dtype=dtype) if scratch[-1] is None else scratch[-1]
+        if targets is not None and cross_entropies is not None:
+            own = targets.of(rows)
+            if ce_factors is None:
+                total = total_at_1(q, of_student, scratch[2])
+                of_labels = cross_entropy(q, total, of_student, own, scratch[2])
+            else:
+                plain = without_temperature(q, of_student, scratch[2:4])
+                of_labels = cross_entropy(plain, plain.total, 1.0, own, scratch[4])
+            cross_entropies.view(-1, 1)[rows] = of_labels
         if slope is not None:
             totals = [q.total] if plain is None else [q.total, plain.total]
             certain = certain_rows(q.d, totals)
-        if plain is not None and labels is not None:
-            if slope is not None and ce_factors is not None:
-                factor = cross_entropy_factor(plain, ce_factors[rows])
-                torch.mul(plain.e, factor / plain.total, out=slope)
-                _select(slope, factor)
-                subtract_labels(slope, labels[rows], factor, problem.label_smoothing)
+        if plain is not None and slope is not None and ce_factors is not None:
+            factor = cross_entropy_factor(plain, own, ce_factors[rows])
+            _select(cross_entropy_slope(plain, own, factor, slope), factor)
         if problem.divergence:
             p = softmax(z_teacher, of_teacher, dtype, scratch[2:4], apart=beside)
+            if problem.divergence == _WEIGHTED:
+                weight = _weight(of_labels, p, of_teacher, own, scratch[4])
             terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
-            losses.view(-1, 1)[rows] = terms.value(problem.scale)
+            value, factor = terms.value(problem.scale), factors[rows]
+            if weight is not None:
+                value, factor = weighted(value, weight), weighted(weight, factor)
+            losses.view(-1, 1)[rows] = value
             if slope is not None:
                 of_terms = slope if ce_factors is None else terms.spare
-                terms.slope(of_terms, factors[rows] / of_student)
+                terms.slope(of_terms, factor / of_student)
                 if moments is not None:
                     centre(of_terms, certain)
                     add_slope_of_deviation(of_terms, moments)
-                if is_masked or not z.is_cpu:
-                    _select(of_terms, factors[rows])
+                if is_masked or weight is not None or not z.is_cpu:
+                    _select(of_terms, factor)
                 if of_terms is not slope:
                     slope.add_(of_terms)
         elif slope is not None and ce_factors is None:
             slope.zero_()
         if slope is not None:
             centre(slope, certain)
+            if in_scratch:
+                out[0].copy_(slope)
 
     tensors = [student, problem.teacher] + ([] if gradient is None else [gradient])
     _for_chunks(work, _n_scratch(problem), *tensors)
     if not problem.divergence:
         losses.zero_()
+    if place is not None and gradient is not None and place is not gradient:
+        gradient = place.copy_(gradient)
     return _masked(problem, losses, cross_entropies), (gradient,)
 
 
@@ -210,9 +282,9 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
     None stands for losses that are not finite: a row with a NaN may have no gradient upstream, and
     `backward` has to leave it out then.
     """
-    student, labels, cross_entropies, ce_slopes = problem.student, problem.labels, None, None
+    student, targets, cross_entropies, ce_slopes = problem.student, targets_of(problem), None, None
     z, z_teacher, examples = _matrix(student), _matrix(problem.teacher), student.shape[:-1]
-    dtype, slopes, certain = compute_dtype(z, z_teacher), None, None
+    dtype, slopes, certain, weight = compute_dtype(z, z_teacher), None, None, None
     of_student, moments = problem.student_temperature, None
     scratch: Scratch = _NO_SCRATCH
     if z.numel() > _FEW:
@@ -225,18 +297,21 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
         beside = _classes(problem.apart)
         of_student, of_teacher, moments = _temperatures(problem, slice(None), z, z_teacher, dtype)
         q = softmax(z, of_student, dtype, scratch[:2], apart=beside)
-        if labels is not None:
+        if targets is not None and problem.divergence != _WEIGHTED:
             plain = without_temperature(q, of_student, scratch[2:4])
-            cross_entropies, ce_slopes = _of_labels(
-                plain, labels.reshape(-1, 1), problem.label_smoothing
-            )
-            centre(ce_slopes, certain_rows(plain.d, [plain.total]))
+            cross_entropies, ce_slopes = _of_labels(plain, targets, without_label(problem))
         certain = certain_rows(q.d, [q.total])
         p = softmax(z_teacher, of_teacher, dtype, scratch[2:4], apart=beside)
+        if targets is not None and problem.divergence == _WEIGHTED:
+            total = total_at_1(q, of_student, scratch[4])
+            cross_entropies = cross_entropy(q, total, of_student, targets)
+            weight = _weight(cross_entropies, p, of_teacher, targets, scratch[4])
         terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
-    losses = terms.value(problem.scale)
+    losses, factor = terms.value(problem.scale), problem.scale
     slopes = terms.spare if slopes is None else slopes
-    terms.slope(slopes, problem.scale / of_student)
+    if weight is not None:
+        losses, factor = weighted(losses, weight), weight * factor
+    terms.slope(slopes, factor / of_student)
     centre(slopes, certain)
     if moments is not None:
         add_slope_of_deviation(slopes, moments)
@@ -247,7 +322,9 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
     total = losses.sum()
     if cross_entropies is not None and ce_slopes is not None:
         total += cross_entropies.sum()
-        cross_entropies, ce_slopes = cross_entropies.view(examples), ce_slopes.view(student.shape)
+        ce_slopes = ce_slopes.view(student.shape)
+    if cross_entropies is not None:
+        cross_entropies = cross_entropies.view(examples)
     if not math.isfinite(total.item()):
         return None
     if student.ndim != 2:
@@ -257,15 +334,23 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
     return (losses.view(examples), cross_entropies), (None, slopes, ce_slopes)
 
 
-def _of_labels(q: Softmax, labels: Tensor, smoothing: Number) -> tuple[Tensor, Tensor]:
+def _of_labels(q: Softmax, targets: Targets, masked: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the cross-entropies with the labels and their gradient in the logits."""
-    unit = cross_entropy_factor(q, torch.ones_like(q.total))
-    slopes, losses = q.e * (unit / q.total), cross_entropy(q, labels, smoothing)
-    subtract_labels(slopes, labels, unit, smoothing)
-    if labels.numel() and labels.min().item() >= 0:
-        return losses, slopes
-    masked = labels < 0
-    return losses.masked_fill_(masked, 0), slopes.masked_fill_(masked, 0)
+    factor = cross_entropy_factor(q, targets, torch.ones_like(q.total))
+    slopes = cross_entropy_slope(q, targets, factor, torch.empty_like(q.e))
+    losses = cross_entropy(q, q.total, 1.0, targets)
+    centre(slopes, certain_rows(q.d, [q.total]))
+    if masked is not None and (masked := masked.reshape(-1, 1)).any():
+        return losses.masked_fill_(masked, 0), slopes.masked_fill_(masked, 0)
+    return losses, slopes
+
+
+def _weight(
+    of_student: Tensor, p: Softmax, temperature: Number, targets: Targets, out: Tensor | None
+) -> Tensor:
+    """Return rows [R, 1] of the weight of a soft label, from the student's cross-entropy."""
+    of_teacher = cross_entropy(p, total_at_1(p, temperature, out), temperature, targets)
+    return weight_of_soft_label(of_student, of_teacher)
 
 
 def _matrix(logits: Tensor) -> Tensor:
@@ -283,9 +368,8 @@ def _fill(
     ce_factors: Tensor | None,
 ) -> None:
     """Write the gradient, which may be the student itself."""
-    dtype, labels, apart = statistics.dtype, _column(problem.labels), _classes(problem.apart)
-    is_strided = gradient.stride(-1) != 1 and gradient.shape[-1] > 1
-    in_scratch = gradient.dtype != dtype or gradient is problem.student or is_strided
+    dtype, targets, apart = statistics.dtype, targets_of(problem), _classes(problem.apart)
+    in_scratch = gradient is problem.student or not _is_written_at_once(gradient, dtype)
     n_rows, width = problem.student.shape[:-1].numel(), statistics.shape[-1]
     table = statistics.reshape(n_rows, width, 1)
     scaled = None if factors is None else factors * problem.scale
@@ -300,7 +384,7 @@ def _fill(
         known = table[rows].unbind(1)
         beside = None if apart is None else apart[rows]
         totals = [] if problem.divergence == "logit_mse" else [known[1]]
-        totals += [known[-1]] if ce_factors is not None and labels is not None else []
+        totals += [known[-1]] if ce_factors is not None and targets is not None else []
         certain = certain_rows(z, totals) if totals and beside is None else None
         if factors is None or scaled is None or not problem.divergence:
             slope.zero_()
@@ -319,19 +403,22 @@ def _fill(
                 )  # fmt: skip
                 mean = known[4] if problem.divergence in CENTRED else None
                 terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:], mean)
-            terms.slope(slope, scaled[rows] / of_student)
+            factor = scaled[rows]
+            if problem.divergence == _WEIGHTED:
+                factor = weighted(known[4], factor)
+            terms.slope(slope, factor / of_student)
             if moments is not None:
                 centre(slope, certain)
                 add_slope_of_deviation(slope, moments)
-            if has_masked:
-                _select(slope, factors[rows])
-        if ce_factors is not None and labels is not None:
+            if has_masked or problem.divergence == _WEIGHTED:
+                _select(slope, factor)
+        if ce_factors is not None and targets is not None:
             q = softmax(z, 1.0, dtype, scratch, (known[0], known[-1]), apart=beside)
             if beside is not None:
                 certain = certain_rows(q.d, totals)
-            factor = cross_entropy_factor(q, ce_factors[rows])
-            slope.add_(_select(q.e.mul_(factor / q.total), factor))
-            subtract_labels(slope, labels[rows], factor, problem.label_smoothing)
+            own = targets.of(rows)
+            factor = cross_entropy_factor(q, own, ce_factors[rows])
+            slope.add_(_select(cross_entropy_slope(q, own, factor, q.e), factor))
         centre(slope, certain)
         if in_scratch:
             out.copy_(slope)
@@ -373,13 +460,15 @@ def _empty_losses(problem: Rows) -> Losses:
 def _masked(problem: Rows, losses: Tensor, cross_entropies: Tensor | None) -> Losses:
     if problem.row_mask is not None:
         losses.masked_fill_(~problem.row_mask, 0)
-    if problem.labels is not None and cross_entropies is not None:
-        cross_entropies.masked_fill_(problem.labels < 0, 0)
+    masked = without_label(problem)
+    if cross_entropies is not None and masked is not None:
+        cross_entropies.masked_fill_(masked, 0)
     return losses, cross_entropies
 
 
-def _column(rows: Tensor | None) -> Tensor | None:
-    return None if rows is None else rows.reshape(-1, 1)
+def _is_written_at_once(gradient: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether rows of the gradient can be computed in their place."""
+    return gradient.dtype == dtype and (gradient.stride(-1) == 1 or gradient.shape[-1] == 1)
 
 
 def _temperatures(
@@ -412,14 +501,16 @@ def _factors(
     problem: Rows, upstream: Tensor | None, ce_upstream: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return what multiplies the gradients of both losses in each row [N, 1], 0 if masked."""
-    dtype, labels = compute_dtype(problem.student, problem.teacher), problem.labels
+    dtype, masked = compute_dtype(problem.student, problem.teacher), without_label(problem)
     of_losses = None if upstream is None else upstream.reshape(-1, 1).to(dtype)
     if of_losses is not None and problem.row_mask is not None:
         of_losses = torch.where(problem.row_mask.reshape(-1, 1), of_losses, 0)
-    if ce_upstream is None or labels is None:
+    if ce_upstream is None or problem.labels is None:
         return of_losses, None
     of_labels = ce_upstream.reshape(-1, 1).to(dtype)
-    return of_losses, torch.where(labels.reshape(-1, 1) >= 0, of_labels, 0)
+    return of_losses, of_labels if masked is None else of_labels.masked_fill(
+        masked.reshape(-1, 1), 0
+    )
 
 
 def _select(rows: Tensor, factor: Tensor) -> Tensor:

@@ -114,14 +114,21 @@ def soft_labels(
     scale_t2: bool,
     ignore_index: int,
 ) -> list[Term]:
-    """Solve for the cross-entropy with soft labels and those with labels, which weigh it."""
+    """Solve for the cross-entropy with soft labels and those with labels, which weigh it.
+
+    The kernels know no such weight, so that there the teacher's is a pass of its own.
+    """
     labels, counted, labelled = rows.counted(call, labels, ignore_index)
     scale = temperature * temperature if scale_t2 else 1.0
+    in_one_pass = call.engine == "portable"
     problem = rows.Rows(
         student, teacher, labels, counted, temperature, temperature, 0.0, scale,
-        "soft_cross_entropy",
+        "weighted_soft_cross_entropy" if in_one_pass else "soft_cross_entropy",
+        call.row_weight if labelled is None else 0.0,
     )  # fmt: skip
     losses, of_student = rows.solve(call.engine, problem)
+    if in_one_pass:
+        return [Term(1.0, losses, labelled)]
     of_teacher = rows.label_cross_entropies(call, teacher.detach(), labels).to(losses.dtype)
     weight = weight_of_soft_label(of_student.detach(), of_teacher)
     return [Term(1.0, weighted(losses, weight), labelled)]

@@ -25,13 +25,16 @@ class Rows(NamedTuple):
 
     student: Tensor  # (..., V)
     teacher: Tensor  # (..., V)
-    labels: Tensor | None  # (...), class numbers; a negative one means no label
+    # (...), class numbers, a negative one means no label; or (..., V), the targets of all classes
+    labels: Tensor | None
     row_mask: Tensor | None  # (...), bool: rows that count in the divergence
     student_temperature: Number
     teacher_temperature: Number
     weight: Number  # the divergence's own option: beta, skew or weight
     scale: Number  # multiplies the divergence
-    divergence: str  # "" for the cross-entropy alone
+    # "" for the cross-entropy alone; "weighted_soft_cross_entropy" is multiplied by 1 −
+    # exp(−CE_s / CE_t), of the cross-entropies of both networks with the label, as a constant
+    divergence: str
     # what the caller multiplies every divergence with before it adds them, 0 if that is not known;
     # an engine may make the gradient for this upstream gradient together with the losses
     row_weight: Number = 0.0
@@ -42,6 +45,8 @@ class Rows(NamedTuple):
     standardized: bool = False
     # ε: the cross-entropy is (1 − ε) times that with the label + ε times its mean over all classes
     label_smoothing: Number = 0.0
+    # (V,), what multiplies the term of each class in the cross-entropy with labels that are classes
+    class_weights: Tensor | None = None
 
 
 solve = Op(
@@ -49,6 +54,7 @@ solve = Op(
     trained=("student",),
     losses=(None, "labels"),
     per_example=True,
+    shared=("class_weights",),
     recomputes=True,
     keeps_strides=True,
 )
@@ -292,46 +298,48 @@ def kd(
 ) -> Any:
     """Solve for the cross-entropy with the labels and for a divergence.
 
-    Both take one pass, but for soft, smoothed and weighted labels, which have one more.
+    Both take one pass, but in kernels soft, smoothed and weighted labels have one more.
     """
     options = dict(beta=beta, skew=skew, weight=weight)
     own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
     share = 1 - alpha if distill_weight is None else distill_weight
+    in_one_pass = call.engine == "portable"
     if is_soft(labels, student):
-        losses, _ = _solve(call, divergence, student, teacher, None, **softening, **own)
+        dtype = compute_dtype(student, teacher)
+        target = with_smoothing(labels.to(dtype), label_smoothing, class_weights)
+        losses, cross_entropies = _solve(
+            call, divergence, student, teacher, target if in_one_pass else None, **softening, **own
+        )
         if losses is NotImplemented:
             return NotImplemented
-        soft = labels.to(losses.dtype)
-        target = with_smoothing(soft, label_smoothing, class_weights)
-        return [
-            Term(alpha, _cross_entropies(call, student, target), None),
-            Term(share, losses, None),
-        ]
+        if not in_one_pass:
+            cross_entropies = _cross_entropies(call, student, target)
+        return [Term(alpha, cross_entropies, None), Term(share, losses, None)]
     labels, mask, labelled = counted(call, labels, ignore_index)
     of_labels = Call(call.name, call.engine, mask, call.ranks)
     if not distill_ignored:
         # written out, because old compilers do not trace _replace
         call = of_labels
-    # weights of classes are in every term of the smoothed label, and the kernels know none
-    is_smooth = not is_exactly(label_smoothing, 0)
-    in_one_pass = is_smooth and class_weights is None and call.engine == "portable"
-    smoothing = label_smoothing if in_one_pass else 0.0
-    losses, cross_entropies = _solve(
-        call, divergence, student, teacher, labels, label_smoothing=smoothing, **softening, **own
-    )
-    if losses is NotImplemented:
-        return NotImplemented
     counts = None
     if class_weights is not None:
-        class_weights = class_weights.detach().to(cross_entropies)
+        class_weights = class_weights.detach().to(compute_dtype(student, teacher))
         counts = class_weights[labels.clamp(min=0)]
-        cross_entropies = selected(cross_entropies * counts, counts != 0)
-    if is_smooth and not in_one_pass:
-        each = class_weights
-        if each is None:
-            each = cross_entropies.new_ones(student.shape[-1])
-        smooth = _cross_entropies(of_labels, student, each / len(each))
-        cross_entropies = (1 - label_smoothing) * cross_entropies + label_smoothing * smooth
+    smoothing, each = (label_smoothing, class_weights) if in_one_pass else (0.0, None)
+    losses, cross_entropies = _solve(
+        call, divergence, student, teacher, labels, label_smoothing=smoothing, class_weights=each,
+        **softening, **own,
+    )  # fmt: skip
+    if losses is NotImplemented:
+        return NotImplemented
+    if not in_one_pass:
+        if counts is not None:
+            cross_entropies = selected(cross_entropies * counts, counts != 0)
+        if not is_exactly(label_smoothing, 0):
+            each = class_weights
+            if each is None:
+                each = cross_entropies.new_ones(student.shape[-1])
+            smooth = _cross_entropies(of_labels, student, each / len(each))
+            cross_entropies = (1 - label_smoothing) * cross_entropies + label_smoothing * smooth
     distilled = None if distill_ignored else labelled
     return [Term(alpha, cross_entropies, labelled, counts), Term(share, losses, distilled)]
 
@@ -383,12 +391,17 @@ def classes_of(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 
 
 def label_cross_entropies(
-    call: Call, logits: Tensor, classes: Tensor, smoothing: Number = 0.0
+    call: Call,
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: Number = 0.0,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
-    """Return the cross-entropy of each row with its class, 0 where that is negative."""
+    """Return the cross-entropy of each row with its label, 0 for a class that is negative."""
     problem = Rows(
-        logits, logits, classes, None, 1.0, 1.0, 0.0, 1.0, "", 0.0, None, False, smoothing
-    )
+        logits, logits, labels, call.row_mask if labels.is_floating_point() else None,
+        1.0, 1.0, 0.0, 1.0, "", 0.0, None, False, smoothing, class_weights,
+    )  # fmt: skip
     _, cross_entropies = solve(call.engine, problem)
     return cross_entropies
 
@@ -408,6 +421,7 @@ def _solve(
     standardize: bool = False,
     teacher_gradient: bool = False,
     label_smoothing: Number = 0.0,
+    class_weights: Tensor | None = None,
     **own: Number,
 ) -> tuple[Any, Any]:
     mixture = (*own.values(), 0.0)[0]
@@ -433,10 +447,10 @@ def _solve(
             losses = losses * (own_student * own_teacher)
         of_labels = None
         if labels is not None:
-            of_labels = label_cross_entropies(call, student, labels, label_smoothing)
+            of_labels = label_cross_entropies(call, student, labels, label_smoothing, class_weights)
         return losses, of_labels
     problem = Rows(
         student, teacher, labels, call.row_mask, of_student, of_teacher, mixture, scale, name,
-        call.row_weight, None, standardize, label_smoothing,
+        call.row_weight, None, standardize, label_smoothing, class_weights,
     )  # fmt: skip
     return solve(call.engine, problem)
