@@ -181,12 +181,12 @@ def test_every_loss_has_its_least_bytes(workload):
     wider = dict.fromkeys(("matched_kl", "projected_kl"), 1 + 18 / 16)  # two entries more
     n_tensors = (n_tensors | wider | {"vid": 2 + 1 / 8}).get(name, 2)
     n_trained = {"info_nce": 2, "clip_contrastive": 2, "siglip": 2, "dino": 10, "fsp": 2}
-    n_trained |= {"linear_kd": 1 + 2, "mutual_kl": 2, "koleo": 2, "ibot": 5}
+    n_trained |= {"linear_kd": 1 + 2, "mutual_kl": 2, "koleo": 2, "ibot": 5, "uskd": 2}
     n_trained = (n_trained | {"vid": 1 + 1 / 8, "minilm_relation": 3}).get(name, 1)
     others = {"kd": 8 * 8, "sup_con": 8 * 8, "clip_contrastive": 4, "siglip": 8, "dino": 2 * 16}
     others |= {"hint": 2 * 8, "ibot": 8 * 5 + 4 * 16}  # weights; a mask and a centre
     others["matched_kl"], others["projected_kl"] = 8 * 2 * 10, (8 + 2) * 16 * 3  # ids, shares
-    labelled = ("decoupled_kd", "nkd", "wsld", "mft", "teacher_free_kd")
+    labelled = ("decoupled_kd", "nkd", "uskd", "wsld", "mft", "teacher_free_kd")
     others |= dict.fromkeys(labelled, 8 * 8)
     read = 2 * 8 * 16 * n_tensors + others.get(name, 0)
     assert runner.least_bytes(forward, inputs) == read
