@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from choice import quick_if
 from exactness import assert_same
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import agreement  # noqa: E402
 import bench  # noqa: E402
 import devices  # noqa: E402
 import peers  # noqa: E402
@@ -46,6 +48,39 @@ def test_what_is_compared_is_the_same_loss(workload):
         value.backward()
         results.append([value.detach(), *(x.grad for x in inputs if x.requires_grad)])
     assert_same(*results)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@quick_if(lambda name: name in ("decoupled_kd", "mlkd", "uld", "uskd"))
+def test_losses_agree_with_their_published_forms(name):
+    """People's expressions, too, are no further away than rounding takes them."""
+    published, people = agreement.of_published(name)
+    assert published.worst < 1e-12 and people.worst < 1e-12
+
+
+def test_a_difference_from_a_published_form_shows():
+    case = BY_NAME["decoupled_kd"].case
+    found = agreement.difference(
+        case, lambda *x: case.truth(*x, beta=8.001), case.inputs((12,), 20)
+    )
+    assert 1e-6 < min(found) and max(found) < 1e-3
+
+
+def test_the_table_of_exactness(main, capsys, monkeypatch):
+    """Those libraries are missing that cannot be imported here, and are named with the reason."""
+    monkeypatch.setattr(agreement, "BY_NAME", {name: BY_NAME[name] for name in ("nkd", "alm")})
+    monkeypatch.setattr(agreement, "LIBRARIES", {"torch": agreement.pytorch, "none": nowhere})
+    monkeypatch.setattr(agreement.peers, "available", lambda: ({}, {}))
+    assert main(report, "exactness") == 0
+    printed = capsys.readouterr().out
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
+    names = [row[0].strip() for row in rows]
+    assert names[2:4] == ["nkd", "alm"] and names.count("kd, class weights") == 1
+    assert "- none: nothing is here" in printed
+
+
+def nowhere():
+    raise ModuleNotFoundError("nothing is here")
 
 
 def losses_of_peers():
