@@ -11,7 +11,7 @@ INTERPRETED = TRITON_INTERPRET=1 $(BIN)/pytest -q --ignore=tests/compiled --igno
 COMPILED = $(BIN)/pytest -q tests/compiled
 EMULATED = $(BIN)/pytest -q tests/test_contracts.py
 
-.PHONY: demo test test-all test-integrations bench check types mutants counted budgets docs ptx
+.PHONY: demo test test-all test-integrations bench check types mutants counted exactness budgets docs ptx
 
 demo: $(ENVIRONMENT)
 	$(BIN)/fastkd demo
@@ -39,14 +39,18 @@ ptx: $(ENVIRONMENT)
 test-integrations: $(INTEGRATIONS)/.installed
 	$(INTEGRATIONS)/bin/pytest -q tests/integrations
 
-# Their losses are compared; three of them want torchvision, which is refused: hence --no-deps.
-PEERS = lightly textbrewer timm torchdistill
+# Their losses are compared; some of them want torchvision, which is refused: hence --no-deps.
+PEERS = lightly mmrazor nvidia-modelopt textbrewer timm torchdistill
 # Vocabularies and what cuts a text by them; their other dependencies are of no use here.
 PEERS += mistral-common sentencepiece tiktoken
 
 # On a CPU, for example `make bench ARGUMENTS="--loss kd --threads 1"`; a GPU has gpu_run.py.
 bench: $(ENVIRONMENT)
 	$(BIN)/python benchmarks/bench.py $(ARGUMENTS)
+
+# How far losses and gradients lie from published forms, and from the code of these libraries.
+exactness: $(INTEGRATIONS)/.installed
+	$(INTEGRATIONS)/bin/python -W ignore benchmarks/report.py exactness
 
 counted: $(ENVIRONMENT)
 	$(BIN)/python benchmarks/report.py counted

@@ -106,6 +106,19 @@ def nkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return target + 1.5 * F.cross_entropy(others_q, F.softmax(others_p, dim=-1))
 
 
+def uskd(student: Tensor, labels: Tensor, weak: Tensor) -> Tensor:
+    is_label = F.one_hot(labels, student.shape[-1])
+    log_q, q = F.log_softmax(student, dim=-1), F.softmax(student, dim=-1)
+    squares = ((q * is_label).sum(-1) ** 2).detach()
+    target = -((1 + squares - squares.mean()) * (log_q * is_label).sum(-1)).mean()
+    with torch.no_grad():
+        odds = (p / (1 - (p * is_label).sum(-1, keepdim=True)) for p in (q, F.softmax(weak, -1)))
+        ranks = 1 + sum(odds).argsort(-1, descending=True).argsort(-1).to(student.dtype)
+        shares = (1 - is_label) / ranks
+    others = F.cross_entropy(student - 1000.0 * is_label, shares / shares.sum(-1, keepdim=True))
+    return target + 0.1 * others + 0.005 * F.cross_entropy(weak, labels, label_smoothing=0.1)
+
+
 def ibot(student: Tensor, teacher: Tensor, mask: Tensor, center: Tensor) -> Tensor:
     p = F.softmax((teacher - center) / 0.04, dim=-1)
     losses = -(p * F.log_softmax(student / 0.1, dim=-1)).sum(-1) * mask

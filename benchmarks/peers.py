@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import math
 import sys
 import types
@@ -72,8 +73,14 @@ def trl() -> dict[str, Loss]:
     }
 
 
+def mid_level_of_torchdistill() -> Any:
+    """Import the losses without torchvision, which the package asks for."""
+    stub("torchdistill.common.constant", def_logger=logging.getLogger("torchdistill"))
+    return alone("torchdistill.losses.mid_level", "torchdistill.common")
+
+
 def torchdistill() -> dict[str, Loss]:
-    module = importlib.import_module("torchdistill.losses.mid_level")
+    module = mid_level_of_torchdistill()
 
     def relations(distance_weight: float, angle_weight: float) -> Loss:
         loss = module.RKDLoss("layer", "layer", distance_weight, angle_weight, "mean")
@@ -158,6 +165,13 @@ def alone(name: str, *others: str) -> Any:
         sys.modules[left_empty] = module = types.ModuleType(left_empty)
         module.__spec__, module.__path__ = spec, list(spec.submodule_search_locations or [])
     return importlib.import_module(name)
+
+
+def stub(name: str, **attributes: Any) -> None:
+    """Put a module with these attributes alone where imports look for it."""
+    if name not in sys.modules:
+        sys.modules[name] = module = types.ModuleType(name)
+        vars(module).update(attributes)
 
 
 # by the name on PyPI; after a space, which of its losses

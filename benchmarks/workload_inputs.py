@@ -37,6 +37,12 @@ def one_network(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[T
     return with_labels(shape, dtype, device)[::2]
 
 
+def with_weak_logits(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Return logits, labels and logits of an earlier layer, which are trained too."""
+    student, weak, labels = with_labels(shape, dtype, device)
+    return [student, labels, weak.requires_grad_()]
+
+
 def both_trained(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     return [x.requires_grad_() for x in two_networks(shape, dtype, device)]
 

@@ -33,6 +33,7 @@ from workload_inputs import (
     weighted_maps,
     with_classes,
     with_labels,
+    with_weak_logits,
 )
 
 import fastkd
@@ -193,6 +194,11 @@ FAMILIES = {  # by problem, or by loss where a loss differs
     "sorted_rows": _VOCABULARIES,
     "matched_kl": _VOCABULARIES,
     "projected_kl": _VOCABULARIES,
+    "uskd": _VOCABULARIES._replace(  # classes of ImageNet, and of its whole
+        sizes=[(256, 1000), (512, 21841)],
+        gpu_sizes=[(4096, 1000), (4096, 21841)],
+        headlines=[(4096, 21841)],
+    ),
     "alm": Family(math.prod, [(8, 512), (64, 1024)], [(64, 1024)], [(64, 1024)], []),
     "ibot": Family(
         lambda shape: N_PATCHES * math.prod(shape),
@@ -256,6 +262,7 @@ INPUTS: dict[str, Inputs] = {
     "wsld": with_labels,
     "mft": with_labels,
     "teacher_free_kd": one_network,
+    "uskd": with_weak_logits,
     "dino": crops,
     "linear_kd": heads,
     "hint": weighted_maps,

@@ -14,7 +14,7 @@ from fastkd.contrastive import (
 )
 from fastkd.correlation import correlation_congruence, dist_kd, pkt, similarity_preserving
 from fastkd.cross_tokenizer import alm, matched_kl, projected_kl, sum_by_group, uld
-from fastkd.decoupled import decoupled_kd, nkd
+from fastkd.decoupled import decoupled_kd, nkd, uskd
 from fastkd.divergence import (
     forward_kl,
     jensen_shannon,
@@ -86,6 +86,7 @@ from fastkd.modules import (
     TeacherFreeKDLoss,
     TotalVariationLoss,
     ULDLoss,
+    USKDLoss,
     WSLDLoss,
 )
 from fastkd.multi_level import mlkd
@@ -150,6 +151,7 @@ __all__ = [
     "TokenRelationLoss",
     "TotalVariationLoss",
     "ULDLoss",
+    "USKDLoss",
     "VIDLoss",
     "WSLDLoss",
     "__version__",
@@ -211,6 +213,7 @@ __all__ = [
     "token_relation",
     "total_variation",
     "uld",
+    "uskd",
     "vid",
     "wsld",
 ]

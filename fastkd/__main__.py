@@ -255,6 +255,7 @@ _BY_NAME: dict[str, Inputs] = {
     "wsld": _logits_and_labels,
     "mft": _logits_and_labels,
     "teacher_free_kd": lambda device, dtype: _logits_and_labels(device, dtype)[::2],
+    "uskd": lambda device, dtype: _logits_and_labels(device, dtype)[::2],
     "multi_teacher": _logits_of_teachers,
     "correlation_congruence": _embeddings_of_one_width,
     "dino": _crops,

@@ -26,18 +26,24 @@ def one_piece(name: str, tensor: Tensor, values: str) -> None:
         )
 
 
-def logits(student: Tensor, teacher: Tensor, *, teacher_is_constant: bool = True) -> None:
+def logits(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    teacher_name: str = "teacher_logits",
+    teacher_is_constant: bool = True,
+) -> None:
     """Raise an error unless both are logits of one shape (..., V) on one device."""
-    for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
+    for name, tensor in (("student_logits", student), (teacher_name, teacher)):
         _rows_of_logits(name, tensor)
     if student.shape != teacher.shape:
         advice = "align the positions, or cut both to the vocabulary that they share"
         raise ValueError(
-            f"student_logits and teacher_logits need one shape, "
+            f"student_logits and {teacher_name} need one shape, "
             f"got {shape(student)} and {shape(teacher)}: {advice}"
         )
     if student.device != teacher.device:
-        same_device(student_logits=student, teacher_logits=teacher)
+        same_device(**{"student_logits": student, teacher_name: teacher})
     if teacher_is_constant and teacher.requires_grad:
         constant_teacher(teacher_logits=teacher)
 

@@ -142,6 +142,10 @@ def loss(
                 )
                 for x, is_constant, is_spread in zip(arguments, constant, spread, strict=True)
             ]
+            if mask is not None and _ROW_LABELS[0] in batch and _ROW_LABELS[1] in options:
+                place, ignored = batch.index(_ROW_LABELS[0]), options[_ROW_LABELS[1]]
+                if not tensors[place].is_floating_point():  # soft labels may stand there
+                    tensors[place] = torch.where(mask, tensors[place].long(), ignored)
             if not ranks or is_mean:
                 return formula(*tensors, **options)  # type: ignore[arg-type]
             tensors = [

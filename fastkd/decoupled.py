@@ -178,3 +178,92 @@ def nkd(
         Term(1.0, selected(target, labelled), labelled),
         Term(gamma, selected(others, labelled), labelled),
     ]
+
+
+@loss(_decoupled.check_alone, _decoupled.uskd, per_example=True)
+def uskd(
+    student_logits: Tensor,
+    labels: Tensor,
+    weak_logits: Tensor | None = None,
+    *,
+    alpha: Number = 1.0,
+    beta: Number = 0.1,
+    mu: Number = 0.005,
+    label_smoothing: Number = 0.1,
+    ranking: str = "probabilities",
+    ignore_index: int = -100,
+    return_parts: bool = False,
+    dim: int = -1,
+    weights: Tensor | None = None,
+    normalizer: Any = None,
+    reduction: str = "mean",
+) -> Any:
+    """Compute −α (1 + q_y² − mean q_y²) log q_y − β Σ ẑ log q̂ + μ H(u, w): NKD without a teacher.
+
+    The student makes the soft labels itself, as constants. That of the label's class is 1 + q_y²
+    less the mean of q_y² over the rows that count. Those of the other classes follow Zipf's law,
+    ẑ_i ∝ 1 / rank_i. Classes are ranked by q_i / (1 − q_y) + w_i / (1 − w_y) with the softmax w of
+    `weak_logits`, which a linear layer makes of the features of an earlier layer and which learn
+    the smoothed label u by the last term. Without them the student's own order counts, and that
+    term is missing. The paper adds the cross-entropy with the labels.
+
+    A rank is that among all classes, so that the label leaves its place free, most often the first.
+    Of equal classes the one with the lower number comes first. A class that the student excludes by
+    a logit of −∞ has no soft label.
+
+    Args:
+        student_logits: Logits of the student, (..., V), unnormalised.
+        labels: Class indices, (...), integers in [0, V) or `ignore_index`.
+        weak_logits: Logits of the same rows from an earlier layer, (..., V), or None. They get the
+            gradient of the last term.
+        alpha: α ≥ 0, the weight of the label's class.
+        beta: β ≥ 0, the weight of the other classes.
+        mu: μ ≥ 0, the weight of what the weak logits learn.
+        label_smoothing: Which part of u is spread over all classes, in [0, 1].
+        ranking: "probabilities", or "log_probabilities" for the order of the authors' code, which
+            has log q_i / (1 − log q_y) in place of q_i / (1 − q_y). Without weak logits both
+            are one.
+        ignore_index: Rows with this label count as rows of weight 0.
+        return_parts: Whether to return (loss, term of the label's class, of the others, of the weak
+            logits), the terms without α, β and μ. The last one is 0 without weak logits.
+        dim, weights, normalizer, reduction: As in `decoupled_kd`.
+
+    Returns:
+        A scalar or, with reduction "none", one loss for each row (...). A tuple of four of them
+        with `return_parts`.
+
+    Raises:
+        TypeError, ValueError: As in `decoupled_kd`.
+
+    Reference:
+        Yang et al., From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach
+        with Normalized Loss and Customized Soft Labels, 2023. arXiv:2303.13005
+    """
+    labelled, classes = classes_of(labels, ignore_index)
+    student = selected(student_logits, labelled)
+    weak = None if weak_logits is None else selected(weak_logits, labelled)
+    nothing = selected(student[..., 0], torch.zeros_like(labelled))
+    target, others, of_weak = nothing, nothing, nothing
+    if student.shape[-1] > 1:  # one class is no choice
+        cross_entropies = _cross_entropies(student, classes)
+        soft = _decoupled.soft_target(cross_entropies.detach(), labelled)
+        target = soft * cross_entropies
+        zipf = _decoupled.zipf_logits(
+            student.detach(), None if weak is None else weak.detach(), classes, ranking
+        )
+        (_, log_z), (_, log_q) = _parted(zipf, classes), _parted(student, classes)
+        others = _expectation(log_z.exp(), -log_q)
+    if weak is not None and weak.shape[-1] > 1:
+        of_weak = _cross_entropies(weak, classes)
+        if not is_exactly(label_smoothing, 0):
+            uniform = -weak.log_softmax(-1).mean(-1)
+            of_weak = (1 - label_smoothing) * of_weak + label_smoothing * uniform
+    return [
+        Term(factor, selected(losses, labelled), labelled)
+        for factor, losses in ((alpha, target), (beta, others), (mu, of_weak))
+    ]
+
+
+def _cross_entropies(logits: Tensor, classes: Tensor) -> Tensor:
+    """Return −log q of these classes."""
+    return -logits.log_softmax(-1).gather(-1, classes.unsqueeze(-1)).squeeze(-1)

@@ -160,6 +160,16 @@ class NKDLoss(LossModule, function=decoupled.nkd):
     """
 
 
+class USKDLoss(LossModule, function=decoupled.uskd):
+    """−α (1 + q_y² − mean q_y²) log q_y − β Σ ẑ log q̂ + μ H(u, w), the module of `fastkd.uskd`.
+
+    The layer that makes the weak logits of features belongs to the student.
+
+    Yang et al., From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
+    Normalized Loss and Customized Soft Labels, 2023. arXiv:2303.13005
+    """
+
+
 class LinearKDLoss(LossModule, function=linear.linear_kd):
     """α CE(q at T = 1, labels) + (1 − α) T² D(p, q) of two heads, the module of `fastkd.linear_kd`.
 

@@ -2,11 +2,16 @@
 
 The loss is one number for the batch and takes no weights and no reduction. The teacher is a
 constant. An empty batch has the loss 0.
+
+With a `group` the batch is spread over the ranks of a process group, in parts of any sizes. Each
+rank gets the loss of the whole batch and, times the number of ranks, its gradient in the rank's
+rows, which DistributedDataParallel averages into the gradient of a single process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +31,7 @@ def mlkd(
     instance_weight: Number = 1.0,
     batch_weight: Number = 1.0,
     class_weight: Number = 1.0,
+    group: Any = None,
 ) -> Tensor:
     """Compare predictions of examples, of pairs of examples and of pairs of classes, at several T.
 
@@ -44,13 +50,16 @@ def mlkd(
         instance_weight: w_i ≥ 0, a number or a 0-dim tensor without gradient.
         batch_weight: w_b ≥ 0, likewise.
         class_weight: w_c ≥ 0, likewise.
+        group: A torch.distributed process group whose ranks hold parts of the batch, "world" for
+            all ranks, or None. Ranks exchange the logits of both networks.
 
     Returns:
         The loss, a 0-dim tensor in float32, or in float64 where an input is float64.
 
     Raises:
-        TypeError: If an input is no tensor of floating-point logits.
+        TypeError: If an input is no tensor of floating-point logits, or `group` no process group.
         ValueError: If the inputs differ in shape or device, or if an option is outside its range.
+        RuntimeError: If there is a `group`, but torch.distributed is not initialised.
 
     Reference:
         Jin et al., Multi-Level Logit Distillation, 2023.

@@ -44,6 +44,7 @@ from inputs import (
     with_negatives_of_each,
     with_variances,
     with_views,
+    with_weak_logits,
 )
 from torch import Tensor
 
@@ -308,6 +309,9 @@ CASES = [
     ),
     _of_labels("rows", fastkd.nkd, textbook.NKD),
     _of_labels("rows", fastkd.nkd, textbook.NKD, gamma=0.5, temperature=3.0),
+    _batch("rows", fastkd.uskd, with_weak_logits),
+    _batch("rows", fastkd.uskd, with_weak_logits, ranking="log_probabilities", beta=2.0),
+    _batch("rows", fastkd.uskd, logits_of_one_network, "alone", alpha=0.5),
     _peers(2, temperature=2.0),
     _peers(3),
     _peers(4, temperature=2.0, scale_t2=False, detach_peers=False),

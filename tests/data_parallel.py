@@ -133,6 +133,8 @@ LOSSES = [
     relations(fastkd.rkd_distance),
     relations(fastkd.rkd_angle),
     relations(partial(fastkd.rkd, smooth_l1_beta=0.2, normalize=True)),
+    relations(partial(fastkd.mlkd, batch_weight=0.5, class_weight=2.0)),
+    relations(lambda s, t, **o: fastkd.mlkd(3 * s[:, :4], t[:, :4], temperatures=(1.0, 2.0), **o)),
     towers(lambda a, b, t, y, **o: fastkd.info_nce(a, b, BANK, margin=0.1, **o)),
     towers(queued),
     towers(lambda a, b, t, y, **o: fastkd.info_nce(a, b, symmetric=True, decoupled=True, **o)),

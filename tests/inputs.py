@@ -100,6 +100,13 @@ def logits_of_one_network(examples, width, dtype=torch.float64, seed=0, device=D
     return [student, labels]
 
 
+def with_weak_logits(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return logits of one network, labels, and logits of an earlier layer."""
+    inputs = logits_of_one_network(examples, width, dtype, seed, device)
+    weak = normal(*examples, width, dtype=dtype, seed=seed + 1, device=device)
+    return [*inputs, weak.requires_grad_()]
+
+
 def embeddings(wider: int = 0, trained: int = 1, unit: bool = False) -> Inputs:
     """Return the inputs of two networks; the second has `wider` features more."""
 

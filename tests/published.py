@@ -64,6 +64,45 @@ def mutual_kl(*logits, temperature=1.0, scale_t2=True, detach_peers=True):
     return sum(losses) * (temperature**2 if scale_t2 else 1)
 
 
+# ------------------------------------------------------------------------------------ one network
+
+
+def uskd(
+    student, labels, weak=None, alpha=1.0, beta=0.1, mu=0.005, label_smoothing=0.1,
+    ranking="probabilities",
+):  # fmt: skip
+    """Return the mean over rows, one after the other, with the soft labels of the authors' code."""
+    n = student.shape[-1]
+    rows = student.reshape(-1, n).softmax(-1)
+    weak_rows = None if weak is None else weak.reshape(-1, n).softmax(-1)
+    of_labels = rows.gather(1, labels.reshape(-1, 1))[:, 0]
+    soft = (1 + of_labels**2 - (of_labels**2).mean()).detach()
+    losses = [0 * student.sum() + (0 if weak is None else 0 * weak.sum())]
+    for i, (q, y) in enumerate(zip(rows, labels.flatten().tolist(), strict=True)):
+        if n == 1:
+            continue
+        score = q.detach()
+        if weak is not None:
+            w = weak_rows[i].detach()
+            if ranking == "log_probabilities":
+                score = q.detach().log() / (1 - q.detach()[y].log())
+            else:
+                score = score / (1 - score[y])
+            score = score + w / (1 - w[y])
+        in_order = sorted(range(n), key=lambda v, score=score: -float(score[v]))
+        others = [v for v in in_order if v != y]
+        shares = [1 / (1 + in_order.index(v)) for v in others]
+        zipf = torch.tensor(shares, dtype=q.dtype, device=q.device) / math.fsum(shares)
+        rest = q[others] / q[others].sum()
+        loss = -alpha * soft[i] * q[y].log() - beta * (zipf * rest.log()).sum()
+        if weak is not None:
+            smooth = torch.full_like(q, label_smoothing / n)
+            smooth[y] += 1 - label_smoothing
+            loss = loss - mu * (smooth * weak_rows[i].log()).sum()
+        losses.append(loss)
+    return torch.stack(losses).sum() / max(1, len(losses) - 1)
+
+
 # ------------------------------------------------------------------------------- two vocabularies
 
 

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from choice import quick_if
 from exactness import assert_same
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import agreement  # noqa: E402
 import bench  # noqa: E402
 import devices  # noqa: E402
 import peers  # noqa: E402
@@ -46,6 +48,39 @@ def test_what_is_compared_is_the_same_loss(workload):
         value.backward()
         results.append([value.detach(), *(x.grad for x in inputs if x.requires_grad)])
     assert_same(*results)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@quick_if(lambda name: name in ("decoupled_kd", "mlkd", "uld", "uskd"))
+def test_losses_agree_with_their_published_forms(name):
+    """People's expressions, too, are no further away than rounding takes them."""
+    published, people = agreement.of_published(name)
+    assert published.worst < 1e-12 and people.worst < 1e-12
+
+
+def test_a_difference_from_a_published_form_shows():
+    case = BY_NAME["decoupled_kd"].case
+    found = agreement.difference(
+        case, lambda *x: case.truth(*x, beta=8.001), case.inputs((12,), 20)
+    )
+    assert 1e-6 < min(found) and max(found) < 1e-3
+
+
+def test_the_table_of_exactness(main, capsys, monkeypatch):
+    """Those libraries are missing that cannot be imported here, and are named with the reason."""
+    monkeypatch.setattr(agreement, "BY_NAME", {name: BY_NAME[name] for name in ("nkd", "alm")})
+    monkeypatch.setattr(agreement, "LIBRARIES", {"torch": agreement.pytorch, "none": nowhere})
+    monkeypatch.setattr(agreement.peers, "available", lambda: ({}, {}))
+    assert main(report, "exactness") == 0
+    printed = capsys.readouterr().out
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
+    names = [row[0].strip() for row in rows]
+    assert names[2:4] == ["nkd", "alm"] and names.count("kd, class weights") == 1
+    assert "- none: nothing is here" in printed
+
+
+def nowhere():
+    raise ModuleNotFoundError("nothing is here")
 
 
 def losses_of_peers():
@@ -181,12 +216,12 @@ def test_every_loss_has_its_least_bytes(workload):
     wider = dict.fromkeys(("matched_kl", "projected_kl"), 1 + 18 / 16)  # two entries more
     n_tensors = (n_tensors | wider | {"vid": 2 + 1 / 8}).get(name, 2)
     n_trained = {"info_nce": 2, "clip_contrastive": 2, "siglip": 2, "dino": 10, "fsp": 2}
-    n_trained |= {"linear_kd": 1 + 2, "mutual_kl": 2, "koleo": 2, "ibot": 5}
+    n_trained |= {"linear_kd": 1 + 2, "mutual_kl": 2, "koleo": 2, "ibot": 5, "uskd": 2}
     n_trained = (n_trained | {"vid": 1 + 1 / 8, "minilm_relation": 3}).get(name, 1)
     others = {"kd": 8 * 8, "sup_con": 8 * 8, "clip_contrastive": 4, "siglip": 8, "dino": 2 * 16}
     others |= {"hint": 2 * 8, "ibot": 8 * 5 + 4 * 16}  # weights; a mask and a centre
     others["matched_kl"], others["projected_kl"] = 8 * 2 * 10, (8 + 2) * 16 * 3  # ids, shares
-    labelled = ("decoupled_kd", "nkd", "wsld", "mft", "teacher_free_kd")
+    labelled = ("decoupled_kd", "nkd", "uskd", "wsld", "mft", "teacher_free_kd")
     others |= dict.fromkeys(labelled, 8 * 8)
     read = 2 * 8 * 16 * n_tensors + others.get(name, 0)
     assert runner.least_bytes(forward, inputs) == read

@@ -94,7 +94,7 @@ def test_a_wrong_value_fails(monkeypatch, capsys):
     assert status == 1
     assert "float32: its value is" in lines_of(page)["reverse_kl"][1]
     assert lines_of(page)["rkd"] == ["portable", "ok"]
-    assert "20 wrong" in page
+    assert "21 wrong" in page
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

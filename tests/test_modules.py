@@ -19,6 +19,7 @@ from fastkd import _module, feature_modules, modules
 OPTIONS = {  # none of them a default
     fastkd.DecoupledKDLoss: dict(alpha=2.0, standardize=True),
     fastkd.NKDLoss: dict(gamma=2.0, temperature=3.0),
+    fastkd.USKDLoss: dict(alpha=0.5, beta=0.7, mu=0.3, label_smoothing=0.4),
     fastkd.ForwardKLLoss: dict(temperature=2.0, scale_t2=False),
     fastkd.ReverseKLLoss: dict(temperature=3.0, reduction="sum"),
     fastkd.JensenShannonLoss: dict(beta=0.3, temperature=2.0),
@@ -148,6 +149,8 @@ def batch(module):
     labels = torch.tensor([3, 0, -100, 10, 5])
     if module is fastkd.TeacherFreeKDLoss:
         return [student, labels]
+    if module is fastkd.USKDLoss:
+        return [student, labels, teacher.requires_grad_()]
     return [*tensors, labels] if module in LABELLED else tensors
 
 

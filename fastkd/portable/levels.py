@@ -10,7 +10,8 @@ slopes in Q are X S + Y D, with two matrices of the size of the smaller Gram mat
 
 S and D are made in panels, of columns or, with the exchange, of rows; the softmaxes are computed
 again for the gradient, unless one panel holds all of them. Workers own rows, of what a panel adds
-to a Gram matrix too.
+to a Gram matrix too. Where the batch is spread over ranks, the Gram matrices are of all its rows,
+and the gradient is made in a rank's own rows alone.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class _Grams(NamedTuple):
 def value_and_gradients(
     problem: Levels, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, tuple[Tensor | None]]:
-    """Return the loss and its gradient in the student's logits."""
+    """Return the loss of the whole batch, and its gradient in the local rows."""
     dtype = compute_dtype(problem.student, problem.teacher)
     problem = problem._replace(
         temperatures=problem.temperatures.to(dtype),
@@ -58,11 +59,11 @@ def value_and_gradients(
         batch=_in(dtype, problem.batch),
         classes=_in(dtype, problem.classes),
     )
-    student = problem.student
     gradient = None
     if needs_grad[0]:
-        gradient = student.new_zeros(student.shape, dtype=dtype)
-    most = _chunks.most_elements(student, _ON_CPU, _ELSEWHERE)
+        gradient = problem.student.new_zeros(problem.student.shape, dtype=dtype)
+    whole = problem.whole
+    most = _chunks.most_elements(whole, _ON_CPU, _ELSEWHERE)
 
     def solve() -> Tensor:
         losses = [
@@ -70,8 +71,8 @@ def value_and_gradients(
         ]
         return torch.stack(losses).sum()
 
-    is_large = student.numel() > most // _N_PARTS // 4
-    return _chunks.by_workers(solve, is_large, student), (gradient,)
+    is_large = whole.numel() > most // _N_PARTS // 4
+    return _chunks.by_workers(solve, is_large, whole), (gradient,)
 
 
 class _AtOneTemperature:
@@ -82,7 +83,7 @@ class _AtOneTemperature:
     ) -> None:
         self.problem, self.temperature, self.gradient = problem, temperature, gradient
         self.dtype = compute_dtype(problem.student, problem.teacher)
-        self.n, self.n_classes = problem.student.shape
+        self.n, self.n_classes = problem.whole.shape
         self.by_rows = self.n > self.n_classes
         self.size = min(self.n, self.n_classes)  # of a Gram matrix
         length = max(self.n, self.n_classes)
@@ -120,10 +121,16 @@ class _AtOneTemperature:
         y = (2 * own) * difference + (4 * other) * of_s
         means = (x * of_s + y * of_d).sum(1, keepdim=True)  # of the slopes, where rows are whole
         for part in self.panels:
-            if len(self.panels) > 1:
-                panel = self._fill(part, memory)
-            self._add_gradient(panel, x, y, means)
+            if not self.by_rows or self._local(part):
+                if len(self.panels) > 1:
+                    panel = self._fill(part, memory)
+                self._add_gradient(panel, x, y, means)
         return loss
+
+    def _local(self, rows: slice) -> range:
+        """Return which of these rows of the batch get a gradient."""
+        first, n = self.problem.first, len(self.problem.student)
+        return range(max(first, rows.start), min(first + n, rows.stop))
 
     def _each(self, work: Callable[[slice], object], n_rows: int, width: int) -> None:
         """Call `work` with chunks of rows, as many as workers may share whatever their number."""
@@ -136,7 +143,7 @@ class _AtOneTemperature:
         sums = self.problem.student.new_empty((2, self.n, 1), dtype=self.dtype)
 
         def work(rows: slice) -> None:
-            for found, z in zip(sums, self.problem[:2], strict=True):
+            for found, z in zip(sums, (self.problem.whole, self.problem.teacher), strict=True):
                 scaled = z[rows].to(self.dtype) / self.temperature
                 torch.logsumexp(scaled, 1, keepdim=True, out=found[rows])
 
@@ -158,7 +165,7 @@ class _AtOneTemperature:
 
         def work(chunk: slice) -> None:
             chosen = slice(rows.start + chunk.start, rows.start + chunk.stop)
-            log_q = log_probabilities(self.problem.student, 0, chosen)
+            log_q = log_probabilities(self.problem.whole, 0, chosen)
             log_p = log_probabilities(self.problem.teacher, 1, chosen)
             p = log_p.exp()
             if divergences is not None:
@@ -185,22 +192,26 @@ class _AtOneTemperature:
     def _add_gradient(self, panel: _Panel, x: Tensor, y: Tensor, means: Tensor) -> None:
         """Add to the gradient of a panel's logits q (h − Σ q h) / T, with the slopes h in Q."""
         assert self.gradient is not None
-        gradient = self.gradient[panel.rows, panel.columns]
+        local, start = self._local(panel.rows), panel.rows.start
+        first = local.start - self.problem.first
+        gradient = self.gradient[first : first + len(local), panel.columns]
         unit = self.problem.instance * self.temperature / self.n
 
         def work(rows: slice) -> None:
-            s, d = panel.s[rows], panel.d[rows]
+            chosen = slice(local.start + rows.start, local.start + rows.stop)  # of the batch
+            of_panel = slice(chosen.start - start, chosen.stop - start)
+            s, d = panel.s[of_panel], panel.d[of_panel]
             q = torch.add(s, d, alpha=0.5)
             if self.by_rows:
                 slopes = torch.mm(s, x.T).addmm_(d, y.T)
                 mean = (slopes * q).sum(1, keepdim=True)
             else:
-                slopes = torch.mm(x[rows], panel.s).addmm_(y[rows], panel.d)
-                mean = means[rows]
+                slopes = torch.mm(x[chosen], panel.s).addmm_(y[chosen], panel.d)
+                mean = means[chosen]
             slopes.sub_(mean).mul_(q).div_(self.temperature).add_(d * unit)
             gradient[rows].add_(slopes)
 
-        self._each(work, len(gradient), gradient.shape[1])
+        self._each(work, len(local), gradient.shape[1])
 
 
 def _in(dtype: torch.dtype, number: Number) -> Number:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastkd import _checks, _option_checks
 from fastkd._loss import Call
 from fastkd._op import Number
+from fastkd._precision import compute_dtype
 from fastkd._reduction import Term
 from fastkd.problems import rows
 from fastkd.problems.rows import Rows, is_exactly
@@ -23,6 +24,26 @@ def check(
     softening |= {name: options.pop(name) for name in ("temperature", "scale_t2")}
     _option_checks.at_least_0(**options)
     rows.check(student, teacher, **softening)
+    _checks.labels(labels, student, ignore_index)
+
+
+def check_alone(
+    student: Tensor,
+    labels: Tensor,
+    weak: Tensor | None,
+    *,
+    ranking: str,
+    label_smoothing: Number,
+    ignore_index: int,
+    **weights: Number,
+) -> None:
+    """Raise an error for logits and labels that do not fit together and options out of range."""
+    _checks.logits(student, student.detach() if isinstance(student, Tensor) else student)
+    if weak is not None:
+        _checks.logits(student, weak, teacher_name="weak_logits", teacher_is_constant=False)
+    _option_checks.one_of(("probabilities", "log_probabilities"), ranking=ranking)
+    _option_checks.fraction(label_smoothing=label_smoothing)
+    _option_checks.at_least_0(**weights)
     _checks.labels(labels, student, ignore_index)
 
 
@@ -79,6 +100,74 @@ def nkd(
     p = rows.label_cross_entropies(call, teacher.detach(), labels).neg().exp()
     target = p * torch.where(p == 0, 0, cross_entropies)
     return [Term(1.0, target, labelled), Term(gamma, losses, labelled)]
+
+
+def uskd(
+    call: Call,
+    student: Tensor,
+    labels: Tensor,
+    weak: Tensor | None,
+    *,
+    alpha: Number,
+    beta: Number,
+    mu: Number,
+    label_smoothing: Number,
+    ranking: str,
+    ignore_index: int,
+) -> Any:
+    """Solve for the cross-entropies with the label, and with ranks as a teacher's logits."""
+    if student.shape[-1] == 1:  # which has no others
+        return NotImplemented
+    labels, mask, labelled = rows.counted(call, labels, ignore_index)
+    with torch.no_grad():
+        teacher = zipf_logits(student, weak, labels.clamp(min=0), ranking)
+    problem = Rows(
+        student, teacher, labels, mask, 1.0, 1.0, 0.0, 1.0, "soft_cross_entropy", 0.0, labels
+    )  # fmt: skip
+    losses, cross_entropies = rows.solve(call.engine, problem)
+    target = soft_target(cross_entropies.detach(), mask) * cross_entropies
+    terms = [Term(alpha, target, labelled), Term(beta, losses, labelled)]
+    if weak is None:
+        return [*terms, Term(0.0, torch.zeros_like(target), labelled)]
+    of_weak = rows.label_cross_entropies(call, weak, labels, label_smoothing)
+    return [*terms, Term(mu, of_weak.to(losses.dtype), labelled)]
+
+
+def soft_target(cross_entropies: Tensor, mask: Tensor | None) -> Tensor:
+    """Return 1 + q_y² less the mean of q_y² over the rows that count."""
+    squares = (-2 * cross_entropies).exp()
+    if mask is None:
+        return 1 + (squares - squares.mean())
+    squares = torch.where(mask, squares, 0)
+    return 1 + (squares - squares.sum() / mask.sum().clamp(min=1))
+
+
+def zipf_logits(student: Tensor, weak: Tensor | None, classes: Tensor, ranking: str) -> Tensor:
+    """Return −log rank of every class, whose softmax is Zipf's law; −∞ for what is excluded.
+
+    The classes are ranked by what both networks say of them, those that are equal by their order.
+    """
+    student = student.to(compute_dtype(student, student if weak is None else weak))
+    excluded, scores = student == -torch.inf, student
+    if weak is not None:
+        of_weak = log_odds(weak.to(student.dtype), classes)
+        if ranking == "log_probabilities":
+            log_q = student.log_softmax(-1)
+            of_label = log_q.gather(-1, classes.unsqueeze(-1))
+            scores = log_q / (1 - of_label) + of_weak.exp()
+        else:  # sums are compared by their logarithms, because small ones would all be 0
+            scores = torch.logaddexp(log_odds(student, classes), of_weak)
+        scores = scores.masked_fill(excluded, -torch.inf)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    ranks = torch.arange(1, student.shape[-1] + 1, device=student.device, dtype=student.dtype)
+    logits = torch.empty_like(student).scatter(-1, order, ranks.log().neg().expand_as(student))
+    return logits.masked_fill(excluded, -torch.inf)
+
+
+def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
+    """Return log(probability of each class / probability of all classes but this one)."""
+    others = logits.scatter(-1, classes.unsqueeze(-1), -torch.inf)
+    return logits - others.logsumexp(-1, keepdim=True)
 
 
 def _not_0(total: Number) -> Number:

@@ -21,14 +21,24 @@ class Levels(NamedTuple):
 
     For each T it is instance · T²/N Σ_i KL(P_i ‖ Q_i) + batch / N ‖QQᵀ − PPᵀ‖² +
     classes / V ‖QᵀQ − PᵀP‖², of Frobenius' norms.
+
+    If `student` is only a part of the batch, an engine returns the loss of the whole batch and its
+    gradient in these rows.
     """
 
-    student: Tensor  # [N, V]
-    teacher: Tensor  # [N, V]
+    student: Tensor  # [n, V], the rows that get a gradient
+    whole_student: Tensor | None  # [N, V], the student's whole batch if `student` is a part of it
+    teacher: Tensor  # [N, V], the whole batch
     temperatures: Tensor  # (n,)
     instance: Number
     batch: Number
     classes: Number
+    first: int  # the rank offset: the place of the first row of `student` in the batch
+
+    @property
+    def whole(self) -> Tensor:
+        """Return the student's whole batch, [N, V]."""
+        return self.student if self.whole_student is None else self.whole_student
 
 
 solve = Op(Levels, trained=("student",))
@@ -69,10 +79,13 @@ def levels(
     batch_weight: Number,
     class_weight: Number,
 ) -> Tensor:
-    """Return the loss of all levels and temperatures, which is 0 for an empty batch."""
+    """Return the loss of the batch that all ranks hold, which is 0 for an empty one."""
     student, teacher = (z.reshape(-1, z.shape[-1]) for z in (student_logits, teacher_logits))
     dtype = compute_dtype(student, teacher)
-    if not student.numel():
+    whole, first = None, 0
+    if call.ranks:
+        (whole, teacher), first = call.ranks.gather(student, teacher)
+    if not teacher.numel():
         return student.sum(dtype=dtype)
     known: dict[str, Any] = dict(dtype=dtype, device=student.device)
     # each is filled in on its device, because a copy to a GPU would wait for it
@@ -80,4 +93,6 @@ def levels(
         x.to(dtype) if isinstance(x, Tensor) else torch.full((), x, **known) for x in temperatures
     ]
     weights = instance_weight, batch_weight, class_weight
-    return solve(call.engine, Levels(student, teacher, torch.stack(each), *weights))
+    problem = Levels(student, whole, teacher, torch.stack(each), *weights, first)
+    loss = solve(call.engine, problem)
+    return call.ranks.valued(loss, loss.detach()) if call.ranks else loss
