@@ -136,8 +136,8 @@ def _target_of(problem: Corrected, p: Softmax | None, q: Softmax, classes: Tenso
     """Return the corrected teacher of rows, and zero the labels among the e of the teacher."""
     correction = problem.correction
     if p is None:
-        of_label = torch.full_like(q.total, 1) * correction
-        return _Target((1 - of_label) / max(q.e.shape[1] - 1, 1), of_label)
+        log_odds = torch.zeros_like(q.total) + correction
+        return _Target((-log_odds).sigmoid_() / max(q.e.shape[1] - 1, 1), log_odds.sigmoid())
     label = p.e.gather(1, classes)  # over Z, as all that follows is
     p.e.scatter_(1, classes, 0)
     others = p.e.sum(-1, keepdim=True)
