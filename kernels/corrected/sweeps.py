@@ -116,8 +116,8 @@ def row_statistics(
         columns = vectors(rest, THREADS, WIDTH)
         sums, _, _ = add_tile(sums, rows, columns, inside, units, DIVERGENCE, DTYPE)
     if (split == 0) & (n_cols % WIDTH + head > 0):
-        columns, inside = edges(head, n_cols, THREADS, WIDTH)
-        sums, _, _ = add_tile(sums, rows, columns, inside, units, DIVERGENCE, DTYPE)
+        at_edge, inside_edge = edges(head, n_cols, THREADS, WIDTH)
+        sums, _, _ = add_tile(sums, rows, at_edge, inside_edge, units, DIVERGENCE, DTYPE)
     sums = merge(sums, units, "forward_kl")
     if partial_ptr is None:
         _finish(
@@ -244,9 +244,9 @@ def gradient(
         DIVERGENCE, DTYPE,
     )  # fmt: skip
     if (block == 0) & (n_cols % WIDTH + head > 0):
-        columns, inside = edges(head, n_cols, 2, WIDTH)
+        at_edge, inside_edge = edges(head, n_cols, 2, WIDTH)
         _gradient_tile(
-            rows, gradient_row, columns, inside, units, of_row, factor, DIVERGENCE, DTYPE
+            rows, gradient_row, at_edge, inside_edge, units, of_row, factor, DIVERGENCE, DTYPE
         )
 
 

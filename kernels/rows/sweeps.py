@@ -19,6 +19,7 @@ from fastkd.kernels.rows.terms import (
     Statistics,
     Sums,
     Units,
+    among_others,
     cross_entropy,
     decoupled,
     fold,
@@ -28,6 +29,7 @@ from fastkd.kernels.rows.terms import (
     merge,
     mixture,
     mixture_value,
+    without_others,
 )
 from fastkd.kernels.tiles import (
     INFINITY,
@@ -213,12 +215,15 @@ def _store_sums(pointer, sums):
 
 
 @triton.jit
-def _store_statistics(pointer, sums, slope_sum, left):
+def _store_statistics(
+    pointer, sums, slope_sum, left, IS_DECOUPLED: tl.constexpr, APART: tl.constexpr
+):  # fmt: skip
     """Store the Statistics of a row: a's place is the slope sum's, and b's what a class leaves."""
-    _store_sums(
-        pointer,
-        Sums(sums.ms, sums.zs, sums.mt, sums.zt, slope_sum, left, sums.z1),
-    )
+    zs, zt, z1 = sums.zs, sums.zt, sums.z1
+    if APART:
+        zs, zt = without_others(zs, zt, IS_DECOUPLED)
+        z1 = tl.where(z1 == 0, float("inf"), z1)
+    _store_sums(pointer, Sums(sums.ms, zs, sums.mt, zt, slope_sum, left, z1))
 
 
 @triton.jit
@@ -312,6 +317,8 @@ def row_statistics(
         value, slope_sum = kl_value(zs, zt, sums.a, sums.b, weight, DIVERGENCE)
 
     if SWEEP == 0:
+        if APART:
+            value = among_others(value, zs, zt)
         if IS_DECOUPLED:
             teacher_row = teacher.ptr + row_offset(row, inner, teacher)
             value, slope_sum = apart_value(
@@ -325,7 +332,7 @@ def row_statistics(
                 whole_row, label, n_cols, units.c1, sums.ms, sums.z1, APART, DTYPE
             )
             tl.store(cross_entropies_ptr + row, ce)
-        _store_statistics(statistics_row, sums, slope_sum, left)
+        _store_statistics(statistics_row, sums, slope_sum, left, IS_DECOUPLED, APART)
     else:
         place = (row.to(tl.int64) * tl.num_programs(1) + split) * N_STATISTICS
         if SWEEP == 1:
@@ -359,6 +366,7 @@ def combine(
     unmasked = tl.load(row_mask_ptr + row) != 0 if row_mask_ptr is not None else row >= 0
     label = tl.load(labels_ptr + row).to(tl.int64) if labels_ptr is not None else -1
     LABELS: tl.constexpr = labels_ptr is not None
+    APART: tl.constexpr = apart_ptr is not None
     weight = number(numbers.weight, ON_DEVICE, DTYPE)
     scale = number(numbers.scale, ON_DEVICE, DTYPE)
     statistics_row = statistics_ptr + row.to(tl.int64) * N_STATISTICS
@@ -378,6 +386,8 @@ def combine(
         units = units_of(numbers, row, PER_ROW, ON_DEVICE, DTYPE)
         sums = merge(sums, units, DIVERGENCE)
         value, slope_sum = kl_value(sums.zs, sums.zt, sums.a, sums.b, weight, DIVERGENCE)
+        if APART:
+            value = among_others(value, sums.zs, sums.zt)
         row_ptr = student.ptr + row_offset(row, inner, student)
         left = tl.zeros_like(sums.z1)
         if IS_DECOUPLED:
@@ -388,10 +398,10 @@ def combine(
             )
         if LABELS:
             ce, left = cross_entropy(
-                row_ptr, label, n_cols, units.c1, sums.ms, sums.z1, apart_ptr is not None, DTYPE
+                row_ptr, label, n_cols, units.c1, sums.ms, sums.z1, APART, DTYPE
             )
             tl.store(cross_entropies_ptr + row, ce)
-        _store_statistics(statistics_row, sums, slope_sum, left)
+        _store_statistics(statistics_row, sums, slope_sum, left, IS_DECOUPLED, APART)
     else:
         summands, slopes = tl.load(place, inside, 0.0), tl.load(place + 1, inside, 0.0)
         zs, zt = tl.load(statistics_row + 1), tl.load(statistics_row + 3)
