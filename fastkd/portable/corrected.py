@@ -183,12 +183,12 @@ def _slope(
     """Write factor · (q − target)."""
     torch.mul(q.e, q.total.reciprocal().mul_(factor), out=out)
     share, of_label = target.share * factor, target.of_label * factor
+    at_label = out.gather(1, classes).sub_(of_label)
     if p is None:
         out.sub_(share)
-        of_label = of_label - share
     else:
         out.addcmul_(p.e, share, value=-1)
-    out.scatter_add_(1, classes, -of_label)
+    out.scatter_(1, classes, at_label)
     centre(out, certain_rows(z, [q.total]))
 
 

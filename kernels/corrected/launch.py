@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from fastkd.kernels.corrected import sweeps
-from fastkd.kernels.device import alignment, congruent, device_of, on_device, rows_of
+from fastkd.kernels.device import alignment, congruent, on_device, rows_of
 from fastkd.kernels.rows import launch as of_rows
 from fastkd.problems.corrected import Corrected
 from fastkd.problems.rows import Rows
@@ -77,7 +77,7 @@ def _launch_whole_rows(
     block, columns, num_warps = of_rows._tile(rows)
     tensors = [rows.student, rows.teacher] if gradient is None else [*rows[:2], gradient]
     with on_device(rows.student):
-        sweeps.whole_rows[(triton.cdiv(n_rows, block),)](
+        sweeps.corrected_rows[(triton.cdiv(n_rows, block),)](
             **_operands(rows, gradient, upstream),
             losses_ptr=losses,
             n_rows=n_rows,
@@ -98,7 +98,7 @@ def _launch_statistics(rows: Rows, losses: Tensor, statistics: Tensor) -> None:
     del shared["upstream_ptr"], shared["gradient_ptr"]
     shared |= dict(losses_ptr=losses, statistics_ptr=statistics, partial_ptr=partial)
     with on_device(rows.student):
-        sweeps.row_statistics[(n_rows, splits)](
+        sweeps.corrected_sums[(n_rows, splits)](
             **shared,
             vectors_per_split=per_split,
             CONGRUENT=congruent(rows_of(rows.student), rows_of(rows.teacher), width),
@@ -107,7 +107,7 @@ def _launch_statistics(rows: Rows, losses: Tensor, statistics: Tensor) -> None:
             num_warps=num_warps,
         )
         if splits > 1:
-            sweeps.combine[(n_rows,)](
+            sweeps.combine_corrected[(n_rows,)](
                 **shared, n_splits=splits, SPLITS=triton.next_power_of_2(splits), num_warps=1
             )
 
@@ -121,7 +121,7 @@ def _launch_gradient(
     vectors = 1024 // width if statistics.dtype == torch.float64 else 512
     n_blocks = triton.cdiv(n_cols, vectors * width)
     with on_device(rows.student):
-        sweeps.gradient[(n_rows * n_blocks,)](
+        sweeps.corrected_gradient[(n_rows * n_blocks,)](
             **_operands(rows, gradient, upstream),
             statistics_ptr=statistics.contiguous(),  # mapped upstreams have one of all, expanded
             n_blocks=n_blocks,

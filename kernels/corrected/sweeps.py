@@ -74,7 +74,7 @@ def _finish(
 
 # numbers that vary with the batch stay unspecialised, so that every batch runs the same code
 @triton.jit(do_not_specialize=["inner", "vectors_per_split"])
-def row_statistics(
+def corrected_sums(
     student_ptr,  # (n_rows, n_cols)
     teacher_ptr,  # (n_rows, n_cols), not read without a teacher
     apart_ptr,  # (n_rows,), labels
@@ -130,7 +130,7 @@ def row_statistics(
 
 
 @triton.jit(do_not_specialize=["inner", "n_splits"])
-def combine(
+def combine_corrected(
     student_ptr,  # (n_rows, n_cols)
     teacher_ptr,  # (n_rows, n_cols), not read without a teacher
     apart_ptr,  # (n_rows,), labels
@@ -200,7 +200,7 @@ def _gradient_tile(
 
 
 @triton.jit(do_not_specialize=["inner"])
-def gradient(
+def corrected_gradient(
     student_ptr,  # (n_rows, n_cols)
     teacher_ptr,  # (n_rows, n_cols), not read without a teacher
     apart_ptr,  # (n_rows,), labels
@@ -251,7 +251,7 @@ def gradient(
 
 
 @triton.jit(do_not_specialize=["n_rows", "inner"])
-def whole_rows(
+def corrected_rows(
     student_ptr,  # (n_rows, n_cols)
     teacher_ptr,  # (n_rows, n_cols), not read without a teacher
     apart_ptr,  # (n_rows,), labels

@@ -253,7 +253,7 @@ def _splits(problem: Rows) -> tuple[int, int, int]:
 
 
 def _launch_statistics(problem: Rows, losses: Losses, statistics: Tensor) -> None:
-    n_rows, n_cols = _shape(problem)
+    n_rows, _ = _shape(problem)
     student, teacher = rows_of(problem.student), rows_of(problem.teacher)
     is_mixture, width = problem.divergence in _MIXTURES, _width(problem)
     splits, per_split, num_warps = _splits(problem)
