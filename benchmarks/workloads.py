@@ -120,6 +120,9 @@ _VOCABULARIES = Family(
     [],  # the kernels are those of "rows"
     independent=True,
 )
+_LABELLED = Family(
+    math.prod, _ROWS, [*_ROWS, (4096, 128256)], [(4096, 128256), (256, 1000)], [], independent=True
+)
 FAMILIES = {  # by problem, or by loss where a loss differs
     "rows": Family(
         math.prod,
@@ -157,17 +160,11 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         [(4096, 768), (512, 8192)],
         independent=True,
     ),
-    # the kernels are those of "rows", or there are none
-    **dict.fromkeys(
-        ("wsld", "corrected"),
-        Family(
-            math.prod,
-            _ROWS,
-            [*_ROWS, (4096, 128256)],
-            [(4096, 128256), (256, 1000)],
-            [],
-            independent=True,
-        ),
+    # the kernels are those of "rows"
+    "wsld": _LABELLED,
+    # with and without a teacher: long rows, off the boundary, several programs for each; on chip
+    "corrected": _LABELLED._replace(
+        compiled_sizes=[(4096, 128256), (4096, 151669), (8, 128256), (8192, 8192), (256, 1000)]
     ),
     "levels": Family(math.prod, _LEVELS, _LEVELS, [(256, 1000)], []),
     "multi_teacher": Family(

@@ -22,12 +22,17 @@ from fastkd.problems.rows import classes_of, divided, is_exactly, standardized, 
 
 
 def _parted(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log-odds of the class (...), and the log-softmax of all others (..., V)."""
+    """Return the log-odds of the class (...), and the log-softmax of all others (..., V).
+
+    Where no other class is allowed the odds are infinite, and all others have the probability 0.
+    """
     classes = classes.unsqueeze(-1)
     others = logits.scatter(-1, classes, -torch.inf)
-    of_others = others.logsumexp(-1)
-    odds = logits.gather(-1, classes).squeeze(-1) - of_others
-    return odds, others - of_others.unsqueeze(-1)
+    is_alone = (others == -torch.inf).all(-1, keepdim=True)
+    of_others = torch.where(is_alone, 0, others).logsumexp(-1, keepdim=True)
+    log_softmax = torch.where(is_alone, -torch.inf, others - of_others)
+    odds = logits.gather(-1, classes) - torch.where(is_alone, -torch.inf, of_others)
+    return odds.squeeze(-1), log_softmax
 
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:

@@ -46,8 +46,12 @@ def _softened(
 
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:
-    """Return Σ p·x over the classes, where p = 0 wins over an infinite x."""
-    return (p * torch.where(p == 0, 0, x)).sum(-1)
+    """Return Σ p·x over the classes, where p = 0 wins over an infinite x.
+
+    A product that is infinite has a derivative in x, and NaN for one in p.
+    """
+    products = p * torch.where(p == 0, 0, x)
+    return torch.where(products.isinf(), p.detach() * x, products).sum(-1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def wsld(
     return _terms(corrected.weighted(losses, weight), labelled)
 
 
-@loss(corrected.check, corrected.winning_labels, per_example=True, has_kernels=False)
+@loss(corrected.check, corrected.winning_labels, per_example=True)
 def mft(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -137,7 +137,7 @@ def mft(
     return _terms(losses * temperature**2 if scale_t2 else losses, labelled)
 
 
-@loss(corrected.check_virtual, corrected.virtual_teacher, per_example=True, has_kernels=False)
+@loss(corrected.check_virtual, corrected.virtual_teacher, per_example=True)
 def teacher_free_kd(
     student_logits: Tensor,
     labels: Tensor,
@@ -181,10 +181,11 @@ def teacher_free_kd(
     classes = classes.unsqueeze(-1)
     log_q = (selected(student_logits, labelled) / temperature).log_softmax(-1)
     n_classes = log_q.shape[-1]
-    of_label = corrected.softened(correct_probability, n_classes, temperature, log_q.dtype)
-    others = torch.full_like(log_q, 1) * ((1 - of_label) / max(n_classes - 1, 1))
+    log_odds = corrected.softened(correct_probability, n_classes, temperature, log_q.dtype)
+    log_odds = torch.zeros_like(log_q) + log_odds
     at_label = torch.zeros_like(log_q).scatter(-1, classes, 1) > 0
-    losses = _kl(torch.where(at_label, of_label, others), log_q)
+    others = (-log_odds).sigmoid() / max(n_classes - 1, 1)
+    losses = _kl(torch.where(at_label, log_odds.sigmoid(), others), log_q)
     return _terms(losses * temperature**2 if scale_t2 else losses, labelled)
 
 

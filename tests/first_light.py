@@ -52,6 +52,9 @@ _MSE = "token_relation-divergence=mse-normalize=True-temperature=1.0"
 _AVERAGED = "multi_teacher-temperature=2.0-divergence=jensen_shannon-beta=0.1-combine=logits"
 _COSINE = "hint-weights-kind=cosine"
 _WHOLE, _LONG = ("whole_rows",), ("row_statistics", "combine", "gradient", "certain_classes")
+_CORRECTED = ("corrected_sums", "combine_corrected", "corrected_gradient")
+_MFT = "mft-threshold=0.2-temperature=1.0"
+_VIRTUAL = "teacher_free_kd-correct_probability=0.99-temperature=20.0"
 _SIDES = ("lay_out", "gradients")
 _COLUMNS = (
     *_SIDES, "row_and_column_log_sums", "column_log_sums", "log_sum_penalties", "weighed_sums",
@@ -66,6 +69,8 @@ _EDGES = ("transposes", "squares", "distances", "edges", "sum_splits", "laplacia
 LIGHTS = [
     _light(_KL, SPLIT, *_LONG),
     _light(_KL, SHORT, *_WHOLE),
+    _light(_MFT, SPLIT, *_CORRECTED),
+    _light(_MFT, SHORT, "corrected_rows"),
     _light("info_nce", TILES, *_POSITIVES),
     _light("sup_con", TILES, "class_numbers", *_POSITIVES),
     _light(_CLIP, TILES, *_COLUMNS),
@@ -94,6 +99,8 @@ LIGHTS = [
     _light("decoupled_kd", SPLIT, *_LONG),
     _light("decoupled_kd-standardize=True", SHORT, *_WHOLE),
     _light("nkd", SHORT, *_WHOLE),
+    _light(_VIRTUAL, SPLIT, *_CORRECTED),
+    _light(_VIRTUAL, SHORT, "corrected_rows"),
     _light("channel_wise-temperature=4.0", SHORT, *_WHOLE),
     _light("info_nce", WIDE, *_POSITIVES),
     _light(_CLIP, WIDE, *_COLUMNS),

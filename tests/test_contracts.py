@@ -48,12 +48,14 @@ EACH_OP = [case for i, case in enumerate(WAYS) if case.problem not in [x.problem
 EACH_OP += of("similarity_kl", "multi_teacher", cases=WAYS)
 # one block of a kernel, several with tails, and for rows many rows in one program
 SMALL = {"rows": [((2, 3), 7), ((33,), 2)], "pairs": [((7,), 5)], "relations": [((7,), 3)]}
+ROWS = ("rows", "corrected", "peers")  # each is a program of its own
 LARGE = {"rows": [((3,), 8999)], "pairs": [((67,), 33)], "relations": [((40,), 35)]}
 OTHERS = {"rows": [((2,), 20011)], "pairs": [((2,), 3), ((150,), 5)]}
 OTHERS["relations"] = [((2,), 3), ((5,), 1)]
 SMALL["moments"], LARGE["moments"], OTHERS["moments"] = [((7,), 5)], [((3,), 140)], [((21,), 2)]
 SMALL["tokens"], LARGE["tokens"], OTHERS["tokens"] = [((3,), 5)], [((9,), 33)], [((5,), 2)]
-SMALL["corrected"], LARGE["corrected"] = SMALL["rows"], LARGE["rows"]
+for shapes in (SMALL, LARGE, OTHERS):
+    shapes["corrected"] = shapes["rows"]
 SMALL["levels"], LARGE["levels"] = [((7,), 5), ((5,), 7)], [((67,), 33), ((33,), 67)]
 SMALL["linear"], LARGE["linear"], OTHERS["linear"] = [((7,), 5)], [((67,), 33)], [((3,), 2)]
 SMALL["peers"], LARGE["peers"], OTHERS["peers"] = SMALL["rows"], LARGE["rows"], OTHERS["rows"]
@@ -68,7 +70,7 @@ SHAPES = [
 
 def small(case: Case, dtype: torch.dtype = torch.float64, n: int = 9, width: int = 5) -> list:
     """Return inputs of one block; of rows a few, because each is a program of its own."""
-    return case.inputs((min(n, 4) if case.problem in ("rows", "peers") else n,), width, dtype)
+    return case.inputs((min(n, 4) if case.problem in ROWS else n,), width, dtype)
 
 
 def trained(inputs):

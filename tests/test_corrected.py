@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import of
-from exactness import assert_exact, assert_same, results
+from cases import LOSSES, of
+from choice import quick_if
+from exactness import assert_exact, assert_same, by_formula, exact, results
 from force import in_chunks_of
 from inputs import DEVICE, logits_and_labels
 from meter import PeakMemory
@@ -16,6 +17,8 @@ import fastkd
 CASES = of("corrected", "wsld")
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 corrected = pytest.mark.parametrize("case", of("corrected"), ids=str)
+quick = quick_if(lambda case, engine: engine != "triton" or case in LOSSES)  # the others are alike
+LONG = 8999  # columns, more than stay on chip
 
 
 def row(*logits):
@@ -164,7 +167,52 @@ def test_virtual_teachers_of_any_probability(probability, temperature, engine):
         assert_same(found, results(lambda x: F.cross_entropy(x / temperature, labels), [student]))
 
 
+@pytest.mark.parametrize("left", [1e-6, 1e-9])
+def test_what_a_sure_virtual_teacher_leaves_keeps_its_digits(left, engine):
+    """In float32, where 1 less its probability has lost them; the label's slope is the others'."""
+    student, _, labels = logits_and_labels((4,), 11)
+    student = (student.detach() - 40.0 * F.one_hot(labels, 11)).float().requires_grad_()
+    inputs = [student, labels]
+    own = dict(correct_probability=1 - left, temperature=1.0)
+    found = results(lambda *x: fastkd.teacher_free_kd(*x, **own), inputs)
+    expected = by_formula(lambda *x: fastkd.teacher_free_kd(*x, **own), exact(inputs))
+    assert_same(found, expected, 1e-6)
+    # a student that is like its teacher but for a part of what is left to the others
+    near = torch.full((1, 11), math.log(left / 10), device=DEVICE)
+    near[0, 3], near[0, 5] = 0.0, math.log(2 * left / 10)
+    inputs = [near.requires_grad_(), label(3)]
+    found = results(lambda *x: fastkd.teacher_free_kd(*x, **own), inputs)
+    expected = by_formula(lambda *x: fastkd.teacher_free_kd(*x, **own), exact(inputs))
+    assert_same(found[1:], expected[1:], 2e-5)
+
+
+def test_two_classes_of_which_a_student_is_certain(engine):
+    """Both slopes are what is left of the larger probabilities, and neither has lost digits."""
+    student = torch.tensor([[0.0, 16.0], [16.0, 0.0]], device=DEVICE, requires_grad=True)
+    inputs = [student, label(0, 0)]
+    for probability in (2e-7, 1 - 2e-7):
+        own = dict(correct_probability=probability, temperature=1.0)
+        found = results(lambda *x, own=own: fastkd.teacher_free_kd(*x, **own), inputs)
+        expected = by_formula(lambda *x, own=own: fastkd.teacher_free_kd(*x, **own), exact(inputs))
+        for slopes, true in zip(found[1], expected[1], strict=True):
+            assert_same([slopes], [true], 1e-5)
+
+
 # -------------------------------------------------------------------------------------------- rows
+
+
+@corrected
+@quick
+def test_long_rows(case, engine):
+    """They go by several programs, off the boundary, with labels at their ends and none."""
+    *networks, labels = case.inputs((4,), LONG + 1, torch.float32)
+    labels = torch.tensor([0, LONG - 1, 4000, -100], device=DEVICE)
+    inputs = [x.detach()[:, 1:].requires_grad_(x.requires_grad) for x in networks]
+    inputs[0].detach()[3] = math.nan
+    assert_exact(case, [x[:3].detach().requires_grad_(x.requires_grad) for x in (*inputs, labels)])
+    losses, gradient = results(case, [*inputs, labels])
+    assert losses[3] == 0 and not gradient[3].any()
+    assert losses.isfinite().all() and gradient.isfinite().all()
 
 
 @each_case
@@ -181,6 +229,7 @@ def test_logits_of_2000_are_finite(case, engine):
 
 @pytest.mark.parametrize("whose", ["both", "student", "teacher"])
 @corrected
+@quick
 def test_a_masked_vocabulary(case, whose, engine):
     student, *others = case.inputs((3,), 17)
     mask = torch.zeros(3, 17, dtype=torch.bool, device=DEVICE)
@@ -200,6 +249,7 @@ def test_a_masked_vocabulary(case, whose, engine):
 
 @corrected
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "a row of -inf"])
+@quick
 def test_a_row_without_a_softmax_gives_nan_and_spoils_no_other(case, bad, engine):
     for i in range(len(case.inputs((3,), 17)) - 1):
         inputs = case.inputs((3,), 17, torch.float32)

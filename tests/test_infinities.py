@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from cases import LOSSES, named, of
 from choice import ENGINES, pairwise, quick_if
-from exactness import assert_same, results
-from inputs import DEVICE, normal
+from exactness import assert_same, by_formula, results
+from inputs import DEVICE, logits, normal
 from row_cases import EACH, FEW, LONG, ROWS, SOFTMAXED
 
 import fastkd
@@ -14,6 +15,12 @@ import fastkd
 few_on_kernels = quick_if(
     lambda case, engine: engine != "triton" or (case in EACH and case.name in FEW)
 )
+# those that are infinite where the teacher excludes what the student allows
+REVERSED = named(
+    "reverse_kl-temperature=2.0", "jensen_shannon-temperature=2.0-beta=1.0",
+    "skew_reverse_kl-temperature=2.0-skew=0.0", "symmetric_kl-temperature=2.0-weight=0.3",
+    "symmetric_kl-temperature=2.0-weight=0.0",
+)  # fmt: skip
 MASKED = [0, 3, 16]  # these classes, in every row but the first
 
 
@@ -148,3 +155,67 @@ def test_logit_mse_spreads_nan_no_further_than_its_row():
     student[2, 5] = math.nan
     losses = fastkd.logit_mse(student, teacher, reduction="none")
     assert losses.isnan().tolist() == [False, False, True, False]
+
+
+
+
+@pytest.mark.parametrize("n_cols", [17, LONG])
+@pytest.mark.parametrize("case", REVERSED, ids=str)
+@quick_if(
+    lambda case, n_cols, engine: engine != "triton" or (case.name == "reverse_kl" and n_cols == 17)
+)
+def test_an_infinite_reverse_divergence_has_no_gradient(case, n_cols, engine):
+    """It is NaN throughout the row, also where the student has next to nothing or nothing."""
+    student, teacher = case.inputs((3,), n_cols)
+    with torch.no_grad():
+        teacher[1, 4] = student[1, 3] = -math.inf
+        student[1, 5] = -90.0
+    for found in (results(case, [student, teacher]), by_formula(case, [student, teacher])):
+        losses, gradient = found
+        assert losses[1].isposinf() and gradient[1].isnan().all()
+        assert all(x[[0, 2]].isfinite().all() for x in found)
+
+
+@pytest.mark.parametrize("mass", ["forward_kl", "symmetric_kl"])
+def test_nor_has_the_teacher_whom_a_student_excludes(mass, engine):
+    student, teacher = logits((3,), 17)
+    student.detach()[1, 4] = -math.inf
+    loss = getattr(fastkd, mass)
+    inputs = [teacher.requires_grad_(), student.detach()]
+
+    def of_teacher(teacher, student):
+        return loss(student, teacher, teacher_gradient=True, temperature=2.0, reduction="none")
+
+    for found in (results(of_teacher, inputs), by_formula(of_teacher, inputs)):
+        losses, gradient = found
+        assert losses[1].isposinf() and gradient[1].isnan().all()
+        assert all(x[[0, 2]].isfinite().all() for x in found)
+
+
+@pytest.mark.parametrize("n_cols", [17, LONG])
+@pytest.mark.parametrize("whose", ["both", "student", "teacher"])
+@pytest.mark.parametrize("case", of("decoupled_kd", "nkd"), ids=str)
+@quick_if(lambda case, n_cols, engine: engine != "triton" or (case in LOSSES and n_cols == 17))
+def test_a_row_in_which_the_label_alone_is_allowed(case, whose, n_cols, engine):
+    """Others that nobody allows have no term; a student without any is infinitely far."""
+    if case.options.get("standardize"):
+        return  # one logit has no deviation
+    student, teacher, labels = case.inputs((3,), n_cols)
+    alone = torch.full_like(teacher[1], -math.inf).scatter(0, labels[1], 0.5)
+    with torch.no_grad():
+        if whose != "teacher":
+            student[1] = alone
+        if whose != "student":
+            teacher[1] = alone
+    inputs = [student, teacher, labels]
+    losses, gradient = found = results(case, inputs)
+    assert_same(found, by_formula(case, inputs))
+    assert gradient.isfinite().all()
+    if whose == "both":
+        assert losses[1] == 0 and not gradient[1].any()
+    elif whose == "student":
+        assert losses[1].isposinf()
+    else:  # the term of the label alone
+        assert losses[1] > 0 and gradient[1, labels[1]] != 0
+        options = {"decoupled_kd": {"beta": 0.0}, "nkd": {"gamma": 0.0}}[case.name]
+        assert_same([losses[1]], [case(*inputs, **options)[1]])

@@ -194,7 +194,7 @@ def _summed_reverse_kl(
     v, of_q = above, _mean(above, q, out=scratch[1])
 
     def slope(out: Tensor, factor: Number) -> None:
-        _weighted(v.sub_(of_q).nan_to_num_(0), q, out, ratio, factor * math.log(2))
+        _weighted(v.sub_(of_q).nan_to_num_(0), q, out, ratio + of_q, factor * math.log(2))
 
     return Terms(lambda scale: _not_below_0(of_q + ratio, scale), slope, q.d)
 

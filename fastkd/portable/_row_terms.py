@@ -29,7 +29,8 @@ Certain = tuple[Tensor, Tensor] | None  # numbers of rows, or a bool for each, a
 class Softmax(NamedTuple):
     """The softmax e / total, where e = exp2(d) is exactly 1 at a row's maximum.
 
-    A class that is set apart has d = −∞ and e = 0, and no part in the maximum and in Z.
+    A class that is set apart has d = −∞ and e = 0, and no part in the maximum and in Z. Where no
+    other class is allowed all have, the maximum is −∞, Z is any number, and of_apart ∞.
     """
 
     d: Tensor  # [R, V]
@@ -79,13 +80,21 @@ def softmax(
         top, total = logits.amax(-1, keepdim=True), None
         if top.dtype != dtype:
             top = top.to(dtype)
+    pivot = top
+    if of_apart is not None:
+        is_alone = top == -math.inf
+        pivot = top.masked_fill(is_alone, 0)
+        of_apart += torch.where(is_alone, math.inf, 0)  # −∞, as it may be, makes NaN of it
     # the maximum is subtracted first, because one multiplication for both would round it away
     unit = 1 / (_LN2 * temperature)
-    d = torch.sub(logits, top, out=d).mul_(unit)
+    d = torch.sub(logits, pivot, out=d).mul_(unit)
     e = torch.exp2(d, out=e) if needs_e else d
-    total = e.sum(-1, keepdim=True) if total is None else total
+    if total is None:
+        total = e.sum(-1, keepdim=True)
+        if of_apart is not None:
+            total = torch.where(is_alone, 2, total)  # that of 1 would be certain of a class
     if of_apart is not None:
-        of_apart = of_apart.sub_(top).mul_(unit)
+        of_apart = of_apart.sub_(pivot).mul_(unit)
     return Softmax(d, e, top, total, apart, of_apart)
 
 
@@ -95,8 +104,11 @@ def without_temperature(q: Softmax, temperature: Number, scratch: Scratch) -> So
         return q
     d = torch.mul(q.d, temperature, out=scratch[0])
     e = torch.exp2(d, out=scratch[1])
-    of_apart = None if q.of_apart is None else q.of_apart * temperature
-    return Softmax(d, e, q.top, e.sum(-1, keepdim=True), q.apart, of_apart)
+    total = e.sum(-1, keepdim=True)
+    if q.of_apart is None:
+        return Softmax(d, e, q.top, total)
+    total = torch.where(q.top == -math.inf, q.total, total)
+    return Softmax(d, e, q.top, total, q.apart, q.of_apart * temperature)
 
 
 def total_at_1(q: Softmax, temperature: Number, out: Tensor | None) -> Tensor:
@@ -228,11 +240,12 @@ def _decoupled_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> T
     """Return the terms of weight · KL of (class, others) + (1 − weight) · KL among the others."""
     rest, ratio, each = _forward_kl(q, p, weight, scratch), p.total / q.total, _each(q, 1)
     of_q, of_p = log_odds(q), log_odds(p)
-    apart = q.apart
+    apart, is_alone = q.apart, _is_alone(q, p)
     assert apart is not None
 
     def value(scale: Number) -> Tensor:
-        return rest.value(scale * (1 - weight)).add_(_binary_kl(of_p, of_q).mul_(scale * weight))
+        of_others = _among_others(rest.value(scale * (1 - weight)), p)
+        return of_others.add_(_binary_kl(of_p, of_q).mul_(scale * weight))
 
     def slope(out: Tensor, factor: Number) -> None:
         # the smaller of both probabilities, because the larger one may have lost its digits
@@ -241,10 +254,21 @@ def _decoupled_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> T
             (-of_p).sigmoid_() - (-of_q).sigmoid_(),
             of_q.sigmoid() - of_p.sigmoid(),
         ).mul_(factor * weight)
-        _difference(q, p, out, ratio, factor * (1 - weight))
+        _difference(q, p, out, ratio, torch.where(is_alone, 0, factor * (1 - weight)))
         out.addcmul_(q.e, excess * each, value=-1).scatter_(1, apart, excess)
 
     return Terms(value, slope, p.d)
+
+
+def _among_others(values: Tensor, p: Softmax) -> Tensor:
+    """Return values among other classes than the one set apart, 0 where the teacher has none."""
+    return values if p.of_apart is None else values.masked_fill_(p.of_apart == math.inf, 0)
+
+
+def _is_alone(q: Softmax, p: Softmax) -> Tensor:
+    """Return rows [R, 1] where one of the networks allows no class but the one set apart."""
+    assert q.of_apart is not None and p.of_apart is not None
+    return (q.of_apart == math.inf) | (p.of_apart == math.inf)
 
 
 def _binary_kl(of_p: Tensor, of_q: Tensor) -> Tensor:
@@ -258,9 +282,12 @@ def _binary_kl(of_p: Tensor, of_q: Tensor) -> Tensor:
 
 def _soft_cross_entropy(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> Terms:
     def value(scale: Number) -> Tensor:
-        return q.total.log2().sub_(_mean(q.d, p, out=q.d)).mul_(scale * _LN2)
+        values = q.total.log2().sub_(_mean(q.d, p, out=q.d)).mul_(scale * _LN2)
+        return _among_others(values, p)
 
     def slope(out: Tensor, factor: Number) -> None:
+        if q.apart is not None:
+            factor = torch.where(_is_alone(q, p), 0, factor)
         _difference(q, p, out, p.total / q.total, factor)
 
     return Terms(value, slope, p.d)
@@ -273,7 +300,7 @@ def _reverse_kl(
     of_q = _mean(above, q, out=scratch[0]) if mean is None else mean
 
     def slope(out: Tensor, factor: Number) -> None:
-        _weighted(above.sub_(of_q).nan_to_num_(0), q, out, ratio, factor * _LN2)
+        _weighted(above.sub_(of_q).nan_to_num_(0), q, out, ratio + of_q, factor * _LN2)
 
     return Terms(lambda scale: _not_below_0(of_q + ratio, scale), slope, p.d, of_q)
 
@@ -286,7 +313,7 @@ def _reverse_cross_entropy(
     of_q = _mean(below, q, out=scratch[0]) if mean is None else mean
 
     def slope(out: Tensor, factor: Number) -> None:
-        _weighted(below.sub_(of_q).nan_to_num_(0), q, out, ratio, factor * _LN2)
+        _weighted(below.sub_(of_q).nan_to_num_(0), q, out, ratio + of_q, factor * _LN2)
 
     return Terms(lambda scale: (of_q + p.total.log2()).mul_(scale * _LN2), slope, q.d, of_q)
 
@@ -303,7 +330,7 @@ def _symmetric_kl(
 
     def slope(out: Tensor, factor: Number) -> None:
         centred = above.sub_(of_q).nan_to_num_(0)
-        _weighted(centred, q, out, ratio, factor * ((1 - weight) * _LN2))
+        _weighted(centred, q, out, ratio + of_q, factor * ((1 - weight) * _LN2))
         out.add_(q.e.mul_(_each(q, factor * weight))).sub_(p.e.mul_(_each(p, factor * weight)))
 
     return Terms(value, slope, p.d, of_q)
@@ -457,7 +484,8 @@ def _difference(q: Softmax, p: Softmax, out: Tensor, ratio: Tensor, factor: Numb
 def _weighted(centred: Tensor, q: Softmax, out: Tensor, ratio: Tensor, factor: Number) -> None:
     """Write factor · q (v − Σ q·v), the slope of h = q·v, from v less its mean.
 
-    The NaN of an input, which the sums drop, comes back from the ratio.
+    The NaN of an input, which the sums drop, comes back from the ratio, and so does that of an
+    infinite divergence, which has no gradient.
     """
     # `out` is written once, because it lies in memory and the others in the cache
     torch.mul(centred.mul_(q.e), _each(q, factor).add_(ratio - ratio), out=out)

@@ -136,8 +136,8 @@ def _target_of(problem: Corrected, p: Softmax | None, q: Softmax, classes: Tenso
     """Return the corrected teacher of rows, and zero the labels among the e of the teacher."""
     correction = problem.correction
     if p is None:
-        of_label = torch.full_like(q.total, 1) * correction
-        return _Target((1 - of_label) / max(q.e.shape[1] - 1, 1), of_label)
+        log_odds = torch.zeros_like(q.total) + correction
+        return _Target((-log_odds).sigmoid_() / max(q.e.shape[1] - 1, 1), log_odds.sigmoid())
     label = p.e.gather(1, classes)  # over Z, as all that follows is
     p.e.scatter_(1, classes, 0)
     others = p.e.sum(-1, keepdim=True)
@@ -183,12 +183,12 @@ def _slope(
     """Write factor · (q − target)."""
     torch.mul(q.e, q.total.reciprocal().mul_(factor), out=out)
     share, of_label = target.share * factor, target.of_label * factor
+    at_label = out.gather(1, classes).sub_(of_label)
     if p is None:
         out.sub_(share)
-        of_label = of_label - share
     else:
         out.addcmul_(p.e, share, value=-1)
-    out.scatter_add_(1, classes, -of_label)
+    out.scatter_(1, classes, at_label)
     centre(out, certain_rows(z, [q.total]))
 
 

@@ -121,7 +121,9 @@ def backward(
                     .mul_(_LN2)
                 )
                 slope = slope.add_(n_peers).mul_(q.e).sub_(mean)
-            slope.mul_(scaled[rows])
+            # an infinite divergence from a network has no gradient in it
+            factor = scaled[rows] if problem.are_constants else scaled[rows] + 0 * sums[:, i]
+            slope.mul_(factor)
             if has_masked:
                 _select(slope, factors[rows])
             centre(slope, certain_rows(z[i], [q.total]))

@@ -24,7 +24,8 @@ class Corrected(NamedTuple):
     q = softmax(student / student_temperature).
 
     With a teacher, t is what makes the label win by `correction`: see `fastkd.mft`. Without one p
-    is uniform and t is `correction`; that of 1 leaves the cross-entropy with the label.
+    is uniform and `correction` is log(t / (1 − t)), of which both t and 1 − t have all digits; that
+    of ∞ leaves the cross-entropy with the label.
     """
 
     student: Tensor  # (..., V)
@@ -90,18 +91,26 @@ def weighted(losses: Tensor, weight: Tensor) -> Tensor:
 def softened(
     probability: Number, n_classes: int, temperature: Number, dtype: torch.dtype
 ) -> Number:
-    """Return what softmax(log u / T) gives the class to which u gives this probability.
+    """Return log(t / (1 − t)) for the t that softmax(log u / T) gives a class.
 
-    The other classes share the rest in u. Tensors are taken in this dtype.
+    u gives it this probability, and the other classes equal shares of the rest. Tensors are taken
+    in this dtype.
     """
     if n_classes == 1:
-        return 1.0
+        return math.inf
     probability, temperature = (
         x.to(dtype) if isinstance(x, Tensor) else x for x in (probability, temperature)
     )
-    others = ((1 - probability) / (n_classes - 1)) ** (1 / temperature)
-    of_label = probability ** (1 / temperature)
-    return of_label / (of_label + (n_classes - 1) * others)
+    log_others = math.log(n_classes - 1)
+    return (_log_odds(probability) + log_others) / temperature - log_others
+
+
+def _log_odds(probability: Number) -> Number:
+    if isinstance(probability, Tensor):
+        return torch.logit(probability)
+    if probability in (0, 1):
+        return math.inf if probability else -math.inf
+    return math.log(probability) - math.log1p(-probability)
 
 
 def soft_labels(
@@ -166,6 +175,6 @@ def virtual_teacher(
     labels, _, labelled = rows.counted(call, labels, ignore_index)
     scale = temperature * temperature if scale_t2 else 1.0
     dtype = compute_dtype(student)
-    probability = softened(correct_probability, student.shape[-1], temperature, dtype)
-    problem = Corrected(student, None, labels, temperature, 1.0, probability, scale)
+    log_odds = softened(correct_probability, student.shape[-1], temperature, dtype)
+    problem = Corrected(student, None, labels, temperature, 1.0, log_odds, scale)
     return [Term(1.0, solve(call.engine, problem), labelled)]

@@ -25,6 +25,7 @@ from fastkd.kernels.rows.terms import (
     Statistics,
     Units,
     add_products,
+    among_others,
     cross_entropy,
     decoupled,
     is_certain,
@@ -34,6 +35,7 @@ from fastkd.kernels.rows.terms import (
     mixture,
     mixture_value,
     slope,
+    without_others,
 )
 from fastkd.kernels.tiles import INFINITY, at_boundary, head_of, number, row_offset
 
@@ -82,7 +84,8 @@ def _slopes(
     ds, dt = (x - row.ms) * units.cs, (y - row.mt) * units.ct
     by_log_q = slope(ds, dt, row, weight, DIVERGENCE, FAST)
     if IS_DECOUPLED:
-        by_log_q = by_log_q * (1 - weight) - tl.exp2(ds) * (1 / row.zs) * row.slope_sum
+        rest = tl.where(row.zt == INFINITY, 0.0, 1 - weight)  # where a network has no others
+        by_log_q = by_log_q * rest - tl.exp2(ds) * (1 / row.zs) * row.slope_sum
         by_log_q = tl.where(is_apart, row.slope_sum, by_log_q)
     return tl.where(factors.divergence == 0, 0.0, by_log_q * factors.divergence)
 
@@ -447,6 +450,8 @@ def whole_rows(
         zeros = tl.zeros([ROWS], DTYPE)
         a, b = add_products(zeros, zeros, ds, dt, es, et, DIVERGENCE)
         value, slope_sum = kl_value(zs, zt, a, b, weight, DIVERGENCE)
+    if APART:
+        value = among_others(value, zs, zt)
     z1, left = zs, zs
     if LABELS:
         z1 = tl.sum(tl.exp2(above * units.c1), 1)
@@ -472,6 +477,9 @@ def whole_rows(
         if losses_ptr is not None:
             tl.store(cross_entropies_ptr + rows, ce, exists)
     if gradient_ptr is not None:
+        if APART:
+            zs, zt = without_others(zs, zt, IS_DECOUPLED)
+            z1 = tl.where(z1 == 0, INFINITY, z1)
         unit = scale / temperature
         if (upstream_ptr is None) and (ce_upstream_ptr is None):
             unit *= row_weight

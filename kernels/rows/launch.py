@@ -236,22 +236,31 @@ def _tile(problem: Rows, n_gradients: int = 1) -> tuple[int, int, int]:
     return block, columns, max(1, block * columns // per_warp)
 
 
-def _launch_statistics(
-    problem: Rows, losses: Losses, statistics: Tensor, *, both: bool = False
-) -> None:
+def _splits(problem: Rows) -> tuple[int, int, int]:
+    """Return how many programs share a row, the vectors of each, and its warps.
+
+    Several share one where there are fewer rows than multiprocessors.
+    """
     n_rows, n_cols = _shape(problem)
-    student, teacher = rows_of(problem.student), rows_of(problem.teacher)
-    is_mixture, width = problem.divergence in _MIXTURES, _width(problem)
     multiprocessors = device_of(problem.student).multiprocessors
+    n_vectors = n_cols // _width(problem)
     num_warps = 8 if n_rows >= 2 * multiprocessors else 16
-    threads = 32 * num_warps
-    # several programs share a row where there are fewer rows than multiprocessors
     splits = 1
     if n_rows < multiprocessors:
         most = triton.cdiv(n_cols, _SHORTEST_SPLIT)
         splits = min(triton.cdiv(2 * multiprocessors, n_rows), most)
-    per_split = triton.cdiv(triton.cdiv(n_cols // width, splits), threads) * threads
-    splits = triton.cdiv(n_cols // width, per_split)
+    per_split = triton.cdiv(triton.cdiv(n_vectors, splits), 32 * num_warps) * 32 * num_warps
+    return triton.cdiv(n_vectors, per_split), per_split, num_warps
+
+
+def _launch_statistics(
+    problem: Rows, losses: Losses, statistics: Tensor, *, both: bool = False
+) -> None:
+    n_rows, _ = _shape(problem)
+    student, teacher = rows_of(problem.student), rows_of(problem.teacher)
+    is_mixture, width = problem.divergence in _MIXTURES, _width(problem)
+    splits, per_split, num_warps = _splits(problem)
+    threads = 32 * num_warps
     partial = None
     if splits > 1:
         partial = statistics.new_empty((n_rows, splits, sweeps.N_STATISTICS.value))

@@ -19,6 +19,7 @@ from fastkd.kernels.rows.terms import (
     Statistics,
     Sums,
     Units,
+    among_others,
     cross_entropy,
     decoupled,
     fold,
@@ -29,6 +30,7 @@ from fastkd.kernels.rows.terms import (
     mixture_of_both,
     mixture_unit,
     mixture_value,
+    without_others,
 )
 from fastkd.kernels.tiles import (
     INFINITY,
@@ -224,15 +226,18 @@ def _store_sums(pointer, sums):
 
 
 @triton.jit
-def _store_statistics(pointer, sums, slope_sum, left):
+def _store_statistics(
+    pointer, sums, slope_sum, left, IS_DECOUPLED: tl.constexpr, APART: tl.constexpr
+):  # fmt: skip
     """Store the Statistics of a row: a's place is the slope sum's, and b's what a class leaves.
 
     Where BOTH networks learn no class leaves anything, and the teacher's Σ p·u is in that place.
     """
-    _store_sums(
-        pointer,
-        Sums(sums.ms, sums.zs, sums.mt, sums.zt, slope_sum, left, sums.z1),
-    )
+    zs, zt, z1 = sums.zs, sums.zt, sums.z1
+    if APART:
+        zs, zt = without_others(zs, zt, IS_DECOUPLED)
+        z1 = tl.where(z1 == 0, float("inf"), z1)
+    _store_sums(pointer, Sums(sums.ms, zs, sums.mt, zt, slope_sum, left, z1))
 
 
 @triton.jit
@@ -329,6 +334,8 @@ def row_statistics(
         teacher_sum = sums.a / zt
 
     if SWEEP == 0:
+        if APART:
+            value = among_others(value, zs, zt)
         if IS_DECOUPLED:
             teacher_row = teacher.ptr + row_offset(row, inner, teacher)
             value, slope_sum = apart_value(
@@ -342,7 +349,7 @@ def row_statistics(
                 whole_row, label, n_cols, units.c1, sums.ms, sums.z1, APART, DTYPE
             )
             tl.store(cross_entropies_ptr + row, ce)
-        _store_statistics(statistics_row, sums, slope_sum, left)
+        _store_statistics(statistics_row, sums, slope_sum, left, IS_DECOUPLED, APART)
     else:
         place = (row.to(tl.int64) * tl.num_programs(1) + split) * N_STATISTICS
         if SWEEP == 1:
@@ -378,6 +385,7 @@ def combine(
     unmasked = tl.load(row_mask_ptr + row) != 0 if row_mask_ptr is not None else row >= 0
     label = tl.load(labels_ptr + row).to(tl.int64) if labels_ptr is not None else -1
     LABELS: tl.constexpr = labels_ptr is not None
+    APART: tl.constexpr = apart_ptr is not None
     weight = number(numbers.weight, ON_DEVICE, DTYPE)
     scale = number(numbers.scale, ON_DEVICE, DTYPE)
     statistics_row = statistics_ptr + row.to(tl.int64) * N_STATISTICS
@@ -397,6 +405,8 @@ def combine(
         units = units_of(numbers, row, PER_ROW, ON_DEVICE, DTYPE)
         sums = merge(sums, units, DIVERGENCE)
         value, slope_sum = kl_value(sums.zs, sums.zt, sums.a, sums.b, weight, DIVERGENCE)
+        if APART:
+            value = among_others(value, sums.zs, sums.zt)
         row_ptr = student.ptr + row_offset(row, inner, student)
         left = sums.a / sums.zt if BOTH else tl.zeros_like(sums.z1)
         if IS_DECOUPLED:
@@ -407,10 +417,10 @@ def combine(
             )
         if LABELS:
             ce, left = cross_entropy(
-                row_ptr, label, n_cols, units.c1, sums.ms, sums.z1, apart_ptr is not None, DTYPE
+                row_ptr, label, n_cols, units.c1, sums.ms, sums.z1, APART, DTYPE
             )
             tl.store(cross_entropies_ptr + row, ce)
-        _store_statistics(statistics_row, sums, slope_sum, left)
+        _store_statistics(statistics_row, sums, slope_sum, left, IS_DECOUPLED, APART)
     else:
         summands, slopes = tl.load(place, inside, 0.0), tl.load(place + 1, inside, 0.0)
         zs, zt = tl.load(statistics_row + 1), tl.load(statistics_row + 3)

@@ -206,6 +206,12 @@ def mixture_value(summands, slopes, zs, zt, weight, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
+def _finite_unit(row):
+    """Return log 2, or NaN for rows whose divergence is infinite and has no gradient."""
+    return LN2 + 0 * row.slope_sum
+
+
+@triton.jit
 def slope(ds, dt, row, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
     """Return T · ∂D/∂student of a tile, given the Statistics of its rows."""
     if (DIVERGENCE == "forward_kl") or (DIVERGENCE == "soft_cross_entropy"):
@@ -217,8 +223,8 @@ def slope(ds, dt, row, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
         # compared this way round, so that a NaN stays a NaN
         reverse = tl.where(q <= TINY, 0.0, q * ((ds - dt) - row.slope_sum))
         if DIVERGENCE == "reverse_kl":
-            return reverse * LN2
-        of_reverse = (1 - weight) * LN2
+            return reverse * _finite_unit(row)
+        of_reverse = (1 - weight) * _finite_unit(row)
         return reverse * of_reverse + weight * (q - tl.exp2(dt) * (1 / row.zt))
     _, q, v = mixture(ds, dt, row.zs, row.zt, weight, DIVERGENCE, FAST)
     each = mixture_unit(row.zs, row.zt, DIVERGENCE)
@@ -239,6 +245,27 @@ def is_certain(zs, zt, z1, LABELS: tl.constexpr):
     if LABELS:
         certain |= z1 < CERTAIN
     return certain & (zt > 0)
+
+
+@triton.jit
+def among_others(value, zs, zt):
+    """Return the value of rows among other classes than the one that is set apart.
+
+    It is 0 where the teacher allows none, and infinite where the student alone allows none.
+    """
+    value = tl.where(zs == 0, float("inf"), value)
+    return tl.where(zt == 0, 0.0, value)
+
+
+@triton.jit
+def without_others(zs, zt, IS_DECOUPLED: tl.constexpr):
+    """Return both Z with ∞ in place of those that give no gradient among the other classes.
+
+    Those are of rows in which one network allows none. Decoupled rows still need the student's.
+    """
+    is_alone = (zs == 0) | (zt == 0)
+    gone = (zs == 0) if IS_DECOUPLED else is_alone
+    return tl.where(gone, float("inf"), zs), tl.where(is_alone, float("inf"), zt)
 
 
 @triton.jit

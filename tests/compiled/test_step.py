@@ -110,6 +110,19 @@ def test_a_step_is_forward_and_backward_of_both():
     assert found.bytes / (4096 * 128256) == pytest.approx(10, abs=0.01)
 
 
+@pytest.mark.parametrize("n_cols", [1000, 128256])
+@pytest.mark.parametrize("name, n_bytes", [("mft", 10), ("teacher_free_kd", 6)])
+def test_corrected_rows_are_read_once_each_way(name, n_bytes, n_cols):
+    """Two networks of 2 bytes, or one, and once more with a gradient; no teacher is written."""
+    found = count(BY_NAME[name], (4096, n_cols), torch.bfloat16)
+    kernels = [x.name for x in found.operations if x.is_kernel]
+    is_long = n_cols > 8192
+    assert kernels == (
+        ["corrected_sums", "corrected_gradient"] if is_long else ["corrected_rows"] * 2
+    )
+    assert found.bytes / (4096 * n_cols) == pytest.approx(n_bytes, abs=0.06)
+
+
 def test_products_of_halves_are_seen():
     found = count(BY_NAME["info_nce"], (512, 512), torch.bfloat16)
     products = [x for x in found.operations if x.name.startswith(("mm", "addmm"))]
