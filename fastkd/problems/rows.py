@@ -292,7 +292,7 @@ def kd(
 ) -> Any:
     """Solve for the cross-entropy with the labels and for a divergence.
 
-    Both take one pass, but for soft, smoothed and weighted labels, which have one more.
+    Both take one pass, but for soft labels, and smoothed ones with weights, which have one more.
     """
     options = dict(beta=beta, skew=skew, weight=weight)
     own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
@@ -312,10 +312,9 @@ def kd(
     if not distill_ignored:
         # written out, because old compilers do not trace _replace
         call = of_labels
-    # weights of classes are in every term of the smoothed label, and the kernels know none
-    is_smooth = not is_exactly(label_smoothing, 0)
-    in_one_pass = is_smooth and class_weights is None and call.engine == "portable"
-    smoothing = label_smoothing if in_one_pass else 0.0
+    # weights of classes are in every term of the smoothed label, and engines know none
+    is_weighted = class_weights is not None and not is_exactly(label_smoothing, 0)
+    smoothing = 0.0 if is_weighted else label_smoothing
     losses, cross_entropies = _solve(
         call, divergence, student, teacher, labels, label_smoothing=smoothing, **softening, **own
     )
@@ -326,11 +325,8 @@ def kd(
         class_weights = class_weights.detach().to(cross_entropies)
         counts = class_weights[labels.clamp(min=0)]
         cross_entropies = selected(cross_entropies * counts, counts != 0)
-    if is_smooth and not in_one_pass:
-        each = class_weights
-        if each is None:
-            each = cross_entropies.new_ones(student.shape[-1])
-        smooth = _cross_entropies(of_labels, student, each / len(each))
+    if is_weighted:
+        smooth = _cross_entropies(of_labels, student, class_weights / len(class_weights))
         cross_entropies = (1 - label_smoothing) * cross_entropies + label_smoothing * smooth
     distilled = None if distill_ignored else labelled
     return [Term(alpha, cross_entropies, labelled, counts), Term(share, losses, distilled)]
