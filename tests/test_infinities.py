@@ -157,8 +157,6 @@ def test_logit_mse_spreads_nan_no_further_than_its_row():
     assert losses.isnan().tolist() == [False, False, True, False]
 
 
-
-
 @pytest.mark.parametrize("n_cols", [17, LONG])
 @pytest.mark.parametrize("case", REVERSED, ids=str)
 @quick_if(

@@ -75,18 +75,50 @@ def test_every_division_of_a_row_gives_its_sums(divergence, division):
     student[:, : LOOPED // 2] -= 50  # the pivots rise
     labels, mask = torch.tensor([LOOPED - 1, -1, 0]), torch.tensor([True, True, False])
     rows = problem(divergence, student, teacher, labels, mask)
-    weights = torch.tensor([0.5, -2, 3], dtype=torch.float64)
-    found, expected = (
-        engine.value_and_gradients(rows, (True,), row_weights=weights, ce_weights=weights + 1)
-        for engine in (launch, twin)
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+    assert_solved(rows, rtol=1e-10)
     student[0, 5], teacher[2] = math.nan, -math.inf
     (losses, _), (gradient,) = launch.value_and_gradients(
         problem(divergence, student, teacher), (True,)
     )
     assert losses.isnan().tolist() == [True, False, True]
     assert gradient[0].isnan().all() and gradient[1].isfinite().all()
+
+
+def assert_solved(rows, rtol):
+    """Compare the kernels with the portable engine."""
+    weights = torch.tensor([0.5, -2, 3], dtype=torch.float64)
+    found, expected = (
+        engine.value_and_gradients(rows, (True,), row_weights=weights, ce_weights=weights + 1)
+        for engine in (launch, twin)
+    )
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-13)
+
+
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, "decoupled_kl"])
+@quick_if(
+    lambda divergence, division: (
+        divergence in (["symmetric_kl"] if division[0] == "w" else ["jensen_shannon"])
+    )
+)
+def test_every_division_of_a_standardized_row_gives_its_sums(divergence, division):
+    """Rows of other scales and places, of excluded classes, and of a label that is smooth."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 3, LOOPED, dtype=torch.float64, generator=generator)
+    student[:, : LOOPED // 2] -= 50  # the pivots rise
+    student[1] = student[1] * 1e-3 - 2000
+    for x in (student, teacher):
+        x[1, 1024:5000] = -math.inf  # all that some threads read
+    labels, mask = torch.tensor([LOOPED - 1, -1, 0]), torch.tensor([True, True, False])
+    rows = problem(divergence, student, teacher, labels, mask)
+    rows = rows._replace(standardized=True, label_smoothing=0.3)
+    if divergence == "decoupled_kl":
+        rows = rows._replace(labels=None, label_smoothing=0.0, apart=torch.tensor([7, 0, 2]))
+    assert_solved(rows, rtol=1e-8)
+    student[0], teacher[0] = 3.1, -0.7  # all equal, and so are the softmaxes
+    (losses, _), (gradient,) = launch.value_and_gradients(
+        rows._replace(student=student, teacher=teacher), (True,)
+    )
+    assert losses[0] == 0 and not gradient[0].any()
 
 
 @pytest.mark.parametrize("n_cols", [ON_CHIP, LOOPED])

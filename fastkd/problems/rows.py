@@ -298,7 +298,7 @@ def kd(
 ) -> Any:
     """Solve for the cross-entropy with the labels and for a divergence.
 
-    Both take one pass, but in kernels soft, smoothed and weighted labels have one more.
+    Both take one pass, but in kernels soft labels, and smoothed ones with weights, have one more.
     """
     options = dict(beta=beta, skew=skew, weight=weight)
     own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
@@ -324,21 +324,21 @@ def kd(
     if class_weights is not None:
         class_weights = class_weights.detach().to(compute_dtype(student, teacher))
         counts = class_weights[labels.clamp(min=0)]
-    smoothing, each = (label_smoothing, class_weights) if in_one_pass else (0.0, None)
+    is_smooth = not is_exactly(label_smoothing, 0)
+    # weights of classes are in every term of a smoothed label, and kernels know none
+    is_weighted = class_weights is not None and not in_one_pass
     losses, cross_entropies = _solve(
-        call, divergence, student, teacher, labels, label_smoothing=smoothing, class_weights=each,
+        call, divergence, student, teacher, labels,
+        label_smoothing=0.0 if is_weighted and is_smooth else label_smoothing,
+        class_weights=class_weights if in_one_pass else None,
         **softening, **own,
     )  # fmt: skip
     if losses is NotImplemented:
         return NotImplemented
-    if not in_one_pass:
-        if counts is not None:
-            cross_entropies = selected(cross_entropies * counts, counts != 0)
-        if not is_exactly(label_smoothing, 0):
-            each = class_weights
-            if each is None:
-                each = cross_entropies.new_ones(student.shape[-1])
-            smooth = _cross_entropies(of_labels, student, each / len(each))
+    if is_weighted and class_weights is not None and counts is not None:
+        cross_entropies = selected(cross_entropies * counts, counts != 0)
+        if is_smooth:
+            smooth = _cross_entropies(of_labels, student, class_weights / len(class_weights))
             cross_entropies = (1 - label_smoothing) * cross_entropies + label_smoothing * smooth
     distilled = None if distill_ignored else labelled
     return [Term(alpha, cross_entropies, labelled, counts), Term(share, losses, distilled)]

@@ -21,7 +21,7 @@ from fastkd.kernels.corrected.terms import (
     slope,
 )
 from fastkd.kernels.device import Strided
-from fastkd.kernels.rows.sweeps import Pointers, edges, load_logits, units_of, vectors
+from fastkd.kernels.rows.reading import Pointers, edges, load_logits, units_of, vectors
 from fastkd.kernels.rows.terms import LOWEST, Sums, merge
 from fastkd.kernels.tiles import at_boundary, head_of, number, row_offset
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.kernels.rows.sweeps import load_logits
+from fastkd.kernels.rows.reading import load_logits
 from fastkd.kernels.rows.terms import (
     LOWEST,
     Sums,

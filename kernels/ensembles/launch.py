@@ -20,7 +20,8 @@ from fastkd.kernels.device import alignment, congruent, device_of, on_device, ro
 from fastkd.kernels.ensembles import sweeps
 from fastkd.kernels.ensembles.whole_rows import Strides, whole_ensembles
 from fastkd.kernels.rows import launch as of_rows
-from fastkd.kernels.rows.sweeps import N_STATISTICS, Numbers
+from fastkd.kernels.rows.reading import Numbers
+from fastkd.kernels.rows.sweeps import N_STATISTICS
 from fastkd.problems.ensembles import Ensemble
 from fastkd.problems.ensembles import compute_dtype_of as compute_dtype_of
 
@@ -187,11 +188,13 @@ def _arguments(
         problem.weight,
         problem.scale,
         problem.row_weight,
+        None,
     )
     # float64 goes by pointer too, because a Python float reaches a kernel as float32
     by_pointer = dtype == torch.float64 or any(isinstance(x, Tensor) for x in given)
     numbers: Any = Numbers(
-        *(of_rows._on_device(x, student.device) if by_pointer else float(x) for x in given)
+        *(of_rows._on_device(x, student.device) if by_pointer else float(x) for x in given[:-1]),
+        given[-1],
     )
     weights, n = problem.teacher_weights, len(problem.teachers)
     if weights is not None:

@@ -19,7 +19,8 @@ from fastkd.kernels.ensembles.tiles import (
     teacher_tile,
     weights_of_rows,
 )
-from fastkd.kernels.rows.sweeps import N_STATISTICS, edges, load_statistics, vectors
+from fastkd.kernels.rows.reading import edges, vectors
+from fastkd.kernels.rows.sweeps import N_STATISTICS, load_statistics
 from fastkd.kernels.rows.terms import (
     LOWEST,
     Sums,

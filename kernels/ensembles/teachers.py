@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastkd._op import Number
 from fastkd.kernels.device import congruent, on_device, rows_of
-from fastkd.kernels.rows.sweeps import edges, vectors
+from fastkd.kernels.rows.reading import edges, vectors
 from fastkd.kernels.rows.terms import LOWEST
 from fastkd.kernels.tiles import LN2, LOG2E, at_boundary, head_of, log2_units, number, row_offset
 

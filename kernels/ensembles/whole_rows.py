@@ -17,8 +17,7 @@ from fastkd.kernels.ensembles.tiles import (
     teacher_tile,
     weights_of_rows,
 )
-from fastkd.kernels.rows.gradients import _with_certain
-from fastkd.kernels.rows.sweeps import Pointers
+from fastkd.kernels.rows.reading import Pointers
 from fastkd.kernels.rows.terms import (
     LOWEST,
     Statistics,
@@ -29,6 +28,7 @@ from fastkd.kernels.rows.terms import (
     mixture_value,
     slope,
 )
+from fastkd.kernels.rows.whole_rows import with_certain
 from fastkd.kernels.tiles import INFINITY, log2, log2_units, number, row_offset, rows_of_each
 
 
@@ -186,7 +186,7 @@ def whole_ensembles(
         factor = tl.where(counts, factor, 0.0)[:, None]
         slopes = tl.where(factor == 0, 0.0, slopes * factor)  # a factor of 0 wins over a NaN
         pointers = Pointers(student_rows, student_rows, -1)
-        slopes = _with_certain(slopes, pointers, columns, inside, certain, ms, False)
+        slopes = with_certain(slopes, pointers, columns, inside, certain, ms, False)
         gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)
         gradient_rows = row_offset(rows, inner, gradient) // ALIGNMENT * ALIGNMENT
         tl.store(

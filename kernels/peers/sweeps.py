@@ -9,7 +9,7 @@ import triton.language as tl
 
 from fastkd.kernels.device import Strided
 from fastkd.kernels.peers.tiles import Peers, slopes_of_tile, sums_of_tile, values
-from fastkd.kernels.rows.sweeps import edges, vectors
+from fastkd.kernels.rows.reading import edges, vectors
 from fastkd.kernels.rows.terms import LOWEST, is_certain
 from fastkd.kernels.tiles import (
     INFINITY,

@@ -8,9 +8,9 @@ import triton.language as tl
 
 from fastkd.kernels.device import Strided
 from fastkd.kernels.peers.tiles import Peers, slopes_of_tile, sums_of_tile, values
-from fastkd.kernels.rows.gradients import _with_certain
-from fastkd.kernels.rows.sweeps import Pointers
+from fastkd.kernels.rows.reading import Pointers
 from fastkd.kernels.rows.terms import LOWEST, is_certain
+from fastkd.kernels.rows.whole_rows import with_certain
 from fastkd.kernels.tiles import INFINITY, LN2, log2_units, number, row_offset, rows_of_each
 
 
@@ -78,7 +78,7 @@ def whole_peers(
                 slopes = tl.where(factor == 0, 0.0, slopes * factor)  # 0 wins over a NaN
                 certain = have_softmax & is_certain(totals[k], totals[k], totals[k], False)
                 pointers = Pointers(starts[k], starts[k], -1)
-                slopes = _with_certain(slopes, pointers, columns, inside, certain, tops[k], False)
+                slopes = with_certain(slopes, pointers, columns, inside, certain, tops[k], False)
                 gradient = Strided(gradients[k][0], gradients[k][1], gradients[k][2])
                 places = row_offset(rows, inner, gradient)[:, None] // ALIGNMENT * ALIGNMENT
                 tl.store(

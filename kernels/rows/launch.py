@@ -33,7 +33,9 @@ from fastkd.kernels.device import (
     on_device,
     rows_of,
 )
-from fastkd.kernels.rows import gradients, sweeps
+from fastkd.kernels.rows import gradients, reading, sweeps
+from fastkd.kernels.rows.standardized import N_STANDARD
+from fastkd.kernels.rows.whole_rows import whole_rows
 from fastkd.problems.rows import Rows, is_exactly
 
 ON_CHIP = 8192  # columns of the longest rows that are read once, a quarter of it in float64
@@ -50,16 +52,9 @@ def n_statistics(problem: Rows) -> int:
     """Return how many numbers a row saves for `backward`: none if it fits on chip."""
     # numbers of float64 take two registers, and more to compute with
     longest = ON_CHIP // 4 if _dtype(problem) == torch.float64 else ON_CHIP
-    return sweeps.N_STATISTICS.value if problem.student.shape[-1] > longest else 0
-
-
-def takes(problem: Rows) -> bool:
-    """Return whether the kernels solve the problem.
-
-    A deviation is known of rows on chip alone, and labels that are smooth of none.
-    """
-    is_unknown = problem.standardized and n_statistics(problem) > 0
-    return not is_unknown and is_exactly(problem.label_smoothing, 0)
+    if problem.student.shape[-1] <= longest:
+        return 0
+    return sweeps.N_STATISTICS.value + problem.standardized * N_STANDARD.value
 
 
 def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[Tensor, ...]]:
@@ -203,14 +198,13 @@ def _launch_whole_rows(
     aligned = [student, teacher] if gradient_rows is None else [student, teacher, gradient_rows]
     block, columns, num_warps = _tile(problem)
     with on_device(problem.student):
-        gradients.whole_rows[(triton.cdiv(n_rows, block),)](
+        whole_rows[(triton.cdiv(n_rows, block),)](
             **_arguments(problem),
             **_operands(student, teacher, gradient_rows, upstream),
             losses_ptr=None if losses is None else losses[0],
             cross_entropies_ptr=None if losses is None else losses[1],
             n_rows=n_rows,
             IS_MIXTURE=problem.divergence in _MIXTURES,
-            IS_STANDARDIZED=problem.standardized,
             FAST=_has_fast_log2(problem),
             ALIGNMENT=alignment(aligned, n_cols),
             ROWS=block,
@@ -263,7 +257,11 @@ def _launch_statistics(
     threads = 32 * num_warps
     partial = None
     if splits > 1:
-        partial = statistics.new_empty((n_rows, splits, sweeps.N_STATISTICS.value))
+        n_sums = sweeps.N_STATISTICS.value
+        if problem.standardized or _is_smooth(problem):
+            n_sums += sweeps.N_MORE.value
+        partial = statistics.new_empty((n_rows, splits, n_sums))
+    in_turn = [3] * problem.standardized + [1] + [2] * is_mixture
     shared = dict(
         **_arguments(problem),
         student=student,
@@ -276,7 +274,7 @@ def _launch_statistics(
         BOTH=both,
     )
     with on_device(problem.student):
-        for sweep in (0,) if splits == 1 else (1, 2) if is_mixture else (1,):
+        for sweep in [0] if splits == 1 else in_turn:
             sweeps.row_statistics[(n_rows, splits)](
                 **shared,
                 vectors_per_split=per_split,
@@ -303,8 +301,11 @@ def _launch_gradient(
     n_rows, n_cols = _shape(problem)
     student, teacher = rows_of(problem.student), rows_of(problem.teacher)
     gradient_rows, width = rows_of(gradient), _width(problem)
-    # numbers of float64 take two registers, and more to compute with: a thread has 8 of them
-    vectors = 1024 // width if _dtype(problem) == torch.float64 else 512
+    # numbers of float64 take two registers, and more to compute with: a thread has 8 of them;
+    # standardized logits stay in registers until the slope of a mixture is there
+    vectors = 256 if problem.standardized and problem.divergence in _MIXTURES else 512
+    if _dtype(problem) == torch.float64:
+        vectors = 1024 // width
     n_blocks = triton.cdiv(n_cols, vectors * width)
     shared = dict(
         **_arguments(problem),
@@ -340,12 +341,13 @@ def _arguments(problem: Rows) -> dict[str, Any]:
     """Return what all kernels take, by the names of their parameters."""
     dtype, device = _dtype(problem), problem.student.device
     is_decoupled = problem.divergence == "decoupled_kl"
-    numbers = sweeps.Numbers(
+    numbers = reading.Numbers(
         problem.student_temperature,
         problem.teacher_temperature,
         problem.weight,
         problem.scale,
         problem.row_weight,
+        problem.label_smoothing if _is_smooth(problem) else None,
     )
     # a temperature of each row, where one of the networks has it
     is_per_row = any(isinstance(x, Tensor) and x.ndim for x in numbers[:2])
@@ -358,9 +360,10 @@ def _arguments(problem: Rows) -> dict[str, Any]:
     own, shared = (numbers[:2], numbers[2:]) if is_per_row else ((), numbers)
     # float64 goes by pointer too, because a Python float reaches a kernel as float32
     by_pointer = dtype == torch.float64 or any(isinstance(x, Tensor) for x in shared)
-    numbers = sweeps.Numbers(
-        *own, *(_on_device(x, device) if by_pointer else float(x) for x in shared)
+    given = (
+        None if x is None else _on_device(x, device) if by_pointer else float(x) for x in shared
     )
+    numbers = reading.Numbers(*own, *given)
     return dict(
         labels_ptr=_flat(problem.labels),
         row_mask_ptr=_flat(problem.row_mask),
@@ -371,10 +374,17 @@ def _arguments(problem: Rows) -> dict[str, Any]:
         # the KL of all other classes, and what is added to it
         DIVERGENCE="forward_kl" if is_decoupled else problem.divergence,
         IS_DECOUPLED=is_decoupled,
+        IS_STANDARDIZED=problem.standardized,
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
         ON_DEVICE=by_pointer,
         PER_ROW=is_per_row,
     )
+
+
+def _is_smooth(problem: Rows) -> bool:
+    """Return whether labels are smooth; the label of a class that is set apart never is."""
+    is_sharp = problem.labels is None or problem.apart is not None
+    return not is_sharp and not is_exactly(problem.label_smoothing, 0)
 
 
 def _shape(problem: Rows) -> tuple[int, int]:
@@ -408,7 +418,7 @@ def _operands(
         upstream_ptr=of_losses,
         ce_upstream_ptr=of_labels,
         gradient_ptr=None if gradient is None else gradient.ptr,
-        strides=sweeps.Strides(
+        strides=reading.Strides(
             *(student.outer_stride, student.inner_stride),
             *(teacher.outer_stride, teacher.inner_stride),
             *(outer, inner),

@@ -12,17 +12,16 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.device import Strided
-from fastkd.kernels.rows.gradients import _pointers_of, _with_certain
-from fastkd.kernels.rows.sweeps import (
-    N_STATISTICS,
+from fastkd.kernels.rows.reading import (
     Pointers,
     edges,
     load_logits,
-    load_statistics,
+    pointers_of,
     temperature_of,
     units_of,
     vectors,
 )
+from fastkd.kernels.rows.sweeps import N_STATISTICS, load_statistics
 from fastkd.kernels.rows.terms import (
     LEAST,
     LOWEST,
@@ -35,6 +34,7 @@ from fastkd.kernels.rows.terms import (
     mixture_unit,
     slope,
 )
+from fastkd.kernels.rows.whole_rows import with_certain
 from fastkd.kernels.tiles import INFINITY, LN2, at_boundary, number, row_offset
 
 N_SUMS = tl.constexpr(4)  # of a block: both gradients without the tops, both temperatures'
@@ -163,7 +163,7 @@ def both_of_whole_rows(
         tl.store(of_student_temperature_ptr + rows, found, exists)
     if of_student_ptr is not None:
         certain = is_certain(zs, zt, zs, False)
-        slopes = _with_certain(slopes, pointers, columns, inside, certain, ms, False)
+        slopes = with_certain(slopes, pointers, columns, inside, certain, ms, False)
         tl.store(of_student_ptr + places, slopes.to(of_student_ptr.dtype.element_ty), mask=inside)
     of_teacher = _over(factor, T_teacher)
     slopes = _selected(teacher_slope(ds, dt, row, weight, DIVERGENCE, FAST), of_teacher)
@@ -173,7 +173,7 @@ def both_of_whole_rows(
     if of_teacher_ptr is not None:
         mirrored = Pointers(pointers.teacher, pointers.student, -1)
         certain = is_certain(zt, zs, zt, False)
-        slopes = _with_certain(slopes, mirrored, columns, inside, certain, mt, False)
+        slopes = with_certain(slopes, mirrored, columns, inside, certain, mt, False)
         tl.store(of_teacher_ptr + places, slopes.to(of_teacher_ptr.dtype.element_ty), mask=inside)
 
 
@@ -268,9 +268,9 @@ def both_gradients(
     factor = _row_factor(row, row >= 0, upstream_ptr, row_mask_ptr, strides.upstream, DTYPE)
     of_student, of_teacher = _over(factor, T_student), _over(factor, T_teacher)
     statistics = load_statistics(statistics_ptr + row.to(tl.int64) * N_STATISTICS)
-    rows, head = _pointers_of(
-        row, student_ptr, teacher_ptr, None, n_cols, inner, strides, CONGRUENT, WIDTH
-    )
+    student = Strided(student_ptr, strides.student_outer, strides.student_inner)
+    teacher = Strided(teacher_ptr, strides.teacher_outer, strides.teacher_inner)
+    rows, head = pointers_of(row, student, teacher, None, n_cols, inner, CONGRUENT, WIDTH)
     offset = row.to(tl.int64) * n_cols + head
     of_student_row, of_teacher_row = None, None
     if of_student_ptr is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastkd._softened import rows_of_problem
 from fastkd.kernels.device import Strided, alignment, congruent, on_device, rows_of
 from fastkd.kernels.rows import launch as of_rows
-from fastkd.kernels.rows import sweeps
+from fastkd.kernels.rows import reading
 from fastkd.kernels.softened import gradients
 from fastkd.problems.rows import Rows
 from fastkd.problems.softened import Softened
@@ -140,7 +140,7 @@ def _operands(rows: Rows, student: Strided, teacher: Strided, upstream: Tensor) 
         student_ptr=student.ptr,
         teacher_ptr=teacher.ptr,
         upstream_ptr=upstream,
-        strides=sweeps.Strides(
+        strides=reading.Strides(
             *(student.outer_stride, student.inner_stride),
             *(teacher.outer_stride, teacher.inner_stride),
             *(0, 0),  # the gradients are contiguous
