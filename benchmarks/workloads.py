@@ -295,7 +295,7 @@ class Workload(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.case.name
+        return self.case.name + "-teacher_gradient" * ("teacher_gradient" in self.options)
 
     @property
     def problem(self) -> str | None:
@@ -337,6 +337,16 @@ def workload(case: Case) -> Workload:
     )
 
 
+def learning(workload: Workload) -> Workload:
+    """Return the workload whose teacher gets a gradient too."""
+
+    def inputs(*arguments: Any) -> list[Tensor]:
+        return [x.requires_grad_() for x in workload.inputs(*arguments)]
+
+    return workload._replace(inputs=inputs, options={**workload.options, "teacher_gradient": True})
+
+
 WORKLOADS = [workload(case) for case in LOSSES]
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
 FUSED = [x for x in WORKLOADS if x.case.has_kernels and x.family.compiled_sizes]
+BOTH = [learning(x) for x in FUSED if "teacher_gradient" in x.case.parameters]

@@ -372,13 +372,13 @@ def _wrong(loss: Loss[..., Any], inputs: Inputs, device: str) -> str | None:
         if is_triton and _obstacle_of(dtype, device):
             continue
         try:
-            got = _value_and_gradient(loss, inputs(device, dtype))
+            got = _value_and_gradients(loss, inputs(device, dtype))
             with fastkd.backend("formula"):
                 true = tree_map(_exact, inputs("cpu", dtype))
-                expected = _value_and_gradient(loss, true)
+                expected = _value_and_gradients(loss, true)
         except Exception as error:  # any, so that the other losses are still examined
             return f"{dtype}: {type(error).__name__}: {error}"
-        for what, a, b in zip(("value", "gradient"), got, expected, strict=True):
+        for what, a, b in zip(("value", *_GRADIENTS), got, expected, strict=False):
             difference = ((a - b).abs().max() / b.abs().max()).item()
             if not difference <= tolerance:
                 return f"{dtype}: its {what} is {difference:.1e} from the formula's"
@@ -389,12 +389,19 @@ def _exact(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def _value_and_gradient(loss: Loss[..., Any], tensors: list[Any]) -> list[Tensor]:
+_GRADIENTS = "gradient", "gradient with the teacher's", "gradient in the teacher"
+
+
+def _value_and_gradients(loss: Loss[..., Any], tensors: list[Any]) -> list[Tensor]:
+    """Return value and gradient and, of a loss whose teacher may learn, those of both networks."""
     student, *_ = tree_leaves(tensors)
     tensors = tree_map(lambda x: x.detach() if x is not student else x.requires_grad_(), tensors)
     value = loss(*tensors)
-    (gradient,) = torch.autograd.grad(value, student)
-    return [x.detach().cpu().double() for x in (value, gradient)]
+    found = [value, *torch.autograd.grad(value, student)]
+    if "teacher_gradient" in signature(loss).parameters:
+        both = [x.detach().requires_grad_() for x in tensors]
+        found += torch.autograd.grad(loss(*both, teacher_gradient=True), both)
+    return [x.detach().cpu().double() for x in found]
 
 
 if __name__ == "__main__":

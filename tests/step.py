@@ -1,6 +1,7 @@
 """Count what a training step of a loss launches on a GPU and moves through its memory, without one.
 
     python tests/step.py info_nce 65536x512 bfloat16 [sm_90]
+    python tests/step.py forward_kl-teacher_gradient 4096x8192 bfloat16
     step = count(BY_NAME["info_nce"], (65536, 512), torch.bfloat16)
     step.launches, step.bytes       forward and backward of PyTorch's operations and our kernels
 
@@ -33,7 +34,7 @@ from fastkd import _products as products
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from workloads import BY_NAME, Workload
+from workloads import BOTH, BY_NAME, Workload
 
 # they allocate, or say how memory is to be seen
 FREE = {
@@ -223,12 +224,13 @@ def table(step: Step, unit: str, n: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("loss", choices=BY_NAME, metavar="LOSS")
+    known = BY_NAME | {workload.name: workload for workload in BOTH}
+    parser.add_argument("loss", choices=known, metavar="LOSS")
     parser.add_argument("shape", metavar="65536x512")
     parser.add_argument("dtype", choices=("bfloat16", "float16", "float32", "float64"))
     parser.add_argument("target", nargs="?", default="sm_90", choices=DEVICES)
     options = parser.parse_args()
-    case, shape = BY_NAME[options.loss], tuple(map(int, options.shape.split("x")))
+    case, shape = known[options.loss], tuple(map(int, options.shape.split("x")))
     step = count(case, shape, getattr(torch, options.dtype), options.target)
     lines = table(step, *unit_of(case, shape))
     print(f"{options.loss} {options.shape} {options.dtype} {options.target}: {lines[0]}")

@@ -31,13 +31,13 @@ import triton
 from counts import Case
 from gate import DEVICES, Launch, capture
 from sass import analyse, resources_of
-from workloads import WORKLOADS
+from workloads import BOTH, WORKLOADS
 
 import fastkd
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PAIRS = [*itertools.product(DTYPES, repeat=2)]  # of student and teacher
-LOSSES = [workload for workload in WORKLOADS if workload.case.has_kernels]
+LOSSES = [workload for workload in WORKLOADS if workload.case.has_kernels] + BOTH
 ALLOWED = {name: x["most"] for name, x in budgets.read()["spills"].items()}  # of a kernel
 HAS_LINKER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)  # which gfx942 needs
 TARGETS = [target for target in DEVICES if target != "gfx942" or HAS_LINKER]

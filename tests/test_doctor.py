@@ -14,6 +14,7 @@ import fastkd
 from fastkd import __main__ as program
 from fastkd import _backend
 from fastkd.portable import rows as portable
+from fastkd.portable import softened
 
 ON_CPU = {"cpu": ""}
 
@@ -119,6 +120,21 @@ def test_a_wrong_gradient_fails(dtype, monkeypatch, capsys):
     assert f"{dtype}: its gradient is" in lines_of(page)["forward_kl"][1]
 
 
+def test_a_wrong_gradient_of_the_teacher_fails(monkeypatch, capsys):
+    right = softened.backward
+
+    def wrong(*arguments):
+        of_student, of_teacher, *others = right(*arguments)
+        return of_student, of_teacher * (1 + 1e-3), *others
+
+    monkeypatch.setattr(softened, "backward", wrong)
+    with fastkd.backend("portable"):
+        status, page = doctor(monkeypatch, capsys)
+    assert status == 1
+    assert "its gradient in the teacher is" in lines_of(page)["forward_kl"][1]
+    assert lines_of(page)["kd"] == ["portable", "ok"]
+
+
 def test_an_error_is_reported(monkeypatch, capsys):
     def broken(*arguments):
         raise ZeroDivisionError("the engine is broken")
@@ -132,7 +148,7 @@ def test_an_error_is_reported(monkeypatch, capsys):
 
 def test_a_nan_is_wrong(monkeypatch):
     nan = torch.tensor(torch.nan)
-    monkeypatch.setattr(program, "_value_and_gradient", lambda *_: [nan, nan])
+    monkeypatch.setattr(program, "_value_and_gradients", lambda *_: [nan, nan])
     assert "its value is nan" in program._wrong(fastkd.logit_mse, program._logits, "cpu")
 
 
@@ -238,7 +254,7 @@ def test_an_interpreter_as_shipped_is_examined_without_bfloat16(monkeypatch, cap
     examined = []
     monkeypatch.setattr(
         program,
-        "_value_and_gradient",
+        "_value_and_gradients",
         lambda _, x: examined.append(x[0].dtype) or [torch.ones(1)] * 2,
     )
     with fastkd.backend("triton"):

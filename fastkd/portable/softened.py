@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastkd._op import Number
 from fastkd._pages import in_huge_pages
 from fastkd._softened import rows_of_problem
 from fastkd.portable import rows
@@ -26,12 +28,27 @@ from fastkd.portable._row_terms import (
     softmax,
     terms_of,
 )
-from fastkd.portable.rows import _for_chunks, _in_compute_dtype, _select
-from fastkd.problems.rows import Rows
+from fastkd.portable.rows import _FEW, _factors, _for_chunks, _in_compute_dtype, _select
 from fastkd.problems.softened import Softened, mirror_of
 
-# divergences that leave both softmaxes as they are when they write a slope
+# divergences whose slopes leave both softmaxes as they are, and those that read no d of them
 _PRESERVING = ("forward_kl", "soft_cross_entropy")
+_WITHOUT_D = ("jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation")
+
+
+class _Network(NamedTuple):
+    """A network, the divergence whose student it is, and where its gradients go."""
+
+    divergence: str
+    weight: Number  # the divergence's own option
+    logits: Tensor  # (..., V)
+    temperature: Tensor  # [N, 1]
+    of_logits: Tensor | None  # (..., V)
+    of_temperature: Tensor | None  # (...)
+
+    @property
+    def learns(self) -> bool:
+        return self.of_logits is not None or self.of_temperature is not None
 
 
 def n_statistics(problem: Softened) -> int:
@@ -52,93 +69,99 @@ def backward(
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Return Σ upstream · ∂losses with respect to what is needed: logits and temperatures."""
-    (of_losses,) = upstream
-    assert of_losses is not None  # without an upstream gradient there is no backward
     known = _in_compute_dtype(rows_of_problem(problem))
-    logits, temperatures = (known.student, known.teacher), _temperatures(known)
-    n_rows, dtype = logits[0].shape[:-1].numel(), statistics.dtype
-    table, factors = statistics.reshape(n_rows, -1, 1), _factors(known, of_losses, dtype)
+    factors, _ = _factors(known, upstream[0], None)
+    assert factors is not None  # without an upstream gradient there is no backward
+    networks = student, teacher = _networks(problem, known.weight, needs_grad)
+    learning = [i for i in (0, 1) if networks[i].learns]
+    if teacher.divergence in _PRESERVING:
+        learning.reverse()
+    keeps = networks[learning[0]].divergence in _PRESERVING or len(learning) == 1
+    n_scratch = N_SCRATCH + 1 + (0 if keeps else 4)
+    written = [i for i in (0, 1) if needs_grad[i]]
+    dtype, table = statistics.dtype, statistics.reshape(len(factors), -1, 1)
     # elsewhere than on a CPU a look at the factors would be a host sync
     has_masked = not (factors.is_cpu and factors.all())
-    mirror = mirror_of(known.divergence, known.weight)
-    divergences = (known.divergence, known.weight), mirror
-    learning = [i for i in (0, 1) if needs_grad[i] or needs_grad[2 + i]]
-    if mirror[0] in _PRESERVING:
-        learning.reverse()
-    is_overwritten = len(learning) == 2 and divergences[learning[0]][0] not in _PRESERVING
-    needed = [i for i in (0, 1) if needs_grad[i]]
-    gradients = [
-        in_huge_pages(torch.empty_like(logits[i], memory_format=torch.contiguous_format))
-        for i in needed
-    ]
-    of_temperatures = {i: factors.new_empty((n_rows, 1)) for i in (0, 1) if needs_grad[2 + i]}
 
     def work(chunk: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
-        z, out = chunks[:2], dict(zip(needed, chunks[2:], strict=True))
+        z, out = chunks[:2], dict(zip(written, chunks[2:], strict=True))
+        if scratch[0] is None and z[0].numel() > _FEW:
+            # one allocation, because the system would take back and clear the pages of many
+            scratch = z[0].new_empty((n_scratch, *z[0].shape), dtype=dtype).unbind()
         numbers, factor = table[chunk].unbind(1), factors[chunk]
-        own = [temperatures[i][chunk] for i in (0, 1)]
-        networks = [
-            softmax(z[i], own[i], dtype, scratch[2 * i : 2 * i + 2], numbers[2 * i : 2 * i + 2])
-            for i in (0, 1)
+        both = [
+            softmax(z[i], x.temperature[chunk], dtype, scratch[2 * i :], numbers[2 * i : 2 * i + 2])
+            for i, x in enumerate(networks)
         ]
-        for place, i in enumerate(learning):
-            softmaxes = networks
-            if is_overwritten and place == 0:
-                softmaxes = [
-                    _copy(x, *scratch[6 + 2 * j : 8 + 2 * j]) for j, x in enumerate(networks)
-                ]
-            divergence, weight = divergences[i]
-            mean = numbers[4] if i == 0 and divergence in CENTRED else None
-            terms = terms_of(divergence, softmaxes[i], softmaxes[1 - i], weight, scratch[4:6], mean)
+        for i in learning:
+            own, temperature = networks[i], networks[i].temperature[chunk]
+            is_last = i == learning[-1]
+            # the other network needs the softmaxes too
+            q, p = both[i], both[1 - i]
+            if not (keeps or is_last):
+                needs_d = own.divergence not in _WITHOUT_D
+                q = _copy(q, scratch[6], scratch[7], needs_d)
+                p = _copy(p, scratch[8], scratch[9], needs_d)
+            mean = numbers[4] if i == 0 and own.divergence in CENTRED else None
+            terms = terms_of(own.divergence, q, p, own.weight, scratch[4:6], mean)
             slope = out[i] if i in out and out[i].dtype == dtype else scratch[-1]
             if slope is None:
                 slope = torch.empty_like(z[i], dtype=dtype)
-            terms.slope(slope, factor / own[i])
+            terms.slope(slope, factor / temperature)
             if has_masked:
                 _select(slope, factor)
-            if i in of_temperatures:
-                above = torch.sub(z[i], networks[i].top, out=scratch[4])
-                found = _of_temperature(slope, above, own[i])
-                of_temperatures[i][chunk] = torch.where(factor == 0, 0, found)
+            if own.of_temperature is not None:
+                above = torch.sub(z[i], both[i].top, out=scratch[4])
+                found = _of_temperature(slope, above).div_(temperature)
+                own.of_temperature.view(-1, 1)[chunk] = torch.where(factor == 0, 0, found)
             if i in out:
-                centre(slope, certain_rows(z[i], [networks[i].total]))
+                centre(slope, certain_rows(z[i], [both[i].total]))
                 if slope is not out[i]:
                     out[i].copy_(slope)
 
-    _for_chunks(work, N_SCRATCH + 4 * is_overwritten + 1, *logits, *gradients)
-    of_logits = dict(zip(needed, gradients, strict=True))
-    return *(of_logits.get(i) for i in (0, 1)), *(
-        of_temperatures[i].view(logits[0].shape[:-1]) if i in of_temperatures else None
-        for i in (0, 1)
-    )
+    gradients = [x.of_logits for x in networks if x.of_logits is not None]
+    _for_chunks(work, n_scratch, student.logits, teacher.logits, *gradients)
+    return *(x.of_logits for x in networks), *(x.of_temperature for x in networks)
 
 
-def _temperatures(known: Rows) -> list[Tensor]:
-    """Return the temperatures of student and teacher as columns [N, 1]."""
-    both = known.student_temperature, known.teacher_temperature
-    return [x.reshape(-1, 1) for x in both if isinstance(x, Tensor)]
+def _networks(
+    problem: Softened, weight: Number, needs_grad: Sequence[bool]
+) -> tuple[_Network, _Network]:
+    """Return student and teacher, with new tensors for what needs a gradient."""
+    kept = torch.contiguous_format
+    of_logits = [
+        in_huge_pages(torch.empty_like(x, memory_format=kept)) if needed else None
+        for x, needed in zip(problem[:2], needs_grad[:2], strict=True)
+    ]
+    of_temperatures = [
+        torch.empty_like(x, memory_format=kept) if needed else None
+        for x, needed in zip(problem[2:4], needs_grad[2:], strict=True)
+    ]
+    return (
+        _Network(
+            problem.divergence, weight, problem.student,
+            problem.student_temperature.reshape(-1, 1), of_logits[0], of_temperatures[0],
+        ),
+        _Network(
+            *mirror_of(problem.divergence, weight), problem.teacher,
+            problem.teacher_temperature.reshape(-1, 1), of_logits[1], of_temperatures[1],
+        ),
+    )  # fmt: skip
 
 
-def _factors(known: Rows, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what multiplies the gradient of each row [N, 1], 0 if it is masked."""
-    factors = upstream.reshape(-1, 1).to(dtype)
-    if known.row_mask is None:
-        return factors
-    return torch.where(known.row_mask.reshape(-1, 1), factors, 0)
-
-
-def _copy(network: Softmax, d: Tensor | None, e: Tensor | None) -> Softmax:
-    """Return the softmax in two other buffers."""
+def _copy(network: Softmax, d: Tensor | None, e: Tensor | None, needs_d: bool) -> Softmax:
+    """Return the softmax in two other buffers, the first of which may be left to write to."""
+    d = torch.empty_like(network.d) if d is None else d
     return network._replace(
-        d=network.d.clone() if d is None else d.copy_(network.d),
+        d=d.copy_(network.d) if needs_d else d,
         e=network.e.clone() if e is None else e.copy_(network.e),
     )
 
 
-def _of_temperature(slopes: Tensor, above: Tensor, temperature: Tensor) -> Tensor:
-    """Return the gradient of temperatures [R, 1], overwriting the logits above the pivot.
+def _of_temperature(slopes: Tensor, above: Tensor) -> Tensor:
+    """Return −Σ slopes · (z − pivot) of rows [R, 1], overwriting the latter.
 
     Excluded classes have no part in it.
     """
     above.nan_to_num_(math.nan, posinf=math.inf, neginf=0)
-    return above.mul_(slopes).sum(-1, keepdim=True).div_(temperature).neg_()
+    return above.mul_(slopes).sum(-1, keepdim=True).neg_()
