@@ -129,8 +129,9 @@ def measure(
     Each is announced before it runs. An error after which no other can run is raised.
     """
     inputs = problem.workload.inputs(problem.shape, problem.dtype, device.name)
-    # another convention is off by half or more; in half precision eager PyTorch is by up to a tenth
-    tolerance = 1e-3 if problem.dtype.itemsize > 2 else 0.4
+    # another convention is off by half or more; eager PyTorch is by 2e-3 of teacher_free_kd, where
+    # T² = 400 multiplies what rounding leaves, and in half precision by up to a tenth
+    tolerance = 1e-2 if problem.dtype.itemsize > 2 else 0.4
     found: dict[str, Row] = {}
     ready: dict[str, Ready] = {}
     ours: Found | None = None

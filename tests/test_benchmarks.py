@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import agreement  # noqa: E402
 import bench  # noqa: E402
 import devices  # noqa: E402
+import logit_rows  # noqa: E402
 import peers  # noqa: E402
 import records  # noqa: E402
 import report  # noqa: E402
@@ -39,7 +40,11 @@ def main(monkeypatch):
 # -------------------------------------------------------------------------------------- workloads
 
 
-@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
+@pytest.mark.parametrize(
+    "workload",
+    [*WORKLOADS, *(x for x in logit_rows.WORKLOADS if x.of_options)],
+    ids=lambda workload: workload.label,
+)
 def test_what_is_compared_is_the_same_loss(workload):
     results = []
     for loss in (workload.fastkd, workload.eager):
@@ -246,6 +251,36 @@ def test_a_run_writes_its_record(tmp_path, main, capsys):
     }
     assert {"utc", "commit", "torch", "python", "peers"} <= record["runs"][0].keys()
     assert not [row for row in record["rows"] if report.is_stale(row)]
+
+
+def test_a_run_says_what_was_asked_for_and_what_came_out(tmp_path, main, capsys):
+    options = ["--quick", "--logits", "--loss=multi_teacher", "--sizes=4x8", "--threads=1"]
+    assert main(bench, *options, f"--out={tmp_path}") == 0
+    page = capsys.readouterr().out
+    assert "| multi_teacher, mixture of 3 |   4×8 |" in page
+    assert "| multi_teacher, sum of 3 4×8, 3 teachers / 1" in page
+    (record,) = records.read(tmp_path)
+    assert len(record["rows"]) == 4 and len({records.key_of(row) for row in record["rows"]}) == 4
+
+
+def test_a_bar_is_met_or_missed():
+    def row(loss, ratio, peak, **others):
+        entries = {"fastkd": dict(peak_extra_bytes=peak), "eager": dict(ratio=ratio), **others}
+        where = dict(shape=[2048, 32000], direction=runner.DIRECTIONS[0])
+        return dict(loss=loss, implementations=entries, **where)
+
+    n_bytes = 4 * 2048 * 32000
+    rows = [
+        row("wsld", 1.99, 1.21 * n_bytes),
+        row("mutual_kl", 2.0, 3.6 * n_bytes) | dict(options="3 networks"),
+        row("multi_teacher", 3.0, n_bytes, **{logit_rows.ONE_TEACHER: dict(ratio=0.4)})
+        | dict(options="sum of 3"),
+    ]
+    lines = [line.split("|")[1:5] for line in logit_rows.bars(rows).splitlines()[2:]]
+    assert [[x.strip() for x in line[2:]] for line in lines] == [
+        ["1.99", "missed"], ["1.21", "missed"], ["2.00", "met"], ["1.20", "met"],
+        ["3.00", "met"], ["1.00", "met"], ["2.50", "missed"],
+    ]  # fmt: skip
 
 
 def test_a_run_refuses_what_it_does_not_know(main, capsys):

@@ -13,6 +13,7 @@ CHUNK = 1 << 14  # numbers
 SCRATCH = 6 * 4 + 1  # bytes for each number of a chunk: six of float32, one of bool
 OTHERS = ("logit_mse", "ibot", "multi_teacher")  # the last one has a chunk more: test_ensemble.py
 ROWS = [x for x in LOSSES if x.per_example and x.problem == "rows" and x.name not in OTHERS]
+LABELLED = next(x for x in ROWS if x.name == "kd")
 each_of_rows = pytest.mark.parametrize("case", ROWS, ids=str)
 
 
@@ -53,6 +54,22 @@ def test_rows_at_the_size_of_a_language_model(case):
     n_rows, n_cols = 64, 32000
     inputs = case.inputs((n_rows,), n_cols, torch.float32, device="meta")
     assert peak_of(case, inputs, reduction="mean") <= 1.15 * 4 * n_rows * n_cols
+
+
+@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1, class_weights=True)], ids=str)
+@pytest.mark.parametrize("are_soft", [False, True], ids=["classes", "soft"])
+def test_labels_of_every_kind_take_no_more(options, are_soft):
+    """Soft labels that are smoothed are new ones, as large as the logits."""
+    n_rows, n_cols = 64, 2000
+    student, teacher, labels = LABELLED.inputs((n_rows,), n_cols, torch.float32)
+    if are_soft:
+        labels = torch.nn.functional.one_hot(labels, n_cols).float()
+    if "class_weights" in options:
+        options = options | dict(class_weights=torch.rand(n_cols))
+    n_targets = 2 * bool(are_soft and options)  # one of them is not weighted yet
+    peak = peak_of(fastkd.kd, [student, teacher, labels], **options)
+    allowed = (1 + n_targets) * 4 * n_rows * n_cols + SCRATCH * CHUNK
+    assert peak <= allowed + 256 * n_rows + 8 * n_cols
 
 
 def test_formulas_take_more():

@@ -91,7 +91,7 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
     if needs_grad[0] and has_one_loss and foresees_weight(problem):
         gradient = in_huge_pages(torch.empty_like(student))
         dtype = compute_dtype(student, problem.teacher)
-        weights = student.new_full((), problem.row_weight, dtype=dtype).expand(student.shape[:-1])
+        weights = student.new_ones(student.shape[:-1], dtype=dtype) * problem.row_weight
         found, _ = value_and_gradients(problem, needs_grad, row_weights=weights, gradient=gradient)
         return found, (student.new_empty((*student.shape[:-1], 0), dtype=dtype), gradient)
     losses, cross_entropies = _empty_losses(problem)

@@ -1,0 +1,83 @@
+"""Gradients that the portable forward makes because it knows what the losses are multiplied by."""
+
+import pytest
+import torch
+from cases import LOSSES
+from exactness import assert_same
+from force import in_chunks_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastkd
+
+ROWS = ("forward_kl", "reverse_kl", "total_variation", "decoupled_kd", "wsld")
+FORESEEN = [x for x in LOSSES if x.name in ROWS]
+each_case = pytest.mark.parametrize("case", FORESEEN, ids=str)
+SHAPE = (20,), 30
+
+
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch):
+    in_chunks_of(200, monkeypatch)
+    with fastkd.backend("portable"):
+        yield
+
+
+class Exponentials(TorchDispatchMode):
+    """Counts the chunks of which exponentials are computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.exp2, torch.ops.aten.exp2_)
+        return func(*args, **(kwargs or {}))
+
+
+def exponentials(case, **options):
+    student, *others = case.inputs(*SHAPE)
+    with Exponentials() as forward:
+        loss = case(student, *others, **options)
+    with Exponentials() as backward:
+        loss.backward(torch.ones_like(loss))
+    return forward.count, backward.count
+
+
+@each_case
+def test_the_backward_computes_nothing_anew(case):
+    assert exponentials(case, reduction="none")[1] > 0
+    assert exponentials(case, reduction="mean")[1] == 0
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_every_upstream_gradient_gets_its_own(case, dtype):
+    """Also the second one of a graph, which finds none that is foreseen."""
+    student, *others = case.inputs(*SHAPE, dtype)
+    rows = case(student, *others, reduction="none")
+    for reduction, unit in (("mean", 1 / 20), ("sum", 1.0)):
+        loss = case(student, *others, reduction=reduction)
+        for factor in (0.3, 1.0, 0.0, 1.0):  # the first of them finds what was foreseen
+            upstream = torch.full_like(rows, factor * unit)
+            (found,) = torch.autograd.grad(loss * factor, student, retain_graph=True)
+            (expected,) = torch.autograd.grad(rows, student, upstream, retain_graph=True)
+            assert_same([found], [expected], {2: 1e-2, 4: 2e-6, 8: 1e-12}[dtype.itemsize])
+
+
+@each_case
+def test_strided_logits_get_their_gradient(case):
+    student, *others = case.inputs((4, 6), 30)
+    turned = student.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    found = [
+        torch.autograd.grad(case(x, *others, reduction="mean"), x)[0] for x in (turned, student)
+    ]
+    assert_same(found[:1], found[1:])
+
+
+@each_case
+def test_a_row_that_is_nan_reaches_no_other(case):
+    student, *others = case.inputs(*SHAPE)
+    (clean,) = torch.autograd.grad(case(student, *others, reduction="mean"), student)
+    others[0][3] = torch.nan
+    (found,) = torch.autograd.grad(case(student, *others, reduction="mean"), student)
+    kept = [i for i in range(20) if i != 3]
+    assert_same([found[kept]], [clean[kept]])
+    assert found[3].isnan().all()
