@@ -14,11 +14,13 @@ import triton.language as tl
 
 from fastkd.kernels.corrected.terms import (
     Row,
-    add_tile,
+    add,
     corrected,
     label_logit,
     no_sums,
+    reference_of,
     slope,
+    whole,
 )
 from fastkd.kernels.device import Strided
 from fastkd.kernels.rows.reading import Pointers, edges, load_logits, units_of, vectors
@@ -51,9 +53,25 @@ def _pointers_of(
     rows = Pointers(
         at_boundary(student_row, head, True),
         at_boundary(teacher_ptr, row_offset(row, inner, teacher) + head, CONGRUENT),
-        label - head,
+        (label - head).to(tl.int32),  # because numbers of 64 bits take more to compare with
     )
     return rows, head
+
+
+@triton.jit
+def _is_counted(rows, columns, mask):
+    """Return which columns of a tile are inside their rows and not the label."""
+    is_other = columns != rows.apart
+    return is_other if mask is None else is_other & mask
+
+
+@triton.jit
+def _add_tile(
+    sums, rows, columns, mask, units, DIVERGENCE: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Return the sums with the logits of a tile of one row, a vector for each thread."""
+    x, y = load_logits(rows, columns, mask, DIVERGENCE, True, DTYPE)
+    return add(sums, x, y, _is_counted(rows, columns, mask), units, DIVERGENCE)
 
 
 @triton.jit
@@ -67,6 +85,7 @@ def _finish(
     of_teacher = of_student
     if DIVERGENCE != "":
         of_teacher = label_logit(rows.teacher - head, label, n_cols, DTYPE)
+    sums = whole(sums, n_cols, units, DIVERGENCE)
     value, found = corrected(sums, units, of_student, of_teacher, correction, DIVERGENCE)
     tl.store(losses_ptr + row, value * number(numbers.scale, ON_DEVICE, DTYPE))
     _store(statistics_ptr + row.to(tl.int64) * N_STATISTICS, *found)
@@ -106,19 +125,24 @@ def corrected_sums(
     )
     start = split * vectors_per_split
     end = tl.maximum(start, tl.minimum(start + vectors_per_split, (n_cols - head) // WIDTH))
-    sums = no_sums(THREADS, DIVERGENCE, DTYPE)
+    pivot = LOWEST
+    if DIVERGENCE == "":
+        first = tl.arange(0, THREADS)[None, :]  # the same for all splits
+        x, _ = load_logits(rows, first - head, first < n_cols, "", True, DTYPE)
+        pivot = tl.max(reference_of(x), 0)
+    sums = no_sums(pivot, THREADS, DTYPE)
     rest = start + (end - start) // THREADS * THREADS
     for i in range(start, rest, THREADS):
         columns = vectors(i, THREADS, WIDTH)
-        sums, _, _ = add_tile(sums, rows, columns, None, units, DIVERGENCE, DTYPE)
+        sums = _add_tile(sums, rows, columns, None, units, DIVERGENCE, DTYPE)
     if rest < end:
         inside = (rest + tl.arange(0, THREADS) < end)[:, None]
         columns = vectors(rest, THREADS, WIDTH)
-        sums, _, _ = add_tile(sums, rows, columns, inside, units, DIVERGENCE, DTYPE)
+        sums = _add_tile(sums, rows, columns, inside, units, DIVERGENCE, DTYPE)
     if (split == 0) & (n_cols % WIDTH + head > 0):
         at_edge, inside_edge = edges(head, n_cols, THREADS, WIDTH)
-        sums, _, _ = add_tile(sums, rows, at_edge, inside_edge, units, DIVERGENCE, DTYPE)
-    sums = merge(sums, units, "forward_kl")
+        sums = _add_tile(sums, rows, at_edge, inside_edge, units, DIVERGENCE, DTYPE)
+    sums = merge(sums, units, DIVERGENCE)
     if partial_ptr is None:
         _finish(
             sums, rows, head, row, label, n_cols, units, numbers, losses_ptr, statistics_ptr,
@@ -155,11 +179,10 @@ def combine_corrected(
     inside = split < n_splits
     place = partial_ptr + (row.to(tl.int64) * n_splits + split) * N_STATISTICS
     zeros = tl.zeros([SPLITS], DTYPE)
-    of_teacher = 0.0 if DIVERGENCE == "" else LOWEST
     sums = Sums(
         tl.load(place, inside, LOWEST),
         tl.load(place + 1, inside, 0.0),
-        tl.load(place + 2, inside, of_teacher),
+        tl.load(place + 2, inside, LOWEST),
         tl.load(place + 3, inside, 0.0),
         tl.load(place + 4, inside, 0.0),
         zeros,
@@ -168,7 +191,7 @@ def combine_corrected(
     units = units_of(numbers, row, False, ON_DEVICE, DTYPE)
     rows, _ = _pointers_of(row, label, student_ptr, teacher_ptr, 0, inner, strides, False, 1)
     _finish(
-        merge(sums, units, "forward_kl"), rows, 0, row, label, n_cols, units, numbers, losses_ptr,
+        merge(sums, units, DIVERGENCE), rows, 0, row, label, n_cols, units, numbers, losses_ptr,
         statistics_ptr, DIVERGENCE, DTYPE, ON_DEVICE,
     )  # fmt: skip
 
@@ -280,11 +303,13 @@ def corrected_rows(
     teacher = Strided(teacher_ptr, strides.teacher_outer, strides.teacher_inner)
     student_rows = student_ptr + row_offset(rows, inner, student) // ALIGNMENT * ALIGNMENT
     teacher_rows = teacher_ptr + row_offset(rows, inner, teacher) // ALIGNMENT * ALIGNMENT
-    pointers = Pointers(student_rows[:, None], teacher_rows[:, None], label[:, None])
+    pointers = Pointers(student_rows[:, None], teacher_rows[:, None], label.to(tl.int32)[:, None])
     inside = (label >= 0)[:, None] & (columns < n_cols)
-    sums, x, y = add_tile(
-        no_sums(ROWS, DIVERGENCE, DTYPE), pointers, columns, inside, units, DIVERGENCE, DTYPE
-    )
+    x, y = load_logits(pointers, columns, inside, DIVERGENCE, True, DTYPE)
+    pivot = reference_of(x) if DIVERGENCE == "" else LOWEST
+    is_counted = _is_counted(pointers, columns, inside)
+    sums = add(no_sums(pivot, ROWS, DTYPE), x, y, is_counted, units, DIVERGENCE)
+    sums = whole(sums, n_cols, units, DIVERGENCE)
     of_student = label_logit(student_rows, label, n_cols, DTYPE)
     of_teacher = of_student
     if DIVERGENCE != "":

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.kernels.rows.reading import load_logits
 from fastkd.kernels.rows.terms import (
     LOWEST,
     Sums,
@@ -49,34 +48,45 @@ class Row(NamedTuple):
 
 
 @triton.jit
-def no_sums(N: tl.constexpr, DIVERGENCE: tl.constexpr, DTYPE: tl.constexpr):
-    """Return the Sums [N] over no logits; a teacher that is uniform has the pivot 0."""
-    pivots, zeros = tl.full([N], LOWEST, DTYPE), tl.zeros([N], DTYPE)
-    of_teacher = zeros if DIVERGENCE == "" else pivots
-    return Sums(pivots, zeros, of_teacher, zeros, zeros, zeros, zeros)
+def no_sums(pivot, N: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the Sums [N] over no logits, with this number for a pivot of the teacher."""
+    zeros = tl.zeros([N], DTYPE)
+    return Sums(zeros + LOWEST, zeros, zeros + pivot, zeros, zeros, zeros, zeros)
 
 
 @triton.jit
-def add_tile(
-    sums, rows, columns, mask, units, DIVERGENCE: tl.constexpr, DTYPE: tl.constexpr
-):  # fmt: skip
-    """Return the sums [R] with the logits [R, K] of other classes than the label, and the logits.
+def reference_of(x):
+    """Return a finite number that the logits [R, K] of rows, one of them or all, lie near."""
+    top = tl.max(x, 1)
+    return tl.where(top == -INFINITY, 0.0, top)
 
-    Without a teacher, which is a DIVERGENCE of "", the student alone is read.
+
+@triton.jit
+def add(sums, x, y, is_counted, units, DIVERGENCE: tl.constexpr):
+    """Return the sums [R] with the logits x, y [R, K], which are −∞ where they are not counted.
+
+    Without a teacher, which is a DIVERGENCE of "", a is the sum of what the logits are below the
+    reference that stands for a pivot of the teacher. It is the same for a whole row, so that it
+    never changes, as pivots do.
     """
-    x, y = load_logits(rows, columns, mask, DIVERGENCE, True, DTYPE)
     if DIVERGENCE != "":
-        return fold(x, y, units, sums, DIVERGENCE, False), x, y
-    counted = columns != rows.apart
-    if mask is not None:
-        counted &= mask
+        return fold(x, y, units, sums, DIVERGENCE, False)
     ms = tl.maximum(sums.ms, tl.max(x, 1))
-    rise = (ms - sums.ms) * units.cs
-    ds = (x - ms[:, None]) * units.cs
-    zs = sums.zs * tl.exp2(-rise) + tl.sum(tl.exp2(ds), 1)
-    a = sums.a + sums.zt * rise + tl.sum(tl.where(counted, -ds, 0.0), 1)
-    zt = sums.zt + tl.sum(counted.to(DTYPE), 1)
-    return Sums(ms, zs, sums.mt, zt, a, sums.b, sums.z1), x, y
+    shrink = tl.exp2((sums.ms - ms) * units.cs)
+    zs = sums.zs * shrink + tl.sum(tl.exp2((x - ms[:, None]) * units.cs), 1)
+    a = sums.a + tl.sum(tl.where(is_counted, sums.mt[:, None] - x, 0.0), 1)
+    return Sums(ms, zs, sums.mt, sums.zt, a, sums.b, sums.z1)
+
+
+@triton.jit
+def whole(sums, n_cols, units, DIVERGENCE: tl.constexpr):
+    """Return the sums of whole rows as of two networks, where the teacher may be uniform."""
+    if DIVERGENCE != "":
+        return sums
+    n_others = (n_cols - 1).to(sums.zs.dtype)
+    a = (n_others * (sums.ms - sums.mt) + sums.a) * units.cs
+    zeros = tl.zeros_like(sums.zs)
+    return Sums(sums.ms, sums.zs, zeros, zeros + n_others, a, zeros, zeros)
 
 
 @triton.jit
@@ -108,7 +118,7 @@ def target_of(label, sums, unit, correction, DIVERGENCE: tl.constexpr):
 def corrected(
     sums, units, student_label, teacher_label, correction, DIVERGENCE: tl.constexpr
 ):  # fmt: skip
-    """Return the KL of rows from their sums and the logits of their labels, and their Row."""
+    """Return the KL of whole rows from their sums and the logits of their labels, and their Row."""
     target = target_of(teacher_label, sums, units.ct, correction, DIVERGENCE)
     of_q = log2_odds(student_label, sums.ms, sums.zs, units.cs)
     among, _ = kl_value(sums.zs, sums.zt, sums.a, sums.b, correction, "forward_kl")
