@@ -171,8 +171,8 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         math.prod,
         _ROWS,
         [*_ROWS, (4096, 128256)],
-        [(4096, 128256)],
-        [],  # by chunks, of which a small problem has fewer; the other kernels are those of "rows"
+        [(4096, 128256), (8192, 8192), (256, 1000)],
+        [(4096, 128256), (8192, 8192), (256, 1000)],
         independent=True,
     ),
     # the kernels are those of "rows"
@@ -205,9 +205,13 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         [],
         independent=True,
     ),
-    # on a GPU they are pairs of "rows"
     "mutual_kl": Family(
-        math.prod, _ROWS, [*_ROWS, (4096, 128256)], [(4096, 128256)], [], independent=True
+        math.prod,
+        _ROWS,
+        [*_ROWS, (4096, 128256)],
+        [(4096, 128256), (8192, 8192), (256, 1000)],
+        [(4096, 128256), (8192, 8192), (256, 1000)],
+        independent=True,
     ),
     "koleo": Family(lambda shape: 4 * shape[0] ** 2, _GLOBAL, _GLOBAL, [(1024, 768)], []),
     "nst": _CROSSED,

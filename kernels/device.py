@@ -150,3 +150,8 @@ def congruent(a: Strided, b: Strided, width: int) -> bool:
         a.inner_stride - b.inner_stride,
     )
     return all(difference % width == 0 for difference in differences)
+
+
+def warps_of_long_rows(tensor: Tensor, n_rows: int) -> int:
+    """Return the warps of a program that reads a row, more where rows are fewer than programs."""
+    return 8 if n_rows >= 2 * device_of(tensor).multiprocessors else 16

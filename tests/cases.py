@@ -49,6 +49,7 @@ from inputs import (
 from torch import Tensor
 
 import fastkd
+from fastkd.problems.peers import MOST
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def _mutual(*logits, **options):
 def _peers(n: int, **options: Any) -> Case:
     """Return a case of n networks that teach each other."""
     return Case(
-        _mutual, "peers", peers(n), published.mutual_kl, options, None, True, False,
+        _mutual, "peers", peers(n), published.mutual_kl, options, None, True, n <= MOST,
         note=f"{n} networks",
     )  # fmt: skip
 

@@ -49,6 +49,8 @@ _KL, _JSD = "forward_kl-temperature=4.0", "jensen_shannon-temperature=2.0-beta=0
 _KD = "kd-temperature=4.0-alpha=0.3-divergence=forward_kl"
 _CLIP, _SIGLIP = "clip_contrastive-logit_scale=5.0", "siglip-logit_scale=5.0-logit_bias=-2.0"
 _MSE = "token_relation-divergence=mse-normalize=True-temperature=1.0"
+_MUTUAL = "mutual_kl-2 networks-temperature=2.0"
+_MIXED = "linear_kd-two teachers-alpha=0.3-temperature=2.0"
 _AVERAGED = "multi_teacher-temperature=2.0-divergence=jensen_shannon-beta=0.1-combine=logits"
 _COSINE = "hint-weights-kind=cosine"
 _WHOLE, _LONG = ("whole_rows",), ("row_statistics", "combine", "gradient", "certain_classes")
@@ -85,10 +87,15 @@ LIGHTS = [
     _light("attention_transfer", ((7,), 5), "values", "slopes", "map_differences"),
     _light("token_relation-heads=2", ((3,), 16), *_TOKENS),
     _light(_MSE, ((3,), 16), "relation_squares"),
-    _light("multi_teacher-temperature=2.0", SHORT, *_WHOLE, "add_probabilities"),
-    _light(_AVERAGED, SHORT, *_WHOLE, "add_logits"),
-    Light(_ROUTED, *SHORT, HALF, (*_WHOLE, "copy_chosen")),
+    _light("multi_teacher-temperature=2.0", SHORT, "whole_ensembles"),
+    _light("multi_teacher-temperature=2.0", SPLIT, "ensemble_statistics", "ensemble_gradient"),
+    _light(_MUTUAL, SHORT, "whole_peers"),
+    _light(_MUTUAL, SPLIT, "peer_statistics", "peer_gradients"),
+    _light(_MIXED, TILES, "whole_rows", "add_probabilities"),
     # the same kernels with other options and precisions
+    _light(_AVERAGED, SHORT, "whole_ensembles", dtype=FLOAT),
+    Light(_ROUTED, *SHORT, HALF, ("whole_ensembles",)),
+    Light(_ROUTED, *SPLIT, HALF, ("ensemble_statistics", "ensemble_gradient")),
     _light(_JSD, SPLIT, *_LONG),
     _light(_JSD, SHORT, *_WHOLE),
     _light(_KD, SPLIT, *_LONG),

@@ -102,10 +102,12 @@ class Memory:
 
 
 def members(arguments: dict) -> Iterator[tuple[str, object]]:
-    """Yield the arguments of a kernel and, instead of a named tuple, the members: "x.ptr"."""
+    """Yield the arguments of a kernel and, instead of a tuple, the members: "x.ptr", "x.0"."""
     for name, value in arguments.items():
         if hasattr(value, "_asdict"):
             yield from members({f"{name}.{field}": x for field, x in value._asdict().items()})
+        elif isinstance(value, tuple):
+            yield from members({f"{name}.{place}": x for place, x in enumerate(value)})
         else:
             yield name, value
 

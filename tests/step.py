@@ -132,7 +132,8 @@ def of_kernel(launch: Launch) -> Operation:
     """Return a launch with the bytes of those arguments that its code loads from and stores to."""
     tensors = [x for x in tree_leaves(launch.args, is_leaf=is_tensor) if is_tensor(x)]
     loaded, stored = accesses(launch.asm["ttir"], len(tensors))
-    if launch.name in OF_FEW_ROWS:  # usual rows are meant
+    # usual rows are meant, whose gradient is there already where it was foreseen
+    if launch.name in OF_FEW_ROWS or launch.args.get("WEIGHED"):
         n_cols = launch.args["n_cols"]
         whole = {i for i, x in enumerate(tensors) if x.shape[-1:] == (n_cols,)}
         loaded, stored = loaded - whole, stored - whole

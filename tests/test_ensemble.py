@@ -242,34 +242,100 @@ def test_no_tensor_of_the_teachers_size_is_made(combine, dtype, reduction):
     assert memory.peak_bytes <= gradient + scratch + 512 * n_rows
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter, TRITON_INTERPRET=1")
-def test_kernels_read_the_chosen_rows_alone():
-    student, teachers = (x.float() if not isinstance(x, list) else x for x in three((6,), 70))
+NEEDS_INTERPRETER = pytest.mark.skipif(
+    not INTERPRETED, reason="needs Triton's interpreter, TRITON_INTERPRET=1"
+)
+LONG = 8192 + 5  # columns that do not stay on chip
+
+
+def loads_of(launch, student):
+    """Return how often the entries of the student and of each teacher are read, on average."""
+    names = ["student.ptr", *(f"teachers.{k}.ptr" for k in range(3))]
+    return [launch.arguments[x].loaded / student.nbytes for x in names]
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("width", [70, LONG])
+def test_kernels_read_the_chosen_rows_alone(width):
+    student, teachers = three((6,), width)
+    student, teachers = student.float().requires_grad_(), [x.float() for x in teachers]
     index = torch.tensor([0, 2, 1, 1, 0, 0])
-    teachers = [x.float() for x in teachers]
     with fastkd.backend("triton"), Meter() as meter:
-        fastkd.multi_teacher(student, teachers, teacher_index=index)
-    copies = [x for x in meter.launches if x.name == "copy_chosen"]
-    loaded = [x.arguments["teacher.ptr"].loaded // (4 * 70) for x in copies]
-    assert loaded == [3, 2, 1] and not meter.races
+        losses = fastkd.multi_teacher(student, teachers, teacher_index=index, reduction="none")
+        torch.autograd.grad(losses.sum(), student)
+    assert len(meter.launches) == 2 and not meter.races
+    for launch in meter.launches:
+        assert loads_of(launch, student) == pytest.approx([1, 3 / 6, 1 / 6, 2 / 6])
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter, TRITON_INTERPRET=1")
-@pytest.mark.parametrize("combine, n_reads", [("mixture", 2), ("logits", 1)])
-def test_bytes_of_a_teacher(combine, n_reads):
-    """They are those of bfloat16 that `teachers.py` names."""
-    student, *teachers = (x.bfloat16() for x in (lambda s, t: [s, *t])(*three((3,), 4100)))
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("combine", COMBINATIONS)
+def test_whole_rows_are_read_once_and_the_gradient_alone_is_written(combine):
+    student, *teachers = (x.bfloat16() for x in (lambda s, t: [s, *t])(*three((3,), 70)))
+    student.requires_grad_()
     with fastkd.backend("triton"), Meter() as meter:
-        fastkd.multi_teacher(student, teachers, combine=combine)
-    assert not meter.races
-    adding = [x for x in meter.launches if x.name.startswith("add_")]
-    found = [
-        {name: (x.loaded / student.numel(), x.stored / student.numel()) for name, x in each}
-        for each in (launch.arguments.items() for launch in adding)
-    ]
-    place = "mixture.ptr" if combine == "mixture" else "total.ptr"
-    assert [x["teacher.ptr"] for x in found] == 3 * [(2 * n_reads, 0)]
-    assert [x[place] for x in found] == [(0, 4), (4, 4), (4, 4)]
+        loss = fastkd.multi_teacher(student, teachers, combine=combine)
+        torch.autograd.grad(loss, student)
+    # the second one finds that the gradient was made for the weight which every row has
+    forward, backward = meter.launches
+    assert loads_of(forward, student) == [1, 1, 1, 1] and not meter.races
+    stored = {name: x.stored for name, x in forward.arguments.items() if x.stored}
+    assert stored == {"gradient_ptr": student.nbytes, "losses_ptr": 3 * 4}
+    assert {name for name, x in backward.arguments.items() if x.loaded} == {"upstream_ptr"}
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize(
+    "combine, of_student, of_teachers", [("mixture", 1, 2), ("logits", 1, 1), ("sum", 3, 1)]
+)
+def test_reads_of_long_rows(combine, of_student, of_teachers):
+    """They are those that `sweeps.py` names; a gradient reads once, of a sum from the cache too."""
+    student, *teachers = (x.bfloat16() for x in (lambda s, t: [s, *t])(*three((2,), LONG)))
+    student.requires_grad_()
+    with fastkd.backend("triton"), Meter() as meter:
+        loss = fastkd.multi_teacher(student, teachers, combine=combine)
+        torch.autograd.grad(loss, student)
+    losses, gradient = meter.launches
+    assert loads_of(losses, student) == [of_student, *3 * [of_teachers]] and not meter.races
+    assert loads_of(gradient, student)[1:] == [1, 1, 1]
+    assert gradient.arguments["gradient_ptr"].stored == student.nbytes
+
+
+@NEEDS_INTERPRETER
+def test_rows_that_do_not_count_are_not_read():
+    for width in (70, LONG):
+        student, teachers = three((2,), width)
+        student, teachers = student.float().requires_grad_(), [x.float() for x in teachers]
+        with fastkd.backend("triton"), Meter() as meter:
+            loss = fastkd.multi_teacher(student, teachers, weights=torch.tensor([0.0, 1.0]))
+            torch.autograd.grad(loss, student)
+        for launch in meter.launches:
+            found = launch.arguments["student.ptr"].unique_loaded
+            assert found == student.nbytes // 2
+
+
+@pytest.mark.parametrize("combine", COMBINATIONS)
+@quick_if(lambda combine, engine: engine == "triton" and combine != "logits")
+def test_long_rows_of_a_certain_student(combine, engine):
+    """The gradient of the certain class is minus the sum of the others, to the last digit."""
+    student, teachers = three((2,), LONG)
+    student[0, 4100] = student[1, LONG - 1] = 60.0
+    student, teachers = student.float(), [x.float() for x in teachers]
+    weights = torch.tensor([[0.0, 1.0, 2.0], [0.5, 0.3, 0.2]], device=DEVICE)
+    options = dict(combine=combine, teacher_weights=weights, divergence="forward_kl")
+    found, gradient = by_both(student, teachers, **options)[0]
+    exact = by_both(student.double(), [x.double() for x in teachers], **options)[1]
+    assert_same([found, gradient], [x.float() for x in exact], 1e-5)
+    of_rows = gradient.double().sum(-1).abs() / gradient.double().abs().amax(-1)
+    assert of_rows.max() < 1e-6
+
+
+@pytest.mark.parametrize("combine", COMBINATIONS)
+@quick_if(lambda combine, engine: combine == "mixture")
+def test_many_teachers(combine, engine):
+    student, _ = three((3,))
+    teachers = [3 * normal(3, 7, seed=40 + k) for k in range(11)]
+    assert_same(*by_both(student, teachers, combine=combine, divergence="reverse_kl"))
 
 
 # ---------------------------------------------------------------------------------- torch.compile

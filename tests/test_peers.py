@@ -4,8 +4,8 @@ import pytest
 import torch
 from choice import quick_if
 from exactness import assert_same
-from inputs import DEVICE, peers
-from meter import PeakMemory
+from inputs import DEVICE, INTERPRETED, peers
+from meter import Meter, PeakMemory
 
 import fastkd
 
@@ -127,6 +127,38 @@ def test_no_softmax_and_no_pair_is_kept():
     assert peak() <= 4 + 3  # the gradients, and the buffers of a chunk for each of two threads
     with fastkd.backend("formula"):  # so that the number above means something
         assert peak() >= 20
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter, TRITON_INTERPRET=1")
+@pytest.mark.parametrize("width", [70, 8192 + 5])
+def test_kernels_read_and_write_every_network_once(width):
+    """Whatever their number is, and but for the one that learns nothing."""
+    logits = [x.detach().bfloat16() for x in peers(3)((2,), width)]
+    learning = [x.requires_grad_() for x in logits[::2]]
+    weights = torch.tensor([1.0, 0.0])
+    with fastkd.backend("triton"), Meter() as meter:
+        torch.autograd.grad(fastkd.mutual_kl(logits, weights=weights), learning)
+    of_one = logits[0].nbytes
+    assert len(meter.launches) == 2 and not meter.races
+    for launch in meter.launches:
+        for k in range(3):
+            assert launch.arguments[f"networks.{k}.ptr"].loaded == of_one // 2  # of one of two rows
+    written = {name: x.stored for name, x in meter.launches[1].arguments.items() if x.stored}
+    assert written == {"gradients.0.ptr": of_one, "gradients.2.ptr": of_one}
+
+
+@pytest.mark.parametrize("detach_peers", [True, False])
+@quick_if(lambda detach_peers, engine: engine == "triton")
+def test_long_rows_of_a_certain_network(detach_peers, engine):
+    """The gradient of the certain class is minus the sum of the others, to the last digit."""
+    logits = [x.detach().float() for x in peers(2)((2,), 8192 + 5)]
+    logits[0][0, 4100] = logits[1][1, 8196] = 60.0
+    logits = [x.requires_grad_() for x in logits]
+    found = gradients(fastkd.mutual_kl(logits, detach_peers=detach_peers), logits)
+    with fastkd.backend("formula"):
+        exact = [x.detach().double().requires_grad_() for x in logits]
+        exact = gradients(fastkd.mutual_kl(exact, detach_peers=detach_peers), exact)
+    assert_same(found, [x.float() for x in exact], 1e-5)
 
 
 @pytest.mark.parametrize(

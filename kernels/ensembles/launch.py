@@ -16,7 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.device import alignment, congruent, device_of, on_device, rows_of
+from fastkd.kernels.device import (
+    alignment,
+    congruent,
+    device_of,
+    on_device,
+    rows_of,
+    warps_of_long_rows,
+)
 from fastkd.kernels.ensembles import sweeps
 from fastkd.kernels.ensembles.whole_rows import Strides, whole_ensembles
 from fastkd.kernels.rows import launch as of_rows
@@ -127,14 +134,15 @@ def _launch_whole_rows(
 def _launch_statistics(problem: Ensemble, losses: Tensor, statistics: Tensor) -> None:
     arguments, _, width = _long_rows(problem, statistics)
     del arguments["gradient_ptr"], arguments["upstream_ptr"]
+    num_warps = warps_of_long_rows(problem.student, losses.numel())
     with on_device(problem.student):
         sweeps.ensemble_statistics[(losses.numel(),)](
             **arguments,
             losses_ptr=losses,
             IS_MIXTURE=problem.divergence in of_rows._MIXTURES,
-            THREADS=256,
+            THREADS=32 * num_warps,
             WIDTH=width,
-            num_warps=8,
+            num_warps=num_warps,
         )
 
 

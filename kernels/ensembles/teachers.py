@@ -1,13 +1,12 @@
-"""Kernels that put several teachers together in one place, a teacher after another.
+"""The kernel that mixes the probabilities of several teachers in one place, one after the other.
 
 log p̄ = log Σ_k w_k p_k is kept as a logarithm, to which a teacher adds its share:
 log p̄ ← max + log(1 + e^(min − max)) of log p̄ and log w_k + log p_k, which is z_k / T minus its
-log-sum-exp. A row is read twice for that, the second time from the cache. Logits are added up as
-they are, and chosen ones are copied.
+log-sum-exp. A row is read twice for that, the second time from the cache. It is for logits that are
+made and thrown away in chunks; those that are there are put together where they are read.
 
 Bytes for each (row, entry) and teacher of bfloat16, in memory: 2 read. In the cache, where the
-chunk's result stays: 4 written and, but for the first teacher, 4 read; in a mixture 2 read more. Of
-chosen rows 2 read and 4 written, whatever the number of teachers.
+chunk's mixture stays: 2 read, 4 written and, but for the first teacher, 4 read.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from fastkd.kernels.rows.reading import edges, vectors
 from fastkd.kernels.rows.terms import LOWEST
 from fastkd.kernels.tiles import LN2, LOG2E, at_boundary, head_of, log2_units, number, row_offset
 
-_VECTORS = 512  # of 16 bytes of logits, that a program of a block takes; of a whole row at once
+_VECTORS = 512  # of 16 bytes of logits, that a program takes of a row at once
 
 
 @triton.jit
@@ -105,90 +104,6 @@ def add_probabilities(
         )  # fmt: skip
 
 
-@triton.jit
-def _weigh_tile(
-    total_row, teacher_row, columns, inside, weight, IS_FIRST: tl.constexpr, DTYPE: tl.constexpr
-):
-    """Add a tile of one row times its weight; a weight of 0 wins over −∞, and nothing is read."""
-    found = tl.load(teacher_row + columns, inside & (weight != 0), 0.0).to(DTYPE) * weight
-    if not IS_FIRST:
-        found += tl.load(total_row + columns, inside, 0.0)
-        tl.debug_barrier()  # because another warp may have read what a thread is about to write
-    tl.store(total_row + columns, found, inside)
-
-
-@triton.jit(do_not_specialize=["inner"])
-def add_logits(
-    total,  # Strided (n_rows, n_cols), written
-    teacher,  # Strided (n_rows, n_cols), logits
-    weights_ptr,  # (n_rows,)
-    weight_stride,
-    n_cols,
-    n_blocks,  # of VECTORS vectors, to a row
-    inner,  # size of the logits' last dimension but one
-    IS_FIRST: tl.constexpr, DTYPE: tl.constexpr, CONGRUENT: tl.constexpr, VECTORS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Add a block of a teacher's row times its weight: program row · n_blocks + block."""
-    program = tl.program_id(0)
-    row, block = program // n_blocks, program % n_blocks
-    weight = tl.load(weights_ptr + row.to(tl.int64) * weight_stride).to(DTYPE)
-    teacher_row = teacher.ptr + row_offset(row, inner, teacher)
-    head = head_of(teacher_row, n_cols, WIDTH)
-    teacher_row = at_boundary(teacher_row, head, True)
-    total_row = at_boundary(total.ptr, row_offset(row, inner, total) + head, CONGRUENT)
-    start = block * VECTORS
-    inside = (start + tl.arange(0, VECTORS) < (n_cols - head) // WIDTH)[:, None]
-    columns = vectors(start, VECTORS, WIDTH)
-    _weigh_tile(total_row, teacher_row, columns, inside, weight, IS_FIRST, DTYPE)
-    if (block == 0) & (n_cols % WIDTH + head > 0):
-        at_edge, inside_edge = edges(head, n_cols, 2, WIDTH)
-        _weigh_tile(total_row, teacher_row, at_edge, inside_edge, weight, IS_FIRST, DTYPE)
-
-
-@triton.jit
-def _copy_tile(
-    chosen_row, teacher_row, columns, inside, is_chosen, is_none, DTYPE: tl.constexpr
-):  # fmt: skip
-    """Copy a tile of a chosen row, or write NaN where no teacher is chosen."""
-    found = tl.load(teacher_row + columns, inside & is_chosen, float("nan")).to(DTYPE)
-    tl.store(chosen_row + columns, found, inside & (is_chosen | is_none))
-
-
-@triton.jit(do_not_specialize=["inner", "place", "n_teachers"])
-def copy_chosen(
-    chosen,  # Strided (n_rows, n_cols), written
-    teacher,  # Strided (n_rows, n_cols), logits
-    index_ptr,  # (n_rows,), places of teachers
-    place,  # of this teacher
-    n_teachers,
-    n_cols,
-    n_blocks,  # of VECTORS vectors, to a row
-    inner,  # size of the logits' last dimension but one
-    DTYPE: tl.constexpr, CONGRUENT: tl.constexpr, VECTORS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Copy a block of a teacher's row if it is the chosen one: program row · n_blocks + block.
-
-    The first teacher writes NaN where no teacher is chosen.
-    """
-    program = tl.program_id(0)
-    row, block = program // n_blocks, program % n_blocks
-    index = tl.load(index_ptr + row).to(tl.int64)
-    is_chosen = index == place
-    is_none = (place == 0) & ((index < 0) | (index >= n_teachers))
-    teacher_row = teacher.ptr + row_offset(row, inner, teacher)
-    head = head_of(teacher_row, n_cols, WIDTH)
-    teacher_row = at_boundary(teacher_row, head, True)
-    chosen_row = at_boundary(chosen.ptr, row_offset(row, inner, chosen) + head, CONGRUENT)
-    start = block * VECTORS
-    inside = (start + tl.arange(0, VECTORS) < (n_cols - head) // WIDTH)[:, None]
-    columns = vectors(start, VECTORS, WIDTH)
-    _copy_tile(chosen_row, teacher_row, columns, inside, is_chosen, is_none, DTYPE)
-    if (block == 0) & (n_cols % WIDTH + head > 0):
-        at_edge, inside_edge = edges(head, n_cols, 2, WIDTH)
-        _copy_tile(chosen_row, teacher_row, at_edge, inside_edge, is_chosen, is_none, DTYPE)
-
-
 def mix(
     mixture: Tensor, logits: Tensor, temperature: Number, log_shares: Tensor, is_first: bool
 ) -> None:
@@ -219,34 +134,6 @@ def mix(
         )
 
 
-def add(total: Tensor, logits: Tensor, weights: Tensor, is_first: bool) -> None:
-    """Add a teacher's logits [N, V] times its weight [N, 1] to a total, which is overwritten."""
-    shared, n_blocks = _shared(total, logits), _n_blocks(logits)
-    with on_device(total):
-        add_logits[(len(logits) * n_blocks,)](
-            rows_of(total),
-            weights_ptr=weights,
-            weight_stride=weights.stride(0),
-            n_blocks=n_blocks,
-            IS_FIRST=is_first,
-            **shared,
-        )
-
-
-def choose(chosen: Tensor, logits: Tensor, index: Tensor, place: int, n_teachers: int) -> None:
-    """Copy the rows [N, V] of a teacher whose index [N] is its place; the first writes NaN too."""
-    shared, n_blocks = _shared(chosen, logits), _n_blocks(logits)
-    with on_device(chosen):
-        copy_chosen[(len(logits) * n_blocks,)](
-            rows_of(chosen),
-            index_ptr=index,
-            place=place,
-            n_teachers=n_teachers,
-            n_blocks=n_blocks,
-            **shared,
-        )
-
-
 def _shared(found: Tensor, logits: Tensor) -> dict[str, Any]:
     """Return what all kernels take, by the names of their parameters."""
     n_rows, n_cols = logits.shape
@@ -267,7 +154,3 @@ def _shared(found: Tensor, logits: Tensor) -> dict[str, Any]:
 def _width(logits: Tensor) -> int:
     """Return the elements of a vector of 16 bytes."""
     return 16 // logits.element_size()
-
-
-def _n_blocks(logits: Tensor) -> int:
-    return triton.cdiv(triton.cdiv(logits.shape[1], _width(logits)), _VECTORS)

@@ -23,6 +23,7 @@ from fastkd.kernels.device import (
     device_of,
     on_device,
     rows_of,
+    warps_of_long_rows,
 )
 from fastkd.kernels.peers import sweeps
 from fastkd.kernels.peers.whole_rows import whole_peers
@@ -52,6 +53,7 @@ def forward(problem: Peers, needs_grad: Sequence[bool]) -> tuple[tuple[Tensor], 
         pass
     elif statistics.numel():
         networks, arguments, width = _long_rows(problem, logits)
+        num_warps = warps_of_long_rows(logits[0], losses.numel())
         with on_device(logits[0]):
             sweeps.peer_statistics[(losses.numel(),)](
                 networks,
@@ -59,9 +61,9 @@ def forward(problem: Peers, needs_grad: Sequence[bool]) -> tuple[tuple[Tensor], 
                 statistics_ptr=statistics,
                 **arguments,
                 CONGRUENT=_are_congruent(networks, width),
-                THREADS=256,
+                THREADS=32 * num_warps,
                 WIDTH=width,
-                num_warps=8,
+                num_warps=num_warps,
             )
     else:
         _launch_whole_rows(problem, losses)
@@ -139,7 +141,12 @@ def _launch_gradients(
     n_rows, n_cols = logits[0].shape[:-1].numel(), logits[0].shape[-1]
     networks, arguments, width = _long_rows(problem, logits)
     written = _written(logits, gradients)
-    vectors = 512 // width  # 8 entries of a thread and network
+    # entries of a thread and network: 8, or half as many of what takes twice the registers
+    vectors = 1024 // width
+    if not problem.are_constants:
+        vectors //= 2
+    if statistics.dtype == torch.float64:
+        vectors //= 2
     n_blocks = triton.cdiv(n_cols, vectors * width)
     with on_device(logits[0]):
         sweeps.peer_gradients[(n_rows * n_blocks,)](
