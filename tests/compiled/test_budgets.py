@@ -22,6 +22,7 @@ QUICK = {
     ("embedding_mse", (4096, 768)),
     ("token_relation", (8, 512, 768)),
 }  # fmt: skip
+ON_AMD = ("forward_kl", "rkd", "siglip", "hint", "attention_transfer", "token_relation")
 POINTS = [
     pytest.param(case, target, *point, id=f"{case.name}-{target}-{budgets.name_of(*point)}")
     for case in FUSED
@@ -34,8 +35,7 @@ POINTS = [
 @quick_if(
     lambda case, target, shape, dtype: (
         (case.name, shape) in QUICK
-        # which has the kernels of info_nce and siglip, but for one
-        and target in ("sm_90", *["gfx942"] * (case.name != "clip_contrastive"))
+        and target in ("sm_90", *["gfx942"] * (case.name in ON_AMD))
         and dtype == torch.bfloat16
     )
 )
