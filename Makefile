@@ -20,8 +20,11 @@ demo: $(ENVIRONMENT)
 test: $(ENVIRONMENT)
 	$(INTERPRETED) -n 2 -m "not full"
 	$(COMPILED) -n 2 -m "not full"
-	PTX_TARGET=sm_90 $(EMULATED) -m "not full"
-	PTX_TARGET=sm_80 $(EMULATED) -m "not full" -k "forward_kl or info_nce or rkd or hint"
+	$(MAKE) --jobs 2 --output-sync quick-sm_90 quick-sm_80
+
+quick-sm_80: SELECTED = -k "forward_kl or info_nce or rkd or hint"
+quick-sm_%: $(ENVIRONMENT)
+	PTX_TARGET=sm_$* $(EMULATED) -m "not full" $(SELECTED)
 
 # Everything: all cases, all targets, the types, the site and the wheel.
 test-all: $(ENVIRONMENT)

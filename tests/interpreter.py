@@ -51,6 +51,7 @@ original_min_max = ReduceOps.min_max
 original_patch_lang = triton_interpreter._patch_lang
 original_patch_lang_tensor = triton_interpreter._patch_lang_tensor
 original_broadcast = TritonSemantic.broadcast_impl_value
+original_block_type = tl.block_type.__init__
 dtype_of_scalars = functools.cache(triton_interpreter._get_np_dtype)
 
 
@@ -196,6 +197,20 @@ def get_np_dtype(kind):
     return np.dtype(np.uint64) if is_pointer else dtype_of_scalars(kind.scalar)
 
 
+_described: dict[tuple, dict] = {}
+
+
+def block_type(self, element_ty, shape):
+    """Describe a type of blocks once: its size is checked, and its name written out."""
+    space = getattr(element_ty, "address_space", 0)
+    known = _described.get(key := (element_ty.name, space, *shape))
+    if known is None:
+        original_block_type(self, element_ty, shape)
+        _described[key] = {**vars(self)}
+    else:
+        vars(self).update(known, element_ty=element_ty)
+
+
 def broadcast_impl_value(self, left, right):
     """Leave blocks of one shape as they are."""
     if left.type.is_block() and right.type.is_block() and left.type.shape == right.type.shape:
@@ -217,5 +232,6 @@ def correct() -> None:
     triton_interpreter._patch_lang = patch_lang
     triton_interpreter._get_np_dtype = get_np_dtype
     InterpretedFunction.__call__ = call_device_function
+    tl.block_type.__init__ = block_type
     TritonSemantic.broadcast_impl_value = broadcast_impl_value
     _backend.interpreter_knows_bfloat16 = True

@@ -127,8 +127,8 @@ def test_far_negatives_of_each_query_keep_their_gradient(temperature, decoupled,
 @quick_if(lambda n_centres, spread, engine: engine != "triton" or (n_centres, spread) == (10, 1e-3))
 def test_classes_hardly_apart_keep_their_gradient(n_centres, spread, engine):
     """Features of all classes or of one are alike: attraction and repulsion cancel."""
-    centres, noise = normal(n_centres, 64, seed=3), normal(256, 64)
-    labels = torch.arange(256, device=DEVICE) % 10
+    centres, noise = normal(n_centres, 64, seed=3), normal(128, 64)
+    labels = torch.arange(128, device=DEVICE) % 10
     inputs = [(centres[labels % n_centres] + spread * noise).requires_grad_(), labels]
     truth, narrow = results(SUP_CON.truth, inputs), in_dtype(torch.float32, inputs)
     assert_as_exact(results(fastkd.sup_con, narrow), by_formula(fastkd.sup_con, narrow), truth)
@@ -403,7 +403,7 @@ CHUNK = 1 << 14  # numbers
 def test_no_matrix_of_similarities(case, monkeypatch):
     """Memory is that of chunks, and of numbers for each example and feature."""
     in_chunks_of(CHUNK, monkeypatch)
-    n, width = 2048, 16
+    n, width = 1024, 16
     inputs = case.inputs((n,), width, torch.float32)
 
     def peak():

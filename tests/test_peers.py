@@ -56,9 +56,9 @@ def test_a_module_has_the_option_of_gradients():
 
 @pytest.mark.parametrize("n", [2, 3, 4])
 @pytest.mark.parametrize("detach_peers", [True, False])
-@quick_if(lambda n, engine: engine != "triton" or n == 2)
+@quick_if(lambda n, detach_peers, engine: engine != "triton" or (n, detach_peers) == (2, False))
 def test_equal_networks_have_nothing_to_learn(n, detach_peers, engine):
-    logits = [x.detach().float() for x in peers(1)((33,), 101)] * n
+    logits = [x.detach().float() for x in peers(1)((9,), 101)] * n
     logits = [x.clone().requires_grad_() for x in logits]
     loss = fastkd.mutual_kl(logits, detach_peers=detach_peers, reduction="none")
     assert (loss >= 0).all() and loss.max() < 1e-6

@@ -60,6 +60,7 @@ def test_a_learnt_temperature_of_each_row(case, examples, n_cols, engine):
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 1)])
 @each_loss
+@quick_if(lambda shape, engine: engine != "triton" or shape == (2, 1))
 @quickly
 def test_a_learnt_temperature_of_several_rows(case, shape, engine):
     """Its gradient is the sum of those of its rows."""
@@ -128,10 +129,11 @@ def test_excluded_classes_give_a_temperature_no_gradient(engine):
 
 @each_loss
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@quick_if(lambda memory_format, engine: engine != "triton" or memory_format == torch.channels_last)
 @quickly
 def test_classes_that_are_not_last(case, memory_format, engine):
     """Logits [N, V, H, W] have the losses [N, H, W], and the gradient the strides of the logits."""
-    inputs = case.inputs((2, 3, 4), 5, torch.float32)
+    inputs = case.inputs((2, 2, 3), 5, torch.float32)
     as_images = [
         x.detach().movedim(-1, 1).contiguous(memory_format=memory_format).requires_grad_(i == 0)
         if x.is_floating_point()

@@ -101,7 +101,7 @@ each_pair = pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.name)
 
 @each_pair
 @pytest.mark.parametrize("shape", [(4096, 64), (32768, 256), (1024, 128)], ids=str)
-@quick_if(lambda case, shape: shape == (4096, 64))
+@quick_if(lambda case, shape: shape == (4096, 64) and case.name not in ("nt_xent", "sup_con"))
 def test_products_launches_and_memory(case, shape):
     """Tensor cores make the products: whole warp groups on Hopper, in loss and gradient."""
     run, (n, width) = compiled(case, shape, torch.bfloat16, "sm_90"), shape
