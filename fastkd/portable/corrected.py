@@ -87,7 +87,8 @@ def forward(
     # a row with a NaN may have no gradient upstream, and `backward` leaves it out then
     if gradient is None or not math.isfinite(losses.sum().item()):
         return (losses,), (statistics,)
-    gradient.masked_fill_(uncounted.view(*examples, 1), 0)
+    if uncounted.any():  # here on a CPU, where a look costs less than a pass
+        gradient.masked_fill_(uncounted.view(*examples, 1), 0)
     if student.is_contiguous() or gradient.stride() == student.stride():
         return (losses,), (None, gradient)
     return (losses,), (None, torch.empty_like(student, dtype=dtype).copy_(gradient))
