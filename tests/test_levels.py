@@ -10,6 +10,8 @@ from inputs import DEVICE, logits
 from meter import PeakMemory
 
 import fastkd
+from fastkd.portable import levels as portable_levels
+from fastkd.problems.levels import Levels
 
 SHAPES = [(40, 9), (9, 40), (16, 16)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -139,3 +141,22 @@ def test_errors_are_sentences():
         fastkd.mlkd(student, teacher, class_weight=-1.0)
     with pytest.raises(ValueError, match="need one shape"):
         fastkd.mlkd(student, teacher[:, :6])
+
+
+@each_shape
+@pytest.mark.parametrize("most", [50, 100_000])
+def test_a_part_of_the_batch_has_its_part_of_the_gradient(shape, most, monkeypatch):
+    """Of no row too, as a rank may have none."""
+    in_chunks_of(most, monkeypatch)
+    student, teacher = (x.detach() for x in logits(shape[:1], shape[1]))
+    temperatures = torch.tensor([1.0, 3.0], dtype=torch.float64, device=DEVICE)
+
+    def solved(rows):
+        options = temperatures, 1.0, 0.5, 2.0, rows.start
+        problem = Levels(student[rows], student, teacher, *options)
+        loss, (gradient,) = portable_levels.value_and_gradients(problem, (True,))
+        return [loss, gradient]
+
+    loss, gradient = solved(slice(0, shape[0]))
+    for rows in (slice(0, 0), slice(0, 2), slice(2, 7), slice(7, shape[0])):
+        assert_same(solved(rows), [loss, gradient[rows]], 1e-11)

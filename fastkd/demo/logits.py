@@ -73,8 +73,18 @@ def normalised(z: Tensor, teachers: Logits, labels: Tensor) -> Tensor:
     return fastkd.nkd(z, teachers.one, answered(teachers, labels))
 
 
+def own_labels(z: Tensor, teachers: Logits, labels: Tensor) -> Tensor:
+    """Compute normalised KD by soft labels of the student's own, on the labelled images."""
+    return fastkd.uskd(z, labels)
+
+
 def multi_level(z: Tensor, teachers: Logits, labels: Tensor) -> Tensor:
-    return fastkd.mlkd(z, teachers.one)
+    """Compute the three levels with weights that suit ten classes.
+
+    They were chosen by other seeds and a teacher that had not seen 300 of the training images, on
+    which the students were judged: 85 % with the weights 1 of the authors, 92 % with these.
+    """
+    return fastkd.mlkd(z, teachers.one, batch_weight=0.1, class_weight=0.03)
 
 
 def weighted(z: Tensor, teachers: Logits, labels: Tensor) -> Tensor:
@@ -107,6 +117,7 @@ def _method(name: str, loss: Loss | None) -> Method:
 TEACHER = _method("teacher", None)
 METHODS = (
     _method("no teacher", None),
+    _method("its own soft labels", own_labels),
     _method("KD", plain),
     _method("KD, standardized logits", standardized),
     _method("decoupled KD", decoupled),
