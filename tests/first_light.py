@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 from cases import Case, named
-from inputs import logits_of_three
+from inputs import logits_of_three, peers
 
 import fastkd
 
@@ -38,7 +38,13 @@ def _routed(student, *teachers, **options):
     return fastkd.multi_teacher(student, teachers, teacher_index=index, **options)
 
 
+def _learning(student, teacher, **options):
+    """Compute the loss of two networks that both learn."""
+    return fastkd.forward_kl(student, teacher, teacher_gradient=True, **options)
+
+
 _ROUTED = Case(_routed, "rows", logits_of_three, _routed, per_example=True)
+_LEARNING = Case(_learning, "rows", peers(2), _learning, per_example=True)
 
 
 def _light(case, shape, *kernels, dtype=HALF):
@@ -92,6 +98,8 @@ LIGHTS = [
     _light(_MUTUAL, SHORT, "whole_peers"),
     _light(_MUTUAL, SPLIT, "peer_statistics", "peer_gradients"),
     _light(_MIXED, TILES, "whole_rows", "add_probabilities"),
+    Light(_LEARNING, *SPLIT, HALF, (*_LONG[:2], "finish_rows", "both_gradients")),
+    Light(_LEARNING, *SHORT, HALF, (*_WHOLE, "both_of_whole_rows")),
     # the same kernels with other options and precisions
     _light(_AVERAGED, SHORT, "whole_ensembles", dtype=FLOAT),
     Light(_ROUTED, *SHORT, HALF, ("whole_ensembles",)),

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fastkd._op import Number
-from fastkd._pages import in_huge_pages
 from fastkd._softened import rows_of_problem
 from fastkd.portable import rows
 from fastkd.portable._row_terms import (
@@ -128,23 +127,21 @@ def _networks(
     problem: Softened, weight: Number, needs_grad: Sequence[bool]
 ) -> tuple[_Network, _Network]:
     """Return student and teacher, with new tensors for what needs a gradient."""
-    kept = torch.contiguous_format
-    of_logits = [
-        in_huge_pages(torch.empty_like(x, memory_format=kept)) if needed else None
-        for x, needed in zip(problem[:2], needs_grad[:2], strict=True)
-    ]
-    of_temperatures = [
-        torch.empty_like(x, memory_format=kept) if needed else None
-        for x, needed in zip(problem[2:4], needs_grad[2:], strict=True)
+    fields = (
+        problem.student, problem.teacher, problem.student_temperature, problem.teacher_temperature,
+    )  # fmt: skip
+    found = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None
+        for x, needed in zip(fields, needs_grad, strict=True)
     ]
     return (
         _Network(
             problem.divergence, weight, problem.student,
-            problem.student_temperature.reshape(-1, 1), of_logits[0], of_temperatures[0],
+            problem.student_temperature.reshape(-1, 1), found[0], found[2],
         ),
         _Network(
             *mirror_of(problem.divergence, weight), problem.teacher,
-            problem.teacher_temperature.reshape(-1, 1), of_logits[1], of_temperatures[1],
+            problem.teacher_temperature.reshape(-1, 1), found[1], found[3],
         ),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from gate import launch_nothing
 import fastkd
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-N_FIRST = 21  # of the lights, which reach every kernel by themselves
+N_FIRST = 25  # of the lights, which reach every kernel by themselves
 
 
 def started_from_python():
