@@ -152,6 +152,8 @@ def congruent(a: Strided, b: Strided, width: int) -> bool:
     return all(difference % width == 0 for difference in differences)
 
 
-def warps_of_long_rows(tensor: Tensor, n_rows: int) -> int:
+def warps_of_long_rows(losses: Tensor) -> int:
     """Return the warps of a program that reads a row, more where rows are fewer than programs."""
-    return 8 if n_rows >= 2 * device_of(tensor).multiprocessors else 16
+    warps = 8 if losses.numel() >= 2 * device_of(losses).multiprocessors else 16
+    # numbers of float64 take two registers
+    return warps // 2 if losses.dtype == torch.float64 else warps

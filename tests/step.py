@@ -162,7 +162,8 @@ def accesses(ttir: str, n_pointers: int) -> tuple[set[int], set[int]]:
             assert origins[values[0]], f"which argument is this? {line}"
             found[access[1]] |= origins[values[0]]
         elif operation and "!tt.ptr<" in operation:
-            origins[result.split(":")[0]] |= set().union(*(origins[x] for x in values))
+            # anew, because another branch may have a value of the same name
+            origins[result.split(":")[0]] = set().union(*(origins[x] for x in values))
     return found["load"], found["store"]
 
 

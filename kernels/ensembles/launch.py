@@ -134,7 +134,7 @@ def _launch_whole_rows(
 def _launch_statistics(problem: Ensemble, losses: Tensor, statistics: Tensor) -> None:
     arguments, _, width = _long_rows(problem, statistics)
     del arguments["gradient_ptr"], arguments["upstream_ptr"]
-    num_warps = warps_of_long_rows(problem.student, losses.numel())
+    num_warps = warps_of_long_rows(losses)
     with on_device(problem.student):
         sweeps.ensemble_statistics[(losses.numel(),)](
             **arguments,

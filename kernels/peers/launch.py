@@ -53,7 +53,7 @@ def forward(problem: Peers, needs_grad: Sequence[bool]) -> tuple[tuple[Tensor], 
         pass
     elif statistics.numel():
         networks, arguments, width = _long_rows(problem, logits)
-        num_warps = warps_of_long_rows(logits[0], losses.numel())
+        num_warps = warps_of_long_rows(losses)
         with on_device(logits[0]):
             sweeps.peer_statistics[(losses.numel(),)](
                 networks,
@@ -108,7 +108,8 @@ def _launch_whole_rows(
 ) -> None:
     logits = logits_of(problem)
     n_rows, n_cols = logits[0].shape[:-1].numel(), logits[0].shape[-1]
-    networks, written = tuple(map(rows_of, logits)), _written(logits, gradients)
+    networks = tuple(map(rows_of, logits))
+    written = tuple(rows_of(x) for x in gradients if x is not None)
     columns = triton.next_power_of_2(n_cols)
     # a power of two, because it divides one: 3 networks take as many entries as 4
     per_warp = _PER_WARP[compute_dtype(*logits)] // triton.next_power_of_2(len(logits))
@@ -125,7 +126,7 @@ def _launch_whole_rows(
             n_rows=n_rows,
             upstream_stride=0 if upstream is None else upstream.stride(0),
             **_arguments(problem, logits),
-            NEEDED=_needed(gradients),
+            PLACES=_places(gradients, len(logits)),
             CONSTANTS=problem.are_constants,
             ALIGNMENT=alignment([*networks, *written], n_cols),
             ROWS=block,
@@ -140,7 +141,7 @@ def _launch_gradients(
     logits = logits_of(problem)
     n_rows, n_cols = logits[0].shape[:-1].numel(), logits[0].shape[-1]
     networks, arguments, width = _long_rows(problem, logits)
-    written = _written(logits, gradients)
+    written = tuple(rows_of(x) for x in gradients if x is not None)
     # entries of a thread and network: 8, or half as many of what takes twice the registers
     vectors = 1024 // width
     if not problem.are_constants:
@@ -157,7 +158,7 @@ def _launch_gradients(
             n_blocks=n_blocks,
             upstream_stride=upstream.stride(0),
             **arguments,
-            NEEDED=_needed(gradients),
+            PLACES=_places(gradients, len(logits)),
             CONSTANTS=problem.are_constants,
             CONGRUENT=_are_congruent([*networks, *written], width),
             VECTORS=vectors,
@@ -166,15 +167,10 @@ def _launch_gradients(
         )
 
 
-def _written(logits: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> tuple[Strided, ...]:
-    """Return the rows of the gradients, and the logits in place of one that nobody needs."""
-    given = gradients or [None] * len(logits)
-    return tuple(rows_of(z if x is None else x) for x, z in zip(given, logits, strict=True))
-
-
-def _needed(gradients: Sequence[Tensor | None]) -> int:
-    """Return a number whose bit k says whether network k gets a gradient."""
-    return sum(1 << k for k, x in enumerate(gradients) if x is not None)
+def _places(gradients: Sequence[Tensor | None], n_networks: int) -> tuple[int, ...]:
+    """Return the place of each network's gradient among those that there are, −1 of none."""
+    learning = [k for k, x in enumerate(gradients) if x is not None]
+    return tuple(learning.index(k) if k in learning else -1 for k in range(n_networks))
 
 
 def _long_rows(

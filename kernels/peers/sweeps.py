@@ -145,24 +145,25 @@ def _without_top(
 
 @triton.jit
 def _store_tile(
-    starts, gradients, places, of, columns, inside, unit, factor, have_softmax,
-    NEEDED: tl.constexpr, CONSTANTS: tl.constexpr, DTYPE: tl.constexpr,
+    starts, written, of, columns, inside, unit, factor, have_softmax,
+    PLACES: tl.constexpr, CONSTANTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of a tile, but for the class of which a network is certain."""
     logits = _load(starts, columns, inside & (factor != 0), DTYPE)
     for k in tl.static_range(len(starts)):
-        if (NEEDED >> k) & 1:
+        if PLACES[k] >= 0:
             slopes = slopes_of_tile(logits, of, unit, k, CONSTANTS, len(starts))
             slopes = tl.where(factor == 0, 0.0, slopes * factor)
             certain = have_softmax & is_certain(of.totals[k], of.totals[k], of.totals[k], False)
             kept = inside & ~(certain & (logits[k] == of.tops[k]))
-            tl.store(places[k] + columns, slopes.to(gradients[k][0].dtype.element_ty), kept)
+            gradient_row = written[PLACES[k]]
+            tl.store(gradient_row + columns, slopes.to(gradient_row.dtype.element_ty), kept)
 
 
 @triton.jit(do_not_specialize=["inner", "upstream_stride"])
 def peer_gradients(
     networks,  # K of Strided (n_rows, n_cols)
-    gradients,  # K of Strided (n_rows, n_cols), written where NEEDED; anything elsewhere
+    gradients,  # Strided (n_rows, n_cols) of each network that learns, written
     row_mask_ptr,  # (n_rows,) or None
     upstream_ptr,  # (n_rows,) of the losses
     statistics_ptr,  # (n_rows, 3 K)
@@ -172,11 +173,12 @@ def peer_gradients(
     upstream_stride,
     temperature,
     scale,
-    NEEDED: tl.constexpr, CONSTANTS: tl.constexpr, DTYPE: tl.constexpr, ON_DEVICE: tl.constexpr,
+    PLACES: tl.constexpr, CONSTANTS: tl.constexpr, DTYPE: tl.constexpr, ON_DEVICE: tl.constexpr,
     CONGRUENT: tl.constexpr, VECTORS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Compute all gradients of a block of a row: program row · n_blocks + block.
 
+    PLACES has that of each network's gradient among all, −1 of one that learns nothing.
     Where a network is nearly certain of a class, whose Z has lost the digits of the rest, that of
     this class is minus the sum of the others: the first block reads the whole row for it.
     """
@@ -203,21 +205,21 @@ def peer_gradients(
     first = Strided(networks[0][0], networks[0][1], networks[0][2])
     head = head_of(first.ptr + row_offset(row, inner, first), n_cols, WIDTH)
     starts = rows_of_each(networks, row, inner, head, 0 if CONGRUENT else -1)
-    places = rows_of_each(gradients, row, inner, head, 0 if CONGRUENT else -1)
+    written = rows_of_each(gradients, row, inner, head, 0 if CONGRUENT else -1)
     n_vectors = (n_cols - head) // WIDTH
     inside = (block * VECTORS + tl.arange(0, VECTORS) < n_vectors)[:, None]
     _store_tile(
-        starts, gradients, places, of, vectors(block * VECTORS, VECTORS, WIDTH), inside, unit,
-        factor, have_softmax, NEEDED, CONSTANTS, DTYPE,
+        starts, written, of, vectors(block * VECTORS, VECTORS, WIDTH), inside, unit,
+        factor, have_softmax, PLACES, CONSTANTS, DTYPE,
     )  # fmt: skip
     if block == 0:
         at_edge, inside_edge = edges(head, n_cols, 2, WIDTH)
         _store_tile(
-            starts, gradients, places, of, at_edge, inside_edge, unit, factor, have_softmax,
-            NEEDED, CONSTANTS, DTYPE,
+            starts, written, of, at_edge, inside_edge, unit, factor, have_softmax,
+            PLACES, CONSTANTS, DTYPE,
         )  # fmt: skip
         for k in tl.static_range(K):
-            if (NEEDED >> k) & 1:
+            if PLACES[k] >= 0:
                 if have_softmax & is_certain(totals[k], totals[k], totals[k], False):
                     others, top = _without_top(
                         starts, of, at_edge, inside_edge, unit, factor, k, CONSTANTS, DTYPE
@@ -229,5 +231,6 @@ def peer_gradients(
                             CONSTANTS, DTYPE,
                         )  # fmt: skip
                         others, top = others + more, tl.maximum(top, found)
-                    value = (-others).to(gradients[k][0].dtype.element_ty)
-                    tl.store(places[k] + top, value)
+                    gradient_row = written[PLACES[k]]
+                    value = (-others).to(gradient_row.dtype.element_ty)
+                    tl.store(gradient_row + top, value)

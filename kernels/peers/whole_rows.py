@@ -17,7 +17,7 @@ from fastkd.kernels.tiles import INFINITY, LN2, log2_units, number, row_offset, 
 @triton.jit(do_not_specialize=["n_rows", "inner", "upstream_stride"])
 def whole_peers(
     networks,  # K of Strided (n_rows, n_cols)
-    gradients,  # K of Strided (n_rows, n_cols), written where NEEDED; anything elsewhere
+    gradients,  # Strided (n_rows, n_cols) of each network that learns, written
     row_mask_ptr,  # (n_rows,) or None
     upstream_ptr,  # (n_rows,) of the losses; None: the losses alone
     losses_ptr,  # (n_rows,); None: the gradients alone
@@ -27,12 +27,12 @@ def whole_peers(
     upstream_stride,
     temperature,
     scale,
-    NEEDED: tl.constexpr, CONSTANTS: tl.constexpr, DTYPE: tl.constexpr, ON_DEVICE: tl.constexpr,
+    PLACES: tl.constexpr, CONSTANTS: tl.constexpr, DTYPE: tl.constexpr, ON_DEVICE: tl.constexpr,
     ALIGNMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute the losses or the gradients of ROWS rows: program (block of rows).
 
-    Rows that do not count are not read. Bit k of NEEDED says whether network k gets a gradient.
+    Rows that do not count are not read. PLACES has that of each network's gradient, −1 of none.
     """
     K: tl.constexpr = len(networks)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -73,13 +73,14 @@ def whole_peers(
             have_softmax &= totals[k] > 0
         of = Peers(of_tops, of_totals, of_above)
         for k in tl.static_range(K):
-            if (NEEDED >> k) & 1:
+            if PLACES[k] >= 0:
                 slopes = slopes_of_tile(logits, of, unit, k, CONSTANTS, K)
                 slopes = tl.where(factor == 0, 0.0, slopes * factor)  # 0 wins over a NaN
                 certain = have_softmax & is_certain(totals[k], totals[k], totals[k], False)
                 pointers = Pointers(starts[k], starts[k], -1)
                 slopes = with_certain(slopes, pointers, columns, inside, certain, tops[k], False)
-                gradient = Strided(gradients[k][0], gradients[k][1], gradients[k][2])
+                found = gradients[PLACES[k]]
+                gradient = Strided(found[0], found[1], found[2])
                 places = row_offset(rows, inner, gradient)[:, None] // ALIGNMENT * ALIGNMENT
                 tl.store(
                     gradient.ptr + places + columns,
