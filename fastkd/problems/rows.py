@@ -313,8 +313,7 @@ def kd(
         # written out, because old compilers do not trace _replace
         call = of_labels
     # weights of classes are in every term of the smoothed label, and engines know none
-    is_weighted = class_weights is not None and not is_exactly(label_smoothing, 0)
-    smoothing = 0.0 if is_weighted else label_smoothing
+    smoothing = label_smoothing if class_weights is None else 0.0
     losses, cross_entropies = _solve(
         call, divergence, student, teacher, labels, label_smoothing=smoothing, **softening, **own
     )
@@ -325,9 +324,9 @@ def kd(
         class_weights = class_weights.detach().to(cross_entropies)
         counts = class_weights[labels.clamp(min=0)]
         cross_entropies = selected(cross_entropies * counts, counts != 0)
-    if is_weighted:
-        smooth = _cross_entropies(of_labels, student, class_weights / len(class_weights))
-        cross_entropies = (1 - label_smoothing) * cross_entropies + label_smoothing * smooth
+        if not is_exactly(label_smoothing, 0):
+            smooth = _cross_entropies(of_labels, student, class_weights / len(class_weights))
+            cross_entropies = (1 - label_smoothing) * cross_entropies + label_smoothing * smooth
     distilled = None if distill_ignored else labelled
     return [Term(alpha, cross_entropies, labelled, counts), Term(share, losses, distilled)]
 
