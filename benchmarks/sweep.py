@@ -102,7 +102,7 @@ class Chosen:
 @contextlib.contextmanager
 def chosen(trial: Trial) -> Iterator[None]:
     """Make the launchers choose as the trial says."""
-    from fastkd.kernels.rows import gradients, launch, sweeps
+    from fastkd.kernels.rows import gradients, launch, on_chip, sweeps
 
     if trial.choice is None:
         yield
@@ -110,7 +110,7 @@ def chosen(trial: Trial) -> Iterator[None]:
         with mock.patch.object(launch, trial.kernel, trial.choice[trial.kernel]):
             yield
     else:
-        module = sweeps if trial.kernel in vars(sweeps) else gradients
+        (module,) = (x for x in (sweeps, gradients, on_chip) if trial.kernel in vars(x))
         kernel = Chosen(getattr(module, trial.kernel), trial.choice)
         with mock.patch.object(module, trial.kernel, kernel):
             yield

@@ -22,7 +22,7 @@ if INTERPRETED:
 
 from fastkd import _products as products
 from fastkd.kernels.pairs import chunks, tiling
-from fastkd.kernels.rows import gradients, launch, sweeps
+from fastkd.kernels.rows import gradients, launch, reading
 from fastkd.portable import rows as twin
 from fastkd.problems.rows import Rows
 
@@ -214,7 +214,7 @@ def test_vectors_start_on_their_boundary(view, dtype, division, monkeypatch):
         return moved
 
     if INTERPRETED:  # an emulated GPU reports by itself what is off
-        for module in (sweeps, gradients):
+        for module in (reading, gradients):
             monkeypatch.setattr(module, "at_boundary", watched)
     student = VIEWS[view](3, LOOPED).to(dtype)
     room = torch.empty(3, LOOPED + 3, dtype=dtype)[:, :LOOPED].copy_(student)

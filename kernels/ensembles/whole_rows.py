@@ -17,6 +17,7 @@ from fastkd.kernels.ensembles.tiles import (
     teacher_tile,
     weights_of_rows,
 )
+from fastkd.kernels.rows.on_chip import with_certain
 from fastkd.kernels.rows.reading import Pointers
 from fastkd.kernels.rows.terms import (
     LOWEST,
@@ -28,7 +29,6 @@ from fastkd.kernels.rows.terms import (
     mixture_value,
     slope,
 )
-from fastkd.kernels.rows.whole_rows import with_certain
 from fastkd.kernels.tiles import INFINITY, log2, log2_units, number, row_offset, rows_of_each
 
 

@@ -8,9 +8,9 @@ import triton.language as tl
 
 from fastkd.kernels.device import Strided
 from fastkd.kernels.peers.tiles import Peers, slopes_of_tile, sums_of_tile, values
+from fastkd.kernels.rows.on_chip import with_certain
 from fastkd.kernels.rows.reading import Pointers
 from fastkd.kernels.rows.terms import LOWEST, is_certain
-from fastkd.kernels.rows.whole_rows import with_certain
 from fastkd.kernels.tiles import INFINITY, LN2, log2_units, number, row_offset, rows_of_each
 
 

@@ -212,7 +212,8 @@ def certain_classes(
         DIVERGENCE, IS_DECOUPLED, LABELS, APART, DTYPE, FAST,
     )  # fmt: skip
     value, top = -tl.sum(sums + others, 0), tl.max(tl.maximum(tops, top), 0)
-    if standard is not None:
+    if IS_STANDARDIZED:  # loaded anew, because it would take registers in the loop
+        standard = load_standard(statistics_row + N_STATISTICS)
         value += slopes_of_deviation(statistics.ms, statistics.ms, standard, factors.divergence)
     if gradient_ptr is not None:
         gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)

@@ -7,7 +7,8 @@ away.
 
 Bytes for each (row, entry) of bf16 logits, forward + backward. V ≤ ON_CHIP: 4 + 6, each one sweep
 and one launch; 6 + 0 with the row weight known beforehand, or 6 + 6 where another upstream comes.
-Above: the KLs 4 + 6; mixtures and total variation, which need both Z before they can sum, 8 + 6.
+Above: the KLs 4 + 6; mixtures and total variation, which need both Z before they can sum, 8 + 6;
+4 more of standardized logits, whose deviation must be known before; smooth labels move no more.
 `value_and_gradients` moves as much, or 6 in its one sweep where V ≤ ON_CHIP. Rows of which the
 student is nearly certain of a class are read once more for the gradient of that class, 4 above
 ON_CHIP, and from the cache below.
@@ -33,9 +34,8 @@ from fastkd.kernels.device import (
     on_device,
     rows_of,
 )
-from fastkd.kernels.rows import gradients, reading, sweeps
+from fastkd.kernels.rows import gradients, on_chip, reading, sweeps
 from fastkd.kernels.rows.standardized import N_STANDARD
-from fastkd.kernels.rows.whole_rows import whole_rows
 from fastkd.problems.rows import Rows, is_exactly
 
 ON_CHIP = 8192  # columns of the longest rows that are read once, a quarter of it in float64
@@ -198,7 +198,7 @@ def _launch_whole_rows(
     aligned = [student, teacher] if gradient_rows is None else [student, teacher, gradient_rows]
     block, columns, num_warps = _tile(problem)
     with on_device(problem.student):
-        whole_rows[(triton.cdiv(n_rows, block),)](
+        on_chip.whole_rows[(triton.cdiv(n_rows, block),)](
             **_arguments(problem),
             **_operands(student, teacher, gradient_rows, upstream),
             losses_ptr=None if losses is None else losses[0],

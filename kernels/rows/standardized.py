@@ -33,7 +33,7 @@ class Moments(NamedTuple):
 
 
 class Standard(NamedTuple):
-    """What standardizes a row, and what its gradient has besides."""
+    """The numbers that standardize a row, and that its gradient needs besides."""
 
     pivot: tl.tensor  # a number near the mean of the student's logits
     mean: tl.tensor  # the mean, relative to the pivot

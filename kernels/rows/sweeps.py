@@ -1,4 +1,4 @@
-"""Kernels that sum over rows; `gradients.py` and `whole_rows.py` have those that write a gradient.
+"""Kernels that sum over rows; `gradients.py` and `on_chip.py` have those that write a gradient.
 
 With h = ∂d/∂log q a divergence D = Σ d(log p, log q) has the slope (h − q Σ h) / T, so that a row
 needs a sweep for its sums and one for its gradient. For each entry of bf16 logits `row_statistics`

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.device import Strided
+from fastkd.kernels.rows.on_chip import with_certain
 from fastkd.kernels.rows.reading import (
     Pointers,
     edges,
@@ -34,7 +35,6 @@ from fastkd.kernels.rows.terms import (
     mixture_unit,
     slope,
 )
-from fastkd.kernels.rows.whole_rows import with_certain
 from fastkd.kernels.tiles import INFINITY, LN2, at_boundary, number, row_offset
 
 N_SUMS = tl.constexpr(4)  # of a block: both gradients without the tops, both temperatures'
