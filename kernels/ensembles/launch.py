@@ -108,7 +108,8 @@ def _launch_whole_rows(
     is_foreseen: bool = False,
 ) -> None:
     n_rows, n_cols = problem.student.shape[:-1].numel(), problem.student.shape[-1]
-    networks = [rows_of(x) for x in (problem.student, *problem.teachers)]
+    given: list[Any] = [problem.student, *problem.teachers]
+    networks = [rows_of(x) for x in given]
     aligned = networks if gradient is None else [*networks, rows_of(gradient)]
     columns, per_warp = triton.next_power_of_2(n_cols), _PER_WARP[compute_dtype_of(problem)]
     # many short rows where that leaves a program for every multiprocessor, as `rows` has them
@@ -171,7 +172,7 @@ def _long_rows(
     upstream: Tensor | None = None,
 ) -> tuple[dict[str, Any], Any, int]:
     """Return what both kernels of long rows take, the student's rows, and a vector's elements."""
-    networks = [problem.student, *problem.teachers]
+    networks: list[Any] = [problem.student, *problem.teachers]
     width = 16 // min(x.element_size() for x in networks)
     student, *teachers = map(rows_of, networks)
     arguments = dict(

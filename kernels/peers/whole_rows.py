@@ -84,6 +84,6 @@ def whole_peers(
                 places = row_offset(rows, inner, gradient)[:, None] // ALIGNMENT * ALIGNMENT
                 tl.store(
                     gradient.ptr + places + columns,
-                    slopes.to(gradient.ptr.dtype.element_ty),
+                    slopes.to(found[0].dtype.element_ty),
                     mask=exists[:, None] & (columns < n_cols),
                 )
