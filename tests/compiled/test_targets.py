@@ -9,7 +9,7 @@ from targets import CALLS, Outcome, compile_call
 DOUBLE, SINGLE, HALF = torch.float64, torch.float32, torch.bfloat16
 # a type that a kernel forgets shows on any target, and what does not fit on the small ones
 QUICK = {
-    ("total_variation", DOUBLE, SINGLE), ("total_variation", HALF, DOUBLE),
+    ("total_variation", DOUBLE, SINGLE),
     ("jensen_shannon", DOUBLE, DOUBLE), ("kd", DOUBLE, HALF), ("hint", DOUBLE, SINGLE),
     ("rkd_distance", DOUBLE, DOUBLE), ("attention_transfer", HALF, DOUBLE),
     ("similarity_kl", DOUBLE, HALF), ("info_nce", SINGLE, SINGLE),
