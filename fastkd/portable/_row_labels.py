@@ -20,7 +20,7 @@ _LN2 = math.log(2)
 
 
 class Targets(NamedTuple):
-    """What the cross-entropies of rows are with."""
+    """The targets of rows, which their cross-entropies are with."""
 
     labels: Tensor  # [R, 1], classes, a negative one where there is none; or [R, V], the targets
     smoothing: Number  # ε, of classes
