@@ -20,14 +20,17 @@ _LN2 = math.log(2)
 
 
 class Targets(NamedTuple):
-    """What the cross-entropies of rows are with."""
+    """The targets of rows, which their cross-entropies are with."""
 
     labels: Tensor  # [R, 1], classes, a negative one where there is none; or [R, V], the targets
     smoothing: Number  # ε, of classes
     class_weights: Tensor | None  # w, (V,), of classes
+    sums: Tensor | float = 1.0  # S, [R, 1], of the rows that `of` chose
 
     def of(self, rows: slice) -> Targets:
-        return self._replace(labels=self.labels[rows])
+        """Return those of some rows, with their sums."""
+        found = self._replace(labels=self.labels[rows])
+        return found._replace(sums=found._sums())
 
     @property
     def are_soft(self) -> bool:
@@ -43,8 +46,7 @@ class Targets(NamedTuple):
         own = 1.0 if self.class_weights is None else self.class_weights[self.classes]
         return own if is_exactly(self.smoothing, 0) else own * (1 - self.smoothing)
 
-    def sums(self) -> Tensor | float:
-        """Return S, [R, 1]."""
+    def _sums(self) -> Tensor | float:
         if self.are_soft:
             return self.labels.sum(-1, keepdim=True)
         if self.class_weights is None:
@@ -104,7 +106,7 @@ def cross_entropy(
             seen += each * smoothing
     if not is_exactly(temperature, 1):
         seen = seen * temperature
-    sums = targets.sums()
+    sums = targets.sums
     losses = (total.log2() * sums - seen).mul_(_LN2)
     # a row without a target has any distribution, so that it has no NaN
     return torch.where(sums == 0, 0, losses) if isinstance(sums, Tensor) else losses
@@ -117,13 +119,13 @@ def cross_entropy_factor(q: Softmax, targets: Targets, factor: Tensor) -> Tensor
     """
     if q.apart is not None:
         return torch.where(factor == 0, 0, factor * log_odds(q).neg_().sigmoid_())
-    total = targets.sums()
+    total = targets.sums
     return torch.where(total == 0, 0, factor) if isinstance(total, Tensor) else factor
 
 
 def cross_entropy_slope(q: Softmax, targets: Targets, factor: Tensor, out: Tensor) -> Tensor:
     """Write factor · (S e / Z − t) to `out`, which may be e itself."""
-    torch.mul(q.e, factor * targets.sums() / q.total, out=out)
+    torch.mul(q.e, factor * targets.sums / q.total, out=out)
     if targets.are_soft:
         return out.addcmul_(targets.labels, factor, value=-1)
     smoothing, weights, n = targets.smoothing, targets.class_weights, out.shape[-1]

@@ -283,6 +283,7 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
     `backward` has to leave it out then.
     """
     student, targets, cross_entropies, ce_slopes = problem.student, targets_of(problem), None, None
+    targets = None if targets is None else targets.of(slice(None))
     z, z_teacher, examples = _matrix(student), _matrix(problem.teacher), student.shape[:-1]
     dtype, slopes, certain, weight = compute_dtype(z, z_teacher), None, None, None
     of_student, moments = problem.student_temperature, None
