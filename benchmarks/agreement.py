@@ -32,7 +32,7 @@ Loss = Callable[..., Tensor]
 
 
 class Difference(NamedTuple):
-    """By how much two forms of a loss differ, relative to the second one."""
+    """The distances of two forms of a loss, relative to the second one."""
 
     loss: float
     gradient: float  # NaN where nothing is trained

@@ -73,7 +73,7 @@ def test_a_difference_from_a_published_form_shows():
 
 
 def test_the_table_of_exactness(main, capsys, monkeypatch):
-    """Those libraries are missing that cannot be imported here, and are named with the reason."""
+    """Libraries that cannot be imported are named with the reason."""
     monkeypatch.setattr(agreement, "BY_NAME", {name: BY_NAME[name] for name in ("nkd", "alm")})
     monkeypatch.setattr(agreement, "LIBRARIES", {"torch": agreement.pytorch, "none": nowhere})
     monkeypatch.setattr(agreement.peers, "available", lambda: ({}, {}))

@@ -146,7 +146,7 @@ def test_errors_are_sentences():
 @each_shape
 @pytest.mark.parametrize("most", [50, 100_000])
 def test_a_part_of_the_batch_has_its_part_of_the_gradient(shape, most, monkeypatch):
-    """Of no row too, as a rank may have none."""
+    """A rank may have no row at all."""
     in_chunks_of(most, monkeypatch)
     student, teacher = (x.detach() for x in logits(shape[:1], shape[1]))
     temperatures = torch.tensor([1.0, 3.0], dtype=torch.float64, device=DEVICE)

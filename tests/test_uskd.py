@@ -90,7 +90,7 @@ def test_weak_logits_give_no_rank_to_what_the_student_excludes(engine):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_rows_that_do_not_count_take_no_part_in_the_mean(reduction, engine):
-    """Those without a label, and those of weight 0, whatever they hold."""
+    """Rows without a label and rows of weight 0 may hold anything."""
     student, labels, weak = with_weak_logits((6,), 9)
     weights = tensor(1.0, 0.0, 2.0, 0.5, 1.0, 1.0)
     kept = [0, 2, 3, 5]

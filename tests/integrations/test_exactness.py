@@ -13,7 +13,7 @@ LIBRARIES = ["torch", "torchdistill", "mmrazor", "nvidia-modelopt", "textbrewer"
 
 
 def test_losses_agree_with_those_of_libraries():
-    """In a process of its own, because the packages are imported without most of their modules."""
+    """A process of its own imports the packages, which it leaves without most of their modules."""
     command = [sys.executable, "-W", "ignore", "benchmarks/report.py", "exactness"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     _, libraries = printed.split("**Beside the code of libraries")
