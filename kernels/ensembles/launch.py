@@ -201,9 +201,9 @@ def _arguments(
     )
     # float64 goes by pointer too, because a Python float reaches a kernel as float32
     by_pointer = dtype == torch.float64 or any(isinstance(x, Tensor) for x in given)
-    numbers: Any = Numbers(
-        *(of_rows._on_device(x, student.device) if by_pointer else float(x) for x in given[:-1]),
-        given[-1],
+    numbers = Numbers._make(
+        None if x is None else of_rows._on_device(x, student.device) if by_pointer else float(x)
+        for x in given
     )
     weights, n = problem.teacher_weights, len(problem.teachers)
     if weights is not None:

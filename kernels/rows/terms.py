@@ -228,9 +228,9 @@ def mixture_value(summands, slopes, zs, zt, weight, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def _finite_unit(row):
+def finite_unit(slope_sum):
     """Return log 2, or NaN for rows whose divergence is infinite and has no gradient."""
-    return LN2 + 0 * row.slope_sum
+    return LN2 + 0 * slope_sum
 
 
 @triton.jit
@@ -245,8 +245,8 @@ def slope(ds, dt, row, weight, DIVERGENCE: tl.constexpr, FAST: tl.constexpr):
         # compared this way round, so that a NaN stays a NaN
         reverse = tl.where(q <= TINY, 0.0, q * ((ds - dt) - row.slope_sum))
         if DIVERGENCE == "reverse_kl":
-            return reverse * _finite_unit(row)
-        of_reverse = (1 - weight) * _finite_unit(row)
+            return reverse * finite_unit(row.slope_sum)
+        of_reverse = (1 - weight) * finite_unit(row.slope_sum)
         return reverse * of_reverse + weight * (q - tl.exp2(dt) * (1 / row.zt))
     _, q, v = mixture(ds, dt, row.zs, row.zt, weight, DIVERGENCE, FAST)
     each = mixture_unit(row.zs, row.zt, DIVERGENCE)

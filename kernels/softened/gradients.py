@@ -30,6 +30,7 @@ from fastkd.kernels.rows.terms import (
     TINY,
     Statistics,
     add_products,
+    finite_unit,
     is_certain,
     mixture_of_both,
     mixture_unit,
@@ -51,12 +52,12 @@ def teacher_slope(ds, dt, row, weight, DIVERGENCE: tl.constexpr, FAST: tl.conste
         # compared this way round, so that a NaN stays a NaN
         forward = tl.where(p <= TINY, 0.0, p * ((dt - ds) - row.left))
         if DIVERGENCE == "forward_kl":
-            return forward * LN2
+            return forward * finite_unit(row.left)
         of_reverse = (1 - weight) * (p - tl.exp2(ds) * (1 / row.zs))
-        return forward * (weight * LN2) + of_reverse
+        return forward * (weight * finite_unit(row.left)) + of_reverse
     if DIVERGENCE == "soft_cross_entropy":
         p = tl.exp2(dt) * (1 / row.zt)
-        return tl.where(p <= TINY, 0.0, p * (-ds - row.left)) * LN2
+        return tl.where(p <= TINY, 0.0, p * (-ds - row.left)) * finite_unit(row.left)
     if DIVERGENCE == "reverse_kl":
         return tl.exp2(dt) * (1 / row.zt) - tl.exp2(ds) * (1 / row.zs)
     _, _, _, p, u = mixture_of_both(ds, dt, row.zs, row.zt, weight, DIVERGENCE, FAST)
