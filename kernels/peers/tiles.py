@@ -52,12 +52,15 @@ def values(totals, sums, K: tl.constexpr):
 
     Rounding alone makes one negative; the NaN of a row without a softmax stays.
     """
-    of_all = tl.log2(totals[0])
-    for k in tl.static_range(1, K):
-        of_all += tl.log2(totals[k])
+    # a difference of logarithms would lose the digits of networks that are alike
+    above = ()
+    of_all = tl.zeros_like(totals[0])
+    for k in tl.static_range(K):
+        above += (tl.log2(totals[k] / totals[0]),)
+        of_all += above[k]
     found = ()
     for k in tl.static_range(K):
-        value = sums[k] / totals[k] - (K * tl.log2(totals[k]) - of_all)
+        value = sums[k] / totals[k] - (K * above[k] - of_all)
         # a sum drops the NaN of 0·∞, which the Z of all have where a row has no softmax
         value += of_all - of_all
         found += (tl.where(value < 0, 0.0, value),)
