@@ -47,6 +47,18 @@ def sums_of_tile(logits, tops, unit, K: tl.constexpr):
 
 
 @triton.jit
+def distance(totals, sums, K: tl.constexpr):
+    """Return all divergences of whole rows in bits, from the sums of each network.
+
+    No Z is in them but that of its own softmax: K log2 Z − Σ log2 Z of all networks add up to 0.
+    """
+    found = sums[0] / totals[0]
+    for k in tl.static_range(1, K):
+        found += sums[k] / totals[k]
+    return tl.where(found < 0, 0.0, found)  # by rounding alone; the NaN without a softmax stays
+
+
+@triton.jit
 def values(totals, sums, K: tl.constexpr):
     """Return Σ p (K log2 p − L) of each network, from its sums over a whole row.
 
