@@ -175,7 +175,7 @@ def loss(
             if multiplies:
                 arguments = [as_under_autocast(x) for x in arguments]
             tensors = _tensors([*arguments, *(options[option] for option in of_examples)])
-            engine = engine_for(tensors)
+            engine, options = engine_for(tensors), _with_numbers(options, compute_dtype(*tensors))
             with without_autocast(tensors[0].device):
                 found = NotImplemented
                 if engine != "formula" and statement is not None:
@@ -305,6 +305,18 @@ def _with_classes_last(arguments: Sequence[Any], dim: Any) -> tuple[Any, ...]:
         x.movedim(dim, -1) if isinstance(x, Tensor) and x.ndim == first.ndim else x
         for x in arguments
     )
+
+
+def _with_numbers(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return the options with numbers that are tensors in this dtype.
+
+    The square of a temperature in half precision would be rounded, and a loss of one row, a 0-dim
+    tensor too, would be promoted to the dtype of a wider one.
+    """
+    return {
+        name: x.to(dtype) if isinstance(x, Tensor) and not x.ndim and x.is_floating_point() else x
+        for name, x in options.items()
+    }
 
 
 def _tensors(arguments: Sequence[Any]) -> list[Tensor]:

@@ -113,9 +113,8 @@ def decoupled_kd(
     of_p, log_p = _parted(divided(teacher, T), classes)
     target = torch.zeros_like(of_q)
     for x, y in ((of_p, of_q), (-of_p, -of_q)):
-        target = target + torch.where(
-            x == -torch.inf, 0, x.sigmoid() * (F.logsigmoid(x) - F.logsigmoid(y))
-        )
+        p = x.sigmoid()
+        target = target + torch.where(p == 0, 0, p * (F.logsigmoid(x) - F.logsigmoid(y)))
     others = _expectation(log_p.exp(), log_p - log_q)
     # a term of weight 0 counts for nothing, even where it is infinite
     target = nothing if is_exactly(alpha, 0) else alpha * target
@@ -174,7 +173,8 @@ def nkd(
         nothing = selected(student[..., 0], torch.zeros_like(labelled))
         return [Term(1.0, nothing, labelled), Term(gamma, nothing, labelled)]
     (of_q, _), (of_p, _) = _parted(student, classes), _parted(teacher, classes)
-    target = torch.where(of_p == -torch.inf, 0, of_p.sigmoid() * -F.logsigmoid(of_q))
+    p = of_p.sigmoid()
+    target = torch.where(p == 0, 0, p * -F.logsigmoid(of_q))
     T = widened(temperature)
     _, log_q = _parted(divided(student, T), classes)
     _, log_p = _parted(divided(teacher, T), classes)

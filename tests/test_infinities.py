@@ -217,3 +217,40 @@ def test_a_row_in_which_the_label_alone_is_allowed(case, whose, n_cols, engine):
         assert losses[1] > 0 and gradient[1, labels[1]] != 0
         options = {"decoupled_kd": {"beta": 0.0}, "nkd": {"gamma": 0.0}}[case.name]
         assert_same([losses[1]], [case(*inputs, **options)[1]])
+
+
+@pytest.mark.parametrize("shares", [(0.0, 8.0), (0.0, torch.tensor(8.0)), (1.0, 0.0), (0.0, 0.0)])
+def test_a_share_of_0_counts_for_nothing(shares, engine):
+    """Not even where its term is infinite; the other term may be."""
+    alpha, beta = shares
+    student, teacher, _ = inputs = of("decoupled_kd")[0].inputs((4,), 17)
+    labels = torch.full((4,), 3, device=DEVICE)
+    with torch.no_grad():
+        student[1, 3] = student[2, 4] = -math.inf
+    inputs = [student, teacher, labels]
+
+    def loss(*xs):
+        return fastkd.decoupled_kd(*xs, alpha=alpha, beta=beta, reduction="none")
+
+    losses, _ = found = results(loss, inputs)
+    assert_same(found, by_formula(loss, inputs))
+    is_infinite = [False, False, isinstance(beta, torch.Tensor) or beta > 0, False]
+    if alpha:  # the label of row 1 has the probability 0, and others have some
+        is_infinite[1] = True
+    assert losses.isposinf().tolist() == is_infinite
+
+
+@pytest.mark.parametrize("name", ["decoupled_kd", "nkd"])
+def test_a_label_whose_probability_vanishes_counts_as_one_of_0(name, engine):
+    student, teacher, labels = of(name)[0].inputs((3,), 17)
+    with torch.no_grad():
+        student[1, labels[1]], teacher[1, labels[1]] = -math.inf, -4000.0
+    options = dict(temperature=1.0, reduction="none")
+    inputs = [student, teacher, labels]
+
+    def loss(*xs):
+        return getattr(fastkd, name)(*xs, **options)
+
+    found = results(loss, inputs)
+    assert_same(found, by_formula(loss, inputs))
+    assert all(x.isfinite().all() for x in found)

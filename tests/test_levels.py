@@ -28,6 +28,14 @@ def in_formula(inputs, **options):
         return results(lambda *x: fastkd.mlkd(*x, **options), inputs)
 
 
+def test_panels_of_columns_keep_the_digits_of_large_logits(monkeypatch):
+    in_chunks_of(1, monkeypatch)
+    student, teacher = (x.detach().float() + 1000 for x in logits((3,), 33))
+    inputs, options = [student.requires_grad_(), teacher], dict(temperatures=(1.0, 4.0))
+    found = results(lambda *xs: fastkd.mlkd(*xs, **options), inputs)
+    assert_same(found, in_formula(exact(inputs), **options), 2e-6)
+
+
 @each_shape
 @pytest.mark.parametrize("most", [1, 50, 150, 100_000])
 def test_panels_of_any_width(shape, most, monkeypatch):

@@ -44,6 +44,13 @@ def test_both_sides_learn_where_nothing_is_detached(engine):
     )
 
 
+def test_networks_that_are_alike_keep_the_digits_of_their_distance(engine):
+    """The Z of as many classes is large, and differs by next to nothing."""
+    logits = [0.01 * x.detach().float() for x in peers(3)((4,), 1000)]
+    exactly = fastkd.mutual_kl([x.double() for x in logits])
+    assert abs(fastkd.mutual_kl(logits).double() / exactly - 1) < 3e-6
+
+
 def test_a_module_has_the_option_of_gradients():
     """Its value is the same, which test_modules.py compares."""
     logits, loss = peers(2)((5,), 7), fastkd.MutualKLLoss()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import LOSSES, Case
 from choice import quick_if
-from exactness import assert_exact
+from exactness import assert_exact, assert_same, by_formula, results
 from inputs import DEVICE
 
 import fastkd
@@ -47,6 +47,37 @@ def with_last(case: Case, **named) -> Case:
     loss.__name__ = case.name
     options = {name: x for name, x in case.options.items() if name not in named}
     return Case(loss, case.problem, case.inputs, formula, options, None, True)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in LOSSES if "temperature" in case.parameters], ids=str
+)
+@quick_if(lambda case, engine: engine != "triton" or case.problem in ("corrected", "peers"))
+def test_a_temperature_in_half_precision_is_squared_in_the_precision_of_the_logits(case, engine):
+    inputs, temperature = case.inputs((5,), 17), torch.tensor(1.7, device=DEVICE).bfloat16()
+    expected = by_formula(lambda *xs: case(*xs, temperature=temperature.item()), inputs)
+    for compute in (results, by_formula):
+        assert_same(compute(lambda *xs: case(*xs, temperature=temperature), inputs), expected)
+
+
+def test_no_rows_of_networks_that_learn(engine):
+    student, teacher = torch.ones(2, 0, 7, device=DEVICE, requires_grad=True).unbind()
+    loss = fastkd.reverse_kl(student, teacher, teacher_gradient=True, temperature=numbers((0,)))
+    assert all(x.shape == (0, 7) for x in torch.autograd.grad(loss, [student, teacher]))
+
+
+def test_a_tensor_leaves_excluded_classes_the_gradient_that_a_number_gives():
+    student, teacher = LOSSES[0].inputs((3,), 7)
+    student.detach()[1, 4] = -math.inf
+
+    def loss(temperature):
+        return lambda *xs: fastkd.forward_kl(*xs, temperature=temperature, reduction="none")
+
+    expected = by_formula(loss(2.0), [student, teacher])
+    temperature = torch.tensor(2.0, device=DEVICE)
+    assert_same(by_formula(loss(temperature), [student, teacher]), expected)
+    losses, gradient = expected
+    assert losses[1].isposinf() and gradient[1, 4] != 0
 
 
 @each_size

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd._op import Number
-from fastkd.problems.rows import EPSILON, moments
+from fastkd.problems.rows import EPSILON, is_exactly, moments
 
 N_SCRATCH = 6  # buffers of a chunk: d and e of both networks, and two for a divergence
 _LN2 = math.log(2)
@@ -240,11 +240,16 @@ def _decoupled_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> T
     """Return the terms of weight · KL of (class, others) + (1 − weight) · KL among the others."""
     rest, ratio, each = _forward_kl(q, p, weight, scratch), p.total / q.total, _each(q, 1)
     of_q, of_p = log_odds(q), log_odds(p)
-    apart, is_alone = q.apart, _is_alone(q, p)
+    apart = q.apart
     assert apart is not None
 
     def value(scale: Number) -> Tensor:
+        # a share of 0 counts for nothing, even where its term is infinite
+        if is_exactly(weight, 1):
+            return _binary_kl(of_p, of_q).mul_(scale)
         of_others = _among_others(rest.value(scale * (1 - weight)), p)
+        if is_exactly(weight, 0):
+            return of_others
         return of_others.add_(_binary_kl(of_p, of_q).mul_(scale * weight))
 
     def slope(out: Tensor, factor: Number) -> None:
@@ -254,7 +259,7 @@ def _decoupled_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> T
             (-of_p).sigmoid_() - (-of_q).sigmoid_(),
             of_q.sigmoid() - of_p.sigmoid(),
         ).mul_(factor * weight)
-        _difference(q, p, out, ratio, torch.where(is_alone, 0, factor * (1 - weight)))
+        _difference(q, p, out, ratio, _factor_among_others(q, p, factor * (1 - weight)))
         out.addcmul_(q.e, excess * each, value=-1).scatter_(1, apart, excess)
 
     return Terms(value, slope, p.d)
@@ -265,10 +270,12 @@ def _among_others(values: Tensor, p: Softmax) -> Tensor:
     return values if p.of_apart is None else values.masked_fill_(p.of_apart == math.inf, 0)
 
 
-def _is_alone(q: Softmax, p: Softmax) -> Tensor:
-    """Return rows [R, 1] where one of the networks allows no class but the one set apart."""
+def _factor_among_others(q: Softmax, p: Softmax, factor: Number) -> Tensor:
+    """Return a factor of rows [R, 1], 0 where a network allows no class but the one set apart."""
     assert q.of_apart is not None and p.of_apart is not None
-    return (q.of_apart == math.inf) | (p.of_apart == math.inf)
+    is_alone = (q.of_apart == math.inf) | (p.of_apart == math.inf)
+    # a selection from plain numbers would be in float32
+    return torch.where(is_alone, 0, torch.zeros_like(q.total) + factor)
 
 
 def _binary_kl(of_p: Tensor, of_q: Tensor) -> Tensor:
@@ -287,7 +294,7 @@ def _soft_cross_entropy(q: Softmax, p: Softmax, weight: Number, scratch: Scratch
 
     def slope(out: Tensor, factor: Number) -> None:
         if q.apart is not None:
-            factor = torch.where(_is_alone(q, p), 0, factor)
+            factor = _factor_among_others(q, p, factor)
         _difference(q, p, out, p.total / q.total, factor)
 
     return Terms(value, slope, p.d)

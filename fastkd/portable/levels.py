@@ -139,16 +139,17 @@ class _AtOneTemperature:
         _chunks.for_each(lambda rows, _: work(rows), chunks, lambda: None)
 
     def _log_sum_exps(self) -> tuple[Tensor, Tensor]:
-        """Return those of the logits over T of both networks, [N, 1]."""
-        sums = self.problem.student.new_empty((2, self.n, 1), dtype=self.dtype)
+        """Return the largest of the logits over T, and log Σ exp of them less that, [2, N, 1]."""
+        tops, sums = self.problem.student.new_empty((2, 2, self.n, 1), dtype=self.dtype)
 
         def work(rows: slice) -> None:
-            for found, z in zip(sums, (self.problem.whole, self.problem.teacher), strict=True):
+            for i, z in enumerate((self.problem.whole, self.problem.teacher)):
                 scaled = z[rows].to(self.dtype) / self.temperature
-                torch.logsumexp(scaled, 1, keepdim=True, out=found[rows])
+                tops[i, rows] = scaled.amax(1, keepdim=True)
+                torch.logsumexp(scaled.sub_(tops[i, rows]), 1, keepdim=True, out=sums[i, rows])
 
         self._each(work, self.n, self.n_classes)
-        return sums[0], sums[1]
+        return tops, sums
 
     def _fill(self, part: slice, memory: Tensor, divergences: Tensor | None = None) -> _Panel:
         """Return a panel in this memory, and add up the divergences of the rows."""
@@ -161,7 +162,9 @@ class _AtOneTemperature:
             scaled = z[chosen, columns].to(self.dtype) / self.temperature
             if self.log_sums is None:
                 return scaled.log_softmax(1)
-            return scaled.sub_(self.log_sums[i][chosen])
+            # one number for both would lose what a large logit rounds away
+            tops, sums = self.log_sums
+            return scaled.sub_(tops[i, chosen]).sub_(sums[i, chosen])
 
         def work(chunk: slice) -> None:
             chosen = slice(rows.start + chunk.start, rows.start + chunk.stop)

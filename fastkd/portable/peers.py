@@ -48,17 +48,19 @@ def forward(problem: Peers, needs_grad: Sequence[bool]) -> tuple[tuple[Tensor], 
         peers = [
             softmax(z, temperature, dtype, buffers[2 * i : 2 * i + 2]) for i, z in enumerate(chunks)
         ]
-        total = _log_probabilities(peers, buffers[-1])
-        sums = []
-        for q in peers:
+        total = _total_of_d(peers, buffers[-1])
+        # a difference of logarithms would lose the digits of networks that are alike; in the sum of
+        # all they are not at all
+        ratios = [(q.total / peers[0].total).log2_() for q in peers]
+        distance, sums, of_all = torch.zeros_like(ratios[0]), [], torch.stack(ratios).sum(0)
+        for q, ratio in zip(peers, ratios, strict=True):
             above = torch.mul(q.d, n_peers, out=buffers[-2]).sub_(total)
             # 0·∞ is a NaN, which counts as 0
-            sums.append(above.mul_(q.e).nansum(-1, keepdim=True).div_(q.total))
-        # rounding alone makes a sum negative; the NaN of an input, which the sums drop, comes back
-        kept = torch.cat(
-            [x.relu() + (q.total - q.total) for x, q in zip(sums, peers, strict=True)], 1
-        )
-        of_rows[rows] = kept.sum(-1, keepdim=True).mul_(scale * _LN2)
+            above = above.mul_(q.e).nansum(-1, keepdim=True).div_(q.total)
+            distance += above
+            sums.append(above - ratio.mul_(n_peers).sub_(of_all))
+        # rounding alone makes it negative; the NaN of an input, which the sums drop, comes back
+        of_rows[rows] = distance.relu_().add_(of_all - of_all).mul_(scale * _LN2)
         torch.cat(
             [*(q.top for q in peers), *(q.total for q in peers), *sums], 1, out=statistics[rows]
         )
@@ -157,6 +159,11 @@ def _log_probabilities(peers: Sequence[Softmax], out: Tensor | None) -> Tensor:
     """Make each d the log2 of the probabilities, and return the sum of them all."""
     for q in peers:
         q.d.sub_(q.total.log2())
+    return _total_of_d(peers, out)
+
+
+def _total_of_d(peers: Sequence[Softmax], out: Tensor | None) -> Tensor:
+    """Return the sum of the d of all networks."""
     total = torch.add(peers[0].d, peers[1].d, out=out)
     for q in peers[2:]:
         total.add_(q.d)

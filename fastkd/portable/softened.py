@@ -78,7 +78,7 @@ def backward(
     keeps = networks[learning[0]].divergence in _PRESERVING or len(learning) == 1
     n_scratch = N_SCRATCH + 1 + (0 if keeps else 4)
     written = [i for i in (0, 1) if needs_grad[i]]
-    dtype, table = statistics.dtype, statistics.reshape(len(factors), -1, 1)
+    dtype, table = statistics.dtype, statistics.reshape(-1, statistics.shape[-1], 1)
     # elsewhere than on a CPU a look at the factors would be a host sync
     has_masked = not (factors.is_cpu and factors.all())
 

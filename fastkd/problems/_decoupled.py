@@ -65,7 +65,9 @@ def decoupled_kd(
         return NotImplemented
     labels, mask, labelled = rows.counted(call, labels, ignore_index)
     total = alpha + beta
-    share = 0.0 if is_exactly(total, 0) else alpha / _not_0(total)
+    share = alpha / (1 if is_exactly(total, 0) else _not_0(total))
+    # known where it can be, because a share of 0 counts for nothing, even if its term is infinite
+    share = 0.0 if is_exactly(alpha, 0) else 1.0 if is_exactly(beta, 0) else share
     temperature = rows.widened(temperature)
     t2 = temperature**2 if scale_t2 else 1.0
     problem = Rows(
@@ -73,7 +75,7 @@ def decoupled_kd(
         call.row_weight if labelled is None else 0.0, labels, standardize,
     )  # fmt: skip
     losses, _ = rows.solve(call.engine, problem)
-    return [Term(1.0, losses, labelled)]
+    return [Term(0.0 if is_exactly(total, 0) else 1.0, losses, labelled)]
 
 
 def nkd(

@@ -246,13 +246,14 @@ def divergence(call: Call, student: Tensor, teacher: Tensor, **options: Any) -> 
 
 
 def divided(logits: Tensor, temperature: Number) -> Tensor:
-    """Return logits / T with one T or one for each row, which excluded classes give no gradient."""
+    """Return logits / T, T one or one for each row, to which excluded classes give no gradient."""
     if not isinstance(temperature, Tensor):
         return logits / temperature
     if temperature.ndim:
         temperature = temperature.unsqueeze(-1).to(logits.dtype)
-    excluded = logits == -torch.inf  # whose gradient is 0, and 0 · ∞ would be a NaN
-    return torch.where(excluded, -torch.inf, torch.where(excluded, 0, logits) / temperature)
+    excluded = logits == -torch.inf  # times whose gradient of 0 they would be a NaN
+    finite = torch.where(excluded, 0, logits) / temperature
+    return torch.where(excluded, logits / temperature.detach(), finite)
 
 
 def of_rows(number: Number, logits: Tensor, dtype: torch.dtype, row_mask: Tensor | None) -> Tensor:

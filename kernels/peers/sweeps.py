@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.device import Strided
-from fastkd.kernels.peers.tiles import Peers, slopes_of_tile, sums_of_tile, values
+from fastkd.kernels.peers.tiles import Peers, distance, slopes_of_tile, sums_of_tile, values
 from fastkd.kernels.rows.reading import edges, vectors
 from fastkd.kernels.rows.terms import LOWEST, is_certain
 from fastkd.kernels.tiles import (
@@ -120,9 +120,7 @@ def peer_statistics(
         of_row += (tl.sum(of_threads[k], 0),)
         sums_of_row += (tl.sum(sums_of_threads[k], 0),)
     above = values(of_row, sums_of_row, K)
-    value = above[0]
-    for k in tl.static_range(1, K):
-        value += above[k]
+    value = distance(of_row, sums_of_row, K)
     tl.store(losses_ptr + row, value * (number(scale, ON_DEVICE, DTYPE) * LN2))
     for k in tl.static_range(K):
         tl.store(statistics_row + k, highest[k])

@@ -47,17 +47,32 @@ def sums_of_tile(logits, tops, unit, K: tl.constexpr):
 
 
 @triton.jit
+def distance(totals, sums, K: tl.constexpr):
+    """Return all divergences of whole rows in bits, from the sums of each network.
+
+    No Z is in them but that of its own softmax: K log2 Z − Σ log2 Z of all networks add up to 0.
+    """
+    found = sums[0] / totals[0]
+    for k in tl.static_range(1, K):
+        found += sums[k] / totals[k]
+    return tl.where(found < 0, 0.0, found)  # by rounding alone; the NaN without a softmax stays
+
+
+@triton.jit
 def values(totals, sums, K: tl.constexpr):
     """Return Σ p (K log2 p − L) of each network, from its sums over a whole row.
 
     Rounding alone makes one negative; the NaN of a row without a softmax stays.
     """
-    of_all = tl.log2(totals[0])
-    for k in tl.static_range(1, K):
-        of_all += tl.log2(totals[k])
+    # a difference of logarithms would lose the digits of networks that are alike
+    above = ()
+    of_all = tl.zeros_like(totals[0])
+    for k in tl.static_range(K):
+        above += (tl.log2(totals[k] / totals[0]),)
+        of_all += above[k]
     found = ()
     for k in tl.static_range(K):
-        value = sums[k] / totals[k] - (K * tl.log2(totals[k]) - of_all)
+        value = sums[k] / totals[k] - (K * above[k] - of_all)
         # a sum drops the NaN of 0·∞, which the Z of all have where a row has no softmax
         value += of_all - of_all
         found += (tl.where(value < 0, 0.0, value),)

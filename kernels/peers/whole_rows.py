@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.device import Strided
-from fastkd.kernels.peers.tiles import Peers, slopes_of_tile, sums_of_tile, values
+from fastkd.kernels.peers.tiles import Peers, distance, slopes_of_tile, sums_of_tile, values
 from fastkd.kernels.rows.on_chip import with_certain
 from fastkd.kernels.rows.reading import Pointers
 from fastkd.kernels.rows.terms import LOWEST, is_certain
@@ -53,13 +53,11 @@ def whole_peers(
         logits += (z,)
         tops += (tl.maximum(tl.max(z, 1), LOWEST),)
     totals, sums = sums_of_tile(logits, tops, unit, K)
-    above = values(totals, sums, K)
     if losses_ptr is not None:
-        value = above[0]
-        for k in tl.static_range(1, K):
-            value += above[k]
+        value = distance(totals, sums, K)
         tl.store(losses_ptr + rows, tl.where(counts, value * (scale * LN2), 0.0), exists)
     if upstream_ptr is not None:
+        above = values(totals, sums, K)
         factor = tl.load(upstream_ptr + rows.to(tl.int64) * upstream_stride, exists, 0.0)
         factor = tl.where(counts, factor.to(DTYPE) * (scale / of_temperature), 0.0)[:, None]
         of_tops = ()

@@ -304,10 +304,14 @@ def both_gradients(
 
 
 @triton.jit
-def _store_top(of_network_row, top_ptr, others):
-    """Store minus the sum of the others as the gradient of a row's largest logit."""
-    value = -tl.sum(others, 0)
-    tl.store(of_network_row + tl.load(top_ptr), value.to(of_network_row.dtype.element_ty))
+def _store_top(of_network_row, top_ptr, others, n_cols):
+    """Store minus the sum of the others as the gradient of a row's largest logit.
+
+    A factor that vanishes when it is divided by T has left any number for the column of it.
+    """
+    top, value = tl.load(top_ptr), -tl.sum(others, 0)
+    exists = (top >= 0) & (top < n_cols)
+    tl.store(of_network_row + top, value.to(of_network_row.dtype.element_ty), exists)
 
 
 @triton.jit(do_not_specialize=["n_blocks"])
@@ -348,7 +352,9 @@ def finish_rows(
     top_ptr = tops_ptr + row.to(tl.int64) * 2
     if of_student_ptr is not None:
         if (factor != 0) & is_certain(zs, zt, zs, False):
-            _store_top(of_student_ptr + start, top_ptr, tl.load(places, inside, 0.0))
+            _store_top(of_student_ptr + start, top_ptr, tl.load(places, inside, 0.0), n_cols)
     if of_teacher_ptr is not None:
         if (factor != 0) & is_certain(zt, zs, zt, False):
-            _store_top(of_teacher_ptr + start, top_ptr + 1, tl.load(places + 1, inside, 0.0))
+            _store_top(
+                of_teacher_ptr + start, top_ptr + 1, tl.load(places + 1, inside, 0.0), n_cols
+            )
