@@ -144,8 +144,10 @@ def loss(
             ]
             if mask is not None and _ROW_LABELS[0] in batch and _ROW_LABELS[1] in options:
                 place, ignored = batch.index(_ROW_LABELS[0]), options[_ROW_LABELS[1]]
-                if not tensors[place].is_floating_point():  # soft labels may stand there
-                    tensors[place] = torch.where(mask, tensors[place].long(), ignored)
+                labels = tensors[place]
+                # there may be none, or soft ones
+                if isinstance(labels, Tensor) and not labels.is_floating_point():
+                    tensors[place] = torch.where(mask, labels.long(), ignored)
             if not ranks or is_mean:
                 return formula(*tensors, **options)  # type: ignore[arg-type]
             tensors = [

@@ -258,7 +258,7 @@ def uskd(
         )
         (_, log_z), (_, log_q) = _parted(zipf, classes), _parted(student, classes)
         others = _expectation(log_z.exp(), -log_q)
-    if weak is not None and weak.shape[-1] > 1:
+    if weak is not None:
         of_weak = _cross_entropies(weak, classes)
         if not is_exactly(label_smoothing, 0):
             uniform = -weak.log_softmax(-1).mean(-1)

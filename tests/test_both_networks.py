@@ -155,7 +155,9 @@ def transposed(x):
     return x.detach().mT.contiguous().mT.requires_grad_()
 
 
-@pytest.mark.parametrize("moves", [(shifted, shifted), (transposed, shifted)], ids=str)
+@pytest.mark.parametrize(
+    "moves", [(shifted, shifted), (transposed, shifted)], ids=["shifted", "transposed"]
+)
 @pytest.mark.parametrize("n_cols", [37, 8999])
 @each_divergence
 @quick_if(

@@ -169,7 +169,10 @@ def test_virtual_teachers_of_any_probability(probability, temperature, engine):
 
 @pytest.mark.parametrize("left", [1e-6, 1e-9])
 def test_what_a_sure_virtual_teacher_leaves_keeps_its_digits(left, engine):
-    """Float32 loses them in 1 less its probability; the label's slope is the sum of the others'."""
+    """Keep them in float32, where 1 less its probability has lost them.
+
+    The label's slope is minus that of all others.
+    """
     student, _, labels = logits_and_labels((4,), 11)
     student = (student.detach() - 40.0 * F.one_hot(labels, 11)).float().requires_grad_()
     inputs = [student, labels]

@@ -20,7 +20,8 @@ import fastkd
 from fastkd import _backend
 
 SIZES = {"rows": ((4,), 8192), "pairs": ((256,), 64), "relations": ((128,), 64)}
-SIZES |= {"peers": ((4,), 8192), "moments": ((8,), 256), "tokens": ((8,), 64)}
+SIZES |= {"corrected": ((4,), 8192), "peers": ((4,), 8192)}
+SIZES |= {"moments": ((8,), 256), "tokens": ((8,), 64)}
 
 
 def traffic_of(case: Case, target: str = "sm_90") -> Traffic:

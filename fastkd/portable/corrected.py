@@ -23,8 +23,8 @@ from torch import Tensor
 from fastkd._op import Number
 from fastkd._pages import in_huge_pages
 from fastkd._precision import compute_dtype
-from fastkd.portable import rows as of_rows
 from fastkd.portable._chunks import most_elements
+from fastkd.portable._row_chunks import ON_CPU, for_chunks, select
 from fastkd.portable._row_terms import Scratch, Softmax, centre, certain_rows, softmax
 from fastkd.problems.corrected import Corrected
 
@@ -57,11 +57,7 @@ def forward(
     losses = student.new_empty(examples, dtype=dtype)
     statistics = losses.new_empty(*examples, n_statistics(problem))
     gradient = None
-    if (
-        needs_grad[0]
-        and student.is_cpu
-        and student.numel() <= most_elements(student, of_rows._ON_CPU, 0)
-    ):
+    if needs_grad[0] and student.is_cpu and student.numel() <= most_elements(student, ON_CPU, 0):
         gradient = _empty_gradient(student, dtype)
     labels, table = problem.labels.reshape(-1, 1), statistics.view(-1, n_statistics(problem))
     column, unit = losses.view(-1, 1), problem.scale / problem.student_temperature
@@ -82,7 +78,7 @@ def forward(
             _slope(target, p, q, z, classes, unit, out[0])
 
     tensors = [student, student if problem.teacher is None else problem.teacher]
-    of_rows._for_chunks(work, _N_SCRATCH, *tensors, *([] if gradient is None else [gradient]))
+    for_chunks(work, _N_SCRATCH, *tensors, *([] if gradient is None else [gradient]))
     column.masked_fill_(uncounted, 0)
     # a row with a NaN may have no gradient upstream, and `backward` leaves it out then
     if gradient is None or not math.isfinite(losses.sum().item()):
@@ -124,12 +120,12 @@ def backward(problem: Corrected, statistics: Tensor, upstream: Sequence[Tensor |
         target = _Target(share, of_label)
         _slope(target, p, q, z, classes, scaled[rows], slope)
         if has_masked:
-            of_rows._select(slope, factors[rows])
+            select(slope, factors[rows])
         if in_scratch:
             out.copy_(slope)
 
     teacher = student if problem.teacher is None else problem.teacher
-    of_rows._for_chunks(work, _N_SCRATCH, student, teacher, gradient)
+    for_chunks(work, _N_SCRATCH, student, teacher, gradient)
     return found if gradient is found else found.copy_(gradient)
 
 

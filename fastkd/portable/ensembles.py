@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fastkd._pages import in_huge_pages
-from fastkd.portable import rows as of_rows
 from fastkd.portable._chunks import most_elements
 from fastkd.portable._mixtures import (
     SUMMED,
@@ -23,6 +22,7 @@ from fastkd.portable._mixtures import (
     summed_terms,
     weighted_logits,
 )
+from fastkd.portable._row_chunks import for_chunks, foresees_weight, rescale, select
 from fastkd.portable._row_terms import (
     N_SCRATCH,
     Scratch,
@@ -57,7 +57,7 @@ def forward(problem: Ensemble, needs_grad: Sequence[bool]) -> tuple[tuple[Tensor
         if losses.isfinite().all():
             return (losses,), (None, slopes)
     statistics = student.new_empty((*student.shape[:-1], 0), dtype=dtype)
-    if needs_grad[0] and of_rows.foresees_weight(problem):
+    if needs_grad[0] and foresees_weight(problem):
         gradient = in_huge_pages(torch.empty_like(student))
         return (_solve(problem, _factors(problem) * problem.row_weight, gradient),), (
             statistics,
@@ -76,7 +76,7 @@ def backward(
     (of_losses,) = upstream
     assert of_losses is not None
     dtype = compute_dtype_of(problem)
-    if foreseen is not None and of_rows.rescale(foreseen, of_losses, problem.row_weight, dtype):
+    if foreseen is not None and rescale(foreseen, of_losses, problem.row_weight, dtype):
         return foreseen
     gradient = in_huge_pages(torch.empty_like(problem.student)) if foreseen is None else foreseen
     factors = torch.where(_factors(problem) == 0, 0, of_losses.reshape(-1, 1).to(dtype))
@@ -163,7 +163,7 @@ def _solve(
             of_terms = slope if k == 0 else terms.spare
             terms.slope(of_terms, factor)
             if has_masked or weight is not None:
-                of_rows._select(of_terms, factor)
+                select(of_terms, factor)
             if k:
                 slope.add_(of_terms)
         if slope is not None and out is not None:
@@ -173,7 +173,7 @@ def _solve(
 
     of_networks: list[Any] = [student, *problem.teachers]
     tensors = of_networks if out is None else [*of_networks, out]
-    of_rows._for_chunks(work, N_SCRATCH + in_scratch, *tensors, dtype=dtype)
+    for_chunks(work, N_SCRATCH + in_scratch, *tensors, dtype=dtype)
     if gradient is not None and out is not None and out is not gradient:
         gradient.copy_(out)
     if problem.row_mask is not None:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastkd._pages import in_huge_pages
 from fastkd._precision import compute_dtype
+from fastkd.portable._row_chunks import for_chunks, select
 from fastkd.portable._row_terms import Scratch, Softmax, centre, certain_rows, softmax
-from fastkd.portable.rows import _for_chunks, _select
 from fastkd.problems.peers import MOST, Peers, logits_of
 
 _LN2 = math.log(2)
@@ -63,7 +63,7 @@ def forward(problem: Peers, needs_grad: Sequence[bool]) -> tuple[tuple[Tensor], 
             [*(q.top for q in peers), *(q.total for q in peers), *sums], 1, out=statistics[rows]
         )
 
-    _for_chunks(work, _n_scratch(n_peers), *logits)
+    for_chunks(work, _n_scratch(n_peers), *logits)
     if problem.row_mask is not None:
         losses.masked_fill_(~problem.row_mask, 0)
     return (losses,), (statistics.view(*examples, 3 * n_peers),)
@@ -125,11 +125,11 @@ def backward(
             factor = scaled[rows] if problem.are_constants else scaled[rows] + 0 * sums[:, i]
             slope.mul_(factor)
             if has_masked:
-                _select(slope, factors[rows])
+                select(slope, factors[rows])
             centre(slope, certain_rows(z[i], [q.total]))
             out[i].copy_(slope)
 
-    _for_chunks(work, _n_scratch(n_peers), *logits, *gradients.values())
+    for_chunks(work, _n_scratch(n_peers), *logits, *gradients.values())
     for i, x in gradients.items():
         if x is not found[i]:
             found[i].copy_(x)

@@ -11,7 +11,7 @@ gradient. Otherwise the backward computes the softmaxes again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,17 @@ from torch import Tensor
 from fastkd._op import Number
 from fastkd._pages import in_huge_pages
 from fastkd._precision import compute_dtype
-from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
+from fastkd.portable._chunks import most_elements
+from fastkd.portable._row_chunks import (
+    FEW,
+    ON_CPU,
+    factors_of,
+    for_chunks,
+    foresees_weight,
+    in_compute_dtype,
+    rescale,
+    select,
+)
 from fastkd.portable._row_labels import (
     Targets,
     cross_entropy,
@@ -48,9 +58,6 @@ from fastkd.portable._row_terms import (
 from fastkd.problems.corrected import weight_of_soft_label, weighted
 from fastkd.problems.rows import EPSILON, Rows
 
-_ON_CPU, _ELSEWHERE = 1 << 18, 1 << 23  # elements of a chunk
-_OF_MANY = 1 << 19  # those of a large problem on a CPU, whose workers then wait less for each other
-_FEW = 1 << 14  # elements whose buffers cost less than their views do
 _NO_SCRATCH = (None,) * N_SCRATCH
 _WEIGHTED = "weighted_soft_cross_entropy"
 
@@ -79,9 +86,9 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
     the gradient of all where it is known what multiplies them; or else the statistics of the
     softmaxes.
     """
-    problem = _in_compute_dtype(problem)
+    problem = in_compute_dtype(problem)
     student = problem.student
-    is_small = student.numel() <= most_elements(student, _ON_CPU, 0)
+    is_small = student.numel() <= most_elements(student, ON_CPU, 0)
     if needs_grad[0] and student.is_cpu and problem.divergence and is_small:
         solved = _losses_and_gradients(problem)
         if solved is not None:
@@ -127,7 +134,7 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
         value = value if weight is None else weighted(value, weight)
         torch.cat([value, *known], 1, out=table[rows])
 
-    _for_chunks(work, _n_scratch(problem), student, problem.teacher)
+    for_chunks(work, _n_scratch(problem), student, problem.teacher)
     losses.view(-1).copy_(table[:, 0])
     statistics = table[:, 1:].contiguous().view(*examples, width)
     return _masked(problem, losses, cross_entropies), (statistics,)
@@ -140,7 +147,7 @@ def backward(
     foreseen: Tensor | None = None,
 ) -> Tensor:
     """Return Σ upstream · ∂losses + Σ upstream · ∂cross-entropies with respect to the student."""
-    problem = _in_compute_dtype(problem)
+    problem = in_compute_dtype(problem)
     of_losses, _ = upstream
     if foreseen is not None and of_losses is not None:
         if rescale(foreseen, of_losses, problem.row_weight, statistics.dtype):
@@ -153,31 +160,8 @@ def backward(
     gradient = found
     if found.ndim > 3 and not found.is_contiguous():  # chunks may be no views of it
         gradient = torch.empty_like(found, memory_format=torch.contiguous_format)
-    _fill(gradient, problem, statistics, *_factors(problem, *upstream))
+    _fill(gradient, problem, statistics, *factors_of(problem, *upstream))
     return found if gradient is found else found.copy_(gradient)
-
-
-def foresees_weight(problem: Any) -> bool:
-    """Return whether a large problem makes the gradient for its row weight in the forward."""
-    student, row_weight = problem.student, problem.row_weight
-    is_known = isinstance(row_weight, Tensor) or row_weight != 0
-    # a loss in float16 is scaled so that its gradient does not vanish
-    return is_known and student.dtype != torch.float16
-
-
-def rescale(foreseen: Tensor, upstream: Tensor, row_weight: Number, dtype: torch.dtype) -> bool:
-    """Turn the gradient for the row weight into that for the upstream one, if that can be done.
-
-    Return whether it was: a gradient in a narrower dtype would be rounded twice.
-    """
-    factor = upstream.reshape(-1, 1).to(dtype) / row_weight
-    # elsewhere than on a CPU a look at the numbers would be a host sync
-    if factor.is_cpu and (factor == 1).all():
-        return True
-    if foreseen.dtype != dtype or not foreseen.is_contiguous():
-        return False
-    _select(foreseen.view(-1, foreseen.shape[-1]).mul_(factor), factor)
-    return True
 
 
 def value_and_gradients(
@@ -197,7 +181,7 @@ def value_and_gradients(
     divergence there is the cross-entropy alone. The gradient is in the compute dtype anyway, unless
     there is a place for it; one without cross-entropies may have any dtype and strides.
     """
-    problem = _in_compute_dtype(problem)
+    problem = in_compute_dtype(problem)
     student, dtype = problem.student, compute_dtype(problem.student, problem.teacher)
     if problem.divergence and not needs_grad[0]:
         return forward(problem, (False,))[0], (None,)
@@ -211,7 +195,7 @@ def value_and_gradients(
             kept = torch.contiguous_format
             gradient = torch.empty_like(student, dtype=dtype, memory_format=kept)
     weights = losses.new_ones(losses.shape) if row_weights is None else row_weights
-    factors, ce_factors = _factors(problem, weights, ce_weights)
+    factors, ce_factors = factors_of(problem, weights, ce_weights)
     assert factors is not None
     factors = factors * problem.scale
     targets, apart = targets_of(problem), _classes(problem.apart)
@@ -240,7 +224,7 @@ def value_and_gradients(
             certain = certain_rows(q.d, totals)
         if plain is not None and slope is not None and ce_factors is not None:
             factor = cross_entropy_factor(plain, own, ce_factors[rows])
-            _select(cross_entropy_slope(plain, own, factor, slope), factor)
+            select(cross_entropy_slope(plain, own, factor, slope), factor)
         if problem.divergence:
             p = softmax(z_teacher, of_teacher, dtype, scratch[2:4], apart=beside)
             if problem.divergence == _WEIGHTED:
@@ -257,7 +241,7 @@ def value_and_gradients(
                     centre(of_terms, certain)
                     add_slope_of_deviation(of_terms, moments)
                 if is_masked or weight is not None or not z.is_cpu:
-                    _select(of_terms, factor)
+                    select(of_terms, factor)
                 if of_terms is not slope:
                     slope.add_(of_terms)
         elif slope is not None and ce_factors is None:
@@ -268,7 +252,7 @@ def value_and_gradients(
                 out[0].copy_(slope)
 
     tensors = [student, problem.teacher] + ([] if gradient is None else [gradient])
-    _for_chunks(work, _n_scratch(problem), *tensors)
+    for_chunks(work, _n_scratch(problem), *tensors)
     if not problem.divergence:
         losses.zero_()
     if place is not None and gradient is not None and place is not gradient:
@@ -288,7 +272,7 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
     dtype, slopes, certain, weight = compute_dtype(z, z_teacher), None, None, None
     of_student, moments = problem.student_temperature, None
     scratch: Scratch = _NO_SCRATCH
-    if z.numel() > _FEW:
+    if z.numel() > FEW:
         # one allocation, because the system would take back and clear the pages of many each time
         scratch = z.new_empty((_n_scratch(problem), *z.shape), dtype=dtype).unbind()
         slopes = torch.empty_like(z, dtype=dtype)
@@ -412,39 +396,22 @@ def _fill(
                 centre(slope, certain)
                 add_slope_of_deviation(slope, moments)
             if has_masked or problem.divergence == _WEIGHTED:
-                _select(slope, factor)
+                select(slope, factor)
         if ce_factors is not None and targets is not None:
             q = softmax(z, 1.0, dtype, scratch, (known[0], known[-1]), apart=beside)
             if beside is not None:
                 certain = certain_rows(q.d, totals)
             own = targets.of(rows)
             factor = cross_entropy_factor(q, own, ce_factors[rows])
-            slope.add_(_select(cross_entropy_slope(q, own, factor, q.e), factor))
+            slope.add_(select(cross_entropy_slope(q, own, factor, q.e), factor))
         centre(slope, certain)
         if in_scratch:
             out.copy_(slope)
 
-    _for_chunks(work, _n_scratch(problem), problem.student, problem.teacher, gradient)
+    for_chunks(work, _n_scratch(problem), problem.student, problem.teacher, gradient)
 
 
 # ------------------------------------------------------------------------- rows, chunks and masks
-
-
-def _in_compute_dtype(problem: Rows) -> Rows:
-    """Return the problem with the numbers that are tensors in the precision of the logits."""
-    numbers = (
-        problem.student_temperature,
-        problem.teacher_temperature,
-        problem.weight,
-        problem.scale,
-    )
-    if Tensor not in map(type, numbers):
-        return problem
-    dtype = compute_dtype(problem.student, problem.teacher)
-    student, teacher, weight, scale = (x.to(dtype) if isinstance(x, Tensor) else x for x in numbers)
-    return problem._replace(
-        student_temperature=student, teacher_temperature=teacher, weight=weight, scale=scale
-    )
 
 
 def _n_scratch(problem: Rows) -> int:
@@ -496,71 +463,3 @@ def _temperatures(
 def _classes(labels: Tensor | None) -> Tensor | None:
     """Return the classes as a column, where a masked row has any."""
     return None if labels is None else labels.reshape(-1, 1).clamp(min=0)
-
-
-def _factors(
-    problem: Rows, upstream: Tensor | None, ce_upstream: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return what multiplies the gradients of both losses in each row [N, 1], 0 if masked."""
-    dtype, masked = compute_dtype(problem.student, problem.teacher), without_label(problem)
-    of_losses = None if upstream is None else upstream.reshape(-1, 1).to(dtype)
-    if of_losses is not None and problem.row_mask is not None:
-        of_losses = torch.where(problem.row_mask.reshape(-1, 1), of_losses, 0)
-    if ce_upstream is None or problem.labels is None:
-        return of_losses, None
-    of_labels = ce_upstream.reshape(-1, 1).to(dtype)
-    return of_losses, of_labels if masked is None else of_labels.masked_fill(
-        masked.reshape(-1, 1), 0
-    )
-
-
-def _select(rows: Tensor, factor: Tensor) -> Tensor:
-    """Zero the rows whose factor is 0, NaN included; on their bits, because that is fast."""
-    integers = {4: torch.int32, 8: torch.int64}[rows.element_size()]
-    rows.view(integers).bitwise_and_((factor != 0).to(integers).neg_())
-    return rows
-
-
-def _for_chunks(
-    work: Callable[[slice, list[Tensor], Scratch], None],
-    n_scratch: int,
-    *tensors: Tensor,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Call `work` with row numbers, chunks [R, V] of the tensors, and scratch of that shape.
-
-    The scratch has the dtype, or else the compute dtype of the first two tensors.
-    Shifted logits, [B, S, V] cut to [:, :-1], do not flatten to rows: their blocks are taken one
-    after the other, so that they need no copy.
-    """
-    student, teacher = tensors[:2]
-    if not student.numel():
-        return
-    n_cols, most = student.shape[-1], most_elements(student, _ON_CPU, _ELSEWHERE)
-    if student.numel() <= most and all(x.is_contiguous() for x in tensors):
-        work(slice(None), [x.view(-1, n_cols) for x in tensors], (None,) * n_scratch)
-        return
-    most = max(most, most_elements(student, min(_OF_MANY, student.numel() // 64), _ELSEWHERE))
-    inner = student.shape[-2] if student.ndim > 1 else 1
-    blocks = [x.reshape(-1, inner, n_cols) for x in tensors]
-    if all(x.is_contiguous() for x in blocks):
-        blocks = [x.reshape(1, -1, n_cols) for x in blocks]
-    n_blocks, inner, _ = blocks[0].shape
-    size = max(1, most // n_cols)
-    # the cache holds more rows where they need less scratch, but many threads want a chunk each
-    size = min(inner, max(size, min(size * N_SCRATCH // n_scratch, inner // 64)))
-    shape, dtype = (n_scratch, size, n_cols), dtype or compute_dtype(student, teacher)
-    matrices = list(zip(*blocks, strict=True))
-
-    def of_chunk(places: slice, scratch: Sequence[Tensor]) -> None:
-        i, n = places.start // inner, places.stop - places.start
-        rows = slice(places.start - i * inner, places.stop - i * inner)
-        if n < size:
-            scratch = [x[:n] for x in scratch]
-        work(places, [x[rows] for x in matrices[i]], scratch)
-
-    def scratch() -> Sequence[Tensor]:
-        return student.new_empty(shape, dtype=dtype).unbind()
-
-    chunks = [x for i in range(n_blocks) for x in cut(range(i * inner, (i + 1) * inner), size)]
-    by_workers(lambda: for_each(of_chunk, chunks, scratch), len(chunks) > 1, student)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastkd._op import Number
 from fastkd._softened import rows_of_problem
 from fastkd.portable import rows
+from fastkd.portable._row_chunks import FEW, factors_of, for_chunks, in_compute_dtype, select
 from fastkd.portable._row_terms import (
     CENTRED,
     N_SCRATCH,
@@ -27,7 +28,6 @@ from fastkd.portable._row_terms import (
     softmax,
     terms_of,
 )
-from fastkd.portable.rows import _FEW, _factors, _for_chunks, _in_compute_dtype, _select
 from fastkd.problems.softened import Softened, mirror_of
 
 # divergences whose slopes leave both softmaxes as they are, and those that read no d of them
@@ -68,8 +68,8 @@ def backward(
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Return Σ upstream · ∂losses with respect to what is needed: logits and temperatures."""
-    known = _in_compute_dtype(rows_of_problem(problem))
-    factors, _ = _factors(known, upstream[0], None)
+    known = in_compute_dtype(rows_of_problem(problem))
+    factors, _ = factors_of(known, upstream[0], None)
     assert factors is not None  # without an upstream gradient there is no backward
     networks = student, teacher = _networks(problem, known.weight, needs_grad)
     learning = [i for i in (0, 1) if networks[i].learns]
@@ -84,7 +84,7 @@ def backward(
 
     def work(chunk: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, out = chunks[:2], dict(zip(written, chunks[2:], strict=True))
-        if scratch[0] is None and z[0].numel() > _FEW:
+        if scratch[0] is None and z[0].numel() > FEW:
             # one allocation, because the system would take back and clear the pages of many
             scratch = z[0].new_empty((n_scratch, *z[0].shape), dtype=dtype).unbind()
         numbers, factor = table[chunk].unbind(1), factors[chunk]
@@ -108,7 +108,7 @@ def backward(
                 slope = torch.empty_like(z[i], dtype=dtype)
             terms.slope(slope, factor / temperature)
             if has_masked:
-                _select(slope, factor)
+                select(slope, factor)
             if own.of_temperature is not None:
                 above = torch.sub(z[i], both[i].top, out=scratch[4])
                 found = _of_temperature(slope, above).div_(temperature)
@@ -119,7 +119,7 @@ def backward(
                     out[i].copy_(slope)
 
     gradients = [x.of_logits for x in networks if x.of_logits is not None]
-    _for_chunks(work, n_scratch, student.logits, teacher.logits, *gradients)
+    for_chunks(work, n_scratch, student.logits, teacher.logits, *gradients)
     return *(x.of_logits for x in networks), *(x.of_temperature for x in networks)
 
 

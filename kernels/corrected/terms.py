@@ -31,7 +31,7 @@ from fastkd.kernels.tiles import INFINITY, LOG2E
 
 
 class Target(NamedTuple):
-    """The share of the label in the corrected teacher of a row, and what it leaves to the rest."""
+    """A corrected teacher's share of a row's label, and what is left to all other classes."""
 
     odds: tl.tensor  # log2 of t / (1 − t)
     left: tl.tensor  # 1 − t

@@ -11,6 +11,7 @@ import fastkd
 pytestmark = pytest.mark.gpu
 # of rows: many in a program, one, several programs for a row, and a row after the other
 SHAPES = {"rows": [((33,), 10), ((5,), 1000), ((3,), 20011), ((150,), 8999)]}
+SHAPES["corrected"] = SHAPES["peers"] = SHAPES["rows"]
 SHAPES["relations"] = [((33,), 17), ((130,), 64), ((512,), 100)]
 # by tiles, the widest ones, and by chunks in half precision; float32 goes by chunks
 SHAPES["pairs"] = [((67,), 33), ((150,), 256), ((300,), 512)]
