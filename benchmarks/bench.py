@@ -2,7 +2,7 @@
 
 Writes each row to the record of the device, and prints the table. With PYTHONPATH=FOLDER it finds
 the peers of peers.txt that lie there. With --logits it measures the losses of logits with the
-options of logit_rows.py, forward and backward, and says what of it was asked for. A GPU has
+options of logit_rows.py, forward and backward, and says which of their goals are met. A GPU has
 gpu_run.py, which measures the same way.
 """
 

@@ -80,22 +80,22 @@ _UNITS = {"milliseconds": "time", "cpu_milliseconds": "CPU time", "peak_extra_by
 
 
 def bars(found: Iterable[dict[str, Any]]) -> str:
-    """Return what was asked for beside what came out."""
+    """Return the table of the goals, what was found, and whether they are met."""
     found = list(found)
     by_place = {(x["options"], *x["shape"][1:], x["dtype"], x["direction"]): x for x in found}
     lines = []
 
-    def add(what: str, asked: str, x: float | None, is_met: bool) -> None:
-        came = "–" if x is None else f"{x:.2f}"
-        lines.append([what, asked, came, "–" if x is None else "met" if is_met else "missed"])
+    def add(what: str, goal: str, x: float | None, is_met: bool) -> None:
+        figure = "–" if x is None else f"{x:.2f}"
+        lines.append([what, goal, figure, "–" if x is None else "met" if is_met else "missed"])
 
     def ratio(row: Mapping[str, Any], name: str, field: str) -> float | None:
         entries = row.get("implementations", {})
         theirs, ours = (entries.get(x, {}).get(field) for x in (name, "fastkd"))
         return theirs / ours if theirs is not None and ours else None
 
-    asked = [("forward KL", 32000, 1.4, 3), ("JSD", 32000, 2.2, 5)]
-    for loss, n_cols, faster, leaner in [*asked, ("JSD", 128256, 3, 14)]:
+    least_of = [("forward KL", 32000, 1.4, 3), ("JSD", 32000, 2.2, 5), ("JSD", 128256, 3, 14)]
+    for loss, n_cols, faster, leaner in least_of:
         row = by_place.get((loss, n_cols, 512, "float32", runner.DIRECTIONS[0]), {})
         what = f"eager / fastkd, {loss} {n_cols}×512 float32"
         for field, unit in _UNITS.items():
@@ -132,7 +132,7 @@ def bars(found: Iterable[dict[str, Any]]) -> str:
             worst = min(ratios)
             what = f"{name}'s error / fastkd's, the least of {len(ratios)} ({worst[1]}, {worst[2]})"
             add(what, "≥ 1", worst[0], worst[0] >= 1)
-    return markdown(["what", "asked for", "came out", ""], lines)
+    return markdown(["what", "goal", "found", ""], lines)
 
 
 def _above_noise(error: float) -> float:
@@ -164,5 +164,5 @@ def page(record: dict[str, Any]) -> str:
     facts += [f"{x} threads" for x in dict.fromkeys(row["threads"] for row in found)]
     parts = [f"### Heads on {record['device']}\n", f"{'; '.join(facts)}.\n", LEGEND, table(found)]
     parts += ["Missing on this machine:\n", *missing, ""] if missing else []
-    parts += [OF_ERRORS, table_of_errors(found), "What was asked for:\n", bars(found)]
+    parts += [OF_ERRORS, table_of_errors(found), "Goals:\n", bars(found)]
     return "\n".join(parts)

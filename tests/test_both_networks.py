@@ -104,13 +104,15 @@ def test_excluded_classes(case, whose, engine):
     assert_same([x[finite] for x in found], [x[finite] for x in limit])
 
 
+# the least value of the cross-entropy is the teacher's entropy, which the teacher may lower
+VANISHING = [case for case in DIVERGENCES if case.name != "soft_cross_entropy"]
+
+
 @pytest.mark.parametrize(("examples", "n_cols"), SIZES)
-@each_divergence
+@pytest.mark.parametrize("case", VANISHING, ids=str)
 @quickly
 def test_equal_networks_have_nothing_to_learn(case, examples, n_cols, engine):
     """Total variation has its kink there, on which neither network moves."""
-    if case.name == "soft_cross_entropy":
-        return  # whose least value is the teacher's entropy, which the teacher may lower
     student, _ = networks(case, examples, n_cols, torch.float32)
     losses, *gradients = results(
         learning(case), [student, student.detach().clone().requires_grad_()]

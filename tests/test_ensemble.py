@@ -280,8 +280,8 @@ def test_kernels_read_the_chosen_rows_alone(width):
 @NEEDS_INTERPRETER
 @pytest.mark.parametrize("combine", COMBINATIONS)
 def test_whole_rows_are_read_once_and_the_gradient_alone_is_written(combine):
-    student, *teachers = (x.bfloat16() for x in (lambda s, t: [s, *t])(*three((3,), 70)))
-    student.requires_grad_()
+    student, teachers = three((3,), 70)
+    student, teachers = student.bfloat16().requires_grad_(), [x.bfloat16() for x in teachers]
     with fastkd.backend("triton"), Meter() as meter:
         loss = fastkd.multi_teacher(student, teachers, combine=combine)
         torch.autograd.grad(loss, student)
@@ -299,8 +299,8 @@ def test_whole_rows_are_read_once_and_the_gradient_alone_is_written(combine):
 )
 def test_reads_of_long_rows(combine, of_student, of_teachers):
     """They are those that `sweeps.py` names; a gradient reads once, of a sum from the cache too."""
-    student, *teachers = (x.bfloat16() for x in (lambda s, t: [s, *t])(*three((2,), LONG)))
-    student.requires_grad_()
+    student, teachers = three((2,), LONG)
+    student, teachers = student.bfloat16().requires_grad_(), [x.bfloat16() for x in teachers]
     with fastkd.backend("triton"), Meter() as meter:
         loss = fastkd.multi_teacher(student, teachers, combine=combine)
         torch.autograd.grad(loss, student)

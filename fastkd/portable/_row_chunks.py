@@ -29,9 +29,9 @@ def foresees_weight(problem: Any) -> bool:
 
 
 def rescale(foreseen: Tensor, upstream: Tensor, row_weight: Number, dtype: torch.dtype) -> bool:
-    """Make the gradient for the row weight that for the upstream one, and return whether it is.
+    """Turn the gradient for the row weight into that for the upstream one, if that can be done.
 
-    It is not where its dtype is narrower, in which it would be rounded twice.
+    Return whether it was: a gradient in a narrower dtype would be rounded twice.
     """
     factor = upstream.reshape(-1, 1).to(dtype) / row_weight
     # elsewhere than on a CPU a look at the numbers would be a host sync

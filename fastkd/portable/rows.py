@@ -154,7 +154,7 @@ def backward(
             return foreseen
     # in the order of the student's strides
     found = in_huge_pages(torch.empty_like(problem.student)) if foreseen is None else foreseen
-    if not statistics.shape[-1]:  # what had the gradient foresaw another upstream
+    if not statistics.shape[-1]:  # the forward foresaw another upstream gradient
         value_and_gradients(problem, (True,), row_weights=of_losses, gradient=found)
         return found
     gradient = found
