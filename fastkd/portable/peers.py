@@ -49,8 +49,8 @@ def forward(problem: Peers, needs_grad: Sequence[bool]) -> tuple[tuple[Tensor], 
             softmax(z, temperature, dtype, buffers[2 * i : 2 * i + 2]) for i, z in enumerate(chunks)
         ]
         total = _total_of_d(peers, buffers[-1])
-        # a difference of logarithms would lose the digits of networks that are alike; in the sum of
-        # all they are not at all
+        # a difference of logarithms would lose the digits of networks that are alike; in the
+        # distance of all they cancel
         ratios = [(q.total / peers[0].total).log2_() for q in peers]
         distance, sums, of_all = torch.zeros_like(ratios[0]), [], torch.stack(ratios).sum(0)
         for q, ratio in zip(peers, ratios, strict=True):

@@ -251,7 +251,7 @@ def divided(logits: Tensor, temperature: Number) -> Tensor:
         return logits / temperature
     if temperature.ndim:
         temperature = temperature.unsqueeze(-1).to(logits.dtype)
-    excluded = logits == -torch.inf  # times whose gradient of 0 they would be a NaN
+    excluded = logits == -torch.inf  # because times their gradient of 0 they would be NaN
     finite = torch.where(excluded, 0, logits) / temperature
     return torch.where(excluded, logits / temperature.detach(), finite)
 
