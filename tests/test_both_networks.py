@@ -211,3 +211,18 @@ def test_torch_compile_makes_one_graph_of_both(case, engine):
     inputs = [*networks(case, (4,), 19), temperatures((4,))]
     compiled = torch.compile(learning(case), backend="aot_eager", fullgraph=True)
     assert_same(results(compiled, inputs), results(learning(case), inputs))
+
+
+def test_a_factor_that_vanishes_writes_nothing_outside_its_row(engine):
+    """Memory that nobody has written holds numbers that are no column."""
+    student, teacher = networks(DIVERGENCES[0], (2,), 8999, torch.float32)
+    for x in (student, teacher):
+        x.detach()[:, 3] = 50.0
+    inputs = [student, teacher, 4 * torch.ones(2, device=DEVICE).requires_grad_()]
+    torch.use_deterministic_algorithms(True)
+    try:
+        losses = learning(DIVERGENCES[0], scale_t2=False)(*inputs)
+        found = torch.autograd.grad(losses, inputs, torch.full_like(losses, 1e-45))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(not x.any() for x in found)

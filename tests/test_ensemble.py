@@ -339,6 +339,25 @@ def test_long_rows_of_a_certain_student(combine, engine):
     assert of_rows.max() < 1e-6
 
 
+@pytest.mark.parametrize("combine", ["mixture", "logits", "sum"])
+@quick_if(lambda combine, engine: engine != "triton" or combine == "mixture")
+def test_a_long_row_without_a_softmax_leaves_its_neighbours_alone(combine, engine):
+    student, *teachers = logits_of_three((3,), LONG, torch.float32)
+    options = dict(combine=combine, reduction="none")
+
+    def found():
+        losses = fastkd.multi_teacher(student, teachers, **options)
+        (gradient,) = torch.autograd.grad(losses.sum(), student)
+        return losses, gradient
+
+    expected = found()
+    student.detach()[1] = -torch.inf
+    losses, gradient = found()
+    assert losses[1].isnan() and gradient[1].isnan().all()
+    others = [0, 2]
+    assert_same([losses[others], gradient[others]], [x[others] for x in expected], 1e-6)
+
+
 @pytest.mark.parametrize("combine", COMBINATIONS)
 @quick_if(lambda combine, engine: combine == "mixture")
 def test_many_teachers(combine, engine):

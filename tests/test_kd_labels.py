@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from choice import quick_if
-from exactness import assert_as_exact, assert_same, exact
+from exactness import assert_as_exact, assert_same, by_formula, exact, results
 from inputs import DEVICE, logits_and_labels, normal
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -251,6 +251,19 @@ def test_soft_labels_are_constants_of_any_dtype(engine):
     wide = fastkd.kd(student, teacher, labels.double())
     assert wide.dtype == torch.float32
     assert_same([wide], [loss], 1e-6)
+
+
+@each_kind
+def test_labels_beside_a_wider_teacher_and_a_learnt_temperature(kind, engine):
+    student, teacher, labels = batch(kind, dtype=torch.float32)
+    temperature = torch.tensor(2.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    options = chosen(dict(class_weights=True, label_smoothing=0.3), dtype=torch.bfloat16)
+    inputs = [student, teacher.double(), labels.double() if kind == "soft" else labels]
+
+    def loss(*xs):
+        return fastkd.kd(*xs, temperature=temperature, reduction="none", **options)
+
+    assert_same(results(loss, inputs), by_formula(loss, inputs), 1e-5)
 
 
 def test_without_options_nothing_changes(engine):

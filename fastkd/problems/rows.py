@@ -399,6 +399,11 @@ def label_cross_entropies(
     class_weights: Tensor | None = None,
 ) -> Tensor:
     """Return the cross-entropy of each row with its label, 0 for a class that is negative."""
+    dtype = compute_dtype(logits)  # to which a teacher of float64 does not belong
+    if class_weights is not None:
+        class_weights = class_weights.to(dtype)
+    if labels.is_floating_point():
+        labels = labels.to(dtype)
     problem = Rows(
         logits, logits, labels, call.row_mask if labels.is_floating_point() else None,
         1.0, 1.0, 0.0, 1.0, "", 0.0, None, False, smoothing, class_weights,

@@ -363,7 +363,8 @@ def ensemble_gradient(
     )  # fmt: skip
     index = tl.load(index_ptr + row).to(tl.int64) if index_ptr is not None else -1
     statistics_row = statistics_ptr + row.to(tl.int64) * n_statistics
-    zs, certain = tl.load(statistics_row + 1), factor != 0
+    zs = tl.load(statistics_row + 1)
+    certain = (factor != 0) & (zs > 0)  # a student without a softmax has no top
     for k in tl.static_range(len(teachers) if COMBINE == "sum" else 1):
         zt = tl.load(statistics_row + k * N_STATISTICS + 3)
         if COMBINE == "sum":
