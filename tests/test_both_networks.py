@@ -108,7 +108,7 @@ def test_excluded_classes(case, whose, engine):
 @each_divergence
 @quickly
 def test_equal_networks_have_nothing_to_learn(case, examples, n_cols, engine):
-    """Of total variation that is its kink, on which neither network moves."""
+    """Neither network moves on the kink that total variation has there."""
     if case.name == "soft_cross_entropy":
         return  # whose least value is the teacher's entropy, which the teacher may lower
     student, _ = networks(case, examples, n_cols, torch.float32)

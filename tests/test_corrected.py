@@ -169,7 +169,7 @@ def test_virtual_teachers_of_any_probability(probability, temperature, engine):
 
 @pytest.mark.parametrize("left", [1e-6, 1e-9])
 def test_what_a_sure_virtual_teacher_leaves_keeps_its_digits(left, engine):
-    """In float32, where 1 less its probability has lost them; the label's slope is the others'."""
+    """1 less its probability lost them in float32; the label's slope is that of the others."""
     student, _, labels = logits_and_labels((4,), 11)
     student = (student.detach() - 40.0 * F.one_hot(labels, 11)).float().requires_grad_()
     inputs = [student, labels]

@@ -31,7 +31,7 @@ from fastkd.kernels.tiles import INFINITY, LOG2E
 
 
 class Target(NamedTuple):
-    """What the corrected teacher of a row gives its label, and leaves to all other classes."""
+    """The shares that the label of a row and all other classes have in the corrected teacher."""
 
     odds: tl.tensor  # log2 of t / (1 − t)
     left: tl.tensor  # 1 − t

@@ -30,7 +30,7 @@ def launches_of(loss, shape, n, target="sm_90", dtype=BF16, n_trained=1, **optio
 @pytest.mark.parametrize("shape", [(4096, 1000), SHORT, LONG], ids=str)
 @quick_if(lambda name, n_read, n_written, shape: shape != SHORT)
 def test_a_step_reads_all_once_in_each_launch(name, n_read, n_written, shape):
-    """Of several teachers on chip the forward has the gradient, which the backward keeps."""
+    """The forward of several teachers on chip has the gradient, which the backward keeps."""
     found = count(BY_NAME[name], shape, BF16)
     kernels = [x for x in found.operations if x.is_kernel]
     assert len(kernels) == 2 and found.launches <= 5
