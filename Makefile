@@ -16,7 +16,7 @@ EMULATED = $(BIN)/pytest -q tests/test_contracts.py
 demo: $(ENVIRONMENT)
 	$(BIN)/fastkd demo
 
-# What every change must pass, in about four minutes on two cores.
+# What every change must pass, in about six minutes on two cores.
 test: $(ENVIRONMENT)
 	$(INTERPRETED) -n 2 -m "not full"
 	$(COMPILED) -n 2 -m "not full"
