@@ -157,3 +157,16 @@ def warps_of_long_rows(losses: Tensor) -> int:
     warps = 8 if losses.numel() >= 2 * device_of(losses).multiprocessors else 16
     # numbers of float64 take two registers
     return warps // 2 if losses.dtype == torch.float64 else warps
+
+
+def written_like(student: Tensor, write: Callable[[Tensor], None]) -> Tensor:
+    """Return a gradient in the order of the student's strides, which `write` writes contiguously.
+
+    Where the student is not contiguous it is copied, and of no elements nothing is written.
+    """
+    found = gradient = torch.empty_like(student)
+    if not found.is_contiguous():
+        gradient = torch.empty_like(found, memory_format=torch.contiguous_format)
+    if gradient.numel():
+        write(gradient)
+    return found if gradient is found else found.copy_(gradient)

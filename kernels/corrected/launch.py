@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from fastkd.kernels.corrected import sweeps
-from fastkd.kernels.device import alignment, congruent, on_device, rows_of
+from fastkd.kernels.device import alignment, congruent, on_device, rows_of, written_like
 from fastkd.kernels.rows import launch as of_rows
 from fastkd.problems.corrected import Corrected
 from fastkd.problems.rows import Rows
@@ -48,16 +48,14 @@ def forward(
 def backward(problem: Corrected, statistics: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
     """Return Σ upstream · ∂losses with respect to the student, in the order of its strides."""
     rows, (given,) = _as_rows(problem), upstream
-    found = gradient = torch.empty_like(problem.student)
-    if not found.is_contiguous():
-        gradient = torch.empty_like(found, memory_format=torch.contiguous_format)
-    if not gradient.numel():
-        pass
-    elif statistics.numel():
-        _launch_gradient(rows, statistics, gradient, given)
-    else:
-        _launch_whole_rows(rows, None, gradient, given)
-    return found if gradient is found else found.copy_(gradient)
+
+    def write(gradient: Tensor) -> None:
+        if statistics.numel():
+            _launch_gradient(rows, statistics, gradient, given)
+        else:
+            _launch_whole_rows(rows, None, gradient, given)
+
+    return written_like(problem.student, write)
 
 
 def _as_rows(problem: Corrected) -> Rows:

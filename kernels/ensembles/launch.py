@@ -23,6 +23,7 @@ from fastkd.kernels.device import (
     on_device,
     rows_of,
     warps_of_long_rows,
+    written_like,
 )
 from fastkd.kernels.ensembles import sweeps
 from fastkd.kernels.ensembles.whole_rows import Strides, whole_ensembles
@@ -75,16 +76,14 @@ def backward(
     if foreseen is not None:
         _launch_whole_rows(problem, None, foreseen, of_losses, is_foreseen=True)
         return foreseen
-    found = gradient = torch.empty_like(problem.student)
-    if not found.is_contiguous():
-        gradient = torch.empty_like(found, memory_format=torch.contiguous_format)
-    if not gradient.numel():
-        pass
-    elif statistics.numel():
-        _launch_gradient(problem, statistics, gradient, of_losses)
-    else:
-        _launch_whole_rows(problem, None, gradient, of_losses)
-    return found if gradient is found else found.copy_(gradient)
+
+    def write(gradient: Tensor) -> None:
+        if statistics.numel():
+            _launch_gradient(problem, statistics, gradient, of_losses)
+        else:
+            _launch_whole_rows(problem, None, gradient, of_losses)
+
+    return written_like(problem.student, write)
 
 
 def _longest(dtype: torch.dtype) -> int:

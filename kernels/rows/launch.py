@@ -33,6 +33,7 @@ from fastkd.kernels.device import (
     device_of,
     on_device,
     rows_of,
+    written_like,
 )
 from fastkd.kernels.rows import gradients, on_chip, reading, sweeps
 from fastkd.kernels.rows.standardized import N_STANDARD
@@ -107,16 +108,14 @@ def backward(
     if foreseen is not None:
         _launch_whole_rows(problem, None, foreseen, upstream, is_foreseen=True)
         return foreseen
-    found = gradient = torch.empty_like(problem.student)
-    if not found.is_contiguous():
-        gradient = torch.empty_like(found, memory_format=torch.contiguous_format)
-    if not gradient.numel():
-        pass
-    elif statistics.numel():
-        _launch_gradient(problem, statistics, gradient, upstream)
-    else:
-        _launch_whole_rows(problem, None, gradient, upstream)
-    return found if gradient is found else found.copy_(gradient)
+
+    def write(gradient: Tensor) -> None:
+        if statistics.numel():
+            _launch_gradient(problem, statistics, gradient, upstream)
+        else:
+            _launch_whole_rows(problem, None, gradient, upstream)
+
+    return written_like(problem.student, write)
 
 
 def value_and_gradients(
