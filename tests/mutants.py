@@ -82,7 +82,7 @@ TOPICS = [
     ("divergence|vanilla|problems/rows", "rows infinities kd reduction errors"),
     ("_chunks", "rows pairs relations gram memory"),
     ("modules", "modules"),
-    ("__main__", "backend doctor"),
+    ("__main__|_doctor", "backend doctor"),
     ("_ranks", "distributed pairs"),
     ("_backend", "backend decorator errors"),
     ("_op", "compile decorator reduction errors backend"),
@@ -101,7 +101,7 @@ LEFT = ("survived", "undecided")
 # (file, function, edit as it is printed, why no test can see it)
 EQUIVALENT = [
     (
-        *("fastkd/__main__.py", "_crops", "teacher.expand(2, -1, -1) → teacher.expand(3, -1, -1)"),
+        *("fastkd/_doctor.py", "_crops", "teacher.expand(2, -1, -1) → teacher.expand(3, -1, -1)"),
         "the doctor tries its losses with any number of crops",
     ),
     (

@@ -12,7 +12,7 @@ from choice import full
 
 import fastkd
 from fastkd import __main__ as program
-from fastkd import _backend
+from fastkd import _backend, _doctor
 from fastkd.portable import rows as portable
 from fastkd.portable import softened
 
@@ -20,7 +20,7 @@ ON_CPU = {"cpu": ""}
 
 
 def doctor(monkeypatch, capsys, devices=ON_CPU):
-    monkeypatch.setattr(program, "_devices", lambda: devices)
+    monkeypatch.setattr(_doctor, "_devices", lambda: devices)
     status = program.main(["doctor"])
     return status, capsys.readouterr().out
 
@@ -28,7 +28,7 @@ def doctor(monkeypatch, capsys, devices=ON_CPU):
 def lines_of(page):
     """Return loss -> the rest of its line."""
     rows = (line.split(maxsplit=2) for line in page.splitlines())
-    names = {loss.__name__ for loss in program.LOSSES}
+    names = {loss.__name__ for loss in _doctor.LOSSES}
     return {row[0]: row[1:] for row in rows if row and row[0] in names}
 
 
@@ -49,14 +49,14 @@ def console_script(*arguments, without=(), **environment):
 def test_every_public_loss_is_examined():
     public = {getattr(fastkd, name) for name in fastkd.__all__ if name.islower()}
     losses = {f for f in public if hasattr(f, "formula")}
-    assert losses == set(program.LOSSES) and fastkd.forward_kl in losses
+    assert losses == set(_doctor.LOSSES) and fastkd.forward_kl in losses
 
 
 def test_a_healthy_cpu(monkeypatch, capsys):
     with fastkd.backend("auto"):
         status, page = doctor(monkeypatch, capsys)
     assert status == 0
-    engines = {x.__name__: "portable" if x.has_engines else "formula" for x in program.LOSSES}
+    engines = {x.__name__: "portable" if x.has_engines else "formula" for x in _doctor.LOSSES}
     assert lines_of(page) == {name: [engine, "ok"] for name, engine in engines.items()}
     formulas = {name for name, engine in engines.items() if engine == "formula"}
     assert {"attention_mse", "fsp", "nst"} <= formulas
@@ -148,8 +148,8 @@ def test_an_error_is_reported(monkeypatch, capsys):
 
 def test_a_nan_is_wrong(monkeypatch):
     nan = torch.tensor(torch.nan)
-    monkeypatch.setattr(program, "_value_and_gradients", lambda *_: [nan, nan])
-    assert "its value is nan" in program._wrong(fastkd.logit_mse, program._logits, "cpu")
+    monkeypatch.setattr(_doctor, "_value_and_gradients", lambda *_: [nan, nan])
+    assert "its value is nan" in _doctor._wrong(fastkd.logit_mse, _doctor._logits, "cpu")
 
 
 def test_a_backend_that_can_run_on_no_device_explains():
@@ -170,7 +170,7 @@ def test_a_backend_that_can_run_on_no_device_explains():
 def test_a_backend_that_runs_on_one_of_the_devices_is_enough(monkeypatch, capsys):
     obstacle = "the tensors are on cpu, not on a GPU"
     monkeypatch.setattr(
-        program,
+        _doctor,
         "_engine_and_reason",
         lambda _, device: ("portable", "") if device == "cpu:0" else (None, obstacle),
     )
@@ -250,10 +250,10 @@ def test_a_demo_that_cannot_run_is_told_in_a_sentence(tmp_path, monkeypatch, cap
 def test_an_interpreter_as_shipped_is_examined_without_bfloat16(monkeypatch, capsys):
     monkeypatch.setattr(_backend, "_interpreted", True)
     monkeypatch.setattr(_backend, "interpreter_knows_bfloat16", False)
-    monkeypatch.setattr(program, "LOSSES", {fastkd.forward_kl: program._logits})
+    monkeypatch.setattr(_doctor, "LOSSES", {fastkd.forward_kl: _doctor._logits})
     examined = []
     monkeypatch.setattr(
-        program,
+        _doctor,
         "_value_and_gradients",
         lambda _, x: examined.append(x[0].dtype) or [torch.ones(1)] * 2,
     )
