@@ -21,14 +21,19 @@ def resident(field: str) -> int:
 
 
 def products(profile: torch.profiler.profile) -> tuple[int, int]:
-    """Return how many products of matrices were made, and their FLOP."""
+    """Return how many products of matrices were made, and their FLOP; oneDNN's blocks are many."""
     n = flops = 0
     for event in profile.events():
         name = event.name.removeprefix("aten::")
         if name in PRODUCTS and event.name.startswith("aten::"):
             a, b = event.input_shapes[1:3] if "add" in name else event.input_shapes[:2]
-            n += 1
-            flops += 2 * math.prod(a) * b[-1]
+            n_cols = b[-1]
+        elif name == "mkldnn::_linear_pointwise":
+            a, (n_cols, _) = event.input_shapes[:2]
+        else:
+            continue
+        n += 1
+        flops += 2 * math.prod(a) * n_cols
     return n, flops
 
 

@@ -144,8 +144,8 @@ LEGEND = """\
 *Measured*, forward and backward of one step: the median of interleaved rounds, and the median of
 the rounds' ratios; the CPU time of all threads, which tells more of a busy machine. Peak: the most
 resident memory beyond the inputs, of a process of its own, the new gradients included. Counted:
-what PyTorch's allocator hands out at once, and the products of matrices. Busy: the machine had
-other work to do.
+what PyTorch's allocator hands out at once, and the products of matrices, where oneDNN makes many
+blocks of one. Busy: the machine had other work to do.
 """
 OF_ERRORS = """\
 Errors against float64, by norm. Rounded once: the result in float64, rounded to the dtype of what

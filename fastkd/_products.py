@@ -11,6 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
+from fastkd import _onednn
+
 _TILE = 1 << 22  # elements of a factor that are cast at once
 
 
@@ -25,7 +27,9 @@ def multiplies_halves(rows: Tensor, half: str) -> bool:
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, adds: bool = False) -> None:
     """Write a b to `out`, or add it to that, with sums of the precision of `out`."""
     if a.dtype == b.dtype and (a.dtype == out.dtype or _multiplies(a, out)):
-        if adds:
+        if _onednn.pays(a, b, out):
+            _onednn.multiply(a, b, out, adds=adds)
+        elif adds:
             add_product(a, b, out)
         elif a.dtype == out.dtype:
             torch.mm(a, b, out=out)

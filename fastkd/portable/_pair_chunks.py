@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._products import multiplies_halves
+from fastkd._products import multiplies_halves, multiply
 from fastkd.portable import _chunks
 from fastkd.problems.pairs import HEADROOM, Half, in_half, of_lengths, units
 
@@ -155,7 +155,8 @@ class PairChunks:
         """Return these rows of S, in half precision without the scale and the factors of rows."""
         part = buffer[self._place(rows)]
         if self.halves is None:
-            return torch.mm(self.q[rows] * self.scale, self.k.mT, out=part)
+            multiply(self.q[rows] * self.scale, self.k.mT, part)
+            return part
         return _product(self.halves[0].matrix[rows], self.halves[1].matrix.mT, part)
 
     def mask(self, rows: slice, part: Tensor, value: float) -> Tensor:
@@ -234,7 +235,7 @@ class PairChunks:
         if self.halves is not None:
             self._add_halves(rows, slopes)
         elif self.of_queries is not None and not self.adds_both_sides:
-            self.of_queries.values[rows].addmm_(slopes, self.k)
+            multiply(slopes, self.k, self.of_queries.values[rows], adds=True)
 
     def add_to_keys(self, rows: slice, sheet: Tensor, columns: slice, spare: Tensor) -> None:
         """Add to the sums of some keys what the slopes in these rows of S give."""
@@ -244,9 +245,9 @@ class PairChunks:
         if self.adds_both_sides:
             part = sheet[columns]
             both = torch.add(part, sheet[:, columns].mT, out=spare[: part.numel()].view(part.shape))
-            values.addmm_(both, self.k)
+            multiply(both, self.k, values, adds=True)
         else:
-            values.addmm_(sheet[:, columns].mT, self.q[rows])
+            multiply(sheet[:, columns].mT, self.q[rows], values, adds=True)
 
     def _add_halves(self, rows: slice, slopes: Tensor) -> None:
         assert self.halves is not None

@@ -1,0 +1,91 @@
+"""Matrix products in float32 by oneDNN, on processors where PyTorch's own take twice the time.
+
+PyTorch multiplies float32 by MKL, which has slower ways for processors that are not Intel's.
+oneDNN, which PyTorch brings too, has not, but its operator returns a new matrix: products are made
+by blocks, which stay in the cache until they lie in their place. MKL keeps all other products,
+among them those on Intel's processors and on those without AVX-512, where nobody measured oneDNN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+_BLOCK = 1 << 20  # elements of a block and of the copy that the operator makes of its rows
+_FEWEST_ROWS = 64  # of a block, below which the other factor is read too often
+_LEAST_WORK = 1 << 24  # multiplications below which a call costs more than is gained
+
+
+def pays(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Return whether oneDNN writes a b to `out` in less time than PyTorch's own product."""
+    if any(type(x) not in (Tensor, Parameter) for x in (a, b, out)):
+        return False
+    if any(not x.is_cpu or x.dtype != torch.float32 for x in (a, b, out)):
+        return False
+    if a.numel() * b.shape[1] < _LEAST_WORK or not _is_quicker():
+        return False
+    return bool(torch.backends.mkldnn.enabled) and _rows_of_blocks(a, b) >= _FEWEST_ROWS
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, adds: bool) -> None:
+    """Write a b to `out`, or add it to that."""
+    for part, block in _blocks(a, b, out):
+        _ = part.add_(block) if adds else part.copy_(block)
+
+
+def _blocks(a: Tensor, b: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return parts of `out` and what belongs there, made from slices of b or a without holes."""
+    size = _rows_of_blocks(a, b)
+    if _is_wide(a, b):
+        a = a.contiguous()
+        for columns, part in zip(b.t().split(size), out.split(size, 1), strict=True):
+            yield part, _product(a, columns)
+    else:
+        for rows, part in zip(a.split(size), out.split(size), strict=True):
+            yield part, _product(rows, b.t())
+
+
+def _rows_of_blocks(a: Tensor, b: Tensor) -> int:
+    """Return how many rows of the split factor a block is made of, or 0 if none can be split."""
+    (n_rows, n_inner), n_cols = a.shape, b.shape[1]
+    if _is_wide(a, b):
+        # all of a would be copied at once
+        return _BLOCK // n_rows if a.is_contiguous() or a.numel() <= _BLOCK else 0
+    if b.is_contiguous() or b.t().is_contiguous():
+        return _BLOCK // max(n_cols, 1 if a.is_contiguous() else n_inner)
+    return 0
+
+
+def _is_wide(a: Tensor, b: Tensor) -> bool:
+    """Return whether columns of b are split rather than rows of a."""
+    return b.t().is_contiguous() and b.shape[1] >= len(a)
+
+
+def _product(a: Tensor, transposed: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, transposed, None, "none", [], "")
+
+
+@functools.cache
+def _is_quicker() -> bool:
+    """Return whether PyTorch has both libraries, and the processor is one for which that counts."""
+    if not torch.backends.mkl.is_available() or _is_made_by_intel():
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    ones = torch.ones(2, 2)
+    with contextlib.suppress(AttributeError, RuntimeError, TypeError):
+        return torch.equal(_product(ones, ones), 2 * ones)
+    return False
+
+
+def _is_made_by_intel() -> bool:
+    with contextlib.suppress(OSError):
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    return "GenuineIntel" in platform.processor()
