@@ -135,7 +135,7 @@ EQUIVALENT = [
         *("fastkd/portable/pairs.py", "_Solver._pairs.of_chunk", "any(self.needs_grad) → True"),
         "slopes that nobody reads take time",
     ),
-    ("fastkd/portable/rows.py", "", "1 << 23 → 1 << 24", "the size of a chunk on a GPU"),
+    ("fastkd/portable/_row_chunks.py", "", "1 << 23 → 1 << 24", "the size of a chunk on a GPU"),
     (
         *("fastkd/portable/_kept_pairs.py", "value_and_gradients"),
         "problem.classes is not None → True",
