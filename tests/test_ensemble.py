@@ -302,12 +302,57 @@ def test_reads_of_long_rows(combine, of_student, of_teachers):
     student, teachers = three((2,), LONG)
     student, teachers = student.bfloat16().requires_grad_(), [x.bfloat16() for x in teachers]
     with fastkd.backend("triton"), Meter() as meter:
-        loss = fastkd.multi_teacher(student, teachers, combine=combine)
-        torch.autograd.grad(loss, student)
+        loss = fastkd.multi_teacher(student, teachers, combine=combine, reduction="none")
+        torch.autograd.grad(loss.sum(), student)
     losses, gradient = meter.launches
     assert loads_of(losses, student) == [of_student, *3 * [of_teachers]] and not meter.races
     assert loads_of(gradient, student)[1:] == [1, 1, 1]
     assert gradient.arguments["gradient_ptr"].stored == student.nbytes
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("divergence", ["forward_kl", "soft_cross_entropy"])
+def test_a_long_mixture_of_known_weight_is_read_twice_in_all(divergence):
+    student, teachers = three((2,), LONG)
+    student, teachers = student.bfloat16().requires_grad_(), [x.bfloat16() for x in teachers]
+    with fastkd.backend("triton"), Meter() as meter:
+        loss = fastkd.multi_teacher(student, teachers, divergence=divergence)
+        torch.autograd.grad(loss, student)
+    losses, gradient = meter.launches
+    assert loads_of(losses, student) == [2, 2, 2, 2] and not meter.races
+    assert losses.arguments["gradient_ptr"].stored == student.nbytes
+    assert {name for name, x in gradient.arguments.items() if x.loaded} == {"upstream_ptr"}
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "soft_cross_entropy"])
+@quick_if(lambda divergence, engine: engine == "triton")
+def test_the_gradient_of_a_long_mixture_is_made_for_the_weight_that_it_gets(divergence, engine):
+    """It is the one of the mean at first, and another one where the upstream gradient differs."""
+    student, teachers = three((4,), LONG)
+    student.detach()[1, 5] = 40.0  # certain, where the teachers are not
+    weights = torch.tensor([1.0, 1.0, 0.0, 1.0], device=DEVICE)
+    student.detach()[2] = torch.nan
+    options = dict(divergence=divergence, temperature=2.0)
+
+    def found(rows, dtype, weights, factor):
+        x, *of = (y[rows].to(dtype) for y in (student, *teachers))
+        x.requires_grad_()
+        loss = fastkd.multi_teacher(x, of, weights=weights, normalizer=3, **options)
+        loss.backward(torch.full_like(loss, factor), retain_graph=True)
+        first, x.grad = x.grad, None
+        loss.backward()
+        return loss, first, x.grad
+
+    kept = [0, 1, 3]
+    for factor in (1.0, 3.0):
+        with fastkd.backend("formula"):
+            exact = found(kept, torch.float64, None, factor)
+        loss, first, second = found(kept, torch.float32, None, factor)
+        assert_same([loss, first, second], [x.float() for x in exact], 1e-5)
+        loss, *others = found([0, 1, 2, 3], torch.float32, weights, factor)
+        for gradient, of_exact in zip(others, exact[1:], strict=True):
+            assert not gradient[2].any()
+            assert_same([loss, gradient[kept]], [exact[0].float(), of_exact.float()], 1e-5)
 
 
 @NEEDS_INTERPRETER

@@ -3,11 +3,13 @@
 Nothing of the logits' size is written but the gradient. Bytes for each (row, entry) of bfloat16,
 K teachers, forward + backward. V ≤ ON_CHIP: (2 K + 2) + (2 K + 4), each one launch; (2 K + 4) + 0
 with the row weight known beforehand. Above: `sweeps.py` says what the losses read, once or more;
-the gradient takes 2 K + 4. With a teacher chosen for each row K counts as 1.
+the gradient takes 2 K + 4, or 2 with the losses of a forward KL whose row weight is known. With a
+teacher chosen for each row K counts as 1.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +35,8 @@ from fastkd.kernels.rows.sweeps import N_STATISTICS
 from fastkd.problems.ensembles import Ensemble
 from fastkd.problems.ensembles import compute_dtype_of as compute_dtype_of
 
+# whose gradient needs nothing of the row but both Z, so that one sweep makes it with the losses
+_WITH_LOSSES = ("forward_kl", "soft_cross_entropy")
 _LOGS = ("reverse_kl", "symmetric_kl")  # in which log p counts where p is too small for a float
 _PER_WARP = {torch.float32: 1024, torch.float64: 256}  # entries of whole rows
 
@@ -52,16 +56,13 @@ def forward(problem: Ensemble, needs_grad: Sequence[bool]) -> tuple[tuple[Tensor
     statistics = student.new_empty((*student.shape[:-1], n_statistics(problem)), dtype=dtype)
     if not losses.numel():
         return (losses,), (statistics,)
-    if statistics.numel():
-        _launch_statistics(problem, losses, statistics)
-        return (losses,), (statistics,)
+    gradient = None
     if needs_grad[0] and _foresees_weight(problem):
         gradient = torch.empty_like(student)
-        if gradient.is_contiguous():
-            _launch_whole_rows(problem, losses, gradient)
-            return (losses,), (statistics, gradient)
-    _launch_whole_rows(problem, losses)
-    return (losses,), (statistics,)
+        gradient = gradient if gradient.is_contiguous() else None
+    launch = functools.partial(_launch_statistics, statistics=statistics)
+    (launch if statistics.numel() else _launch_whole_rows)(problem, losses, gradient=gradient)
+    return (losses,), ((statistics,) if gradient is None else (statistics, gradient))
 
 
 def backward(
@@ -73,17 +74,18 @@ def backward(
     """Return Σ upstream · ∂losses with respect to the student, in `foreseen` if it is there."""
     (of_losses,) = upstream
     assert of_losses is not None
-    if foreseen is not None:
-        _launch_whole_rows(problem, None, foreseen, of_losses, is_foreseen=True)
-        return foreseen
 
     def write(gradient: Tensor) -> None:
+        is_foreseen = gradient is foreseen
         if statistics.numel():
-            _launch_gradient(problem, statistics, gradient, of_losses)
+            _launch_gradient(problem, statistics, gradient, of_losses, is_foreseen=is_foreseen)
         else:
-            _launch_whole_rows(problem, None, gradient, of_losses)
+            _launch_whole_rows(problem, None, gradient, of_losses, is_foreseen=is_foreseen)
 
-    return written_like(problem.student, write)
+    if foreseen is None:
+        return written_like(problem.student, write)
+    write(foreseen)
+    return foreseen
 
 
 def _longest(dtype: torch.dtype) -> int:
@@ -93,7 +95,11 @@ def _longest(dtype: torch.dtype) -> int:
 
 
 def _foresees_weight(problem: Ensemble) -> bool:
+    """Return whether the forward makes the gradient too, for the weight that the caller knows."""
     is_known = isinstance(problem.row_weight, Tensor) or problem.row_weight != 0
+    in_one_sweep = problem.combine == "mixture" and problem.divergence in _WITH_LOSSES
+    if n_statistics(problem) and not in_one_sweep:
+        return False
     # a loss in float16 is scaled so that its gradient does not vanish
     return is_known and problem.student.dtype != torch.float16
 
@@ -111,6 +117,9 @@ def _launch_whole_rows(
     networks = [rows_of(x) for x in given]
     aligned = networks if gradient is None else [*networks, rows_of(gradient)]
     columns, per_warp = triton.next_power_of_2(n_cols), _PER_WARP[compute_dtype_of(problem)]
+    is_mixture = problem.divergence in of_rows._MIXTURES
+    if is_mixture and problem.combine == "sum":  # whose slopes wait in registers for each teacher
+        per_warp //= 2
     # many short rows where that leaves a program for every multiprocessor, as `rows` has them
     block = max(1, per_warp // 2 // columns)
     if n_rows < block * device_of(problem.student).multiprocessors:
@@ -122,7 +131,7 @@ def _launch_whole_rows(
             teachers=tuple(networks[1:]),
             losses_ptr=losses,
             n_rows=n_rows,
-            IS_MIXTURE=problem.divergence in of_rows._MIXTURES,
+            IS_MIXTURE=is_mixture,
             ALIGNMENT=alignment(aligned, n_cols),
             ROWS=block,
             COLUMNS=columns,
@@ -131,15 +140,19 @@ def _launch_whole_rows(
         )
 
 
-def _launch_statistics(problem: Ensemble, losses: Tensor, statistics: Tensor) -> None:
-    arguments, _, width = _long_rows(problem, statistics)
-    del arguments["gradient_ptr"], arguments["upstream_ptr"]
+def _launch_statistics(
+    problem: Ensemble, losses: Tensor, *, statistics: Tensor, gradient: Tensor | None
+) -> None:
+    arguments, student, width = _long_rows(problem, statistics, gradient)
+    del arguments["upstream_ptr"]
+    of_gradient = student if gradient is None else rows_of(gradient)
     num_warps = warps_of_long_rows(losses)
     with on_device(problem.student):
         sweeps.ensemble_statistics[(losses.numel(),)](
             **arguments,
             losses_ptr=losses,
             IS_MIXTURE=problem.divergence in of_rows._MIXTURES,
+            GRADIENT_CONGRUENT=congruent(student, of_gradient, width),
             THREADS=32 * num_warps,
             WIDTH=width,
             num_warps=num_warps,
@@ -147,7 +160,12 @@ def _launch_statistics(problem: Ensemble, losses: Tensor, statistics: Tensor) ->
 
 
 def _launch_gradient(
-    problem: Ensemble, statistics: Tensor, gradient: Tensor, upstream: Tensor
+    problem: Ensemble,
+    statistics: Tensor,
+    gradient: Tensor,
+    upstream: Tensor,
+    *,
+    is_foreseen: bool,
 ) -> None:
     n_rows, n_cols = problem.student.shape[:-1].numel(), problem.student.shape[-1]
     arguments, student, width = _long_rows(problem, statistics, gradient, upstream)
@@ -160,6 +178,7 @@ def _launch_gradient(
             GRADIENT_CONGRUENT=congruent(student, rows_of(gradient), width),
             VECTORS=vectors,
             WIDTH=width,
+            WEIGHED=is_foreseen,
             num_warps=4,
         )
 

@@ -4,7 +4,9 @@ A mixture needs the Z of each teacher before it can be formed, for which a sweep
 precedes the one that both networks of `Rows` need. Nothing of the logits' size is written but the
 gradient. Bytes for each (row, entry) of bfloat16 read by the losses: 2 K + 2, in a mixture 2 K
 more, and the same again where a divergence needs both Z before it can sum; of chosen rows 4; of a
-sum 4 K, half of the student's from the cache. The gradient takes 2 K + 2 + 2, of chosen rows 6.
+sum 4 K, half of the student's from the cache. The gradient takes 2 K + 2 + 2, of chosen rows 6. The
+forward KL from a mixture whose row weight is known takes 4 K + 4 + 2 for both: its slope needs no
+sum but both Z, so that it is written where the loss is summed.
 """
 
 from typing import NamedTuple
@@ -23,8 +25,10 @@ from fastkd.kernels.rows.reading import edges, vectors
 from fastkd.kernels.rows.sweeps import N_STATISTICS, load_statistics
 from fastkd.kernels.rows.terms import (
     LOWEST,
+    Statistics,
     Sums,
     Units,
+    add_products,
     fold,
     is_certain,
     kl_value,
@@ -80,6 +84,24 @@ def _add_total(
 
 
 @triton.jit
+def _softmax(
+    network_row, reads, unit, span, DTYPE: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Return the largest logit of a row and its Z, LOWEST and 0 if it is not read."""
+    top, total = tl.full([THREADS], LOWEST, DTYPE), tl.zeros([THREADS], DTYPE)
+    for i in range(0, span.n_vectors, THREADS):
+        top, total = _add_total(
+            network_row, reads, top, total, unit, i, span, False, DTYPE, THREADS, WIDTH
+        )
+    if _has_edges(span, WIDTH):
+        top, total = _add_total(
+            network_row, reads, top, total, unit, 0, span, True, DTYPE, THREADS, WIDTH
+        )
+    highest = tl.max(top, 0)
+    return highest, tl.sum(total * tl.exp2((top - highest) * unit), 0)
+
+
+@triton.jit
 def _softmaxes(
     rows, shares, unit, span, DTYPE: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
@@ -91,18 +113,8 @@ def _softmaxes(
     shifts = ()
     for k in tl.static_range(len(rows)):
         reads = shares[k] != 0
-        top, total = tl.full([THREADS], LOWEST, DTYPE), tl.zeros([THREADS], DTYPE)
-        for i in range(0, span.n_vectors, THREADS):
-            top, total = _add_total(
-                rows[k], reads, top, total, unit, i, span, False, DTYPE, THREADS, WIDTH
-            )
-        if _has_edges(span, WIDTH):
-            top, total = _add_total(
-                rows[k], reads, top, total, unit, 0, span, True, DTYPE, THREADS, WIDTH
-            )
-        highest = tl.max(top, 0)
-        total = tl.sum(total * tl.exp2((top - highest) * unit), 0)
-        tops += (highest,)
+        top, total = _softmax(rows[k], reads, unit, span, DTYPE, THREADS, WIDTH)
+        tops += (top,)
         shifts += (tl.where(reads, tl.log2(shares[k] / total), -INFINITY),)
     return tops, shifts
 
@@ -142,6 +154,54 @@ def _sums(
         )
         sums = fold(x, y, units, sums, DIVERGENCE, False)
     return merge(sums, units, DIVERGENCE)
+
+
+@triton.jit
+def _sum_and_store(
+    student_row, gradient_row, of, i, span, units, row, weight, factor, certain, a, total,
+    AT_EDGE: tl.constexpr, DIVERGENCE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+    THREADS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Add a tile to the log ratios and the Z of a mixture, for each thread, and store its gradient.
+
+    That of a class of which the student is certain is left out.
+    """
+    x, y = _load(
+        student_row, of, i, span, AT_EDGE, 0, "mixture", False, DTYPE, FAST, THREADS, WIDTH
+    )
+    columns, inside = _tile(i, span, AT_EDGE, THREADS, WIDTH)
+    ds, e = (x - row.ms) * units.cs, tl.exp2(y)
+    slopes = slope(ds, y, row, weight, DIVERGENCE, FAST) * factor
+    slopes = tl.where(factor == 0, 0.0, slopes)  # a factor of 0 wins over a NaN
+    kept = inside & ~((x == row.ms) & certain)
+    tl.store(gradient_row + columns, slopes.to(gradient_row.dtype.element_ty), kept)
+    a, _ = add_products(a, a, ds, y, tl.exp2(ds), e, DIVERGENCE)
+    return a, total + tl.sum(e, 1)
+
+
+@triton.jit
+def _sums_and_gradient(
+    student_row, gradient_row, of, span, units, weight, factor, DIVERGENCE: tl.constexpr,
+    DTYPE: tl.constexpr, FAST: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Return the Sums of a row and a mixture, of which the pivot is 1, and store its gradient."""
+    ms, zs = _softmax(student_row, True, units.cs, span, DTYPE, THREADS, WIDTH)
+    one = tl.full([], 1, DTYPE)
+    row = Statistics(ms, zs, one - one, one, zs, zs, zs)
+    certain = (factor != 0) & (zs > 0) & is_certain(zs, one, zs, False)
+    a, total = tl.zeros([THREADS], DTYPE), tl.zeros([THREADS], DTYPE)
+    for i in range(0, span.n_vectors, THREADS):
+        a, total = _sum_and_store(
+            student_row, gradient_row, of, i, span, units, row, weight, factor, certain, a, total,
+            False, DIVERGENCE, DTYPE, FAST, THREADS, WIDTH,
+        )  # fmt: skip
+    if _has_edges(span, WIDTH):
+        a, total = _sum_and_store(
+            student_row, gradient_row, of, 0, span, units, row, weight, factor, certain, a, total,
+            True, DIVERGENCE, DTYPE, FAST, THREADS, WIDTH,
+        )  # fmt: skip
+    total = tl.sum(total, 0)
+    return Sums(ms, zs, one - one, total, tl.sum(a, 0), one - one, zs), certain
 
 
 @triton.jit
@@ -186,6 +246,7 @@ def ensemble_statistics(
     row_mask_ptr,  # (n_rows,) or None
     losses_ptr,  # (n_rows,)
     statistics_ptr,  # (n_rows, n_statistics): those of each term, tops and shifts of a mixture
+    gradient_ptr,  # (n_rows, n_cols), written for the row weight; None: it is not
     n_statistics,
     n_cols,
     inner,  # size of the logits' last dimension but one
@@ -193,16 +254,33 @@ def ensemble_statistics(
     numbers,  # rows.sweeps.Numbers
     DIVERGENCE: tl.constexpr, COMBINE: tl.constexpr, IS_MIXTURE: tl.constexpr,
     LOGS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, ON_DEVICE: tl.constexpr,
-    CONGRUENT: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
+    CONGRUENT: tl.constexpr, GRADIENT_CONGRUENT: tl.constexpr, THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Compute the losses and statistics of a row: program (row)."""
+    """Compute the losses and statistics of a row: program (row).
+
+    With them comes the gradient of the forward KL from a mixture, if there is a place for it.
+    """
     row = tl.program_id(0)
     statistics_row = statistics_ptr + row.to(tl.int64) * n_statistics
+    student_row = student.ptr + row_offset(row, inner, student)
+    head = head_of(student_row, n_cols, WIDTH)
+    student_row = at_boundary(student_row, head, True)
+    span = Span((n_cols - head) // WIDTH, head, n_cols)
+    if gradient_ptr is not None:
+        gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)
+        gradient_row = at_boundary(
+            gradient_ptr, row_offset(row, inner, gradient) + head, GRADIENT_CONGRUENT
+        )
     if row_mask_ptr is not None:
         if tl.load(row_mask_ptr + row) == 0:  # so that no logits of a masked row are read
             tl.store(losses_ptr + row, 0.0)
             for i in range(n_statistics):
                 tl.store(statistics_row + i, 0.0)
+            if gradient_ptr is not None:
+                for i in range(0, span.n_vectors, THREADS):
+                    _store_zeros(gradient_row, i, span, False, THREADS, WIDTH)
+                _store_zeros(gradient_row, 0, span, True, THREADS, WIDTH)
             return
     weight = number(numbers.weight, ON_DEVICE, DTYPE)
     unit = log2_units(number(numbers.teacher_temperature, ON_DEVICE, DTYPE), DTYPE)
@@ -212,10 +290,6 @@ def ensemble_statistics(
         one if COMBINE == "mixture" else unit,
         one,
     )
-    student_row = student.ptr + row_offset(row, inner, student)
-    head = head_of(student_row, n_cols, WIDTH)
-    student_row = at_boundary(student_row, head, True)
-    span = Span((n_cols - head) // WIDTH, head, n_cols)
     teacher_rows = rows_of_each(teachers, row, inner, head, 0 if CONGRUENT else -1)
     shares = weights_of_rows(
         weights_ptr, row, row >= 0, strides.weights, strides.weights_of_teacher, len(teachers),
@@ -231,11 +305,23 @@ def ensemble_statistics(
             tl.store(statistics_row + N_STATISTICS + 2 * k + 1, shifts[k])
     of = Committee(teacher_rows, shares, tops, shifts, index, unit)
 
+    if gradient_ptr is not None:
+        factor = number(numbers.scale, ON_DEVICE, DTYPE) * number(
+            numbers.row_weight, ON_DEVICE, DTYPE
+        )
+        factor /= number(numbers.student_temperature, ON_DEVICE, DTYPE)
     loss = tl.zeros([], DTYPE)
     for k in tl.static_range(len(teachers) if COMBINE == "sum" else 1):
-        sums = _sums(
-            student_row, of, span, units, k, DIVERGENCE, COMBINE, LOGS, DTYPE, FAST, THREADS, WIDTH
-        )
+        if gradient_ptr is not None:
+            sums, certain = _sums_and_gradient(
+                student_row, gradient_row, of, span, units, weight, factor, DIVERGENCE, DTYPE, FAST,
+                THREADS, WIDTH,
+            )  # fmt: skip
+        else:
+            sums = _sums(
+                student_row, of, span, units, k, DIVERGENCE, COMBINE, LOGS, DTYPE, FAST, THREADS,
+                WIDTH,
+            )  # fmt: skip
         if IS_MIXTURE:
             value, slope_sum = _mixture_value(
                 student_row, of, span, units, sums, weight, k, DIVERGENCE, COMBINE, LOGS, DTYPE,
@@ -253,6 +339,13 @@ def ensemble_statistics(
         tl.store(of_term + 3, sums.zt)
         tl.store(of_term + 4, slope_sum)
     tl.store(losses_ptr + row, loss * number(numbers.scale, ON_DEVICE, DTYPE))
+    if gradient_ptr is not None:
+        if certain:
+            tl.debug_barrier()  # so that all threads find the statistics that were stored
+            _store_top(
+                student_row, gradient_row, of, statistics_row, span, units, weight, factor,
+                DIVERGENCE, COMBINE, LOGS, DTYPE, FAST, THREADS, THREADS, WIDTH,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -321,6 +414,26 @@ def _without_top(
     return tl.sum(tl.sum(tl.where(inside & ~is_top, slopes, 0.0), 1), 0), top
 
 
+@triton.jit
+def _store_top(
+    student_row, gradient_row, of, statistics_row, span, units, weight, factor,
+    DIVERGENCE: tl.constexpr, COMBINE: tl.constexpr, LOGS: tl.constexpr, DTYPE: tl.constexpr,
+    FAST: tl.constexpr, VECTORS: tl.constexpr, EDGES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient of a row's top, minus the sum of the others, which are computed anew."""
+    others, top = _without_top(
+        student_row, of, statistics_row, 0, span, units, weight, factor, True, DIVERGENCE, COMBINE,
+        LOGS, DTYPE, FAST, EDGES, WIDTH,
+    )  # fmt: skip
+    for i in range(0, span.n_vectors, VECTORS):
+        more, found = _without_top(
+            student_row, of, statistics_row, i, span, units, weight, factor, False, DIVERGENCE,
+            COMBINE, LOGS, DTYPE, FAST, VECTORS, WIDTH,
+        )  # fmt: skip
+        others, top = others + more, tl.maximum(top, found)
+    tl.store(gradient_row + top, (-others).to(gradient_row.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=["inner"])
 def ensemble_gradient(
     student,  # Strided (n_rows, n_cols)
@@ -340,11 +453,14 @@ def ensemble_gradient(
     DIVERGENCE: tl.constexpr, COMBINE: tl.constexpr, LOGS: tl.constexpr, DTYPE: tl.constexpr,
     FAST: tl.constexpr, ON_DEVICE: tl.constexpr, CONGRUENT: tl.constexpr,
     GRADIENT_CONGRUENT: tl.constexpr, VECTORS: tl.constexpr, WIDTH: tl.constexpr,
+    WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of a block of a row from its statistics: program row · n_blocks + block.
 
-    Where a student is nearly certain of a class, whose Z has lost the digits of the rest, that of
-    this class is minus the sum of the others: the first block reads the whole row for it.
+    WEIGHED, that for the row weight is there already, and rows with it for an upstream gradient are
+    left alone. Where a student is nearly certain of a class, whose Z has lost the digits of the
+    rest, that of this class is minus the sum of the others: the first block reads the whole row for
+    it.
     """
     program = tl.program_id(0)
     row, block = program // n_blocks, program % n_blocks
@@ -353,8 +469,11 @@ def ensemble_gradient(
     of_student = number(numbers.student_temperature, ON_DEVICE, DTYPE)
     one = tl.full([], 1, DTYPE)
     units = Units(log2_units(of_student, DTYPE), one if COMBINE == "mixture" else unit, one)
-    factor = number(numbers.scale, ON_DEVICE, DTYPE) / of_student
-    factor *= tl.load(upstream_ptr + row.to(tl.int64) * strides.upstream).to(DTYPE)
+    upstream = tl.load(upstream_ptr + row.to(tl.int64) * strides.upstream).to(DTYPE)
+    if WEIGHED:
+        if upstream == number(numbers.row_weight, ON_DEVICE, DTYPE):
+            return
+    factor = upstream * number(numbers.scale, ON_DEVICE, DTYPE) / of_student
     if row_mask_ptr is not None:
         factor = tl.where(tl.load(row_mask_ptr + row) != 0, factor, 0.0)
     shares = weights_of_rows(
@@ -404,14 +523,7 @@ def ensemble_gradient(
             True, DIVERGENCE, COMBINE, LOGS, DTYPE, FAST, 2, WIDTH,
         )  # fmt: skip
         if certain:
-            others, top = _without_top(
-                student_row, of, statistics_row, 0, span, units, weight, factor, True, DIVERGENCE,
-                COMBINE, LOGS, DTYPE, FAST, 2, WIDTH,
+            _store_top(
+                student_row, gradient_row, of, statistics_row, span, units, weight, factor,
+                DIVERGENCE, COMBINE, LOGS, DTYPE, FAST, VECTORS, 2, WIDTH,
             )  # fmt: skip
-            for i in range(0, span.n_vectors, VECTORS):
-                more, found = _without_top(
-                    student_row, of, statistics_row, i, span, units, weight, factor, False,
-                    DIVERGENCE, COMBINE, LOGS, DTYPE, FAST, VECTORS, WIDTH,
-                )  # fmt: skip
-                others, top = others + more, tl.maximum(top, found)
-            tl.store(gradient_row + top, (-others).to(gradient_row.dtype.element_ty))
