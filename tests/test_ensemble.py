@@ -295,14 +295,23 @@ def test_whole_rows_are_read_once_and_the_gradient_alone_is_written(combine):
 
 @NEEDS_INTERPRETER
 @pytest.mark.parametrize(
-    "combine, of_student, of_teachers", [("mixture", 1, 2), ("logits", 1, 1), ("sum", 3, 1)]
+    "combine, divergence, of_student, of_teachers",
+    [
+        ("mixture", "forward_kl", 1, 2),
+        ("logits", "forward_kl", 1, 1),
+        ("sum", "forward_kl", 3, 1),
+        ("mixture", "jensen_shannon", 2, 2),
+        ("logits", "jensen_shannon", 2, 2),
+    ],
 )
-def test_reads_of_long_rows(combine, of_student, of_teachers):
+def test_reads_of_long_rows(combine, divergence, of_student, of_teachers):
     """They are those that `sweeps.py` names; a gradient reads once, of a sum from the cache too."""
     student, teachers = three((2,), LONG)
     student, teachers = student.bfloat16().requires_grad_(), [x.bfloat16() for x in teachers]
     with fastkd.backend("triton"), Meter() as meter:
-        loss = fastkd.multi_teacher(student, teachers, combine=combine, reduction="none")
+        loss = fastkd.multi_teacher(
+            student, teachers, combine=combine, divergence=divergence, reduction="none"
+        )
         torch.autograd.grad(loss.sum(), student)
     losses, gradient = meter.launches
     assert loads_of(losses, student) == [of_student, *3 * [of_teachers]] and not meter.races

@@ -1,12 +1,18 @@
 """Kernels of rows that are too long to stay on chip, with all their teachers.
 
 A mixture needs the Z of each teacher before it can be formed, for which a sweep over the teachers
-precedes the one that both networks of `Rows` need. Nothing of the logits' size is written but the
-gradient. Bytes for each (row, entry) of bfloat16 read by the losses: 2 K + 2, in a mixture 2 K
-more, and the same again where a divergence needs both Z before it can sum; of chosen rows 4; of a
-sum 4 K, half of the student's from the cache. The gradient takes 2 K + 2 + 2, of chosen rows 6. The
-forward KL from a mixture whose row weight is known takes 4 K + 4 + 2 for both: its slope needs no
-sum but both Z, so that it is written where the loss is summed.
+precedes. Nothing of the logits' size is written but the gradient. Bytes for each (row, entry) of
+bfloat16 that the losses read of K teachers, in parentheses where a divergence needs both Z before
+it can sum:
+
+    logits     2 K + 2 (4 K + 4)
+    mixture    4 K + 2 (4 K + 4): its own Z is 1
+    sum        4 K (8 K), half of it the student's, from the cache
+    chosen     4 (8)
+
+The gradient takes 2 K + 2 + 2, of chosen rows 6. The forward KL from a mixture whose row weight is
+known takes 4 K + 4 + 2 for both: its slope needs no sum but both Z, so that it is written where the
+loss is summed.
 """
 
 from typing import NamedTuple
@@ -317,6 +323,12 @@ def ensemble_statistics(
                 student_row, gradient_row, of, span, units, weight, factor, DIVERGENCE, DTYPE, FAST,
                 THREADS, WIDTH,
             )  # fmt: skip
+        elif IS_MIXTURE and (COMBINE == "mixture"):
+            ms, zs = _softmax(student_row, True, units.cs, span, DTYPE, THREADS, WIDTH)
+            zt = one
+            for j in tl.static_range(len(teachers)):  # a teacher without a softmax makes a NaN
+                zt += tl.where(shares[j] == 0, 0.0, 0 * shifts[j])
+            sums = Sums(ms, zs, one - one, zt, one, one, one)
         else:
             sums = _sums(
                 student_row, of, span, units, k, DIVERGENCE, COMBINE, LOGS, DTYPE, FAST, THREADS,
