@@ -187,10 +187,9 @@ def test_products_of_several_teachers(networks, teachers, n_chunks, monkeypatch,
 def test_further_teachers_take_one_chunk_of_memory(of):
     n_rows, n_cols, width = 300, 2000, 16
 
-    def peak(n_teachers):
+    def peak(n_teachers, **options):
         tensors = [torch.empty(x, width, device="meta") for x in (n_rows, n_cols)]
         teachers = [[torch.empty_like(x)] * n_teachers for x in tensors]
-        options = {}
         if of == "logits":
             teachers, options["teacher_logits"] = [], [tensors[0] @ tensors[1].T] * n_teachers
         student = [x.requires_grad_() for x in tensors]
@@ -204,6 +203,7 @@ def test_further_teachers_take_one_chunk_of_memory(of):
     # a mixture, or the logits of the next teacher; and less than 16 numbers a row
     assert peak(3) <= peak(1) + chunk + 64 * n_rows
     assert peak(5) <= peak(3) + 64 * n_rows
+    assert peak(3, temperature=2.0) == peak(3)  # metrics alone need the mixture at T = 1 too
 
 
 def test_a_compiled_mixture_is_one_op(networks, teachers):
