@@ -471,6 +471,7 @@ _DIVERGENCES: dict[str, Callable[..., Terms]] = {
     "total_variation": _total_variation,
     "soft_cross_entropy": _soft_cross_entropy,
     "weighted_soft_cross_entropy": _soft_cross_entropy,
+    "normalized_soft_cross_entropy": _soft_cross_entropy,
     "decoupled_kl": _decoupled_kl,
     "reverse_cross_entropy": _reverse_cross_entropy,
 }
@@ -479,13 +480,12 @@ _DIVERGENCES: dict[str, Callable[..., Terms]] = {
 def _each(softmax: Softmax, factor: Number) -> Tensor:
     """Return factor / Z, what a row's e are multiplied by."""
     each = softmax.total.reciprocal()
-    return each if not isinstance(factor, Tensor) and factor == 1 else each * factor
+    return each if not isinstance(factor, Tensor) and factor == 1 else each.mul_(factor)
 
 
 def _difference(q: Softmax, p: Softmax, out: Tensor, ratio: Tensor, factor: Number) -> None:
     """Write factor · (softmax of q − softmax of p), the slope of h = −p; `ratio` is Z_p / Z_q."""
-    torch.mul(q.e, ratio, out=out)
-    out.sub_(p.e).mul_(_each(p, factor))
+    torch.addcmul(p.e, q.e, ratio, value=-1, out=out).mul_(_each(p, -factor))
 
 
 def _weighted(centred: Tensor, q: Softmax, out: Tensor, ratio: Tensor, factor: Number) -> None:

@@ -35,6 +35,7 @@ class Corrected(NamedTuple):
     teacher_temperature: Number
     correction: Number
     scale: Number
+    row_weight: Number = 0.0  # as in `Rows`; where it is known, all rows have a label
 
 
 solve = Op(Corrected, trained=("student",), per_example=True, recomputes=True, keeps_strides=True)
@@ -157,7 +158,10 @@ def winning_labels(
     """Solve for the divergence from a teacher to whom the label wins by the threshold."""
     labels, _, labelled = rows.counted(call, labels, ignore_index)
     scale = temperature * temperature if scale_t2 else 1.0
-    problem = Corrected(student, teacher, labels, temperature, temperature, threshold, scale)
+    problem = Corrected(
+        student, teacher, labels, temperature, temperature, threshold, scale,
+        call.row_weight if labelled is None else 0.0,
+    )  # fmt: skip
     return [Term(1.0, solve(call.engine, problem), labelled)]
 
 
@@ -176,5 +180,8 @@ def virtual_teacher(
     scale = temperature * temperature if scale_t2 else 1.0
     dtype = compute_dtype(student)
     log_odds = softened(correct_probability, student.shape[-1], temperature, dtype)
-    problem = Corrected(student, None, labels, temperature, 1.0, log_odds, scale)
+    problem = Corrected(
+        student, None, labels, temperature, 1.0, log_odds, scale,
+        call.row_weight if labelled is None else 0.0,
+    )  # fmt: skip
     return [Term(1.0, solve(call.engine, problem), labelled)]
