@@ -20,14 +20,14 @@ _OF_MANY = 1 << 19  # those of a large problem on a CPU, whose workers then wait
 FEW = 1 << 14  # elements whose buffers cost less than their views do
 
 Result = TypeVar("Result")
+OfRows = TypeVar("OfRows")
 
 
 def foresees_weight(problem: Any) -> bool:
-    """Return whether a large problem makes the gradient for its row weight in the forward."""
-    student, row_weight = problem.student, problem.row_weight
-    is_known = isinstance(row_weight, Tensor) or row_weight != 0
+    """Return whether the forward makes the gradient for the row weight of the problem."""
+    is_known = isinstance(problem.row_weight, Tensor) or problem.row_weight != 0
     # a loss in float16 is scaled so that its gradient does not vanish
-    return is_known and student.dtype != torch.float16
+    return is_known and problem[0].dtype != torch.float16
 
 
 def rescale(foreseen: Tensor, upstream: Tensor, row_weight: Number, dtype: torch.dtype) -> bool:
@@ -35,9 +35,6 @@ def rescale(foreseen: Tensor, upstream: Tensor, row_weight: Number, dtype: torch
 
     Return whether it was: a gradient in a narrower dtype would be rounded twice.
     """
-    # elsewhere than on a CPU a look at the numbers would be a host sync
-    if upstream.is_cpu and (upstream == row_weight).all():
-        return True
     if foreseen.dtype != dtype or not foreseen.is_contiguous():
         return False
     factor = upstream.reshape(-1, 1).to(dtype) / row_weight
@@ -109,10 +106,11 @@ def has_zeros(factors: Number) -> bool:
     return not (factors.is_cpu and bool(factors.all()))
 
 
-def at(number: Number, rows: slice) -> Number:
+def at(number: OfRows, rows: slice) -> OfRows:
     """Return a number that all rows share, or those of some rows."""
-    is_whole = rows.stop is None or not isinstance(number, Tensor) or not number.ndim
-    return number if is_whole else number[rows]
+    if rows.stop is None or not isinstance(number, Tensor) or not number.ndim:
+        return number
+    return number[rows]  # type: ignore[return-value]
 
 
 def joined(of_chunks: Sequence[Tensor | None], student: Tensor) -> Any:

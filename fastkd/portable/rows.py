@@ -212,7 +212,7 @@ def value_and_gradients(
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> Losses:
         z, z_teacher, *out = chunks
-        beside = None if apart is None else apart[rows]
+        beside = None if apart is None else at(apart, rows)
         of_student, of_teacher, moments = _temperatures(problem, rows, z, z_teacher, dtype)
         q = softmax(z, of_student, dtype, scratch[:2], apart=beside)
         slope, certain, plain, weight = out[0] if out else None, None, None, None
@@ -235,20 +235,18 @@ def value_and_gradients(
             totals = [q.total] if plain is None else [q.total, plain.total]
             certain = certain_rows(q.d, totals)
         if plain is not None and slope is not None and ce_factors is not None:
-            factor = at(ce_factors, rows)
+            ce_factor = at(ce_factors, rows)
             if problem.divergence == _NORMALIZED and weight is not None:
-                factor = factor * weight
-            factor = cross_entropy_factor(plain, own, factor)
-            cross_entropy_slope(plain, own, factor, slope)
-            if has_zeros(factor):
-                select(slope, factor)
+                ce_factor = ce_factor * weight
+            ce_factor = cross_entropy_factor(plain, own, ce_factor)
+            cross_entropy_slope(plain, own, ce_factor, slope)
+            if has_zeros(ce_factor):
+                select(slope, ce_factor)
         if problem.divergence:
             terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
             value, factor = terms.value(problem.scale), at(factors, rows)
             if problem.divergence == _WEIGHTED and weight is not None:
-                value = weighted(value, weight)
-                is_tensor = isinstance(factor, Tensor)
-                factor = weighted(weight, factor) if is_tensor else weight * factor
+                value, factor = weighted(value, weight), weighted(weight, factor)
             if problem.adds_cross_entropy and of_labels is not None:
                 value += _added(problem, of_labels, weight)
             if slope is not None:
@@ -267,7 +265,8 @@ def value_and_gradients(
             centre(slope, certain)
             if in_scratch:
                 out[0].copy_(slope)
-        return torch.zeros_like(q.total) if value is None else value, of_labels
+        value = torch.zeros_like(q.total) if value is None else value
+        return value, None if problem.adds_cross_entropy else of_labels
 
     tensors = [student, problem.teacher] + ([] if gradient is None else [gradient])
     if found := for_chunks(work, _n_scratch(problem), *tensors):
@@ -385,7 +384,7 @@ def _fill(
     gradient: Tensor,
     problem: Rows,
     statistics: Tensor,
-    factors: Tensor | None,
+    factors: Number | None,
     ce_factors: Tensor | None,
 ) -> None:
     """Write the gradient, which may be the student itself."""
@@ -423,7 +422,7 @@ def _fill(
                 )  # fmt: skip
                 mean = known[4] if problem.divergence in CENTRED else None
                 terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:], mean)
-            factor = scaled[rows]
+            factor = at(scaled, rows)
             if problem.divergence == _WEIGHTED:
                 factor = weighted(known[4], factor)
             terms.slope(slope, factor / of_student)
@@ -437,11 +436,11 @@ def _fill(
             if beside is not None:
                 certain = certain_rows(q.d, totals)
             own = targets.of(rows)
-            factor = ce_factors[rows]
+            ce_factor = ce_factors[rows]
             if problem.divergence == _NORMALIZED:
-                factor = factor * known[4]
-            factor = cross_entropy_factor(q, own, factor)
-            slope.add_(select(cross_entropy_slope(q, own, factor, q.e), factor))
+                ce_factor = ce_factor * known[4]
+            ce_factor = cross_entropy_factor(q, own, ce_factor)
+            slope.add_(select(cross_entropy_slope(q, own, ce_factor, q.e), ce_factor))
         centre(slope, certain)
         if in_scratch:
             out.copy_(slope)

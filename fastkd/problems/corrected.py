@@ -84,8 +84,10 @@ def weight_of_soft_label(of_student: Tensor, of_teacher: Tensor) -> Tensor:
     return torch.where((of_student == 0) | (of_teacher == math.inf), 0, weight)
 
 
-def weighted(losses: Tensor, weight: Tensor) -> Tensor:
+def weighted(losses: Tensor, weight: Number) -> Tensor:
     """Return weight · losses, where a weight of 0 wins over an infinite loss."""
+    if not isinstance(weight, Tensor):
+        return losses * weight if weight else torch.zeros_like(losses)
     return torch.where(weight == 0, 0, weight * losses)
 
 

@@ -397,7 +397,7 @@ def adds_cross_entropy(call: Call, student: Tensor, teacher: Tensor) -> bool:
 
     A gradient in a narrower dtype than that of the sum would have no room for it.
     """
-    is_known = call.engine == "portable" and call.row_weight != 0
+    is_known = call.engine == "portable" and not is_exactly(call.row_weight, 0)
     return is_known and student.dtype == compute_dtype(student, teacher)
 
 
