@@ -25,31 +25,34 @@ class Targets(NamedTuple):
     labels: Tensor  # [R, 1], classes, any where there is none; or [R, V], the targets
     smoothing: Number  # ε, of classes
     class_weights: Tensor | None  # w, (V,), of classes
-    sums: Tensor | float = 1.0  # S, [R, 1], of the rows that `of` chose
+    # of the rows that `of` chose, [R, 1] or of all: what the label has of the target, and S
+    of_label: Number = 1.0
+    sums: Number = 1.0
+    may_vanish: bool = False  # whether one of these may be 0
 
     def of(self, rows: slice) -> Targets:
         """Return those of some rows, with their sums."""
-        found = self if rows.stop is None else self._replace(labels=self.labels[rows])
-        return found._replace(sums=found._sums())
+        labels = self.labels if rows.stop is None else self.labels[rows]
+        if self.are_soft:
+            of_rows = labels.sum(-1, keepdim=True)
+            return self._replace(labels=labels, sums=of_rows, may_vanish=_has_zeros(of_rows))
+        smoothing, weights = self.smoothing, self.class_weights
+        own: Number = 1.0 if weights is None else weights[labels]
+        sums: Number = own
+        if not is_exactly(smoothing, 0):
+            own = own * (1 - smoothing)
+            sums = 1.0 if weights is None else own + weights.mean() * smoothing
+        may_vanish = isinstance(own, Tensor) and _has_zeros(own)
+        return Targets(labels, smoothing, weights, own, sums, may_vanish)
 
     @property
     def are_soft(self) -> bool:
         return self.labels.is_floating_point()
 
-    def of_label(self) -> Number:
-        """Return what the label itself has of the target, [R, 1] or of all."""
-        own = 1.0 if self.class_weights is None else self.class_weights[self.labels]
-        return own if is_exactly(self.smoothing, 0) else own * (1 - self.smoothing)
 
-    def _sums(self) -> Tensor | float:
-        if self.are_soft:
-            return self.labels.sum(-1, keepdim=True)
-        if self.class_weights is None:
-            return 1.0
-        own = self.of_label()
-        if is_exactly(self.smoothing, 0):
-            return own
-        return own + self.class_weights.mean() * self.smoothing
+def _has_zeros(numbers: Tensor) -> bool:
+    """Return whether one may be 0: elsewhere than on a CPU a look would be a host sync."""
+    return not (numbers.is_cpu and bool(numbers.all()))
 
 
 def targets_of(problem: Rows) -> Targets | None:
@@ -97,10 +100,10 @@ def cross_entropy(
     if targets.are_soft:  # 0 · ∞ counts as 0
         seen = torch.mul(q.d, targets.labels, out=out).nansum(-1, keepdim=True)
     else:
-        seen, own = q.d.gather(1, targets.labels), targets.of_label()
-        if isinstance(own, Tensor):
+        seen, own = q.d.gather(1, targets.labels), targets.of_label
+        if isinstance(own, Tensor) and targets.may_vanish:
             seen = torch.where(own == 0, 0, seen * own)
-        elif own != 1:
+        elif not is_exactly(own, 1):
             seen.mul_(own)
         if not is_exactly(smoothing, 0):
             if weights is None:
@@ -116,7 +119,7 @@ def cross_entropy(
         return losses.sub_(seen).mul_(_LN2)
     losses = (losses * sums - seen).mul_(_LN2)
     # a row without a target has any distribution, so that it has no NaN
-    return torch.where(sums == 0, 0, losses)
+    return torch.where(sums == 0, 0, losses) if targets.may_vanish else losses
 
 
 def cross_entropy_factor(q: Softmax, targets: Targets, factor: Tensor) -> Tensor:
@@ -127,7 +130,9 @@ def cross_entropy_factor(q: Softmax, targets: Targets, factor: Tensor) -> Tensor
     if q.apart is not None:
         return torch.where(factor == 0, 0, factor * log_odds(q).neg_().sigmoid_())
     total = targets.sums
-    return torch.where(total == 0, 0, factor) if isinstance(total, Tensor) else factor
+    if not targets.may_vanish or not isinstance(total, Tensor):
+        return factor
+    return torch.where(total == 0, 0, factor)
 
 
 def cross_entropy_slope(q: Softmax, targets: Targets, factor: Tensor, out: Tensor) -> Tensor:
@@ -140,4 +145,4 @@ def cross_entropy_slope(q: Softmax, targets: Targets, factor: Tensor, out: Tenso
     if not is_exactly(smoothing, 0):
         each = factor * (smoothing / n)
         out = out.sub_(each) if weights is None else out.addcmul_(weights, each, value=-1)
-    return out.scatter_add_(1, targets.labels, factor * -targets.of_label())
+    return out.scatter_add_(1, targets.labels, factor * -targets.of_label)
