@@ -37,6 +37,7 @@ is False for those that the portable engine solves.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import types
@@ -55,6 +56,8 @@ from fastkd._precision import without_autocast
 Number = float | Tensor
 Tensors = tuple[Tensor | None, ...]  # a list of a problem
 
+# autograd has a look at every operation that it could record, although an engine needs none
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 # what an engine computes with at once; fake tensors, DTensors and symbolic numbers are traced
 _PLAIN = {Tensor, torch.nn.Parameter, float, int, bool, str, type(None)}
 
@@ -156,10 +159,11 @@ class Op:
         if _is_traced(arguments):
             return self.opaque.apply_forward(*self.opaque.numbers_as_tensors(arguments))
         problem, needs_grad, engine = self.read(arguments)
-        if self.recomputes:
-            losses, saved = engine.forward(problem, needs_grad)
-            return *losses, *saved
-        found, gradients = engine.value_and_gradients(problem, needs_grad)
+        with _below_autograd():
+            if self.recomputes:
+                losses, saved = engine.forward(problem, needs_grad)
+                return *losses, *saved
+            found, gradients = engine.value_and_gradients(problem, needs_grad)
         return (*found, *gradients) if self.reports else (found, *gradients)
 
     def backward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
@@ -178,7 +182,7 @@ class Op:
             found = self.opaque.apply_backward(*upstream, statistics, *traced)
             return (found,) if isinstance(found, Tensor) else found
         problem, needs_grad, engine = self.read(arguments)
-        with without_autocast(fields[self.trained[0]].device):
+        with without_autocast(fields[self.trained[0]].device), _below_autograd():
             if len(self.trained) > 1:
                 return engine.backward(problem, statistics, upstream, needs_grad, *gradients)
             return (engine.backward(problem, statistics, upstream, *gradients),)

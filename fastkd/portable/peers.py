@@ -130,17 +130,16 @@ def _solve(
         if not needed:
             return value
         certain = {i: certain_rows(z[i], [peers[i].total]) for i in needed}
-        if not problem.are_constants:
-            logs = _log_probabilities(peers, buffers[-1])
+        logs = None if problem.are_constants else _log_probabilities(peers, buffers[-1])
         for q in peers:
             q.e.mul_(q.total.reciprocal())
-        mean = torch.add(peers[0].e, peers[1].e, out=buffers[-2])
-        for q in peers[2:]:
-            mean.add_(q.e)
+        mean = None
+        if n_peers > 2 or logs is not None:
+            mean = _total([q.e for q in peers], buffers[-2])
         for i in needed:
             q, factor = peers[i], at(scaled, rows)
-            if problem.are_constants:
-                slope = torch.mul(q.e, n_peers, out=q.d).sub_(mean)
+            if logs is None or mean is None:
+                slope = _above_total([q.e for q in peers], i, mean, q.d)
             else:
                 slope = q.d.mul_(n_peers).sub_(logs).sub_(means[i])
                 slope = slope.nan_to_num_(0, neginf=0).mul_(_LN2)
@@ -181,7 +180,8 @@ def _counted(problem: Peers, factors: Number) -> Number:
 def _value(peers: Sequence[Softmax], buffers: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
     """Return rows [R, 1] of all divergences in bits, and of Σ p (K log2 p − L) of each network."""
     n_peers = len(peers)
-    total = _total_of_d(peers, buffers[-1])
+    logs = [q.d for q in peers]
+    total = _total(logs, buffers[-1]) if n_peers > 2 else None
     # a difference of logarithms would lose the digits of networks that are alike; in the
     # distance of all they cancel
     ratios = [(q.total / peers[0].total).log2_() for q in peers]
@@ -190,8 +190,8 @@ def _value(peers: Sequence[Softmax], buffers: Sequence[Any]) -> tuple[Tensor, li
         [],
         sum(ratios[2:], ratios[0] + ratios[1]),
     )
-    for q, ratio in zip(peers, ratios, strict=True):
-        above = torch.mul(q.d, n_peers, out=buffers[-2]).sub_(total)
+    for i, (q, ratio) in enumerate(zip(peers, ratios, strict=True)):
+        above = _above_total(logs, i, total, buffers[-2])
         # 0·∞ is a NaN, which counts as 0
         above = above.mul_(q.e).nansum(-1, keepdim=True).div_(q.total)
         distance += above
@@ -221,12 +221,21 @@ def _log_probabilities(peers: Sequence[Softmax], out: Tensor | None) -> Tensor:
     """Make each d the log2 of the probabilities, and return the sum of them all."""
     for q in peers:
         q.d.sub_(q.total.log2())
-    return _total_of_d(peers, out)
+    return _total([q.d for q in peers], out)
 
 
-def _total_of_d(peers: Sequence[Softmax], out: Tensor | None) -> Tensor:
-    """Return the sum of the d of all networks."""
-    total = torch.add(peers[0].d, peers[1].d, out=out)
-    for q in peers[2:]:
-        total.add_(q.d)
+def _total(of_peers: Sequence[Tensor], out: Tensor | None) -> Tensor:
+    """Return the sum of what all networks have."""
+    total = torch.add(of_peers[0], of_peers[1], out=out)
+    for x in of_peers[2:]:
+        total.add_(x)
     return total
+
+
+def _above_total(
+    of_peers: Sequence[Tensor], i: int, total: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """Return K times what network i has less the total; of two networks that is a difference."""
+    if total is None:
+        return torch.sub(of_peers[i], of_peers[1 - i], out=out)
+    return torch.mul(of_peers[i], len(of_peers), out=out).sub_(total)

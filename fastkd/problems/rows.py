@@ -383,8 +383,11 @@ def _sum_of_both(
         return None
     if counts is not None and asked.reduction == "mean" and asked.normalizer is None:
         # the mean of the cross-entropies has a divisor of its own
-        divisor = total(counts)
-        alpha = alpha / (torch.where(divisor == 0, 1, divisor) * call.row_weight)
+        of_all = total(counts)
+        if _checks.has_values_at_hand(of_all):
+            alpha = alpha / ((of_all.item() or 1.0) * call.row_weight)
+        else:
+            alpha = alpha / (torch.where(of_all == 0, 1, of_all) * call.row_weight)
     losses, _ = _solve(
         call, divergence, student, teacher, labels, label_smoothing=label_smoothing,
         class_weights=class_weights, share=share, ce_scale=alpha, **options,
