@@ -114,7 +114,7 @@ def wsld(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     of_student, of_teacher = (
         -(is_label * F.log_softmax(x.detach(), dim=-1)).sum(-1) for x in (student, teacher)
     )
-    ratio = (of_student / (of_teacher + 1e-7)).clamp(min=0)
+    ratio = (of_student / of_teacher).clamp(min=0)
     return ((1 - torch.exp(-ratio)) * soft).mean() * T**2
 
 

@@ -52,11 +52,12 @@ def in_compute_dtype(problem: Rows) -> Rows:
         problem.weight,
         problem.scale,
         problem.ce_scale,
+        problem.share,
     )
     if Tensor not in map(type, numbers):
         return problem
     dtype = compute_dtype(problem.student, problem.teacher)
-    student, teacher, weight, scale, ce_scale = (
+    student, teacher, weight, scale, ce_scale, share = (
         x.to(dtype) if isinstance(x, Tensor) else x for x in numbers
     )
     return problem._replace(
@@ -65,6 +66,7 @@ def in_compute_dtype(problem: Rows) -> Rows:
         weight=weight,
         scale=scale,
         ce_scale=ce_scale,
+        share=share,
     )
 
 

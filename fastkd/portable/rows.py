@@ -20,6 +20,7 @@ from torch import Tensor
 from fastkd._op import Number
 from fastkd._pages import in_huge_pages
 from fastkd._precision import compute_dtype
+from fastkd._reduction import weighted_sum
 from fastkd.portable._chunks import most_elements
 from fastkd.portable._row_chunks import (
     FEW,
@@ -140,7 +141,7 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
         if problem.divergence == _WEIGHTED and weight is not None:
             value = weighted(value, weight)
         if problem.adds_cross_entropy:
-            value += _added(problem, of_labels, weight)
+            value = _sum_of_both(problem, value, of_labels, weight)
         torch.cat([value, *known], 1, out=table[rows])
 
     for_chunks(work, _n_scratch(problem), student, problem.teacher)
@@ -205,7 +206,7 @@ def value_and_gradients(
     weights = 1.0 if row_weights is None else row_weights
     factors, ce_factors = factors_of(problem, weights, ce_weights)
     assert factors is not None
-    factors = factors * problem.scale
+    factors = factors * (problem.scale * problem.share)
     targets, apart = targets_of(problem), _classes(problem.apart)
     is_masked = has_zeros(factors)
     in_scratch = gradient is not None and not _is_written_at_once(gradient, dtype)
@@ -248,7 +249,7 @@ def value_and_gradients(
             if problem.divergence == _WEIGHTED and weight is not None:
                 value, factor = weighted(value, weight), weighted(weight, factor)
             if problem.adds_cross_entropy and of_labels is not None:
-                value += _added(problem, of_labels, weight)
+                value = _sum_of_both(problem, value, of_labels, weight)
             if slope is not None:
                 of_terms = slope if ce_factors is None else terms.spare
                 terms.slope(of_terms, factor / of_student)
@@ -366,11 +367,13 @@ def _weight(
     return weight_of_soft_label(of_student, of_teacher)
 
 
-def _added(problem: Rows, cross_entropies: Tensor, weight: Tensor | None) -> Tensor:
-    """Return what the cross-entropies of rows [R, 1] add to their losses."""
+def _sum_of_both(
+    problem: Rows, divergences: Tensor, cross_entropies: Tensor, weight: Tensor | None
+) -> Tensor:
+    """Return the losses of rows [R, 1] with their cross-entropies, as they are added elsewhere."""
     if weight is not None:
         cross_entropies = weighted(cross_entropies, weight)
-    return cross_entropies * problem.ce_scale
+    return weighted_sum([(problem.ce_scale, cross_entropies), (problem.share, divergences)])
 
 
 def _matrix(logits: Tensor) -> Tensor:
@@ -392,7 +395,7 @@ def _fill(
     in_scratch = gradient is problem.student or not _is_written_at_once(gradient, dtype)
     n_rows, width = problem.student.shape[:-1].numel(), statistics.shape[-1]
     table = statistics.reshape(n_rows, width, 1)
-    scaled = None if factors is None else factors * problem.scale
+    scaled = None if factors is None else factors * (problem.scale * problem.share)
     has_masked = factors is not None and has_zeros(factors)
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:

@@ -99,8 +99,9 @@ def nkd(
     if not are_apart and labelled is None and rows.adds_cross_entropy(call, student, teacher):
         if not is_exactly(gamma, 0):  # which wins over an infinite term
             problem = Rows(
-                student, teacher, labels, mask, temperature, temperature, 0.0, gamma * scale,
-                "normalized_soft_cross_entropy", call.row_weight, labels, adds_cross_entropy=True,
+                student, teacher, labels, mask, temperature, temperature, 0.0, scale,
+                "normalized_soft_cross_entropy", call.row_weight, labels,
+                adds_cross_entropy=True, share=gamma,
             )  # fmt: skip
             losses, _ = rows.solve(call.engine, problem)
             return [Term(1.0, losses, None)]

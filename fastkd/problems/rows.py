@@ -49,9 +49,10 @@ class Rows(NamedTuple):
     label_smoothing: Number = 0.0
     # (V,), what multiplies the term of each class in the cross-entropy with labels that are classes
     class_weights: Tensor | None = None
-    # whether the loss of each row has ce_scale times its cross-entropy in it, and is the only one
+    # whether the loss of each row is ce_scale · cross-entropy + share · divergence, the only one
     adds_cross_entropy: bool = False
     ce_scale: Number = 1.0
+    share: Number = 1.0
 
 
 solve = Op(
@@ -494,7 +495,7 @@ def _solve(
     mixture = (*own.values(), 0.0)[0]
     name = limit_of(name, mixture)
     of_student, of_teacher = temperatures(temperature, student_temperature, teacher_temperature)
-    scale = share * of_student * of_teacher if scale_t2 else share
+    scale = of_student * of_teacher if scale_t2 else 1.0
     if teacher_form != "logits":
         teacher = as_logits(teacher, teacher_form)
     if is_trained_besides(of_student, of_teacher, teacher if teacher_gradient else None):
@@ -519,6 +520,6 @@ def _solve(
     problem = Rows(
         student, teacher, labels, call.row_mask, of_student, of_teacher, mixture, scale, name,
         call.row_weight, None, standardize, label_smoothing, class_weights,
-        ce_scale is not None, 1.0 if ce_scale is None else ce_scale,
+        ce_scale is not None, 1.0 if ce_scale is None else ce_scale, share,
     )  # fmt: skip
     return solve(call.engine, problem)
