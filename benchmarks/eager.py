@@ -99,11 +99,23 @@ def decoupled_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def nkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    is_label = F.one_hot(labels, student.shape[-1])
+    classes = labels.unsqueeze(-1)
     log_q, p = F.log_softmax(student, dim=-1), F.softmax(teacher, dim=-1)
-    target = -(p * log_q * is_label).sum(-1).mean()
-    others_q, others_p = (x - 1000.0 * is_label for x in (student, teacher))
-    return target + 1.5 * F.cross_entropy(others_q, F.softmax(others_p, dim=-1))
+    target = -(p.gather(-1, classes) * log_q.gather(-1, classes)).mean()
+    is_other = torch.ones_like(student).scatter_(-1, classes, 0).bool()
+    others_q, others_p = (x[is_other].reshape(len(x), -1) for x in (student, teacher))
+    others = (F.softmax(others_p, dim=-1) * F.log_softmax(others_q, dim=-1)).sum(-1).mean()
+    return target - 1.5 * others
+
+
+def wsld(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    soft = -(F.softmax(teacher / T, dim=-1) * F.log_softmax(student / T, dim=-1)).sum(-1)
+    is_label = F.one_hot(labels, student.shape[-1]).float()
+    of_student, of_teacher = (
+        -(is_label * F.log_softmax(x.detach(), dim=-1)).sum(-1) for x in (student, teacher)
+    )
+    ratio = (of_student / of_teacher).clamp(min=0)
+    return ((1 - torch.exp(-ratio)) * soft).mean() * T**2
 
 
 def uskd(student: Tensor, labels: Tensor, weak: Tensor) -> Tensor:

@@ -69,16 +69,13 @@ def _keep(ctx: Any, op: Op, arguments: Sequence[Any], saved: Sequence[Any]) -> N
 
 def _gradients(ctx: Any, op: Op, gradient_node: Any, upstream: Sequence[Any]) -> Any:
     """Return the gradients of all arguments, None for those that have none."""
-    tensors, arguments, gradients = ctx.saved_tensors, ctx.rest, [None] * len(ctx.rest)
-    n_saved = len(tensors) - len(ctx.kept)
-    if n_saved < len(tensors):
-        arguments = [*arguments]
-        for i, x in zip(ctx.kept, tensors[n_saved:], strict=True):
-            arguments[i] = arguments[i] if x is None else x
+    arguments, gradients = ctx.rest, [None] * len(ctx.rest)
+    start = len(arguments) - op.n_arguments
     if all(x is None for x in upstream):
         return tuple(gradients)
     backward: Callable[..., Any] = op.backward
     foreseen: Sequence[Tensor] = ()
+    found: Any = None
     if not torch.compiler.is_compiling():
         # whoever gets the gradient may write over it, so that another backward computes it again
         foreseen, ctx.foreseen = ctx.foreseen, ()
@@ -88,8 +85,16 @@ def _gradients(ctx: Any, op: Op, gradient_node: Any, upstream: Sequence[Any]) ->
         # grad mode is on in a backward only under create_graph=True, and vmap may map over it
         if torch.is_grad_enabled() or transforms_active():
             backward, foreseen = gradient_node.apply, ()
-    found = backward(*upstream, *tensors[:n_saved], *foreseen, *arguments)
-    start = len(arguments) - op.n_arguments
+        elif foreseen and op.is_foreseen(arguments[start:], upstream):
+            found = foreseen
+    if found is None:
+        tensors = ctx.saved_tensors
+        n_saved = len(tensors) - len(ctx.kept)
+        if n_saved < len(tensors):
+            arguments = [*arguments]
+            for i, x in zip(ctx.kept, tensors[n_saved:], strict=True):
+                arguments[i] = arguments[i] if x is None else x
+        found = backward(*upstream, *tensors[:n_saved], *foreseen, *arguments)
     for i, x in zip(op.trained, found, strict=True):
         gradients[start + i] = x if ctx.needs_input_grad[start + i] else None
     return tuple(gradients)

@@ -313,6 +313,8 @@ def _with_numbers(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]
     The square of a temperature in half precision would be rounded, and a loss of one row, a 0-dim
     tensor too, would be promoted to the dtype of a wider one.
     """
+    if not any(isinstance(x, Tensor) for x in options.values()):
+        return options
     return {
         name: x.to(dtype) if isinstance(x, Tensor) and not x.ndim and x.is_floating_point() else x
         for name, x in options.items()

@@ -16,14 +16,15 @@ whose gradient is as large as its input and cheap to compute again has besides
         either statistics for `backward`, or None and the gradient of each loss in the trained
         field, or both statistics and the gradient for upstream gradients that the problem foresees
     backward(problem, statistics, upstream, *gradients) -> gradient of the trained field
-        it may return the foreseen gradient, overwritten: the first backward alone gets that
+        it may return the foreseen gradient, overwritten: the first backward alone gets that, and
+        is not even called on a CPU if the upstream gradient is the problem's `row_weight`
     n_statistics(problem) -> how many numbers for each example the statistics have; without
         needs_grad there are statistics
 
 An engine may report numbers of each row that get no gradient, which the op returns after its
 losses: then `value_and_gradients` returns (loss, report) in place of the loss, and the statistics
 of `forward` are the report. Where several fields are trained, `backward` takes needs_grad in place
-of the gradients, and returns a tuple.
+of the gradients, and returns a tuple; gradients that are foreseen come after it.
 
 A problem may have lists of tensors, as of several teachers, which get no gradient. Autograd sees
 tensors among the arguments alone, so that those of the lists stand before all fields, in which a
@@ -36,6 +37,7 @@ is False for those that the portable engine solves.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import types
@@ -54,6 +56,8 @@ from fastkd._precision import without_autocast
 Number = float | Tensor
 Tensors = tuple[Tensor | None, ...]  # a list of a problem
 
+# autograd has a look at every operation that it could record, although an engine needs none
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 # what an engine computes with at once; fake tensors, DTensors and symbolic numbers are traced
 _PLAIN = {Tensor, torch.nn.Parameter, float, int, bool, str, type(None)}
 
@@ -114,6 +118,7 @@ class Op:
         self.module, self.name = problem.__module__.rpartition(".")[2], problem.__name__.lower()
         self.n_arguments = len(fields) + len(trained) + 1
         self.trained = [fields.index(name) for name in trained]
+        self.row_weight = fields.index("row_weight") if "row_weight" in fields else None
         self.numbers = [i for i, name in enumerate(fields) if kinds[name] == Number]
         self.tensors = [i for i, x in enumerate(fields) if kinds[x] in (Tensor, Tensor | None)]
         self.lists = [i for i, name in enumerate(fields) if kinds[name] == Tensors]
@@ -154,10 +159,11 @@ class Op:
         if _is_traced(arguments):
             return self.opaque.apply_forward(*self.opaque.numbers_as_tensors(arguments))
         problem, needs_grad, engine = self.read(arguments)
-        if self.recomputes:
-            losses, saved = engine.forward(problem, needs_grad)
-            return *losses, *saved
-        found, gradients = engine.value_and_gradients(problem, needs_grad)
+        with _below_autograd():
+            if self.recomputes:
+                losses, saved = engine.forward(problem, needs_grad)
+                return *losses, *saved
+            found, gradients = engine.value_and_gradients(problem, needs_grad)
         return (*found, *gradients) if self.reports else (found, *gradients)
 
     def backward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
@@ -176,10 +182,24 @@ class Op:
             found = self.opaque.apply_backward(*upstream, statistics, *traced)
             return (found,) if isinstance(found, Tensor) else found
         problem, needs_grad, engine = self.read(arguments)
-        with without_autocast(fields[self.trained[0]].device):
+        with without_autocast(fields[self.trained[0]].device), _below_autograd():
             if len(self.trained) > 1:
-                return engine.backward(problem, statistics, upstream, needs_grad)
+                return engine.backward(problem, statistics, upstream, needs_grad, *gradients)
             return (engine.backward(problem, statistics, upstream, *gradients),)
+
+    def is_foreseen(self, fields: Sequence[Any], upstream: Sequence[Tensor | None]) -> bool:
+        """Return whether these are the upstream gradients that the problem foresees.
+
+        Elsewhere than on a CPU that is not known, because to look at them would be a host sync, and
+        a kernel looks by itself.
+        """
+        first, *others = upstream
+        is_looked_at = first is not None and first.is_cpu and fields[-1] == "portable"
+        if self.row_weight is None or not is_looked_at:
+            return False
+        if any(x is not None for x in others):
+            return False
+        return bool((first == fields[self.row_weight]).all())
 
     def read(self, arguments: Sequence[Any]) -> tuple[Any, Sequence[bool], types.ModuleType]:
         """Return the problem, which trained fields need a gradient, and the engine."""

@@ -125,7 +125,7 @@ def sum_of_terms(
     """Return Σ factor · reduced term and, if asked for, the terms without their factors."""
     if not return_parts and all(term.row_mask is None and term.counts is None for term in terms):
         # one reduction of the sum, since all terms have the same divisor
-        losses = _weighted_sum([(term.factor, term.losses) for term in terms])
+        losses = weighted_sum([(term.factor, term.losses) for term in terms])
         return reduce(losses, weights, row_mask, normalizer, reduction)
     parts = []
     for _, losses, mask, counts in terms:
@@ -145,11 +145,11 @@ def sum_of_terms(
             part = reduce(losses, None, None, divisor, reduction)
         parts.append(part)
     factors = [term.factor for term in terms]
-    loss = _weighted_sum([*zip(factors, parts, strict=True)])
+    loss = weighted_sum([*zip(factors, parts, strict=True)])
     return (loss, *parts) if return_parts else loss
 
 
-def _weighted_sum(summands: Sequence[tuple[Number, Tensor]]) -> Tensor:
+def weighted_sum(summands: Sequence[tuple[Number, Tensor]]) -> Tensor:
     """Return Σ factor · x without the x of factor 0, which count for nothing even if infinite."""
     (_, first), total = summands[0], None
     for factor, x in summands:

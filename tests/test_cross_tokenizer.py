@@ -13,6 +13,7 @@ from inputs import DEVICE, normal, two_vocabularies, with_a_map, with_matched_id
 from meter import PeakMemory
 
 import fastkd
+from fastkd.portable import sorted_rows
 from fastkd.problems.rows import DIVERGENCES
 
 CASES = of("uld", "matched_kl", "projected_kl", "alm")
@@ -121,6 +122,18 @@ def test_a_backward_that_finds_no_signs_sorts_again(monkeypatch):
         second = torch.autograd.grad(loss, student)
     assert len(sorts) == 4
     assert torch.equal(*first, *second)
+
+
+def test_numbers_that_are_sorted_at_once_are_in_order():
+    """Equal ones in that of their places, a NaN of either sign first."""
+    rows = normal(70, 1000, dtype=torch.float32).cpu().softmax(-1)
+    rows[1, 5:200], rows[2, ::2], rows[3], rows[4] = 0.25, 0.0, math.nan, -math.nan
+    found, places = sorted_rows._sorted(rows)
+    expected, order = torch.sort(rows, dim=-1, descending=True, stable=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    if places.ndim == 1:
+        places = places.view_as(rows) - 1000 * torch.arange(70).unsqueeze(1)
+    assert torch.equal(places, order)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

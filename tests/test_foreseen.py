@@ -3,14 +3,17 @@
 import pytest
 import torch
 from cases import LOSSES
-from exactness import assert_same
+from exactness import assert_same, results
 from force import in_chunks_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 
-ROWS = ("forward_kl", "reverse_kl", "total_variation", "decoupled_kd", "wsld")
+ROWS = (
+    "forward_kl", "reverse_kl", "total_variation", "kd", "decoupled_kd", "nkd", "wsld", "mft",
+)  # fmt: skip
 FORESEEN = [x for x in LOSSES if x.name in ROWS]
+FORESEEN_KD = next(x for x in FORESEEN if x.name == "kd")
 each_case = pytest.mark.parametrize("case", FORESEEN, ids=str)
 SHAPE = (20,), 30
 
@@ -60,6 +63,28 @@ def test_every_upstream_gradient_gets_its_own(case, dtype):
             (found,) = torch.autograd.grad(loss * factor, student, retain_graph=True)
             (expected,) = torch.autograd.grad(rows, student, upstream, retain_graph=True)
             assert_same([found], [expected], {2: 1e-2, 4: 2e-6, 8: 1e-12}[dtype.itemsize])
+
+
+@pytest.mark.parametrize("options", [dict(class_weights=True), dict(label_smoothing=0.1), {}])
+@pytest.mark.parametrize("are_soft", [False, True], ids=["classes", "soft"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_both_terms_of_kd_have_one_gradient(options, are_soft, reduction):
+    """That of the parts, which are reduced one by one, each over its own divisor."""
+    student, teacher, labels = FORESEEN_KD.inputs(*SHAPE, torch.float64)
+    if are_soft:
+        labels = torch.nn.functional.one_hot(labels, 30).double()
+    if "class_weights" in options:
+        options = dict(class_weights=torch.arange(30.0).double())  # that of a class is 0
+    options = dict(alpha=0.3, reduction=reduction) | options
+
+    def loss(z):
+        return fastkd.kd(z, teacher, labels, **options)
+
+    def of_parts(z):
+        _, cross_entropy, divergence = fastkd.kd(z, teacher, labels, return_parts=True, **options)
+        return 0.3 * cross_entropy + 0.7 * divergence
+
+    assert_same(results(loss, [student]), results(of_parts, [student]), 1e-12)
 
 
 @each_case

@@ -167,8 +167,9 @@ def summed_terms(
     for k, z in enumerate(teachers):
         p, weight = softmax(z, temperature, q.total.dtype, scratch[2:4]), weights[:, k : k + 1]
         total = _add_weighted(total, p.e, weight / p.total, scratch[0])
-        # the logarithms of the student, which the terms may overwrite, are needed once more
-        own_q = q._replace(d=torch.clone(q.d) if scratch[1] is None else scratch[1].copy_(q.d))
+        own_q = q
+        if divergence == "soft_cross_entropy":  # whose terms overwrite logarithms that others need
+            own_q = q._replace(d=torch.clone(q.d) if scratch[1] is None else scratch[1].copy_(q.d))
         own = terms_of(divergence, own_q, p, 0.0, ()).value(1.0)
         losses += torch.where(weight == 0, 0, weight * own)
     assert total is not None

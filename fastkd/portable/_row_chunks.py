@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,13 +19,15 @@ ON_CPU, _ELSEWHERE = 1 << 18, 1 << 23  # elements of a chunk
 _OF_MANY = 1 << 19  # those of a large problem on a CPU, whose workers then wait less for each other
 FEW = 1 << 14  # elements whose buffers cost less than their views do
 
+Result = TypeVar("Result")
+OfRows = TypeVar("OfRows")
+
 
 def foresees_weight(problem: Any) -> bool:
-    """Return whether a large problem makes the gradient for its row weight in the forward."""
-    student, row_weight = problem.student, problem.row_weight
-    is_known = isinstance(row_weight, Tensor) or row_weight != 0
+    """Return whether the forward makes the gradient for the row weight of the problem."""
+    is_known = isinstance(problem.row_weight, Tensor) or problem.row_weight != 0
     # a loss in float16 is scaled so that its gradient does not vanish
-    return is_known and student.dtype != torch.float16
+    return is_known and problem[0].dtype != torch.float16
 
 
 def rescale(foreseen: Tensor, upstream: Tensor, row_weight: Number, dtype: torch.dtype) -> bool:
@@ -33,13 +35,12 @@ def rescale(foreseen: Tensor, upstream: Tensor, row_weight: Number, dtype: torch
 
     Return whether it was: a gradient in a narrower dtype would be rounded twice.
     """
-    factor = upstream.reshape(-1, 1).to(dtype) / row_weight
-    # elsewhere than on a CPU a look at the numbers would be a host sync
-    if factor.is_cpu and (factor == 1).all():
-        return True
     if foreseen.dtype != dtype or not foreseen.is_contiguous():
         return False
-    select(foreseen.view(-1, foreseen.shape[-1]).mul_(factor), factor)
+    factor = upstream.reshape(-1, 1).to(dtype) / row_weight
+    foreseen.view(-1, foreseen.shape[-1]).mul_(factor)
+    if has_zeros(factor):
+        select(foreseen.view(-1, foreseen.shape[-1]), factor)
     return True
 
 
@@ -50,58 +51,113 @@ def in_compute_dtype(problem: Rows) -> Rows:
         problem.teacher_temperature,
         problem.weight,
         problem.scale,
+        problem.ce_scale,
+        problem.share,
     )
     if Tensor not in map(type, numbers):
         return problem
     dtype = compute_dtype(problem.student, problem.teacher)
-    student, teacher, weight, scale = (x.to(dtype) if isinstance(x, Tensor) else x for x in numbers)
+    student, teacher, weight, scale, ce_scale, share = (
+        x.to(dtype) if isinstance(x, Tensor) else x for x in numbers
+    )
     return problem._replace(
-        student_temperature=student, teacher_temperature=teacher, weight=weight, scale=scale
+        student_temperature=student,
+        teacher_temperature=teacher,
+        weight=weight,
+        scale=scale,
+        ce_scale=ce_scale,
+        share=share,
     )
 
 
 def factors_of(
-    problem: Rows, upstream: Tensor | None, ce_upstream: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return what multiplies the gradients of both losses in each row [N, 1], 0 if masked."""
-    dtype, masked = compute_dtype(problem.student, problem.teacher), without_label(problem)
-    of_losses = None if upstream is None else upstream.reshape(-1, 1).to(dtype)
-    if of_losses is not None and problem.row_mask is not None:
-        of_losses = torch.where(problem.row_mask.reshape(-1, 1), of_losses, 0)
+    problem: Rows, upstream: Number | None, ce_upstream: Number | None
+) -> tuple[Number | None, Tensor | None]:
+    """Return what multiplies the gradients of both losses in each row [N, 1], 0 if masked.
+
+    A number that all rows of divergences share, of which none is masked, stays one.
+    """
+    of_losses = upstream
+    if isinstance(upstream, Tensor) or (upstream is not None and problem.row_mask is not None):
+        of_losses = _column(problem, upstream)
+        if problem.row_mask is not None:
+            of_losses = torch.where(problem.row_mask.reshape(-1, 1), of_losses, 0)
+    if problem.adds_cross_entropy:
+        ce_upstream = None if of_losses is None else of_losses * problem.ce_scale
     if ce_upstream is None or problem.labels is None:
         return of_losses, None
-    of_labels = ce_upstream.reshape(-1, 1).to(dtype)
-    return of_losses, of_labels if masked is None else of_labels.masked_fill(
-        masked.reshape(-1, 1), 0
-    )
+    of_labels, masked = _column(problem, ce_upstream), without_label(problem)
+    if masked is not None:
+        of_labels = of_labels.masked_fill(masked.reshape(-1, 1), 0)
+    return of_losses, of_labels
 
 
-def select(rows: Tensor, factor: Tensor) -> Tensor:
+def _column(problem: Rows, number: Number) -> Tensor:
+    """Return a number, or one of each row, as a column [N, 1] in the compute dtype."""
+    student, dtype = problem.student, compute_dtype(problem.student, problem.teacher)
+    n_rows = student.shape[:-1].numel()
+    if isinstance(number, Tensor):
+        return number.reshape(-1, 1).to(dtype).expand(n_rows, 1)
+    return student.new_full((n_rows, 1), number, dtype=dtype)
+
+
+def has_zeros(factors: Number) -> bool:
+    """Return whether a factor may be 0: elsewhere than on a CPU a look would be a host sync."""
+    if not isinstance(factors, Tensor):
+        return factors == 0
+    return not (factors.is_cpu and bool(factors.all()))
+
+
+def at(number: OfRows, rows: slice) -> OfRows:
+    """Return a number that all rows share, or those of some rows."""
+    if rows.stop is None or not isinstance(number, Tensor) or not number.ndim:
+        return number
+    return number[rows]  # type: ignore[return-value]
+
+
+def joined(of_chunks: Sequence[Tensor | None], student: Tensor) -> Any:
+    """Return numbers of all rows (...) from those of chunks, [R, 1], or None if there are none."""
+    there = [x for x in of_chunks if x is not None]
+    if not there:
+        return None
+    return (there[0] if len(there) == 1 else torch.cat(there)).view(student.shape[:-1])
+
+
+def select(rows: Tensor, factor: Number) -> Tensor:
     """Zero the rows whose factor is 0, NaN included; on their bits, because that is fast."""
+    if not isinstance(factor, Tensor):
+        return rows if factor else rows.zero_()
     integers = {4: torch.int32, 8: torch.int64}[rows.element_size()]
     rows.view(integers).bitwise_and_((factor != 0).to(integers).neg_())
     return rows
 
 
 def for_chunks(
-    work: Callable[[slice, list[Tensor], Scratch], None],
+    work: Callable[[slice, list[Tensor], Scratch], Result],
     n_scratch: int,
     *tensors: Tensor,
     dtype: torch.dtype | None = None,
-) -> None:
+) -> list[Result]:
     """Call `work` with row numbers, chunks [R, V] of the tensors, and scratch of that shape.
 
+    Return its results in the order of the rows.
     The scratch has the dtype, or else the compute dtype of the first two tensors.
     Shifted logits, [B, S, V] cut to [:, :-1], do not flatten to rows: their blocks are taken one
     after the other, so that they need no copy.
     """
     student, teacher = tensors[:2]
     if not student.numel():
-        return
+        return []
     n_cols, most = student.shape[-1], most_elements(student, ON_CPU, _ELSEWHERE)
     if student.numel() <= most and all(x.is_contiguous() for x in tensors):
-        work(slice(None), [x.view(-1, n_cols) for x in tensors], (None,) * n_scratch)
-        return
+        matrices = [x if x.ndim == 2 else x.view(-1, n_cols) for x in tensors]
+        buffers: Scratch = (None,) * n_scratch
+        if student.numel() > FEW:
+            # one allocation, because the system would take back and clear the pages of many
+            buffers = student.new_empty(
+                (n_scratch, *matrices[0].shape), dtype=dtype or compute_dtype(student, teacher)
+            ).unbind()
+        return [work(slice(None), matrices, buffers)]
     most = max(most, most_elements(student, min(_OF_MANY, student.numel() // 64), _ELSEWHERE))
     inner = student.shape[-2] if student.ndim > 1 else 1
     blocks = [x.reshape(-1, inner, n_cols) for x in tensors]
@@ -112,17 +168,17 @@ def for_chunks(
     # the cache holds more rows where they need less scratch, but many threads want a chunk each
     size = min(inner, max(size, min(size * N_SCRATCH // n_scratch, inner // 64)))
     shape, dtype = (n_scratch, size, n_cols), dtype or compute_dtype(student, teacher)
-    matrices = list(zip(*blocks, strict=True))
+    of_blocks = list(zip(*blocks, strict=True))
 
-    def of_chunk(places: slice, scratch: Sequence[Tensor]) -> None:
+    def of_chunk(places: slice, scratch: Sequence[Tensor]) -> Result:
         i, n = places.start // inner, places.stop - places.start
         rows = slice(places.start - i * inner, places.stop - i * inner)
         if n < size:
             scratch = [x[:n] for x in scratch]
-        work(places, [x[rows] for x in matrices[i]], scratch)
+        return work(places, [x[rows] for x in of_blocks[i]], scratch)
 
     def scratch() -> Sequence[Tensor]:
         return student.new_empty(shape, dtype=dtype).unbind()
 
     chunks = [x for i in range(n_blocks) for x in cut(range(i * inner, (i + 1) * inner), size)]
-    by_workers(lambda: for_each(of_chunk, chunks, scratch), len(chunks) > 1, student)
+    return by_workers(lambda: for_each(of_chunk, chunks, scratch), len(chunks) > 1, student)

@@ -22,39 +22,37 @@ _LN2 = math.log(2)
 class Targets(NamedTuple):
     """The targets of rows, which their cross-entropies are with."""
 
-    labels: Tensor  # [R, 1], classes, a negative one where there is none; or [R, V], the targets
+    labels: Tensor  # [R, 1], classes, any where there is none; or [R, V], the targets
     smoothing: Number  # ε, of classes
     class_weights: Tensor | None  # w, (V,), of classes
-    sums: Tensor | float = 1.0  # S, [R, 1], of the rows that `of` chose
+    # of the rows that `of` chose, [R, 1] or of all: what the label has of the target, and S
+    of_label: Number = 1.0
+    sums: Number = 1.0
+    may_vanish: bool = False  # whether one of these may be 0
 
     def of(self, rows: slice) -> Targets:
         """Return those of some rows, with their sums."""
-        found = self._replace(labels=self.labels[rows])
-        return found._replace(sums=found._sums())
+        labels = self.labels if rows.stop is None else self.labels[rows]
+        if self.are_soft:
+            of_rows = labels.sum(-1, keepdim=True)
+            return self._replace(labels=labels, sums=of_rows, may_vanish=_has_zeros(of_rows))
+        smoothing, weights = self.smoothing, self.class_weights
+        own: Number = 1.0 if weights is None else weights[labels]
+        sums: Number = own
+        if not is_exactly(smoothing, 0):
+            own = own * (1 - smoothing)
+            sums = 1.0 if weights is None else own + weights.mean() * smoothing
+        may_vanish = isinstance(own, Tensor) and _has_zeros(own)
+        return Targets(labels, smoothing, weights, own, sums, may_vanish)
 
     @property
     def are_soft(self) -> bool:
         return self.labels.is_floating_point()
 
-    @property
-    def classes(self) -> Tensor:
-        """Return the classes, where a row without one has any."""
-        return self.labels.clamp(min=0)
 
-    def of_label(self) -> Tensor | float:
-        """Return what the label itself has of the target, [R, 1]."""
-        own = 1.0 if self.class_weights is None else self.class_weights[self.classes]
-        return own if is_exactly(self.smoothing, 0) else own * (1 - self.smoothing)
-
-    def _sums(self) -> Tensor | float:
-        if self.are_soft:
-            return self.labels.sum(-1, keepdim=True)
-        if self.class_weights is None:
-            return 1.0
-        own = self.of_label()
-        if is_exactly(self.smoothing, 0):
-            return own
-        return own + self.class_weights.mean() * self.smoothing
+def _has_zeros(numbers: Tensor) -> bool:
+    """Return whether one may be 0: elsewhere than on a CPU a look would be a host sync."""
+    return not (numbers.is_cpu and bool(numbers.all()))
 
 
 def targets_of(problem: Rows) -> Targets | None:
@@ -62,12 +60,19 @@ def targets_of(problem: Rows) -> Targets | None:
     labels = problem.labels
     if labels is None:
         return None
-    width = labels.shape[-1] if labels.is_floating_point() else 1
-    return Targets(labels.reshape(-1, width), problem.label_smoothing, problem.class_weights)
+    if labels.is_floating_point():
+        labels = labels.reshape(-1, labels.shape[-1])
+    else:
+        labels = labels.reshape(-1, 1)
+        if not problem.adds_cross_entropy:
+            labels = labels.clamp(min=0)
+    return Targets(labels, problem.label_smoothing, problem.class_weights)
 
 
 def without_label(problem: Rows) -> Tensor | None:
     """Return which rows (...) have no cross-entropy, or None if all have one."""
+    if problem.adds_cross_entropy:
+        return None
     if problem.labels is not None and not problem.labels.is_floating_point():
         return problem.labels < 0
     return None if problem.row_mask is None else ~problem.row_mask
@@ -95,8 +100,11 @@ def cross_entropy(
     if targets.are_soft:  # 0 · ∞ counts as 0
         seen = torch.mul(q.d, targets.labels, out=out).nansum(-1, keepdim=True)
     else:
-        seen, own = q.d.gather(1, targets.classes), targets.of_label()
-        seen = torch.where(own == 0, 0, seen * own) if isinstance(own, Tensor) else seen * own
+        seen, own = q.d.gather(1, targets.labels), targets.of_label
+        if isinstance(own, Tensor) and targets.may_vanish:
+            seen = torch.where(own == 0, 0, seen * own)
+        elif not is_exactly(own, 1):
+            seen.mul_(own)
         if not is_exactly(smoothing, 0):
             if weights is None:
                 each = q.d.mean(-1, keepdim=True)
@@ -106,10 +114,12 @@ def cross_entropy(
             seen += each * smoothing
     if not is_exactly(temperature, 1):
         seen = seen * temperature
-    sums = targets.sums
-    losses = (total.log2() * sums - seen).mul_(_LN2)
+    sums, losses = targets.sums, total.log2()
+    if not isinstance(sums, Tensor):
+        return losses.sub_(seen).mul_(_LN2)
+    losses = (losses * sums - seen).mul_(_LN2)
     # a row without a target has any distribution, so that it has no NaN
-    return torch.where(sums == 0, 0, losses) if isinstance(sums, Tensor) else losses
+    return torch.where(sums == 0, 0, losses) if targets.may_vanish else losses
 
 
 def cross_entropy_factor(q: Softmax, targets: Targets, factor: Tensor) -> Tensor:
@@ -120,16 +130,19 @@ def cross_entropy_factor(q: Softmax, targets: Targets, factor: Tensor) -> Tensor
     if q.apart is not None:
         return torch.where(factor == 0, 0, factor * log_odds(q).neg_().sigmoid_())
     total = targets.sums
-    return torch.where(total == 0, 0, factor) if isinstance(total, Tensor) else factor
+    if not targets.may_vanish or not isinstance(total, Tensor):
+        return factor
+    return torch.where(total == 0, 0, factor)
 
 
 def cross_entropy_slope(q: Softmax, targets: Targets, factor: Tensor, out: Tensor) -> Tensor:
     """Write factor · (S e / Z − t) to `out`, which may be e itself."""
-    torch.mul(q.e, factor * targets.sums / q.total, out=out)
+    each = factor / q.total
+    torch.mul(q.e, each * targets.sums if isinstance(targets.sums, Tensor) else each, out=out)
     if targets.are_soft:
         return out.addcmul_(targets.labels, factor, value=-1)
     smoothing, weights, n = targets.smoothing, targets.class_weights, out.shape[-1]
     if not is_exactly(smoothing, 0):
         each = factor * (smoothing / n)
         out = out.sub_(each) if weights is None else out.addcmul_(weights, each, value=-1)
-    return out.scatter_add_(1, targets.classes, -factor * targets.of_label())
+    return out.scatter_add_(1, targets.labels, factor * -targets.of_label)

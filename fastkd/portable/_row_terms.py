@@ -39,6 +39,7 @@ class Softmax(NamedTuple):
     total: Tensor  # [R, 1], Z
     apart: Tensor | None = None  # [R, 1], the number of the class that is set apart
     of_apart: Tensor | None = None  # [R, 1], what its d would be
+    may_be_alone: bool = False  # whether a row may allow that class alone
 
 
 class Moments(NamedTuple):
@@ -69,7 +70,7 @@ def softmax(
 ) -> Softmax:
     """Return the softmax of logits / temperature in two buffers, from its statistics if known."""
     d, e, *_ = scratch
-    of_apart = None
+    of_apart, may_be_alone = None, False
     if apart is not None:
         of_apart = logits.gather(1, apart).to(dtype)
         d = torch.empty_like(logits, dtype=dtype) if d is None else d
@@ -82,6 +83,9 @@ def softmax(
             top = top.to(dtype)
     pivot = top
     if of_apart is not None:
+        # elsewhere than on a CPU a look at the numbers would be a host sync
+        may_be_alone = not (top.is_cpu and math.isfinite((top + of_apart).sum().item()))
+    if of_apart is not None and may_be_alone:
         is_alone = top == -math.inf
         pivot = top.masked_fill(is_alone, 0)
         of_apart += torch.where(is_alone, math.inf, 0)  # −∞, as it may be, makes NaN of it
@@ -91,11 +95,11 @@ def softmax(
     e = torch.exp2(d, out=e) if needs_e else d
     if total is None:
         total = e.sum(-1, keepdim=True)
-        if of_apart is not None:
+        if may_be_alone:
             total = torch.where(is_alone, 2, total)  # that of 1 would be certain of a class
     if of_apart is not None:
         of_apart = of_apart.sub_(pivot).mul_(unit)
-    return Softmax(d, e, top, total, apart, of_apart)
+    return Softmax(d, e, top, total, apart, of_apart, may_be_alone)
 
 
 def without_temperature(q: Softmax, temperature: Number, scratch: Scratch) -> Softmax:
@@ -107,8 +111,10 @@ def without_temperature(q: Softmax, temperature: Number, scratch: Scratch) -> So
     total = e.sum(-1, keepdim=True)
     if q.of_apart is None:
         return Softmax(d, e, q.top, total)
-    total = torch.where(q.top == -math.inf, q.total, total)
-    return Softmax(d, e, q.top, total, q.apart, q.of_apart * temperature)
+    if q.may_be_alone:
+        total = torch.where(q.top == -math.inf, q.total, total)
+    of_apart = q.of_apart * temperature
+    return Softmax(d, e, q.top, total, q.apart, of_apart, q.may_be_alone)
 
 
 def total_at_1(q: Softmax, temperature: Number, out: Tensor | None) -> Tensor:
@@ -267,12 +273,19 @@ def _decoupled_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> T
 
 def _among_others(values: Tensor, p: Softmax) -> Tensor:
     """Return values among other classes than the one set apart, 0 where the teacher has none."""
-    return values if p.of_apart is None else values.masked_fill_(p.of_apart == math.inf, 0)
+    if p.of_apart is None or not p.may_be_alone:
+        return values
+    return values.masked_fill_(p.of_apart == math.inf, 0)
 
 
-def _factor_among_others(q: Softmax, p: Softmax, factor: Number) -> Tensor:
-    """Return a factor of rows [R, 1], 0 where a network allows no class but the one set apart."""
+def _factor_among_others(q: Softmax, p: Softmax, factor: Number) -> Number:
+    """Return a factor of rows [R, 1], 0 where a network allows no class but the one set apart.
+
+    A number of all rows stays one where that is known not to happen.
+    """
     assert q.of_apart is not None and p.of_apart is not None
+    if not (q.may_be_alone or p.may_be_alone):
+        return factor
     is_alone = (q.of_apart == math.inf) | (p.of_apart == math.inf)
     # a selection from plain numbers would be in float32
     return torch.where(is_alone, 0, torch.zeros_like(q.total) + factor)
@@ -471,6 +484,7 @@ _DIVERGENCES: dict[str, Callable[..., Terms]] = {
     "total_variation": _total_variation,
     "soft_cross_entropy": _soft_cross_entropy,
     "weighted_soft_cross_entropy": _soft_cross_entropy,
+    "normalized_soft_cross_entropy": _soft_cross_entropy,
     "decoupled_kl": _decoupled_kl,
     "reverse_cross_entropy": _reverse_cross_entropy,
 }
@@ -479,13 +493,12 @@ _DIVERGENCES: dict[str, Callable[..., Terms]] = {
 def _each(softmax: Softmax, factor: Number) -> Tensor:
     """Return factor / Z, what a row's e are multiplied by."""
     each = softmax.total.reciprocal()
-    return each if not isinstance(factor, Tensor) and factor == 1 else each * factor
+    return each if not isinstance(factor, Tensor) and factor == 1 else each.mul_(factor)
 
 
 def _difference(q: Softmax, p: Softmax, out: Tensor, ratio: Tensor, factor: Number) -> None:
     """Write factor · (softmax of q − softmax of p), the slope of h = −p; `ratio` is Z_p / Z_q."""
-    torch.mul(q.e, ratio, out=out)
-    out.sub_(p.e).mul_(_each(p, factor))
+    torch.addcmul(p.e, q.e, ratio, value=-1, out=out).mul_(_each(p, -factor))
 
 
 def _weighted(centred: Tensor, q: Softmax, out: Tensor, ratio: Tensor, factor: Number) -> None:

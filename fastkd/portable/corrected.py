@@ -8,7 +8,8 @@ which has a probability t of its own. With d of both networks in log2 units and 
 with a sum over the other classes and d_q of the label. Where the student is like the teacher all
 terms are small, so that they lose no digits to each other. The teacher's row is seen once, and no
 corrected row is stored. As in `rows`, the backward computes the softmaxes again unless one chunk
-holds all rows; `share` and `t` are among the statistics.
+holds all rows or it is known what the losses are multiplied by; `share` and `t` are among the
+statistics.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ from fastkd._op import Number
 from fastkd._pages import in_huge_pages
 from fastkd._precision import compute_dtype
 from fastkd.portable._chunks import most_elements
-from fastkd.portable._row_chunks import ON_CPU, for_chunks, select
+from fastkd.portable._row_chunks import (
+    ON_CPU,
+    at,
+    for_chunks,
+    foresees_weight,
+    has_zeros,
+    joined,
+    rescale,
+    select,
+)
 from fastkd.portable._row_terms import Scratch, Softmax, centre, certain_rows, softmax
 from fastkd.problems.corrected import Corrected
 
@@ -50,64 +60,96 @@ def n_statistics(problem: Corrected) -> int:
 def forward(
     problem: Corrected, needs_grad: Sequence[bool]
 ) -> tuple[tuple[Tensor], tuple[Any, ...]]:
-    """Return rows of scale · KL, and statistics or, where one chunk holds all rows, gradients."""
+    """Return rows of scale · KL, and statistics or, where `rows` makes them too, gradients."""
     problem = _in_compute_dtype(problem)
     student, dtype = problem.student, _dtype_of(problem)
-    examples = student.shape[:-1]
-    losses = student.new_empty(examples, dtype=dtype)
-    statistics = losses.new_empty(*examples, n_statistics(problem))
-    gradient = None
+    if needs_grad[0] and foresees_weight(problem):
+        gradient = in_huge_pages(torch.empty_like(student))
+        losses = _solve(problem, problem.row_weight, gradient)
+        return (losses,), (losses.new_empty((*losses.shape, 0)), gradient)
+    is_counted = problem.labels.reshape(-1, 1) >= 0
     if needs_grad[0] and student.is_cpu and student.numel() <= most_elements(student, ON_CPU, 0):
-        gradient = _empty_gradient(student, dtype)
-    labels, table = problem.labels.reshape(-1, 1), statistics.view(-1, n_statistics(problem))
-    column, unit = losses.view(-1, 1), problem.scale / problem.student_temperature
-    uncounted = labels < 0
+        gradient = torch.empty_like(student, dtype=dtype)
+        losses = _solve(problem, is_counted.to(dtype), gradient)
+        losses.view(-1, 1).masked_fill_(~is_counted, 0)
+        # a row with a NaN may have no gradient upstream, and `backward` leaves it out then
+        if math.isfinite(losses.sum().item()):
+            return (losses,), (None, gradient)
+    losses = student.new_empty(student.shape[:-1], dtype=dtype)
+    column, n_numbers = losses.view(-1, 1), n_statistics(problem)
+    table = losses.new_empty((len(column), n_numbers))
+    labels = problem.labels.reshape(-1, 1).clamp(min=0)
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
-        z, z_teacher, *out = chunks
-        classes = labels[rows].clamp(min=0)
-        q = softmax(z, problem.student_temperature, dtype, scratch[:2])
-        p = None
-        if problem.teacher is not None:
-            p = softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4])
-        target = _target_of(problem, p, q, classes)
+        q, p, target = _networks(problem, chunks, labels[rows], dtype, scratch)
         top = q.top if p is None else p.top
         torch.cat([q.top, q.total, top, target.share, target.of_label], 1, out=table[rows])
-        column[rows] = _value(target, p, q, classes).mul_(problem.scale)
-        if out:
-            _slope(target, p, q, z, classes, unit, out[0])
+        column[rows] = _value(target, p, q, labels[rows]).mul_(problem.scale)
 
-    tensors = [student, student if problem.teacher is None else problem.teacher]
-    for_chunks(work, _N_SCRATCH, *tensors, *([] if gradient is None else [gradient]))
-    column.masked_fill_(uncounted, 0)
-    # a row with a NaN may have no gradient upstream, and `backward` leaves it out then
-    if gradient is None or not math.isfinite(losses.sum().item()):
-        return (losses,), (statistics,)
-    if uncounted.any():  # here on a CPU, where a look costs less than a pass
-        gradient.masked_fill_(uncounted.view(*examples, 1), 0)
-    if student.is_contiguous() or gradient.stride() == student.stride():
-        return (losses,), (None, gradient)
-    return (losses,), (None, torch.empty_like(student, dtype=dtype).copy_(gradient))
+    for_chunks(work, _N_SCRATCH, student, _teacher_of(problem))
+    column.masked_fill_(~is_counted, 0)
+    return (losses,), (table.view(*losses.shape, n_numbers),)
 
 
-def backward(problem: Corrected, statistics: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
-    """Return Σ upstream · ∂losses with respect to the student."""
+def _solve(problem: Corrected, factors: Number, gradient: Tensor) -> Tensor:
+    """Return the losses of all rows, and write their gradients times the factors [N, 1]."""
+    student, dtype = problem.student, _dtype_of(problem)
+    labels = problem.labels.reshape(-1, 1)
+    if isinstance(factors, Tensor):  # or else all rows have a label
+        labels = labels.clamp(min=0)
+    scaled = factors * (problem.scale / problem.student_temperature)
+    has_masked = has_zeros(factors)
+    out = gradient if _has_views(gradient) else _empty_gradient(gradient)
+    in_scratch = _needs_scratch(out, dtype)
+
+    def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> Tensor:
+        classes, slope = at(labels, rows), scratch[4] if in_scratch else chunks[2]
+        if slope is None:
+            slope = torch.empty_like(chunks[0], dtype=dtype)
+        q, p, target = _networks(problem, chunks, classes, dtype, scratch)
+        value = _value(target, p, q, classes).mul_(problem.scale)
+        _slope(target, p, q, chunks[0], classes, at(scaled, rows), slope)
+        if has_masked:
+            select(slope, at(factors, rows))
+        if in_scratch:
+            chunks[2].copy_(slope)
+        return value
+
+    found = for_chunks(work, _N_SCRATCH, student, _teacher_of(problem), out)
+    if out is not gradient:
+        gradient.copy_(out)
+    return joined(found, student) if found else student.new_empty(student.shape[:-1], dtype=dtype)
+
+
+def backward(
+    problem: Corrected,
+    statistics: Tensor,
+    upstream: Sequence[Tensor | None],
+    foreseen: Tensor | None = None,
+) -> Tensor:
+    """Return Σ upstream · ∂losses with respect to the student, in `foreseen` if it is there."""
     problem = _in_compute_dtype(problem)
     student, dtype = problem.student, statistics.dtype
-    found = in_huge_pages(torch.empty_like(student))  # in the order of the student's strides
-    gradient = found if student.ndim <= 3 or found.is_contiguous() else _empty_gradient(found)
-    in_scratch = gradient.dtype != dtype or (gradient.stride(-1) != 1 and gradient.shape[-1] > 1)
-    labels, (given,) = problem.labels.reshape(-1, 1), upstream
+    (given,) = upstream
     assert given is not None
-    factors = torch.where(labels >= 0, given.reshape(-1, 1).to(dtype), 0)
+    if foreseen is not None and rescale(foreseen, given, problem.row_weight, dtype):
+        return foreseen
+    # in the order of the student's strides
+    found = in_huge_pages(torch.empty_like(student)) if foreseen is None else foreseen
+    is_counted = problem.labels.reshape(-1, 1) >= 0
+    factors = torch.where(is_counted, given.reshape(-1, 1).to(dtype), 0)
+    if not statistics.shape[-1]:  # the forward foresaw another upstream gradient
+        _solve(problem, factors, found)
+        return found
+    gradient = found if _has_views(found) else _empty_gradient(found)
+    in_scratch, labels = _needs_scratch(gradient, dtype), problem.labels.reshape(-1, 1).clamp(min=0)
     scaled = factors * (problem.scale / problem.student_temperature)
-    # elsewhere than on a CPU a look at the factors would be a host sync
-    has_masked = not (factors.is_cpu and bool(factors.all()))
+    has_masked = has_zeros(factors)
     table = statistics.reshape(-1, n_statistics(problem), 1)
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teacher, out = chunks
-        classes = labels[rows].clamp(min=0)
+        classes = labels[rows]
         slope = scratch[4] if in_scratch else out
         if slope is None:
             slope = torch.empty_like(z, dtype=dtype)
@@ -124,9 +166,28 @@ def backward(problem: Corrected, statistics: Tensor, upstream: Sequence[Tensor |
         if in_scratch:
             out.copy_(slope)
 
-    teacher = student if problem.teacher is None else problem.teacher
-    for_chunks(work, _N_SCRATCH, student, teacher, gradient)
+    for_chunks(work, _N_SCRATCH, student, _teacher_of(problem), gradient)
     return found if gradient is found else found.copy_(gradient)
+
+
+def _teacher_of(problem: Corrected) -> Tensor:
+    """Return the teacher's logits, those of the student where there is none."""
+    return problem.student if problem.teacher is None else problem.teacher
+
+
+def _networks(
+    problem: Corrected,
+    chunks: Sequence[Tensor],
+    classes: Tensor,
+    dtype: torch.dtype,
+    scratch: Scratch,
+) -> tuple[Softmax, Softmax | None, _Target]:
+    """Return the softmaxes of both networks, the teacher's with 0 at the labels, and the target."""
+    z, z_teacher, *_ = chunks
+    q, p = softmax(z, problem.student_temperature, dtype, scratch[:2]), None
+    if problem.teacher is not None:
+        p = softmax(z_teacher, problem.teacher_temperature, dtype, scratch[2:4])
+    return q, p, _target_of(problem, p, q, classes)
 
 
 def _target_of(problem: Corrected, p: Softmax | None, q: Softmax, classes: Tensor) -> _Target:
@@ -138,15 +199,18 @@ def _target_of(problem: Corrected, p: Softmax | None, q: Softmax, classes: Tenso
     label = p.e.gather(1, classes)  # over Z, as all that follows is
     p.e.scatter_(1, classes, 0)
     others = p.e.sum(-1, keepdim=True)
+    of_teacher = label / p.total
     # where another class wins, (1 − correction) / (1 + behind) of the teacher is kept
     behind = (1 - label) / p.total
     kept = (1 - correction) / (1 + behind)
-    lifted = (correction + behind + (1 - correction) * label / p.total) / (1 + behind)
+    lifted = (behind + correction + of_teacher * (1 - correction)).div_(1 + behind)
     # where the label wins, its probability grows by the correction, up to 1
     left = (others / p.total - correction).clamp_(min=0)
-    raised = torch.where(left == 0, 1, label / p.total + correction)
+    raised = torch.where(left == 0, 1, of_teacher + correction)
     is_behind = label < 1
-    share = torch.where(is_behind, kept / p.total, torch.where(left == 0, 0, left / others))
+    # where the teacher has no others, none are left
+    left.div_(others.clamp_(min=torch.finfo(others.dtype).tiny))
+    share = torch.where(is_behind, kept.div_(p.total), left)
     return _Target(share, torch.where(is_behind, lifted, raised))
 
 
@@ -189,10 +253,19 @@ def _slope(
     centre(out, certain_rows(z, [q.total]))
 
 
-def _empty_gradient(student: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return room for the gradient of which chunks are views."""
-    kept = torch.contiguous_format if student.ndim > 3 else torch.preserve_format
-    return torch.empty_like(student, dtype=dtype, memory_format=kept)
+def _has_views(gradient: Tensor) -> bool:
+    """Return whether chunks of the rows are views of a gradient."""
+    return gradient.ndim <= 3 or gradient.is_contiguous()
+
+
+def _empty_gradient(like: Tensor) -> Tensor:
+    """Return room for a gradient of which chunks are views."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _needs_scratch(gradient: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether rows of a gradient are computed elsewhere and copied to it."""
+    return gradient.dtype != dtype or (gradient.stride(-1) != 1 and gradient.shape[-1] > 1)
 
 
 def _dtype_of(problem: Corrected) -> torch.dtype:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._op import Number
 from fastkd._pages import in_huge_pages
 from fastkd.portable._chunks import most_elements
 from fastkd.portable._mixtures import (
@@ -22,7 +23,14 @@ from fastkd.portable._mixtures import (
     summed_terms,
     weighted_logits,
 )
-from fastkd.portable._row_chunks import for_chunks, foresees_weight, rescale, select
+from fastkd.portable._row_chunks import (
+    at,
+    for_chunks,
+    foresees_weight,
+    has_zeros,
+    rescale,
+    select,
+)
 from fastkd.portable._row_terms import (
     N_SCRATCH,
     Scratch,
@@ -50,19 +58,17 @@ def forward(problem: Ensemble, needs_grad: Sequence[bool]) -> tuple[tuple[Tensor
     It is that of each loss where one chunk holds all rows, or else that for the row weight.
     """
     student, dtype = problem.student, compute_dtype_of(problem)
+    statistics = student.new_empty((*student.shape[:-1], 0), dtype=dtype)
+    if needs_grad[0] and foresees_weight(problem):
+        gradient = in_huge_pages(torch.empty_like(student))
+        losses = _solve(problem, _factors(problem) * problem.row_weight, gradient)
+        return (losses,), (statistics, gradient)
     if needs_grad[0] and student.is_cpu and student.numel() <= most_elements(student, 1 << 18, 0):
         slopes = torch.empty_like(student, dtype=dtype)
         losses = _solve(problem, _factors(problem), slopes)
         # a row with a NaN may have no gradient upstream, and `backward` has to leave it out then
         if losses.isfinite().all():
             return (losses,), (None, slopes)
-    statistics = student.new_empty((*student.shape[:-1], 0), dtype=dtype)
-    if needs_grad[0] and foresees_weight(problem):
-        gradient = in_huge_pages(torch.empty_like(student))
-        return (_solve(problem, _factors(problem) * problem.row_weight, gradient),), (
-            statistics,
-            gradient,
-        )
     return (_solve(problem, None, None),), (statistics,)
 
 
@@ -79,28 +85,29 @@ def backward(
     if foreseen is not None and rescale(foreseen, of_losses, problem.row_weight, dtype):
         return foreseen
     gradient = in_huge_pages(torch.empty_like(problem.student)) if foreseen is None else foreseen
-    factors = torch.where(_factors(problem) == 0, 0, of_losses.reshape(-1, 1).to(dtype))
+    factors = of_losses.reshape(-1, 1).to(dtype)
+    if problem.row_mask is not None:
+        factors = torch.where(problem.row_mask.reshape(-1, 1), factors, 0)
     _solve(problem, factors, gradient, needs_losses=False)
     return gradient
 
 
-def _factors(problem: Ensemble) -> Tensor:
-    """Return 1 for each row that counts, else 0, [N, 1]."""
-    n_rows, dtype = problem.student.shape[:-1].numel(), compute_dtype_of(problem)
+def _factors(problem: Ensemble) -> Number:
+    """Return 1 for each row that counts, else 0, [N, 1]; or 1 if all of them do."""
     if problem.row_mask is None:
-        return problem.student.new_ones((n_rows, 1), dtype=dtype)
-    return problem.row_mask.reshape(n_rows, 1).to(dtype)
+        return 1.0
+    return problem.row_mask.reshape(-1, 1).to(compute_dtype_of(problem))
 
 
 def _solve(
     problem: Ensemble,
-    factors: Tensor | None,
+    factors: Number | None,
     gradient: Tensor | None,
     needs_losses: bool = True,
 ) -> Tensor:
     """Return the losses (...), and write factor · ∂loss of each row to the gradient, if any."""
     student, dtype = problem.student, compute_dtype_of(problem)
-    losses = student.new_zeros(student.shape[:-1], dtype=dtype)
+    losses = student.new_empty(student.shape[:-1], dtype=dtype)
     column, n = losses.view(-1, 1), len(problem.teachers)
     weights = weights_of_rows(problem)
     index = None if problem.teacher_index is None else problem.teacher_index.reshape(-1)
@@ -109,7 +116,7 @@ def _solve(
         out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
     unit = problem.scale / problem.student_temperature
     scaled = None if factors is None else factors * unit
-    has_masked = factors is not None and not (factors.is_cpu and factors.all())
+    has_masked = factors is not None and has_zeros(factors)
     in_scratch = out is not None and (
         out.dtype != dtype or (out.stride(-1) != 1 and out.shape[-1] > 1)
     )
@@ -121,12 +128,12 @@ def _solve(
     ) -> Terms:
         if problem.combine == "sum" and not is_loop:
             return summed_terms(
-                problem.divergence, q, z_teachers, weights[rows], problem.teacher_temperature,
+                problem.divergence, q, z_teachers, at(weights, rows), problem.teacher_temperature,
                 scratch[2:6],
             )  # fmt: skip
         if problem.combine == "mixture":
             p = mixture(
-                z_teachers, weights[rows], problem.teacher_temperature, dtype, scratch[2:6],
+                z_teachers, at(weights, rows), problem.teacher_temperature, dtype, scratch[2:6],
                 problem.divergence in _WITH_LOGS,
             )  # fmt: skip
         else:
@@ -142,9 +149,9 @@ def _solve(
             if slope is None:
                 slope = torch.empty_like(z, dtype=dtype)
         if problem.combine == "logits":
-            z_teachers = [weighted_logits(z_teachers, weights[rows], dtype, scratch[5])]
+            z_teachers = [weighted_logits(z_teachers, at(weights, rows), dtype, scratch[5])]
         elif index is not None:
-            z_teachers = [chosen_logits(z_teachers, index[rows], dtype, scratch[5])]
+            z_teachers = [chosen_logits(z_teachers, at(index, rows), dtype, scratch[5])]
         groups = [[x] for x in z_teachers] if is_loop else [z_teachers]
         for k, group in enumerate(groups):
             q = softmax(z, problem.student_temperature, dtype, scratch[:2])
@@ -155,11 +162,13 @@ def _solve(
             if needs_losses:
                 value = terms.value(problem.scale)
                 if weight is not None:
-                    value = column[rows] + torch.where(weight == 0, 0, value * weight)
+                    value = torch.where(weight == 0, 0, value * weight)
+                    value = column[rows] + value if k else value
                 column[rows] = value
             if slope is None or scaled is None:
                 continue
-            factor = scaled[rows] if weight is None else scaled[rows] * weight
+            factor = at(scaled, rows)
+            factor = factor if weight is None else factor * weight
             of_terms = slope if k == 0 else terms.spare
             terms.slope(of_terms, factor)
             if has_masked or weight is not None:

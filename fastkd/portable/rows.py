@@ -20,14 +20,18 @@ from torch import Tensor
 from fastkd._op import Number
 from fastkd._pages import in_huge_pages
 from fastkd._precision import compute_dtype
+from fastkd._reduction import weighted_sum
 from fastkd.portable._chunks import most_elements
 from fastkd.portable._row_chunks import (
     FEW,
     ON_CPU,
+    at,
     factors_of,
     for_chunks,
     foresees_weight,
+    has_zeros,
     in_compute_dtype,
+    joined,
     rescale,
     select,
 )
@@ -59,7 +63,7 @@ from fastkd.problems.corrected import weight_of_soft_label, weighted
 from fastkd.problems.rows import EPSILON, Rows
 
 _NO_SCRATCH = (None,) * N_SCRATCH
-_WEIGHTED = "weighted_soft_cross_entropy"
+_WEIGHTED, _NORMALIZED = "weighted_soft_cross_entropy", "normalized_soft_cross_entropy"
 
 Losses = tuple[Tensor, Tensor | None]  # the second one where there are labels
 
@@ -75,7 +79,7 @@ def n_statistics(problem: Rows) -> int:
         return 1
     if not problem.divergence:
         return 3
-    has_mean = problem.divergence in (*CENTRED, _WEIGHTED)
+    has_mean = problem.divergence in (*CENTRED, _WEIGHTED, _NORMALIZED)
     return 4 + has_mean + (problem.labels is not None)
 
 
@@ -88,19 +92,22 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
     """
     problem = in_compute_dtype(problem)
     student = problem.student
+    # cross-entropies are multiplied by something else, and need a place of the slope that is added
+    dtype = compute_dtype(student, problem.teacher)
+    is_addable = problem.adds_cross_entropy and _is_written_at_once(student, dtype)
+    has_one_loss = problem.labels is None or is_addable or problem.divergence == _WEIGHTED
+    if needs_grad[0] and has_one_loss and foresees_weight(problem):
+        gradient = in_huge_pages(torch.empty_like(student))
+        found, _ = value_and_gradients(
+            problem, needs_grad, row_weights=problem.row_weight, gradient=gradient
+        )
+        return found, (student.new_empty((*student.shape[:-1], 0), dtype=dtype), gradient)
     is_small = student.numel() <= most_elements(student, ON_CPU, 0)
-    if needs_grad[0] and student.is_cpu and problem.divergence and is_small:
+    is_kept = student.is_cpu and is_small and not problem.adds_cross_entropy
+    if needs_grad[0] and problem.divergence and is_kept:
         solved = _losses_and_gradients(problem)
         if solved is not None:
             return solved
-    # cross-entropies are multiplied by something else
-    has_one_loss = problem.labels is None or problem.divergence == _WEIGHTED
-    if needs_grad[0] and has_one_loss and foresees_weight(problem):
-        gradient = in_huge_pages(torch.empty_like(student))
-        dtype = compute_dtype(student, problem.teacher)
-        weights = student.new_ones(student.shape[:-1], dtype=dtype) * problem.row_weight
-        found, _ = value_and_gradients(problem, needs_grad, row_weights=weights, gradient=gradient)
-        return found, (student.new_empty((*student.shape[:-1], 0), dtype=dtype), gradient)
     losses, cross_entropies = _empty_losses(problem)
     examples, width = student.shape[:-1], n_statistics(problem)
     targets, table = targets_of(problem), losses.new_empty(examples.numel(), 1 + width)
@@ -125,13 +132,16 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
             known = [q.top, q.total, *totals]
             if problem.divergence:
                 p = softmax(z_teacher, of_teacher, losses.dtype, scratch[2:4], apart=beside)
-                if problem.divergence == _WEIGHTED:
-                    weight = _weight(of_labels, p, of_teacher, own, scratch[4])
+                if problem.divergence in (_WEIGHTED, _NORMALIZED):
+                    weight = _weight(problem, of_labels, p, of_teacher, own, scratch[4])
                 terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
                 means = [x for x in (terms.mean, weight) if x is not None]
                 known = [q.top, q.total, p.top, p.total, *means, *totals]
         value = terms.value(problem.scale) if terms else torch.zeros_like(known[0])
-        value = value if weight is None else weighted(value, weight)
+        if problem.divergence == _WEIGHTED and weight is not None:
+            value = weighted(value, weight)
+        if problem.adds_cross_entropy:
+            value = _sum_of_both(problem, value, of_labels, weight)
         torch.cat([value, *known], 1, out=table[rows])
 
     for_chunks(work, _n_scratch(problem), student, problem.teacher)
@@ -168,7 +178,7 @@ def value_and_gradients(
     problem: Rows,
     needs_grad: Sequence[bool],
     *,
-    row_weights: Tensor | None = None,
+    row_weights: Number | None = None,
     ce_weights: Tensor | None = None,
     in_place: bool = False,
     is_wide: bool = True,
@@ -185,7 +195,6 @@ def value_and_gradients(
     student, dtype = problem.student, compute_dtype(problem.student, problem.teacher)
     if problem.divergence and not needs_grad[0]:
         return forward(problem, (False,))[0], (None,)
-    losses, cross_entropies = _empty_losses(problem)
     place = gradient
     if gradient is not None and gradient.ndim > 3 and not gradient.is_contiguous():
         gradient = torch.empty_like(gradient, memory_format=torch.contiguous_format)
@@ -194,53 +203,60 @@ def value_and_gradients(
         if not in_place:  # contiguous, because chunks of other strides may be no views of it
             kept = torch.contiguous_format
             gradient = torch.empty_like(student, dtype=dtype, memory_format=kept)
-    weights = losses.new_ones(losses.shape) if row_weights is None else row_weights
+    weights = 1.0 if row_weights is None else row_weights
     factors, ce_factors = factors_of(problem, weights, ce_weights)
     assert factors is not None
-    factors = factors * problem.scale
+    factors = factors * (problem.scale * problem.share)
     targets, apart = targets_of(problem), _classes(problem.apart)
-    is_masked = student.is_cpu and bool((factors == 0).any())
+    is_masked = has_zeros(factors)
     in_scratch = gradient is not None and not _is_written_at_once(gradient, dtype)
 
-    def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
+    def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> Losses:
         z, z_teacher, *out = chunks
-        beside = None if apart is None else apart[rows]
+        beside = None if apart is None else at(apart, rows)
         of_student, of_teacher, moments = _temperatures(problem, rows, z, z_teacher, dtype)
         q = softmax(z, of_student, dtype, scratch[:2], apart=beside)
         slope, certain, plain, weight = out[0] if out else None, None, None, None
+        value, of_labels = None, None
         if slope is not None and in_scratch:
             slope = torch.empty_like(z, dtype=dtype) if scratch[-1] is None else scratch[-1]
-        if targets is not None and cross_entropies is not None:
+        if problem.divergence:
+            p = softmax(z_teacher, of_teacher, dtype, scratch[2:4], apart=beside)
+        if targets is not None:
             own = targets.of(rows)
             if ce_factors is None:
-                total = total_at_1(q, of_student, scratch[2])
-                of_labels = cross_entropy(q, total, of_student, own, scratch[2])
+                total = total_at_1(q, of_student, scratch[4])
+                of_labels = cross_entropy(q, total, of_student, own, scratch[4])
             else:
-                plain = without_temperature(q, of_student, scratch[2:4])
+                plain = without_temperature(q, of_student, scratch[4:6])
                 of_labels = cross_entropy(plain, plain.total, 1.0, own, scratch[4])
-            cross_entropies.view(-1, 1)[rows] = of_labels
+            if problem.divergence in (_WEIGHTED, _NORMALIZED):
+                weight = _weight(problem, of_labels, p, of_teacher, own, scratch[4])
         if slope is not None:
             totals = [q.total] if plain is None else [q.total, plain.total]
             certain = certain_rows(q.d, totals)
         if plain is not None and slope is not None and ce_factors is not None:
-            factor = cross_entropy_factor(plain, own, ce_factors[rows])
-            select(cross_entropy_slope(plain, own, factor, slope), factor)
+            ce_factor = at(ce_factors, rows)
+            if problem.divergence == _NORMALIZED and weight is not None:
+                ce_factor = ce_factor * weight
+            ce_factor = cross_entropy_factor(plain, own, ce_factor)
+            cross_entropy_slope(plain, own, ce_factor, slope)
+            if has_zeros(ce_factor):
+                select(slope, ce_factor)
         if problem.divergence:
-            p = softmax(z_teacher, of_teacher, dtype, scratch[2:4], apart=beside)
-            if problem.divergence == _WEIGHTED:
-                weight = _weight(of_labels, p, of_teacher, own, scratch[4])
             terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
-            value, factor = terms.value(problem.scale), factors[rows]
-            if weight is not None:
+            value, factor = terms.value(problem.scale), at(factors, rows)
+            if problem.divergence == _WEIGHTED and weight is not None:
                 value, factor = weighted(value, weight), weighted(weight, factor)
-            losses.view(-1, 1)[rows] = value
+            if problem.adds_cross_entropy and of_labels is not None:
+                value = _sum_of_both(problem, value, of_labels, weight)
             if slope is not None:
                 of_terms = slope if ce_factors is None else terms.spare
                 terms.slope(of_terms, factor / of_student)
                 if moments is not None:
                     centre(of_terms, certain)
                     add_slope_of_deviation(of_terms, moments)
-                if is_masked or weight is not None or not z.is_cpu:
+                if is_masked if weight is None else has_zeros(factor):
                     select(of_terms, factor)
                 if of_terms is not slope:
                     slope.add_(of_terms)
@@ -250,11 +266,14 @@ def value_and_gradients(
             centre(slope, certain)
             if in_scratch:
                 out[0].copy_(slope)
+        value = torch.zeros_like(q.total) if value is None else value
+        return value, None if problem.adds_cross_entropy else of_labels
 
     tensors = [student, problem.teacher] + ([] if gradient is None else [gradient])
-    for_chunks(work, _n_scratch(problem), *tensors)
-    if not problem.divergence:
-        losses.zero_()
+    if found := for_chunks(work, _n_scratch(problem), *tensors):
+        losses, cross_entropies = (joined(x, student) for x in zip(*found, strict=True))
+    else:
+        losses, cross_entropies = _empty_losses(problem)
     if place is not None and gradient is not None and place is not gradient:
         gradient = place.copy_(gradient)
     return _masked(problem, losses, cross_entropies), (gradient,)
@@ -290,7 +309,7 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
         if targets is not None and problem.divergence == _WEIGHTED:
             total = total_at_1(q, of_student, scratch[4])
             cross_entropies = cross_entropy(q, total, of_student, targets)
-            weight = _weight(cross_entropies, p, of_teacher, targets, scratch[4])
+            weight = _weight(problem, cross_entropies, p, of_teacher, targets, scratch[4])
         terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
     losses, factor = terms.value(problem.scale), problem.scale
     slopes = terms.spare if slopes is None else slopes
@@ -331,11 +350,30 @@ def _of_labels(q: Softmax, targets: Targets, masked: Tensor | None) -> tuple[Ten
 
 
 def _weight(
-    of_student: Tensor, p: Softmax, temperature: Number, targets: Targets, out: Tensor | None
+    problem: Rows,
+    of_student: Tensor,
+    p: Softmax,
+    temperature: Number,
+    targets: Targets,
+    out: Tensor | None,
 ) -> Tensor:
-    """Return rows [R, 1] of the weight of a soft label, from the student's cross-entropy."""
+    """Return rows [R, 1] of the weight of a soft label, from the student's cross-entropy.
+
+    Where the losses are normalised, it is the teacher's probability of the label.
+    """
     of_teacher = cross_entropy(p, total_at_1(p, temperature, out), temperature, targets)
+    if problem.divergence == _NORMALIZED:
+        return of_teacher.neg_().exp_()
     return weight_of_soft_label(of_student, of_teacher)
+
+
+def _sum_of_both(
+    problem: Rows, divergences: Tensor, cross_entropies: Tensor, weight: Tensor | None
+) -> Tensor:
+    """Return the losses of rows [R, 1] with their cross-entropies, as they are added elsewhere."""
+    if weight is not None:
+        cross_entropies = weighted(cross_entropies, weight)
+    return weighted_sum([(problem.ce_scale, cross_entropies), (problem.share, divergences)])
 
 
 def _matrix(logits: Tensor) -> Tensor:
@@ -349,7 +387,7 @@ def _fill(
     gradient: Tensor,
     problem: Rows,
     statistics: Tensor,
-    factors: Tensor | None,
+    factors: Number | None,
     ce_factors: Tensor | None,
 ) -> None:
     """Write the gradient, which may be the student itself."""
@@ -357,9 +395,8 @@ def _fill(
     in_scratch = gradient is problem.student or not _is_written_at_once(gradient, dtype)
     n_rows, width = problem.student.shape[:-1].numel(), statistics.shape[-1]
     table = statistics.reshape(n_rows, width, 1)
-    scaled = None if factors is None else factors * problem.scale
-    # elsewhere than on a CPU a look at the factors would be a host sync
-    has_masked = factors is not None and not (factors.is_cpu and factors.all())
+    scaled = None if factors is None else factors * (problem.scale * problem.share)
+    has_masked = factors is not None and has_zeros(factors)
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teacher, out = chunks
@@ -388,7 +425,7 @@ def _fill(
                 )  # fmt: skip
                 mean = known[4] if problem.divergence in CENTRED else None
                 terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:], mean)
-            factor = scaled[rows]
+            factor = at(scaled, rows)
             if problem.divergence == _WEIGHTED:
                 factor = weighted(known[4], factor)
             terms.slope(slope, factor / of_student)
@@ -402,8 +439,11 @@ def _fill(
             if beside is not None:
                 certain = certain_rows(q.d, totals)
             own = targets.of(rows)
-            factor = cross_entropy_factor(q, own, ce_factors[rows])
-            slope.add_(select(cross_entropy_slope(q, own, factor, q.e), factor))
+            ce_factor = ce_factors[rows]
+            if problem.divergence == _NORMALIZED:
+                ce_factor = ce_factor * known[4]
+            ce_factor = cross_entropy_factor(q, own, ce_factor)
+            slope.add_(select(cross_entropy_slope(q, own, ce_factor, q.e), ce_factor))
         centre(slope, certain)
         if in_scratch:
             out.copy_(slope)

@@ -17,7 +17,13 @@ from torch import Tensor
 from fastkd._op import Number
 from fastkd._softened import rows_of_problem
 from fastkd.portable import rows
-from fastkd.portable._row_chunks import FEW, factors_of, for_chunks, in_compute_dtype, select
+from fastkd.portable._row_chunks import (
+    factors_of,
+    for_chunks,
+    has_zeros,
+    in_compute_dtype,
+    select,
+)
 from fastkd.portable._row_terms import (
     CENTRED,
     N_SCRATCH,
@@ -70,7 +76,7 @@ def backward(
     """Return Σ upstream · ∂losses with respect to what is needed: logits and temperatures."""
     known = in_compute_dtype(rows_of_problem(problem))
     factors, _ = factors_of(known, upstream[0], None)
-    assert factors is not None  # without an upstream gradient there is no backward
+    assert isinstance(factors, Tensor)  # without an upstream gradient there is no backward
     networks = student, teacher = _networks(problem, known.weight, needs_grad)
     learning = [i for i in (0, 1) if networks[i].learns]
     if teacher.divergence in _PRESERVING:
@@ -79,14 +85,10 @@ def backward(
     n_scratch = N_SCRATCH + 1 + (0 if keeps else 4)
     written = [i for i in (0, 1) if needs_grad[i]]
     dtype, table = statistics.dtype, statistics.reshape(-1, statistics.shape[-1], 1)
-    # elsewhere than on a CPU a look at the factors would be a host sync
-    has_masked = not (factors.is_cpu and factors.all())
+    has_masked = has_zeros(factors)
 
     def work(chunk: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, out = chunks[:2], dict(zip(written, chunks[2:], strict=True))
-        if scratch[0] is None and z[0].numel() > FEW:
-            # one allocation, because the system would take back and clear the pages of many
-            scratch = z[0].new_empty((n_scratch, *z[0].shape), dtype=dtype).unbind()
         numbers, factor = table[chunk].unbind(1), factors[chunk]
         both = [
             softmax(z[i], x.temperature[chunk], dtype, scratch[2 * i :], numbers[2 * i : 2 * i + 2])

@@ -94,9 +94,20 @@ def nkd(
         return NotImplemented
     labels, mask, labelled = rows.counted(call, labels, ignore_index)
     temperature = rows.widened(temperature)
+    scale = temperature**2 if scale_t2 else 1.0
+    are_apart = call.reduction is None or call.reduction.return_parts
+    if not are_apart and labelled is None and rows.adds_cross_entropy(call, student, teacher):
+        if not is_exactly(gamma, 0):  # which wins over an infinite term
+            problem = Rows(
+                student, teacher, labels, mask, temperature, temperature, 0.0, scale,
+                "normalized_soft_cross_entropy", call.row_weight, labels,
+                adds_cross_entropy=True, share=gamma,
+            )  # fmt: skip
+            losses, _ = rows.solve(call.engine, problem)
+            return [Term(1.0, losses, None)]
     problem = Rows(
-        student, teacher, labels, mask, temperature, temperature, 0.0,
-        temperature**2 if scale_t2 else 1.0, "soft_cross_entropy", 0.0, labels,
+        student, teacher, labels, mask, temperature, temperature, 0.0, scale,
+        "soft_cross_entropy", 0.0, labels,
     )  # fmt: skip
     losses, cross_entropies = rows.solve(call.engine, problem)
     p = rows.label_cross_entropies(call, teacher.detach(), labels).neg().exp()

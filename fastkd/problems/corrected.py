@@ -35,6 +35,7 @@ class Corrected(NamedTuple):
     teacher_temperature: Number
     correction: Number
     scale: Number
+    row_weight: Number = 0.0  # as in `Rows`; where it is known, all rows have a label
 
 
 solve = Op(Corrected, trained=("student",), per_example=True, recomputes=True, keeps_strides=True)
@@ -83,8 +84,10 @@ def weight_of_soft_label(of_student: Tensor, of_teacher: Tensor) -> Tensor:
     return torch.where((of_student == 0) | (of_teacher == math.inf), 0, weight)
 
 
-def weighted(losses: Tensor, weight: Tensor) -> Tensor:
+def weighted(losses: Tensor, weight: Number) -> Tensor:
     """Return weight · losses, where a weight of 0 wins over an infinite loss."""
+    if not isinstance(weight, Tensor):
+        return losses * weight if weight else torch.zeros_like(losses)
     return torch.where(weight == 0, 0, weight * losses)
 
 
@@ -157,7 +160,10 @@ def winning_labels(
     """Solve for the divergence from a teacher to whom the label wins by the threshold."""
     labels, _, labelled = rows.counted(call, labels, ignore_index)
     scale = temperature * temperature if scale_t2 else 1.0
-    problem = Corrected(student, teacher, labels, temperature, temperature, threshold, scale)
+    problem = Corrected(
+        student, teacher, labels, temperature, temperature, threshold, scale,
+        call.row_weight if labelled is None else 0.0,
+    )  # fmt: skip
     return [Term(1.0, solve(call.engine, problem), labelled)]
 
 
@@ -176,5 +182,8 @@ def virtual_teacher(
     scale = temperature * temperature if scale_t2 else 1.0
     dtype = compute_dtype(student)
     log_odds = softened(correct_probability, student.shape[-1], temperature, dtype)
-    problem = Corrected(student, None, labels, temperature, 1.0, log_odds, scale)
+    problem = Corrected(
+        student, None, labels, temperature, 1.0, log_odds, scale,
+        call.row_weight if labelled is None else 0.0,
+    )  # fmt: skip
     return [Term(1.0, solve(call.engine, problem), labelled)]

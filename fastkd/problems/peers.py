@@ -32,6 +32,7 @@ class Peers(NamedTuple):
     temperature: Number
     scale: Number
     are_constants: bool  # whether p_j has no gradient in KL(p_j ‖ p_i)
+    row_weight: Number = 0.0  # as in `Rows`
 
 
 _FIELDS = ("first", "second", "third", "fourth")
@@ -89,7 +90,9 @@ def mutual(
     if n_peers <= MOST:
         first, second, *others = logits
         third, fourth = (*others, None, None)[: MOST - 2]
-        problem = Peers(first, second, third, fourth, call.row_mask, T, scale, detach_peers)
+        problem = Peers(
+            first, second, third, fourth, call.row_mask, T, scale, detach_peers, call.row_weight
+        )
         return solve(call.engine, problem)
     if call.engine != "triton" or not detach_peers:
         return NotImplemented

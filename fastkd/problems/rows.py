@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from fastkd import _checks, _option_checks
 from fastkd._loss import Call
 from fastkd._op import Number, Op
 from fastkd._precision import compute_dtype
-from fastkd._reduction import Term, selected
+from fastkd._reduction import Term, selected, total
 from fastkd.problems import softened
 from fastkd.problems.softened import Softened
 
@@ -33,7 +34,8 @@ class Rows(NamedTuple):
     weight: Number  # the divergence's own option: beta, skew or weight
     scale: Number  # multiplies the divergence
     # "" for the cross-entropy alone; "weighted_soft_cross_entropy" is multiplied by 1 −
-    # exp(−CE_s / CE_t), of the cross-entropies of both networks with the label, as a constant
+    # exp(−CE_s / CE_t), of the cross-entropies of both networks with the label, as a constant;
+    # "normalized_soft_cross_entropy" adds cross-entropies, times the teacher's probability of it
     divergence: str
     # what the caller multiplies every divergence with before it adds them, 0 if that is not known;
     # an engine may make the gradient for this upstream gradient together with the losses
@@ -47,6 +49,10 @@ class Rows(NamedTuple):
     label_smoothing: Number = 0.0
     # (V,), what multiplies the term of each class in the cross-entropy with labels that are classes
     class_weights: Tensor | None = None
+    # whether the loss of each row is ce_scale · cross-entropy + share · divergence, the only one
+    adds_cross_entropy: bool = False
+    ce_scale: Number = 1.0
+    share: Number = 1.0
 
 
 solve = Op(
@@ -305,9 +311,14 @@ def kd(
     own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
     share = 1 - alpha if distill_weight is None else distill_weight
     in_one_pass = call.engine == "portable"
+    sum_of_both = functools.partial(
+        _sum_of_both, call, divergence, student, teacher, alpha, share, softening | own
+    )
     if is_soft(labels, student):
         dtype = compute_dtype(student, teacher)
         target = with_smoothing(labels.to(dtype), label_smoothing, class_weights)
+        if (found := sum_of_both(target, 0.0, None, None)) is not None:
+            return found
         losses, cross_entropies = _solve(
             call, divergence, student, teacher, target if in_one_pass else None, **softening, **own
         )
@@ -325,6 +336,10 @@ def kd(
     if class_weights is not None:
         class_weights = class_weights.detach().to(compute_dtype(student, teacher))
         counts = class_weights[labels.clamp(min=0)]
+    if labelled is None:
+        found = sum_of_both(labels, label_smoothing, class_weights, counts)
+        if found is not None:
+            return found
     is_smooth = not is_exactly(label_smoothing, 0)
     # weights of classes are in every term of a smoothed label, and kernels know none
     is_weighted = class_weights is not None and not in_one_pass
@@ -343,6 +358,51 @@ def kd(
             cross_entropies = (1 - label_smoothing) * cross_entropies + label_smoothing * smooth
     distilled = None if distill_ignored else labelled
     return [Term(alpha, cross_entropies, labelled, counts), Term(share, losses, distilled)]
+
+
+def _sum_of_both(
+    call: Call,
+    divergence: str,
+    student: Tensor,
+    teacher: Tensor,
+    alpha: Number,
+    share: Number,
+    options: dict[str, Any],
+    labels: Tensor,
+    label_smoothing: Number,
+    class_weights: Tensor | None,
+    counts: Tensor | None,
+) -> list[Term] | None:
+    """Solve for α · cross-entropy + share · divergence, one gradient that the forward makes.
+
+    Return None where it is not known what multiplies all rows, or where both are asked for apart.
+    """
+    asked = call.reduction
+    if not adds_cross_entropy(call, student, teacher) or asked is None or asked.return_parts:
+        return None
+    if is_exactly(alpha, 0) or is_exactly(share, 0):  # which wins over an infinite term
+        return None
+    if counts is not None and asked.reduction == "mean" and asked.normalizer is None:
+        # the mean of the cross-entropies has a divisor of its own
+        of_all = total(counts)
+        if _checks.has_values_at_hand(of_all):
+            alpha = alpha / ((of_all.item() or 1.0) * call.row_weight)
+        else:
+            alpha = alpha / (torch.where(of_all == 0, 1, of_all) * call.row_weight)
+    losses, _ = _solve(
+        call, divergence, student, teacher, labels, label_smoothing=label_smoothing,
+        class_weights=class_weights, share=share, ce_scale=alpha, **options,
+    )  # fmt: skip
+    return None if losses is NotImplemented else [Term(1.0, losses, None)]
+
+
+def adds_cross_entropy(call: Call, student: Tensor, teacher: Tensor) -> bool:
+    """Return whether an engine adds cross-entropies to the losses, of which it has the gradient.
+
+    A gradient in a narrower dtype than that of the sum would have no room for it.
+    """
+    is_known = call.engine == "portable" and not is_exactly(call.row_weight, 0)
+    return is_known and student.dtype == compute_dtype(student, teacher)
 
 
 def with_smoothing(soft: Tensor, label_smoothing: Number, class_weights: Tensor | None) -> Tensor:
@@ -428,6 +488,8 @@ def _solve(
     teacher_gradient: bool = False,
     label_smoothing: Number = 0.0,
     class_weights: Tensor | None = None,
+    share: Number = 1.0,
+    ce_scale: Number | None = None,
     **own: Number,
 ) -> tuple[Any, Any]:
     mixture = (*own.values(), 0.0)[0]
@@ -437,7 +499,7 @@ def _solve(
     if teacher_form != "logits":
         teacher = as_logits(teacher, teacher_form)
     if is_trained_besides(of_student, of_teacher, teacher if teacher_gradient else None):
-        if standardize:
+        if standardize or ce_scale is not None:
             return NotImplemented, NotImplemented
         if not teacher_gradient:
             teacher = teacher.detach()
@@ -458,5 +520,6 @@ def _solve(
     problem = Rows(
         student, teacher, labels, call.row_mask, of_student, of_teacher, mixture, scale, name,
         call.row_weight, None, standardize, label_smoothing, class_weights,
+        ce_scale is not None, 1.0 if ce_scale is None else ce_scale, share,
     )  # fmt: skip
     return solve(call.engine, problem)
