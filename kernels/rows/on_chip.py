@@ -73,7 +73,9 @@ def _others_of_rows(
 
     They are read anew in narrow tiles, which take few registers.
     """
-    NARROW: tl.constexpr = min(1024, max(1, COLUMNS // 4))
+    # without min and max, which make a tensor of constants in Triton 3.4
+    QUARTER: tl.constexpr = COLUMNS // 4 if COLUMNS >= 4 else 1
+    NARROW: tl.constexpr = QUARTER if QUARTER < 1024 else 1024
     sums, tops = tl.zeros([ROWS, NARROW], DTYPE), tl.full([ROWS, NARROW], -1, tl.int32)
     for start in range(0, n_cols, NARROW):
         columns = start + tl.arange(0, NARROW)[None, :]
