@@ -1,7 +1,7 @@
 """The cross-entropy of a chunk of rows with their labels: its value and its slope.
 
-A target t of a row is a label, smoothed and weighted by class, w ((1 − ε) label + ε / V), or any
-numbers. With S = Σ t its cross-entropy is −Σ t log q = S log Z − Σ t d, and the slope S q − t.
+The target of a row is t = w ((1 − ε) label + ε / V), where the label is a class or any numbers.
+With S = Σ t its cross-entropy is −Σ t log q = S log Z − Σ t d, and the slope S q − t.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastkd._op import Number
+from fastkd._precision import compute_dtype
 from fastkd.portable._row_terms import Softmax, log_odds, softplus
-from fastkd.problems.rows import Rows, is_exactly
+from fastkd.problems.rows import Rows, is_exactly, with_smoothing
 
 _LN2 = math.log(2)
 
@@ -22,14 +23,19 @@ _LN2 = math.log(2)
 class Targets(NamedTuple):
     """The targets of rows, which their cross-entropies are with."""
 
-    labels: Tensor  # [R, 1], classes, a negative one where there is none; or [R, V], the targets
-    smoothing: Number  # ε, of classes
-    class_weights: Tensor | None  # w, (V,), of classes
+    labels: Tensor  # [R, 1], classes, a negative one where there is none; or [R, V], soft labels
+    smoothing: Number  # ε
+    class_weights: Tensor | None  # w, (V,)
+    dtype: torch.dtype  # which is computed in
     sums: Tensor | float = 1.0  # S, [R, 1], of the rows that `of` chose
 
     def of(self, rows: slice) -> Targets:
-        """Return those of some rows, with their sums."""
+        """Return those of some rows with their sums, where soft labels are the targets."""
         found = self._replace(labels=self.labels[rows])
+        if self.are_soft:
+            soft = found.labels.to(self.dtype)
+            target = with_smoothing(soft, self.smoothing, self.class_weights)
+            found = found._replace(labels=target)
         return found._replace(sums=found._sums())
 
     @property
@@ -63,7 +69,8 @@ def targets_of(problem: Rows) -> Targets | None:
     if labels is None:
         return None
     width = labels.shape[-1] if labels.is_floating_point() else 1
-    return Targets(labels.reshape(-1, width), problem.label_smoothing, problem.class_weights)
+    dtype = compute_dtype(problem.student, problem.teacher)
+    return Targets(labels.reshape(-1, width), problem.label_smoothing, problem.class_weights, dtype)
 
 
 def without_label(problem: Rows) -> Tensor | None:
