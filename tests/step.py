@@ -2,6 +2,7 @@
 
     python tests/step.py info_nce 65536x512 bfloat16 [sm_90]
     python tests/step.py forward_kl-teacher_gradient 4096x8192 bfloat16
+    python tests/step.py "kd, soft labels" 4096x1000 bfloat16
     step = count(BY_NAME["info_nce"], (65536, 512), torch.bfloat16)
     step.launches, step.bytes       forward and backward of PyTorch's operations and our kernels
 
@@ -34,6 +35,7 @@ from fastkd import _products as products
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+from logit_rows import WORKLOADS
 from workloads import BOTH, BY_NAME, Workload
 
 # they allocate, or say how memory is to be seen
@@ -226,7 +228,7 @@ def table(step: Step, unit: str, n: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = BY_NAME | {workload.name: workload for workload in BOTH}
+    known = {x.label: x for x in (*WORKLOADS, *BOTH)} | BY_NAME
     parser.add_argument("loss", choices=known, metavar="LOSS")
     parser.add_argument("shape", metavar="65536x512")
     parser.add_argument("dtype", choices=("bfloat16", "float16", "float32", "float64"))

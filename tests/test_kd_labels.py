@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from choice import quick_if
 from exactness import assert_as_exact, assert_same, by_formula, exact, results
 from inputs import DEVICE, logits_and_labels, normal
+from row_cases import LONG
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
@@ -25,7 +26,7 @@ OPTIONS = [
 ]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
-# kernels see one target of weights and smoothing, whichever of them there are
+# weights and smoothing together are what kernels do of each
 both_on_kernels = quick_if(lambda options, engine: engine != "triton" or len(options) == 2)
 
 
@@ -141,10 +142,12 @@ def test_unlabelled_rows_count_in_the_divergence_alone(options, engine):
 
 @each_kind
 @each_option
-@both_on_kernels
-def test_the_error_is_that_of_the_formula(kind, options, engine):
-    inputs = batch(kind, (5,), 67, torch.float32)
-    own = dict(alpha=0.6, temperature=3.0, reduction="none", **chosen(options, 67, torch.float32))
+@pytest.mark.parametrize("n_cols", [67, LONG])
+@quick_if(lambda n_cols, engine: n_cols == 67 or engine == "triton")
+def test_the_error_is_that_of_the_formula(kind, options, n_cols, engine):
+    inputs = batch(kind, (5,), n_cols, torch.float32)
+    weights = chosen(options, n_cols, torch.float32)
+    own = dict(alpha=0.6, temperature=3.0, reduction="none", **weights)
     with fastkd.backend("formula"):
         yardstick = with_gradient(fastkd.kd(*inputs, **own), inputs[0])
         wide = exact(inputs)
@@ -211,6 +214,24 @@ def test_classes_that_both_leave_out_count_for_nothing(kind, engine):
 
 
 @each_kind
+# but for a smoothing of 1, by which the formula has 0 · ∞
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[1], *OPTIONS[3:]], ids=str)
+@pytest.mark.parametrize("n_cols", [N_COLS, LONG])
+@quick_if(lambda options, n_cols, engine: engine == "triton" or n_cols == N_COLS)
+def test_a_target_of_an_excluded_class_is_infinite(kind, options, n_cols, engine):
+    student, teacher, labels = batch(kind, n_cols=n_cols)
+    excluded = labels[4].argmax() if kind == "soft" else labels[4]
+    with torch.no_grad():
+        student[4, excluded] = student[5, 0] = -math.inf
+    own = dict(alpha=1.0, reduction="none", **chosen(options, n_cols))
+    found = fastkd.kd(student, teacher, labels, **own)
+    with fastkd.backend("formula"):
+        expected = fastkd.kd(student, teacher, labels, **own)
+    assert found[4] == math.inf
+    assert_same([found], [expected])
+
+
+@each_kind
 @each_option
 @quick_if(lambda options, engine: engine == "portable" and len(options) == 2)
 def test_transforms(kind, options, engine):
@@ -251,6 +272,23 @@ def test_soft_labels_are_constants_of_any_dtype(engine):
     wide = fastkd.kd(student, teacher, labels.double())
     assert wide.dtype == torch.float32
     assert_same([wide], [loss], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@each_option
+@both_on_kernels
+def test_soft_labels_are_read_as_they_lie(dtype, options, engine):
+    """They have a dtype and strides of their own, and shifted sequences, as language models do."""
+    for n_cols in (67, LONG):
+        student, teacher, labels = batch("soft", (2, 4), n_cols, torch.float32)
+        labels = labels.to(dtype)
+        own = dict(reduction="none", **chosen(options, n_cols, torch.float32))
+        truth = exact([student, teacher, labels])
+        with fastkd.backend("formula"):
+            expected = with_gradient(fastkd.kd(*truth, **own), truth[0])
+        for moved in (labels, labels.mT.contiguous().mT, torch.cat([labels, labels], 1)[:, :4]):
+            found = with_gradient(fastkd.kd(student, teacher, moved, **own), student)
+            assert_same(found, expected, 3e-6)
 
 
 @each_kind

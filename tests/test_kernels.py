@@ -121,6 +121,79 @@ def test_every_division_of_a_standardized_row_gives_its_sums(divergence, divisio
     assert losses[0] == 0 and not gradient[0].any()
 
 
+# what the targets of rows are made of: soft labels or classes, weights, smoothing
+TARGETS = {
+    "soft": (True, False, 0.0),
+    "soft, smoothed": (True, False, 0.3),
+    "soft, smoothed, weighted": (True, True, 0.3),
+    "weighted": (False, True, 0.0),
+    "smoothed": (False, False, 0.3),
+    "smoothed, weighted": (False, True, 0.3),
+}
+each_target = pytest.mark.parametrize("target", TARGETS)
+
+
+def labels_of(target, student):
+    """Return labels of rows, of which the last is masked, and weights of classes."""
+    are_soft, are_weighted, _ = TARGETS[target]
+    n_rows, n_cols = student.shape
+    labels = torch.tensor([n_cols - 1, 5, -1][:n_rows])
+    if are_soft:
+        labels = torch.rand(n_rows, n_cols).to(student.dtype)
+        labels[0, :1024], labels[1], labels[2:] = 0, 0, math.nan
+    return labels, torch.rand(n_cols).to(student.dtype) if are_weighted else None
+
+
+@pytest.mark.parametrize("n_cols", [ON_CHIP, LOOPED])
+@pytest.mark.parametrize("divergence", ["", "forward_kl", "jensen_shannon"])
+@each_target
+@quick_if(
+    lambda target, divergence, n_cols, division: (
+        divergence != "jensen_shannon" and (n_cols == LOOPED or division[0] == "w")
+    )
+)
+def test_every_division_of_a_target_gives_its_sums(target, divergence, n_cols, division):
+    """Masked rows hold NaN, and those without a target contribute nothing."""
+    torch.manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 3, n_cols, dtype=torch.float64)
+    student[:, : n_cols // 2] -= 50  # the pivots rise
+    student[0, 7], student[2] = -math.inf if target == "soft" else -1000, math.nan
+    labels, weights = labels_of(target, student)
+    rows = problem(divergence, student, teacher, labels, torch.tensor([True, True, False]))
+    rows = rows._replace(label_smoothing=TARGETS[target][2], class_weights=weights)
+    assert_solved(rows, rtol=1e-9)
+    (losses, of_labels), (gradient,) = launch.value_and_gradients(
+        rows, (True,), ce_weights=torch.ones(3, dtype=torch.float64)
+    )
+    assert losses[2] == of_labels[2] == 0 and not gradient[2].any()
+    assert (of_labels[1] == 0) == (target == "soft")
+
+
+@pytest.mark.parametrize("n_cols", [ON_CHIP, LOOPED])
+@each_target
+def test_targets_are_read_with_the_logits(target, n_cols, division):
+    """Count the bytes of two networks and a gradient, and those of soft labels beside them."""
+    torch.manual_seed(0)
+    student, teacher = logits(2, n_cols)
+    labels, weights = labels_of(target, student.detach())
+    with Meter() as meter:
+        fastkd.kd(
+            student, teacher, labels, class_weights=weights, label_smoothing=TARGETS[target][2]
+        ).backward()
+    names = [x.name for x in meter.launches if x.name != "combine"]
+    if n_cols == ON_CHIP:
+        assert names == ["whole_rows"] * 2
+    else:
+        assert names == ["row_statistics", "gradient", "certain_classes"]
+    moved = sum(
+        argument.loaded + argument.stored
+        for x in meter.launches
+        for name, argument in x.arguments.items()
+        if any(word in name for word in ("student", "teacher", "gradient", "soft"))
+    )
+    assert moved // student.numel() == (14 if TARGETS[target][0] else 10)
+
+
 @pytest.mark.parametrize("n_cols", [ON_CHIP, LOOPED])
 def test_gradients_in_place_overwrite_the_student_alone(n_cols, division):
     for divergence in ("reverse_kl", "jensen_shannon"):

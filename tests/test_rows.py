@@ -267,39 +267,42 @@ def gradient_of(student, teacher, labels, divergence):
 
 # total variation counts which classes are above the teacher's, as no sum of small numbers does
 SMOOTH = [x for x in DIVERGENCES if x != "total_variation"]
+KINDS = ["no labels", "classes", "soft"]
 
 
 @pytest.mark.parametrize("n_rows", [3, 400])  # one chunk, and several
 @pytest.mark.parametrize("divergence", SMOOTH)
-@pytest.mark.parametrize("with_labels", [False, True])
-def test_the_gradient_of_a_certain_student_keeps_its_digits(divergence, n_rows, with_labels):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_a_certain_student_keeps_its_digits(divergence, n_rows, kind):
     """Z = 1 + rest has lost the digits of a rest of 1e-6, which the largest slope would need."""
-    assert_digits("portable", divergence, n_rows, 1000, with_labels, torch.float32)
+    assert_digits("portable", divergence, n_rows, 1000, kind, torch.float32)
 
 
 @pytest.mark.parametrize("n_cols", [10, 100, 1000, LONG])
 @pytest.mark.parametrize("divergence", SMOOTH)
-@pytest.mark.parametrize("with_labels", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("engine", ["triton"], indirect=True)
 @quick_if(
-    lambda n_cols, divergence, with_labels, dtype: (
+    lambda n_cols, divergence, kind, dtype: (
         (n_cols, dtype) in ((1000, torch.bfloat16), (LONG, torch.float32))
         and divergence in ("forward_kl", "jensen_shannon")
     )
 )
-def test_kernels_keep_the_digits_of_a_certain_student(
-    divergence, n_cols, with_labels, dtype, engine
-):
-    assert_digits(engine, divergence, 3, n_cols, with_labels, dtype)
+def test_kernels_keep_the_digits_of_a_certain_student(divergence, n_cols, kind, dtype, engine):
+    assert_digits(engine, divergence, 3, n_cols, kind, dtype)
 
 
-def assert_digits(engine, divergence, n_rows, n_cols, with_labels, dtype):
+def assert_digits(engine, divergence, n_rows, n_cols, kind, dtype):
     student, teacher = nearly_certain(n_rows, n_cols, dtype)
     labels = None
-    if with_labels:
+    if kind == "classes":
         labels = torch.full((n_rows,), 3, device=DEVICE)
         labels[1] = -100
+    elif kind == "soft":  # of other sums than 1, one of them 0
+        labels = torch.zeros_like(student)
+        labels[:, 3] = 1.5
+        labels[1] = 0
     with fastkd.backend("formula"):
         truth = gradient_of(student.double(), teacher.double(), labels, divergence)
     with fastkd.backend(engine):

@@ -1,7 +1,7 @@
 """The cross-entropy of a chunk of rows with their labels: its value and its slope.
 
-A target t of a row is a label, smoothed and weighted by class, w ((1 − ε) label + ε / V), or any
-numbers. With S = Σ t its cross-entropy is −Σ t log q = S log Z − Σ t d, and the slope S q − t.
+The target of a row is t = w ((1 − ε) label + ε / V), where the label is a class or any numbers.
+With S = Σ t its cross-entropy is −Σ t log q = S log Z − Σ t d, and the slope S q − t.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastkd._op import Number
+from fastkd._precision import compute_dtype
 from fastkd.portable._row_terms import Softmax, log_odds, softplus
-from fastkd.problems.rows import Rows, is_exactly
+from fastkd.problems.rows import Rows, is_exactly, with_smoothing
 
 _LN2 = math.log(2)
 
@@ -22,28 +23,30 @@ _LN2 = math.log(2)
 class Targets(NamedTuple):
     """The targets of rows, which their cross-entropies are with."""
 
-    labels: Tensor  # [R, 1], classes, any where there is none; or [R, V], the targets
-    smoothing: Number  # ε, of classes
-    class_weights: Tensor | None  # w, (V,), of classes
+    labels: Tensor  # [R, 1], classes, any where there is none; or [R, V], soft labels
+    smoothing: Number  # ε
+    class_weights: Tensor | None  # w, (V,)
+    dtype: torch.dtype  # which is computed in
     # of the rows that `of` chose, [R, 1] or of all: what the label has of the target, and S
     of_label: Number = 1.0
     sums: Number = 1.0
     may_vanish: bool = False  # whether one of these may be 0
 
     def of(self, rows: slice) -> Targets:
-        """Return those of some rows, with their sums."""
+        """Return those of some rows with their sums, where soft labels are the targets."""
         labels = self.labels if rows.stop is None else self.labels[rows]
-        if self.are_soft:
-            of_rows = labels.sum(-1, keepdim=True)
-            return self._replace(labels=labels, sums=of_rows, may_vanish=_has_zeros(of_rows))
         smoothing, weights = self.smoothing, self.class_weights
+        if self.are_soft:
+            target = with_smoothing(labels.to(self.dtype), smoothing, weights)
+            of_rows = target.sum(-1, keepdim=True)
+            return self._replace(labels=target, sums=of_rows, may_vanish=_has_zeros(of_rows))
         own: Number = 1.0 if weights is None else weights[labels]
         sums: Number = own
         if not is_exactly(smoothing, 0):
             own = own * (1 - smoothing)
             sums = 1.0 if weights is None else own + weights.mean() * smoothing
         may_vanish = isinstance(own, Tensor) and _has_zeros(own)
-        return Targets(labels, smoothing, weights, own, sums, may_vanish)
+        return Targets(labels, smoothing, weights, self.dtype, own, sums, may_vanish)
 
     @property
     def are_soft(self) -> bool:
@@ -66,7 +69,8 @@ def targets_of(problem: Rows) -> Targets | None:
         labels = labels.reshape(-1, 1)
         if not problem.adds_cross_entropy:
             labels = labels.clamp(min=0)
-    return Targets(labels, problem.label_smoothing, problem.class_weights)
+    dtype = compute_dtype(problem.student, problem.teacher)
+    return Targets(labels, problem.label_smoothing, problem.class_weights, dtype)
 
 
 def without_label(problem: Rows) -> Tensor | None:

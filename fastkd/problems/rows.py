@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ class Rows(NamedTuple):
 
     student: Tensor  # (..., V)
     teacher: Tensor  # (..., V)
-    # (...), class numbers, a negative one means no label; or (..., V), the targets of all classes
+    # (...), class numbers, a negative one means no label; or (..., V), soft labels in any dtype
     labels: Tensor | None
     row_mask: Tensor | None  # (...), bool: rows that count in the divergence
     student_temperature: Number
@@ -45,9 +44,9 @@ class Rows(NamedTuple):
     apart: Tensor | None = None
     # whether the logits of each row are divided by their deviation + EPSILON besides
     standardized: bool = False
-    # ε: the cross-entropy is (1 − ε) times that with the label + ε times its mean over all classes
+    # ε: the cross-entropy is with (1 − ε) labels + ε / V
     label_smoothing: Number = 0.0
-    # (V,), what multiplies the term of each class in the cross-entropy with labels that are classes
+    # (V,), what multiplies the term of each class in the cross-entropy
     class_weights: Tensor | None = None
     # whether the loss of each row is ce_scale · cross-entropy + share · divergence, the only one
     adds_cross_entropy: bool = False
@@ -303,59 +302,35 @@ def kd(
     class_weights: Tensor | None,
     **softening: Any,
 ) -> Any:
-    """Solve for the cross-entropy with the labels and for a divergence.
-
-    Both take one pass, but in kernels soft labels, and smoothed ones with weights, have one more.
-    """
+    """Solve for the cross-entropy with the labels and for a divergence, in one pass."""
     options = dict(beta=beta, skew=skew, weight=weight)
     own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
     share = 1 - alpha if distill_weight is None else distill_weight
-    in_one_pass = call.engine == "portable"
-    sum_of_both = functools.partial(
-        _sum_of_both, call, divergence, student, teacher, alpha, share, softening | own
-    )
-    if is_soft(labels, student):
-        dtype = compute_dtype(student, teacher)
-        target = with_smoothing(labels.to(dtype), label_smoothing, class_weights)
-        if (found := sum_of_both(target, 0.0, None, None)) is not None:
-            return found
-        losses, cross_entropies = _solve(
-            call, divergence, student, teacher, target if in_one_pass else None, **softening, **own
-        )
-        if losses is NotImplemented:
-            return NotImplemented
-        if not in_one_pass:
-            cross_entropies = _cross_entropies(call, student, target)
-        return [Term(alpha, cross_entropies, None), Term(share, losses, None)]
-    labels, mask, labelled = counted(call, labels, ignore_index)
-    of_labels = Call(call.name, call.engine, mask, call.ranks)
-    if not distill_ignored:
-        # written out, because old compilers do not trace _replace
-        call = of_labels
-    counts = None
     if class_weights is not None:
         class_weights = class_weights.detach().to(compute_dtype(student, teacher))
-        counts = class_weights[labels.clamp(min=0)]
+    asked, labelled, counts = call, None, None
+    if is_soft(labels, student):
+        labels = labels.detach()
+    else:
+        labels, mask, labelled = counted(call, labels, ignore_index)
+        if not distill_ignored:
+            # written out, because old compilers do not trace _replace
+            call = Call(call.name, call.engine, mask, call.ranks)
+        if class_weights is not None:
+            counts = class_weights[labels.clamp(min=0)]
     if labelled is None:
-        found = sum_of_both(labels, label_smoothing, class_weights, counts)
+        found = _sum_of_both(
+            asked, divergence, student, teacher, alpha, share, softening | own, labels,
+            label_smoothing, class_weights, counts,
+        )  # fmt: skip
         if found is not None:
             return found
-    is_smooth = not is_exactly(label_smoothing, 0)
-    # weights of classes are in every term of a smoothed label, and kernels know none
-    is_weighted = class_weights is not None and not in_one_pass
     losses, cross_entropies = _solve(
-        call, divergence, student, teacher, labels,
-        label_smoothing=0.0 if is_weighted and is_smooth else label_smoothing,
-        class_weights=class_weights if in_one_pass else None,
-        **softening, **own,
+        call, divergence, student, teacher, labels, label_smoothing=label_smoothing,
+        class_weights=class_weights, **softening, **own,
     )  # fmt: skip
     if losses is NotImplemented:
         return NotImplemented
-    if is_weighted and class_weights is not None and counts is not None:
-        cross_entropies = selected(cross_entropies * counts, counts != 0)
-        if is_smooth:
-            smooth = _cross_entropies(of_labels, student, class_weights / len(class_weights))
-            cross_entropies = (1 - label_smoothing) * cross_entropies + label_smoothing * smooth
     distilled = None if distill_ignored else labelled
     return [Term(alpha, cross_entropies, labelled, counts), Term(share, losses, distilled)]
 
@@ -413,21 +388,6 @@ def with_smoothing(soft: Tensor, label_smoothing: Number, class_weights: Tensor 
     return soft if class_weights is None else soft * class_weights.detach().to(soft)
 
 
-def _cross_entropies(call: Call, student: Tensor, target: Tensor) -> Tensor:
-    """Solve for −Σ target · log q at T = 1, of targets (..., V) or (V,) of any sum."""
-    total = target.sum(-1)
-    # a row without a target has any distribution, so that it has no NaN
-    teacher = torch.where((total == 0).unsqueeze(-1), 1, target).log_()
-    problem = Rows(
-        student, teacher.expand_as(student), None, call.row_mask, 1.0, 1.0, 0.0, 1.0,
-        "soft_cross_entropy",
-    )  # fmt: skip
-    losses, _ = solve(call.engine, problem)
-    # of masked rows, because their gradient, which is 0, is multiplied by it
-    total = selected(total.expand_as(losses), call.row_mask)
-    return selected(losses * total, total != 0)
-
-
 def counted(
     call: Call, labels: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -459,11 +419,8 @@ def label_cross_entropies(
     class_weights: Tensor | None = None,
 ) -> Tensor:
     """Return the cross-entropy of each row with its label, 0 for a class that is negative."""
-    dtype = compute_dtype(logits)  # to which a teacher of float64 does not belong
-    if class_weights is not None:
-        class_weights = class_weights.to(dtype)
-    if labels.is_floating_point():
-        labels = labels.to(dtype)
+    if class_weights is not None:  # in a dtype to which a teacher of float64 does not belong
+        class_weights = class_weights.to(compute_dtype(logits))
     problem = Rows(
         logits, logits, labels, call.row_mask if labels.is_floating_point() else None,
         1.0, 1.0, 0.0, 1.0, "", 0.0, None, False, smoothing, class_weights,

@@ -21,10 +21,10 @@ from fastkd.kernels.rows.terms import (
     LOWEST,
     Sums,
     decoupled,
+    entry_of,
     fold,
     kl_value,
     log2_odds,
-    logit_of,
     sigmoid,
 )
 from fastkd.kernels.tiles import INFINITY, LOG2E
@@ -92,7 +92,7 @@ def whole(sums, n_cols, units, DIVERGENCE: tl.constexpr):
 @triton.jit
 def label_logit(row_ptr, label, n_cols, DTYPE: tl.constexpr):
     """Return the logit of the label, NaN of one that does not exist or has no softmax."""
-    found = logit_of(row_ptr, label, n_cols, DTYPE)
+    found = entry_of(row_ptr, label, n_cols, DTYPE)
     return tl.where(found == INFINITY, float("nan"), found)
 
 

@@ -10,6 +10,14 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.device import Strided
+from fastkd.kernels.rows.labels import (
+    Target,
+    from_boundary,
+    label_of,
+    label_slopes,
+    load_shares,
+    own_of,
+)
 from fastkd.kernels.rows.reading import (
     edges,
     load_logits,
@@ -32,36 +40,39 @@ from fastkd.kernels.tiles import INFINITY, at_boundary, number, row_offset
 
 
 class Factors(NamedTuple):
-    """Factors of a row's two gradients, 0 where it is masked, and its label."""
+    """Factors of a row's two gradients, 0 where it is masked, and what its label is."""
 
     divergence: tl.tensor
     cross_entropy: tl.tensor
     label: tl.tensor
+    own: tl.tensor  # what the class of the label has of the target besides its share
 
 
 @triton.jit
 def row_factors(
-    rows, mask, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr, scale,
-    DTYPE: tl.constexpr,
+    rows, mask, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr, soft,
+    class_weights, smoothing, scale, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Return the Factors of rows; `scale` multiplies the gradient of the divergence."""
     factor = tl.zeros(rows.shape, DTYPE)
-    ce_factor, label = factor, tl.full(rows.shape, -1, tl.int64)
+    ce_factor, own, label = factor, factor, tl.full(rows.shape, -1, tl.int64)
+    unmasked = mask
     rows = rows.to(tl.int64)  # because upstream gradients may be far apart
     if upstream_ptr is not None:
         factor = tl.load(upstream_ptr + rows * strides.upstream, mask, 0.0).to(DTYPE) * scale
     elif ce_upstream_ptr is None:
         factor += scale
     if row_mask_ptr is not None:
-        factor = tl.where(tl.load(row_mask_ptr + rows, mask, 0) != 0, factor, 0.0)
-    if labels_ptr is not None:
-        label = tl.load(labels_ptr + rows, mask, -1).to(tl.int64)
+        unmasked = tl.load(row_mask_ptr + rows, mask, 0) != 0
+        factor = tl.where(unmasked, factor, 0.0)
     if ce_upstream_ptr is not None:
+        label = label_of(rows, mask, unmasked, labels_ptr, soft)
+        own += own_of(label, soft, class_weights, smoothing, n_cols, DTYPE)
         ce_factor = tl.load(ce_upstream_ptr + rows * strides.ce_upstream, mask, 0.0).to(DTYPE)
         # a label out of range shows as NaN, unless an upstream gradient of 0 masks its row
         ce_factor = tl.where((label >= n_cols) & (ce_factor != 0), float("nan"), ce_factor)
         ce_factor = tl.where(label < 0, 0.0, ce_factor)
-    return Factors(factor, ce_factor, label)
+    return Factors(factor, ce_factor, label, own)
 
 
 @triton.jit
@@ -80,23 +91,8 @@ def slopes_of(
 
 
 @triton.jit
-def label_slopes(x, columns, n_cols, units, row, factors, smoothing, APART: tl.constexpr):
-    """Return the gradient of the cross-entropy, of a tile."""
-    q1 = tl.exp2((x - row.ms) * units.c1) * (1 / row.z1)
-    if smoothing is not None:
-        distance = q1 - tl.where(columns == factors.label, 1 - smoothing, 0.0)
-        distance -= tl.where(columns < n_cols, smoothing / n_cols, 0.0)
-    else:
-        distance = q1 - tl.where(columns == factors.label, 1.0, 0.0)
-    factor = factors.cross_entropy
-    if APART:
-        factor *= row.left
-    return tl.where(factors.cross_entropy == 0, 0.0, distance * factor)
-
-
-@triton.jit
 def _row_gradient(
-    x, y, columns, n_cols, is_apart, units, row, weight, factors, smoothing,
+    x, y, shares, columns, is_apart, units, row, weight, factors, target,
     DIVERGENCE: tl.constexpr, IS_DECOUPLED: tl.constexpr, LABELS: tl.constexpr,
     APART: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -105,22 +101,23 @@ def _row_gradient(
         x, y, is_apart, units, row, weight, factors, DIVERGENCE, IS_DECOUPLED, FAST
     )
     if LABELS:
-        gradient += label_slopes(x, columns, n_cols, units, row, factors, smoothing, APART)
+        gradient += label_slopes(x, shares, columns, units, row, factors, target, APART)
     return gradient
 
 
 @triton.jit
 def _gradient_tile(
     rows, gradient_row, columns, inside, unmasked, head, n_cols, units, row, standard, weight,
-    factors, smoothing, DIVERGENCE: tl.constexpr, IS_DECOUPLED: tl.constexpr,
+    factors, target, DIVERGENCE: tl.constexpr, IS_DECOUPLED: tl.constexpr,
     LABELS: tl.constexpr, APART: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of a tile of one row, whose logits are read only if it is unmasked."""
     logits, y = load_logits(rows, columns, inside & unmasked, DIVERGENCE, False, DTYPE)
     x, y = without_apart(logits, y, rows, columns, APART)
+    shares = load_shares(target, columns, inside & unmasked, n_cols, DTYPE)
     gradient = _row_gradient(
-        x, y, columns + head, n_cols, columns == rows.apart, units, row, weight, factors,
-        smoothing, DIVERGENCE, IS_DECOUPLED, LABELS, APART, FAST,
+        x, y, shares, columns + head, columns == rows.apart, units, row, weight, factors,
+        target, DIVERGENCE, IS_DECOUPLED, LABELS, APART, FAST,
     )  # fmt: skip
     if standard is not None:
         gradient += slopes_of_deviation(logits, row.ms, standard, factors.divergence)
@@ -129,15 +126,16 @@ def _gradient_tile(
 
 @triton.jit
 def _other_gradients(
-    rows, columns, inside, head, n_cols, units, row, weight, factors, smoothing,
+    rows, columns, inside, head, n_cols, units, row, weight, factors, target,
     DIVERGENCE: tl.constexpr, IS_DECOUPLED: tl.constexpr, LABELS: tl.constexpr,
     APART: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Return the sum of a tile's gradient without the row's top, and the top, for each thread."""
     x, y = load_logits(rows, columns, inside, DIVERGENCE, APART, DTYPE)
+    shares = load_shares(target, columns, inside, n_cols, DTYPE)
     gradient = _row_gradient(
-        x, y, columns + head, n_cols, columns == rows.apart, units, row, weight, factors,
-        smoothing, DIVERGENCE, IS_DECOUPLED, LABELS, APART, FAST,
+        x, y, shares, columns + head, columns == rows.apart, units, row, weight, factors,
+        target, DIVERGENCE, IS_DECOUPLED, LABELS, APART, FAST,
     )  # fmt: skip
     top = tl.max(tl.where(x == row.ms, columns + head, -1), 1)
     return tl.sum(tl.where(inside & (x != row.ms), gradient, 0.0), 1), top
@@ -160,9 +158,12 @@ def certain_classes(
     inner,  # size of the logits' last dimension but one
     strides,  # Strides
     numbers,  # Numbers
+    soft,  # Strided (n_rows, n_cols), soft labels, or None
+    class_weights,  # Strided (n_rows, n_cols), whose rows are one, or None
     DIVERGENCE: tl.constexpr, IS_DECOUPLED: tl.constexpr, IS_STANDARDIZED: tl.constexpr,
     DTYPE: tl.constexpr, FAST: tl.constexpr, ON_DEVICE: tl.constexpr, PER_ROW: tl.constexpr,
-    CONGRUENT: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
+    CONGRUENT: tl.constexpr, TARGET_CONGRUENT: tl.constexpr, THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of a class that a student is nearly certain of: program (row).
 
@@ -186,7 +187,8 @@ def certain_classes(
     APART: tl.constexpr = apart_ptr is not None
     factors = row_factors(
         row, row >= 0, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
-        number(numbers.scale, ON_DEVICE, DTYPE) / temperature, DTYPE,
+        soft, class_weights, smoothing, number(numbers.scale, ON_DEVICE, DTYPE) / temperature,
+        DTYPE,
     )  # fmt: skip
     statistics = load_statistics(statistics_row)
     unmasked = (factors.divergence != 0) | (factors.cross_entropy != 0)
@@ -197,18 +199,23 @@ def certain_classes(
     student = Strided(student_ptr, strides.student_outer, strides.student_inner)
     teacher = Strided(teacher_ptr, strides.teacher_outer, strides.teacher_inner)
     rows, head = pointers_of(row, student, teacher, apart_ptr, n_cols, inner, CONGRUENT, WIDTH)
+    target = Target(
+        from_boundary(row, soft, inner, head, TARGET_CONGRUENT),
+        from_boundary(row, class_weights, inner, head, TARGET_CONGRUENT),
+        smoothing,
+    )
     end = (n_cols - head) // WIDTH
     sums, tops = tl.zeros([THREADS], DTYPE), tl.full([THREADS], -1, tl.int32)
     for i in range(0, end, THREADS):
         inside = (i + tl.arange(0, THREADS) < end)[:, None]
         others, top = _other_gradients(
             rows, vectors(i, THREADS, WIDTH), inside, head, n_cols, units, statistics, weight,
-            factors, smoothing, DIVERGENCE, IS_DECOUPLED, LABELS, APART, DTYPE, FAST,
+            factors, target, DIVERGENCE, IS_DECOUPLED, LABELS, APART, DTYPE, FAST,
         )  # fmt: skip
         sums, tops = sums + others, tl.maximum(tops, top)
     at_edge, inside_edge = edges(head, n_cols, THREADS, WIDTH)
     others, top = _other_gradients(
-        rows, at_edge, inside_edge, head, n_cols, units, statistics, weight, factors, smoothing,
+        rows, at_edge, inside_edge, head, n_cols, units, statistics, weight, factors, target,
         DIVERGENCE, IS_DECOUPLED, LABELS, APART, DTYPE, FAST,
     )  # fmt: skip
     value, top = -tl.sum(sums + others, 0), tl.max(tl.maximum(tops, top), 0)
@@ -242,10 +249,12 @@ def gradient(
     inner,  # size of the logits' last dimension but one
     strides,  # Strides
     numbers,  # Numbers
+    soft,  # Strided (n_rows, n_cols), soft labels, or None
+    class_weights,  # Strided (n_rows, n_cols), whose rows are one, or None
     DIVERGENCE: tl.constexpr, IS_DECOUPLED: tl.constexpr, IS_STANDARDIZED: tl.constexpr,
     DTYPE: tl.constexpr, FAST: tl.constexpr, ON_DEVICE: tl.constexpr, PER_ROW: tl.constexpr,
-    CONGRUENT: tl.constexpr, GRADIENT_CONGRUENT: tl.constexpr, VECTORS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    CONGRUENT: tl.constexpr, TARGET_CONGRUENT: tl.constexpr, GRADIENT_CONGRUENT: tl.constexpr,
+    VECTORS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of a block of a row from its statistics: program row · n_blocks + block.
 
@@ -267,13 +276,19 @@ def gradient(
     APART: tl.constexpr = apart_ptr is not None
     factors = row_factors(
         row, row >= 0, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
-        number(numbers.scale, ON_DEVICE, DTYPE) / temperature, DTYPE,
+        soft, class_weights, smoothing, number(numbers.scale, ON_DEVICE, DTYPE) / temperature,
+        DTYPE,
     )  # fmt: skip
     statistics = load_statistics(statistics_row)
 
     student = Strided(student_ptr, strides.student_outer, strides.student_inner)
     teacher = Strided(teacher_ptr, strides.teacher_outer, strides.teacher_inner)
     rows, head = pointers_of(row, student, teacher, apart_ptr, n_cols, inner, CONGRUENT, WIDTH)
+    target = Target(
+        from_boundary(row, soft, inner, head, TARGET_CONGRUENT),
+        from_boundary(row, class_weights, inner, head, TARGET_CONGRUENT),
+        smoothing,
+    )
     gradient = Strided(gradient_ptr, strides.gradient_outer, strides.gradient_inner)
     gradient_row = at_boundary(
         gradient_ptr, row_offset(row, inner, gradient) + head, GRADIENT_CONGRUENT
@@ -283,14 +298,14 @@ def gradient(
     inside = (start + tl.arange(0, VECTORS) < end)[:, None]
     _gradient_tile(
         rows, gradient_row, vectors(start, VECTORS, WIDTH), inside, unmasked, head, n_cols, units,
-        statistics, standard, weight, factors, smoothing, DIVERGENCE, IS_DECOUPLED, LABELS, APART,
+        statistics, standard, weight, factors, target, DIVERGENCE, IS_DECOUPLED, LABELS, APART,
         DTYPE, FAST,
     )  # fmt: skip
     if (block == 0) & (n_cols % WIDTH + head > 0):
         at_edge, inside_edge = edges(head, n_cols, 2, WIDTH)
         _gradient_tile(
             rows, gradient_row, at_edge, inside_edge, unmasked, head, n_cols, units, statistics,
-            standard, weight, factors, smoothing, DIVERGENCE, IS_DECOUPLED, LABELS, APART, DTYPE,
+            standard, weight, factors, target, DIVERGENCE, IS_DECOUPLED, LABELS, APART, DTYPE,
             FAST,
         )  # fmt: skip
     if tops_ptr is not None:

@@ -8,10 +8,10 @@ away.
 Bytes for each (row, entry) of bf16 logits, forward + backward. V ≤ ON_CHIP: 4 + 6, each one sweep
 and one launch; 6 + 0 with the row weight known beforehand, or 6 + 6 where another upstream comes.
 Above: the KLs 4 + 6; mixtures and total variation, which need both Z before they can sum, 8 + 6;
-4 more of standardized logits, whose deviation must be known before; smooth labels move no more.
-`value_and_gradients` moves as much, or 6 in its one sweep where V ≤ ON_CHIP. Rows of which the
-student is nearly certain of a class are read once more for the gradient of that class, 4 above
-ON_CHIP, and from the cache below.
+4 more of standardized logits, whose deviation must be known before. Smoothed labels and weights of
+classes move no more, soft labels once their own bytes each way. `value_and_gradients` moves as
+much, or 6 in its one sweep where V ≤ ON_CHIP. Rows of which the student is nearly certain of a
+class are read once more for the gradient of that class, 4 above ON_CHIP, and from the cache below.
 """
 
 from __future__ import annotations
@@ -193,12 +193,14 @@ def _launch_whole_rows(
 ) -> None:
     n_rows, n_cols = _shape(problem)
     student, teacher = rows_of(problem.student), rows_of(problem.teacher)
+    arguments = _arguments(problem)
     gradient_rows = None if gradient is None else rows_of(gradient)
-    aligned = [student, teacher] if gradient_rows is None else [student, teacher, gradient_rows]
-    block, columns, num_warps = _tile(problem)
+    aligned = [x for x in (student, teacher, gradient_rows, arguments["soft"]) if x is not None]
+    reads_shares = _is_soft(problem) or (_is_smooth(problem) and problem.class_weights is not None)
+    block, columns, num_warps = _tile(problem, 1 + reads_shares)
     with on_device(problem.student):
         on_chip.whole_rows[(triton.cdiv(n_rows, block),)](
-            **_arguments(problem),
+            **arguments,
             **_operands(student, teacher, gradient_rows, upstream),
             losses_ptr=None if losses is None else losses[0],
             cross_entropies_ptr=None if losses is None else losses[1],
@@ -214,15 +216,16 @@ def _launch_whole_rows(
         )
 
 
-def _tile(problem: Rows, n_gradients: int = 1) -> tuple[int, int, int]:
+def _tile(problem: Rows, n_tiles: int = 1) -> tuple[int, int, int]:
     """Return the rows and columns of a program that takes whole rows, and its warps.
 
     A warp takes many short rows where that leaves a program for every multiprocessor, and otherwise
-    one: numbers in between would compile a kernel anew for other batches.
+    one: numbers in between would compile a kernel anew for other batches. It keeps a part of that
+    where there are `n_tiles` besides the logits, of gradients and of the shares of labels.
     """
     n_rows, n_cols = _shape(problem)
     columns = triton.next_power_of_2(n_cols)
-    per_warp = _PER_WARP[_dtype(problem)] // n_gradients
+    per_warp = _PER_WARP[_dtype(problem)] // n_tiles
     block = max(1, per_warp // 2 // columns)  # half as many, because each row has sums besides
     if n_rows < block * device_of(problem.student).multiprocessors:
         block = 1
@@ -257,7 +260,7 @@ def _launch_statistics(
     partial = None
     if splits > 1:
         n_sums = sweeps.N_STATISTICS.value
-        if problem.standardized or _is_smooth(problem):
+        if problem.standardized or _is_smooth(problem) or _is_soft(problem):
             n_sums += sweeps.N_MORE.value
         partial = statistics.new_empty((n_rows, splits, n_sums))
     in_turn = [3] * problem.standardized + [1] + [2] * is_mixture
@@ -280,6 +283,7 @@ def _launch_statistics(
                 SWEEP=sweep,
                 FAST=_has_fast_log2(problem),
                 CONGRUENT=congruent(student, teacher, width),
+                TARGET_CONGRUENT=_is_congruent_target(student, shared, width),
                 THREADS=threads,
                 WIDTH=width,
                 num_warps=num_warps,
@@ -306,12 +310,14 @@ def _launch_gradient(
     if _dtype(problem) == torch.float64:
         vectors = 1024 // width
     n_blocks = triton.cdiv(n_cols, vectors * width)
+    arguments = _arguments(problem)
     shared = dict(
-        **_arguments(problem),
+        **arguments,
         **_operands(student, teacher, gradient_rows, upstream),
         statistics_ptr=statistics.contiguous(),  # mapped upstreams have one of all, expanded
         FAST=_has_fast_log2(problem),
         CONGRUENT=congruent(student, teacher, width),
+        TARGET_CONGRUENT=_is_congruent_target(student, arguments, width),
         WIDTH=width,
     )
     tops = of_tops = None
@@ -363,8 +369,11 @@ def _arguments(problem: Rows) -> dict[str, Any]:
         None if x is None else _on_device(x, device) if by_pointer else float(x) for x in shared
     )
     numbers = reading.Numbers(*own, *given)
+    is_soft, weights = _is_soft(problem), problem.class_weights
     return dict(
-        labels_ptr=_flat(problem.labels),
+        labels_ptr=None if is_soft else _flat(problem.labels),
+        soft=rows_of(problem.labels) if is_soft else None,
+        class_weights=None if weights is None else Strided(weights.contiguous(), 0, 0),
         row_mask_ptr=_flat(problem.row_mask),
         apart_ptr=_flat(problem.apart),
         numbers=numbers,
@@ -384,6 +393,17 @@ def _is_smooth(problem: Rows) -> bool:
     """Return whether labels are smooth; the label of a class that is set apart never is."""
     is_sharp = problem.labels is None or problem.apart is not None
     return not is_sharp and not is_exactly(problem.label_smoothing, 0)
+
+
+def _is_soft(problem: Rows) -> bool:
+    """Return whether labels are numbers of all classes."""
+    return problem.labels is not None and problem.labels.is_floating_point()
+
+
+def _is_congruent_target(student: Strided, arguments: dict[str, Any], width: int) -> bool:
+    """Return whether what a target is read from starts as far from a boundary as the student."""
+    read = (arguments["soft"], arguments["class_weights"])
+    return all(x is None or congruent(student, x, width) for x in read)
 
 
 def _shape(problem: Rows) -> tuple[int, int]:

@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.device import Strided
-from fastkd.kernels.rows.gradients import Factors, label_slopes, row_factors, slopes_of
+from fastkd.kernels.rows.gradients import Factors, row_factors, slopes_of
+from fastkd.kernels.rows.labels import (
+    Spread,
+    Target,
+    cross_entropy,
+    label_of,
+    label_slopes,
+    load_shares,
+    own_of,
+    spread_of,
+)
 from fastkd.kernels.rows.reading import (
     Pointers,
     load_logits,
@@ -24,16 +34,14 @@ from fastkd.kernels.rows.standardized import (
 )
 from fastkd.kernels.rows.terms import (
     LOWEST,
-    Smooth,
     Statistics,
     add_products,
     among_others,
-    cross_entropy,
     decoupled,
+    entry_of,
     is_certain,
     kl_value,
     log2_odds,
-    logit_of,
     mixture,
     mixture_value,
     without_others,
@@ -73,7 +81,9 @@ def _others_of_rows(
 
     They are read anew in narrow tiles, which take few registers.
     """
-    NARROW: tl.constexpr = min(1024, max(1, COLUMNS // 4))
+    # without min and max, which make a tensor of constants in Triton 3.4
+    QUARTER: tl.constexpr = COLUMNS // 4 if COLUMNS >= 4 else 1
+    NARROW: tl.constexpr = QUARTER if QUARTER < 1024 else 1024
     sums, tops = tl.zeros([ROWS, NARROW], DTYPE), tl.full([ROWS, NARROW], -1, tl.int32)
     for start in range(0, n_cols, NARROW):
         columns = start + tl.arange(0, NARROW)[None, :]
@@ -103,6 +113,8 @@ def whole_rows(
     inner,  # size of the logits' last dimension but one
     strides,  # Strides
     numbers,  # Numbers
+    soft,  # Strided (n_rows, n_cols), soft labels, or None
+    class_weights,  # Strided (n_rows, n_cols), whose rows are one, or None
     DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, IS_DECOUPLED: tl.constexpr,
     IS_STANDARDIZED: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
     ON_DEVICE: tl.constexpr, PER_ROW: tl.constexpr, ALIGNMENT: tl.constexpr, ROWS: tl.constexpr,
@@ -128,7 +140,7 @@ def whole_rows(
     temperature = temperature_of(numbers.student_temperature, own, PER_ROW, ON_DEVICE, DTYPE)
     scale = number(numbers.scale, ON_DEVICE, DTYPE)
     units = units_of(numbers, own, PER_ROW, ON_DEVICE, DTYPE)
-    LABELS: tl.constexpr = labels_ptr is not None
+    LABELS: tl.constexpr = (labels_ptr is not None) or (soft is not None)
     APART: tl.constexpr = apart_ptr is not None
     n_cols = n_cols // ALIGNMENT * ALIGNMENT  # unchanged; tells the compiler what divides it
     columns = tl.arange(0, COLUMNS)[None, :]
@@ -168,31 +180,37 @@ def whole_rows(
     z1, left = zs, zs
     if LABELS:
         z1 = tl.sum(tl.exp2(above * units.c1), 1)
-    smooth, smoothing = Smooth(zs, zs), smoothing_of(numbers, ON_DEVICE, DTYPE)
-    if smoothing is not None:
-        allowed = x != -INFINITY
-        smooth = Smooth(tl.sum(tl.where(allowed, above, 0.0), 1), tl.sum(allowed.to(DTYPE), 1))
+    smoothing = smoothing_of(numbers, ON_DEVICE, DTYPE)
+    soft_rows = None
+    if soft is not None:
+        soft_starts = row_offset(rows, inner, soft) // ALIGNMENT * ALIGNMENT
+        soft_rows = soft.ptr + soft_starts[:, None]
+    weights = class_weights.ptr if class_weights is not None else None
+    target = Target(soft_rows, weights, smoothing)
+    shares = load_shares(target, columns, inside, n_cols, DTYPE)
+    HAS_SHARES: tl.constexpr = shares is not None
+    spread = spread_of(above, shares) if HAS_SHARES else Spread(zs, zs)
     if IS_DECOUPLED:
         of_q = log2_odds(
-            logit_of(pointers.student, apart, n_cols, DTYPE), ms[:, None], zs[:, None], units.cs
+            entry_of(pointers.student, apart, n_cols, DTYPE), ms[:, None], zs[:, None], units.cs
         )
         of_p = log2_odds(
-            logit_of(pointers.teacher, apart, n_cols, DTYPE), mt[:, None], zt[:, None], units.ct
+            entry_of(pointers.teacher, apart, n_cols, DTYPE), mt[:, None], zt[:, None], units.ct
         )
         value, slope_sum = decoupled(value[:, None], of_p, of_q, weight)
         value, slope_sum = tl.max(value, 1), tl.max(slope_sum, 1)
 
+    unmasked = tl.load(row_mask_ptr + rows, exists, 0) != 0 if row_mask_ptr is not None else exists
     if losses_ptr is not None:
-        unmasked = (
-            tl.load(row_mask_ptr + rows, exists, 0) != 0 if row_mask_ptr is not None else exists
-        )
         tl.store(losses_ptr + rows, tl.where(unmasked, value * scale, 0.0), exists)
-    if LABELS and (APART or losses_ptr is not None):
-        label = tl.load(labels_ptr + rows, exists, -1).to(tl.int64)
-        row_ptr = student_ptr + student_rows
+    IS_WEIGHTED: tl.constexpr = (soft is not None) or (class_weights is not None)
+    if LABELS and (APART or IS_WEIGHTED or losses_ptr is not None):
+        label = label_of(rows, exists, unmasked, labels_ptr, soft)
+        of_label = own_of(label, soft, class_weights, smoothing, n_cols, DTYPE)
         ce, left = cross_entropy(
-            row_ptr, label, n_cols, units.c1, ms, z1, smooth, smoothing, APART, DTYPE
-        )
+            student_ptr + student_rows, label, of_label, spread, n_cols, units.c1, ms, z1,
+            HAS_SHARES, APART, DTYPE,
+        )  # fmt: skip
         if losses_ptr is not None:
             tl.store(cross_entropies_ptr + rows, ce, exists)
     if gradient_ptr is not None:
@@ -206,15 +224,16 @@ def whole_rows(
             unit = tl.max(unit, 1)  # the column's one
         factors = row_factors(
             rows, exists, n_cols, upstream_ptr, ce_upstream_ptr, strides, row_mask_ptr, labels_ptr,
-            unit, DTYPE,
+            soft, class_weights, smoothing, unit, DTYPE,
         )  # fmt: skip
         row = Statistics(
             ms[:, None], zs[:, None], mt[:, None], zt[:, None], slope_sum[:, None],
             left[:, None], z1[:, None],
         )  # fmt: skip
         factors = Factors(
-            factors.divergence[:, None], factors.cross_entropy[:, None], factors.label[:, None]
-        )
+            factors.divergence[:, None], factors.cross_entropy[:, None], factors.label[:, None],
+            factors.own[:, None],
+        )  # fmt: skip
         slopes = slopes_of(
             x, y, columns == apart, units, row, weight, factors, DIVERGENCE, IS_DECOUPLED, FAST
         )
@@ -229,7 +248,7 @@ def whole_rows(
             if APART:
                 x, y = load_logits(pointers, columns, inside, DIVERGENCE, APART, DTYPE)
         if ce_upstream_ptr is not None:
-            slopes += label_slopes(x, columns, n_cols, units, row, factors, smoothing, APART)
+            slopes += label_slopes(x, shares, columns, units, row, factors, target, APART)
         # the gradient of a KL alone takes few registers, which a tile of logits would add to
         IS_LEAN: tl.constexpr = not (
             losses_ptr is not None or LABELS or IS_MIXTURE or IS_STANDARDIZED or APART

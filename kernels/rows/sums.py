@@ -1,7 +1,7 @@
 """Device code that sums over a row, or over a part of it, in one loop; no memory is written.
 
-Every thread keeps its own sums until the end. Standardized logits and smoothed labels have more of
-them, of which kernels without have none.
+Every thread keeps its own sums until the end. Standardized logits, and labels of which all classes
+have a share, have more of them, of which kernels without have none.
 """
 
 from typing import NamedTuple
@@ -9,18 +9,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fastkd.kernels.rows.labels import Spread, fold_spread, load_shares, merge_spread
 from fastkd.kernels.rows.reading import edges, has_edges, load_logits, vectors
 from fastkd.kernels.rows.standardized import Levels, fold_levels, level_of, merged_levels
-from fastkd.kernels.rows.terms import (
-    LOWEST,
-    Smooth,
-    Sums,
-    fold,
-    fold_smooth,
-    merge,
-    merge_smooth,
-    mixture_of_both,
-)
+from fastkd.kernels.rows.terms import LOWEST, Sums, fold, merge, mixture_of_both
 
 
 class Mixed(NamedTuple):
@@ -35,66 +27,70 @@ class Mixed(NamedTuple):
 
 @triton.jit
 def _add_tile(
-    x, y, units, standard, sums, levels, smooth, DIVERGENCE: tl.constexpr, LABELS: tl.constexpr,
-    SMOOTH: tl.constexpr,
+    x, y, shares, units, standard, sums, levels, spread, DIVERGENCE: tl.constexpr,
+    LABELS: tl.constexpr,
 ):  # fmt: skip
-    """Add the logits x, y [R, K] to the sums [R] of R threads."""
+    """Add the logits x, y [R, K], and the shares of labels, to the sums [R] of R threads."""
     before = sums
     sums = fold(x, y, units, sums, DIVERGENCE, LABELS)
     if standard is not None:
         levels = fold_levels(x, y, units, standard, before, sums, levels, DIVERGENCE)
-    if SMOOTH:
-        smooth = fold_smooth(x, before.ms, sums.ms, smooth)
-    return sums, levels, smooth
+    if shares is not None:
+        spread = fold_spread(x, shares, before.ms, sums.ms, spread)
+    return sums, levels, spread
 
 
 @triton.jit
-def merged(sums, levels, smooth, units, DIVERGENCE: tl.constexpr):
+def merged(sums, levels, spread, units, DIVERGENCE: tl.constexpr):
     """Return the sums of a row from those of its threads, or of its splits."""
     of_row = merge(sums, units, DIVERGENCE)
     return (
         of_row,
         merged_levels(sums, of_row, units, levels, DIVERGENCE),
-        merge_smooth(sums.ms, of_row.ms, smooth),
+        merge_spread(sums.ms, of_row.ms, spread),
     )
 
 
 @triton.jit
 def online_sums(
-    rows, span, units, standard, DIVERGENCE: tl.constexpr, LABELS: tl.constexpr,
-    SMOOTH: tl.constexpr, APART: tl.constexpr, DTYPE: tl.constexpr, THREADS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    rows, target, span, units, standard, DIVERGENCE: tl.constexpr, LABELS: tl.constexpr,
+    APART: tl.constexpr, DTYPE: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Return the Sums over a span, and over the edges of the row if the span starts at 0.
 
-    Levels of standardized logits and Smooth sums follow. Every thread keeps its own pivots and
-    sums, so that there is no barrier before the end.
+    Levels of standardized logits and the Spread of labels follow. Every thread keeps its own pivots
+    and sums, so that there is no barrier before the end.
     """
     ms, zeros = tl.full([THREADS], LOWEST, DTYPE), tl.zeros([THREADS], DTYPE)
     mt = ms
     if standard is not None:  # starts at the means, because levels are counted from no other place
         ms, mt = zeros + standard.pivot, zeros + standard.teacher_pivot
     sums = Sums(ms, zeros, mt, zeros, zeros, zeros, zeros)
-    levels, smooth = Levels(zeros, zeros, zeros), Smooth(zeros, zeros)
+    levels, spread = Levels(zeros, zeros, zeros), Spread(zeros, zeros)
     rest = span.start + (span.end - span.start) // THREADS * THREADS
     for i in range(span.start, rest, THREADS):
-        x, y = load_logits(rows, vectors(i, THREADS, WIDTH), None, DIVERGENCE, APART, DTYPE)
-        sums, levels, smooth = _add_tile(
-            x, y, units, standard, sums, levels, smooth, DIVERGENCE, LABELS, SMOOTH
+        columns = vectors(i, THREADS, WIDTH)
+        x, y = load_logits(rows, columns, None, DIVERGENCE, APART, DTYPE)
+        shares = load_shares(target, columns, None, span.n_cols, DTYPE)
+        sums, levels, spread = _add_tile(
+            x, y, shares, units, standard, sums, levels, spread, DIVERGENCE, LABELS
         )
     if rest < span.end:
         inside = (rest + tl.arange(0, THREADS) < span.end)[:, None]
-        x, y = load_logits(rows, vectors(rest, THREADS, WIDTH), inside, DIVERGENCE, APART, DTYPE)
-        sums, levels, smooth = _add_tile(
-            x, y, units, standard, sums, levels, smooth, DIVERGENCE, LABELS, SMOOTH
+        columns = vectors(rest, THREADS, WIDTH)
+        x, y = load_logits(rows, columns, inside, DIVERGENCE, APART, DTYPE)
+        shares = load_shares(target, columns, inside, span.n_cols, DTYPE)
+        sums, levels, spread = _add_tile(
+            x, y, shares, units, standard, sums, levels, spread, DIVERGENCE, LABELS
         )
     if has_edges(span, WIDTH):
         columns, inside = edges(span.head, span.n_cols, THREADS, WIDTH)
         x, y = load_logits(rows, columns, inside, DIVERGENCE, APART, DTYPE)
-        sums, levels, smooth = _add_tile(
-            x, y, units, standard, sums, levels, smooth, DIVERGENCE, LABELS, SMOOTH
+        shares = load_shares(target, columns, inside, span.n_cols, DTYPE)
+        sums, levels, spread = _add_tile(
+            x, y, shares, units, standard, sums, levels, spread, DIVERGENCE, LABELS
         )
-    return merged(sums, levels, smooth, units, DIVERGENCE)
+    return merged(sums, levels, spread, units, DIVERGENCE)
 
 
 @triton.jit

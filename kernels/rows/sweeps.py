@@ -9,6 +9,14 @@ deviation must.
 import triton
 import triton.language as tl
 
+from fastkd.kernels.rows.labels import (
+    Spread,
+    Target,
+    cross_entropy,
+    from_boundary,
+    label_of,
+    own_of,
+)
 from fastkd.kernels.rows.reading import (
     Span,
     pointers_of,
@@ -35,15 +43,13 @@ from fastkd.kernels.rows.standardized import (
 from fastkd.kernels.rows.sums import Mixed, merged, mixture_sums, online_sums
 from fastkd.kernels.rows.terms import (
     LOWEST,
-    Smooth,
     Statistics,
     Sums,
     among_others,
-    cross_entropy,
     decoupled,
+    entry_of,
     kl_value,
     log2_odds,
-    logit_of,
     mixture_unit,
     mixture_value,
     without_others,
@@ -51,7 +57,7 @@ from fastkd.kernels.rows.terms import (
 from fastkd.kernels.tiles import INFINITY, number, row_offset
 
 N_STATISTICS = tl.constexpr(7)  # numbers of a row or split in memory, in the order of Sums
-N_MORE = tl.constexpr(5)  # numbers of a split besides, in the order of Levels and Smooth
+N_MORE = tl.constexpr(5)  # numbers of a split besides, in the order of Levels and Spread
 
 
 @triton.jit
@@ -78,7 +84,7 @@ def store_numbers(pointer, numbers, N: tl.constexpr):
 def _store_statistics(
     pointer, sums, slope_sum, left, IS_DECOUPLED: tl.constexpr, APART: tl.constexpr
 ):  # fmt: skip
-    """Store the Statistics of a row: a's place is the slope sum's, and b's what a class leaves.
+    """Store the Statistics of a row: a's place is the slope sum's, and b's what is left, or Σ t.
 
     Where BOTH networks learn no class leaves anything, and the teacher's Σ p·u is in that place.
     """
@@ -117,9 +123,9 @@ def _of_kl(
         level = kl_level(sums, levels, slope_sum, weight, DIVERGENCE)
     if IS_DECOUPLED:
         apart = tl.load(apart_ptr + row).to(tl.int64)
-        x = logit_of(student_row, apart, n_cols, DTYPE)
+        x = entry_of(student_row, apart, n_cols, DTYPE)
         of_q = log2_odds(x, sums.ms, sums.zs, units.cs)
-        of_p = log2_odds(logit_of(teacher_row, apart, n_cols, DTYPE), sums.mt, sums.zt, units.ct)
+        of_p = log2_odds(entry_of(teacher_row, apart, n_cols, DTYPE), sums.mt, sums.zt, units.ct)
         value, slope_sum = decoupled(value, of_p, of_q, weight)
         if standard is not None:
             level = decoupled_level(
@@ -155,13 +161,15 @@ def row_statistics(
     statistics_ptr,  # (n_rows, N_STATISTICS), and N_STANDARD more if IS_STANDARDIZED
     partial_ptr,  # (n_rows, n_splits, N_STATISTICS or N_MORE more) or None, with SWEEP 0
     numbers,  # Numbers
+    soft,  # Strided (n_rows, n_cols), soft labels, or None
+    class_weights,  # Strided (n_rows, n_cols), whose rows are one, or None
     n_cols,
     inner,  # size of the logits' last dimension but one
     vectors_per_split,
     DIVERGENCE: tl.constexpr, IS_MIXTURE: tl.constexpr, IS_DECOUPLED: tl.constexpr,
     IS_STANDARDIZED: tl.constexpr, BOTH: tl.constexpr, SWEEP: tl.constexpr, DTYPE: tl.constexpr,
     FAST: tl.constexpr, ON_DEVICE: tl.constexpr, PER_ROW: tl.constexpr, CONGRUENT: tl.constexpr,
-    THREADS: tl.constexpr, WIDTH: tl.constexpr,
+    TARGET_CONGRUENT: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Compute the losses and statistics of a row, or a split's part of them: program (row, split).
 
@@ -170,9 +178,9 @@ def row_statistics(
     """
     row, split = tl.program_id(0), tl.program_id(1)
     unmasked = tl.load(row_mask_ptr + row) != 0 if row_mask_ptr is not None else row >= 0
-    label = tl.load(labels_ptr + row).to(tl.int64) if labels_ptr is not None else -1
-    LABELS: tl.constexpr = labels_ptr is not None
-    SMOOTH: tl.constexpr = numbers.label_smoothing is not None
+    label = label_of(row, None, unmasked, labels_ptr, soft)
+    LABELS: tl.constexpr = (labels_ptr is not None) or (soft is not None)
+    HAS_SHARES: tl.constexpr = (numbers.label_smoothing is not None) or (soft is not None)
     statistics_row = statistics_of(statistics_ptr, row, IS_STANDARDIZED)
     if (unmasked == 0) & (label < 0):  # returns, so that no logits of a masked row are read
         if SWEEP == 0:
@@ -187,6 +195,7 @@ def row_statistics(
     weight = number(numbers.weight, ON_DEVICE, DTYPE)
     units = units_of(numbers, row, PER_ROW, ON_DEVICE, DTYPE)
     temperature = temperature_of(numbers.student_temperature, row, PER_ROW, ON_DEVICE, DTYPE)
+    smoothing = smoothing_of(numbers, ON_DEVICE, DTYPE)
     APART: tl.constexpr = apart_ptr is not None
     rows, head = pointers_of(row, student, teacher, apart_ptr, n_cols, inner, CONGRUENT, WIDTH)
     start = split * vectors_per_split
@@ -194,7 +203,9 @@ def row_statistics(
     span = Span(start, end, head, n_cols)
     sums_row = partial_ptr
     if SWEEP != 0:
-        sums_row = _sums_of(partial_ptr, row, tl.num_programs(1), split, IS_STANDARDIZED or SMOOTH)
+        sums_row = _sums_of(
+            partial_ptr, row, tl.num_programs(1), split, IS_STANDARDIZED or HAS_SHARES
+        )
 
     standard = None
     if SWEEP == 3:
@@ -211,8 +222,13 @@ def row_statistics(
         units = standardized(units, standard.deviation, standard.teacher_deviation)
 
     if SWEEP < 2:
-        sums, levels, smooth = online_sums(
-            rows, span, units, standard, DIVERGENCE, LABELS, SMOOTH, APART, DTYPE, THREADS, WIDTH
+        target = Target(
+            from_boundary(row, soft, inner, head, TARGET_CONGRUENT),
+            from_boundary(row, class_weights, inner, head, TARGET_CONGRUENT),
+            smoothing,
+        )
+        sums, levels, spread = online_sums(
+            rows, target, span, units, standard, DIVERGENCE, LABELS, APART, DTYPE, THREADS, WIDTH
         )
         ms, zs, mt, zt = sums.ms, sums.zs, sums.mt, sums.zt
     else:
@@ -242,9 +258,10 @@ def row_statistics(
         tl.store(losses_ptr + row, tl.where(unmasked, value * scale, 0.0))
         left = teacher_sum if BOTH else tl.zeros_like(sums.z1)
         if LABELS:
+            own = own_of(label, soft, class_weights, smoothing, n_cols, DTYPE)
             ce, left = cross_entropy(
-                student_row, label, n_cols, units.c1, sums.ms, sums.z1, smooth,
-                smoothing_of(numbers, ON_DEVICE, DTYPE), APART, DTYPE,
+                student_row, label, own, spread, n_cols, units.c1, sums.ms, sums.z1, HAS_SHARES,
+                APART, DTYPE,
             )  # fmt: skip
             tl.store(cross_entropies_ptr + row, ce)
         _store_statistics(statistics_row, sums, slope_sum, left, IS_DECOUPLED, APART)
@@ -252,9 +269,9 @@ def row_statistics(
             store_standard(statistics_row + N_STATISTICS, standard, pull)
     elif SWEEP == 1:
         store_numbers(sums_row, sums, N_STATISTICS)
-        if IS_STANDARDIZED or SMOOTH:
+        if IS_STANDARDIZED or HAS_SHARES:
             store_numbers(sums_row + N_STATISTICS, levels, 3)
-            store_numbers(sums_row + N_STATISTICS + 3, smooth, 2)
+            store_numbers(sums_row + N_STATISTICS + 3, spread, 2)
     else:
         store_numbers(sums_row, mixed, 4 if IS_STANDARDIZED else 2)
         if BOTH:
@@ -288,6 +305,8 @@ def combine(
     statistics_ptr,  # (n_rows, N_STATISTICS), and N_STANDARD more if IS_STANDARDIZED
     partial_ptr,  # (n_rows, n_splits, N_STATISTICS or N_MORE more)
     numbers,  # Numbers
+    soft,  # Strided (n_rows, n_cols), soft labels, or None
+    class_weights,  # Strided (n_rows, n_cols), whose rows are one, or None
     n_cols,
     inner,  # size of the logits' last dimension but one
     n_splits,
@@ -298,17 +317,18 @@ def combine(
     """Combine what the splits of a row summed, always in the same order: program (row)."""
     row = tl.program_id(0)
     unmasked = tl.load(row_mask_ptr + row) != 0 if row_mask_ptr is not None else row >= 0
-    label = tl.load(labels_ptr + row).to(tl.int64) if labels_ptr is not None else -1
-    LABELS: tl.constexpr = labels_ptr is not None
-    SMOOTH: tl.constexpr = numbers.label_smoothing is not None
+    label = label_of(row, None, unmasked, labels_ptr, soft)
+    LABELS: tl.constexpr = (labels_ptr is not None) or (soft is not None)
+    HAS_SHARES: tl.constexpr = (numbers.label_smoothing is not None) or (soft is not None)
     APART: tl.constexpr = apart_ptr is not None
     weight = number(numbers.weight, ON_DEVICE, DTYPE)
     scale = number(numbers.scale, ON_DEVICE, DTYPE)
     temperature = temperature_of(numbers.student_temperature, row, PER_ROW, ON_DEVICE, DTYPE)
     statistics_row = statistics_of(statistics_ptr, row, IS_STANDARDIZED)
+    smoothing = smoothing_of(numbers, ON_DEVICE, DTYPE)
     split = tl.arange(0, SPLITS)
     inside = (split < n_splits) & (unmasked | (label >= 0))
-    place = _sums_of(partial_ptr, row, n_splits, split, IS_STANDARDIZED or SMOOTH)
+    place = _sums_of(partial_ptr, row, n_splits, split, IS_STANDARDIZED or HAS_SHARES)
     if SWEEP == 3:
         of_student = merged_moments(load_moments(place, inside))
         of_teacher = merged_moments(load_moments(place + 4, inside))
@@ -329,19 +349,19 @@ def combine(
             tl.load(place + 6, inside, 0.0),
         )
         zeros = tl.zeros_like(sums.zs)
-        levels, smooth = Levels(zeros, zeros, zeros), Smooth(zeros, zeros)
-        if IS_STANDARDIZED or SMOOTH:
+        levels, spread = Levels(zeros, zeros, zeros), Spread(zeros, zeros)
+        if IS_STANDARDIZED or HAS_SHARES:
             more = place + N_STATISTICS
             levels = Levels(
                 tl.load(more, inside, 0.0),
                 tl.load(more + 1, inside, 0.0),
                 tl.load(more + 2, inside, 0.0),
             )
-            smooth = Smooth(tl.load(more + 3, inside, 0.0), tl.load(more + 4, inside, 0.0))
+            spread = Spread(tl.load(more + 3, inside, 0.0), tl.load(more + 4, inside, 0.0))
         units = units_of(numbers, row, PER_ROW, ON_DEVICE, DTYPE)
         if IS_STANDARDIZED:
             units = standardized(units, standard.deviation, standard.teacher_deviation)
-        sums, levels, smooth = merged(sums, levels, smooth, units, DIVERGENCE)
+        sums, levels, spread = merged(sums, levels, spread, units, DIVERGENCE)
         student_row = student.ptr + row_offset(row, inner, student)
         teacher_row = teacher.ptr + row_offset(row, inner, teacher)
         value, slope_sum, pull = _of_kl(
@@ -350,9 +370,10 @@ def combine(
         )  # fmt: skip
         left = sums.a / sums.zt if BOTH else tl.zeros_like(sums.z1)
         if LABELS:
+            own = own_of(label, soft, class_weights, smoothing, n_cols, DTYPE)
             ce, left = cross_entropy(
-                student_row, label, n_cols, units.c1, sums.ms, sums.z1, smooth,
-                smoothing_of(numbers, ON_DEVICE, DTYPE), APART, DTYPE,
+                student_row, label, own, spread, n_cols, units.c1, sums.ms, sums.z1, HAS_SHARES,
+                APART, DTYPE,
             )  # fmt: skip
             tl.store(cross_entropies_ptr + row, ce)
         _store_statistics(statistics_row, sums, slope_sum, left, IS_DECOUPLED, APART)

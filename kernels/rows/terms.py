@@ -5,7 +5,7 @@ c = log2(e) / T for each network, ds = c·(z_student − pivot), dt = c·(z_teac
 es = exp2(ds), et = exp2(dt) and Z = Σ e, the softmaxes are q = es / Zs and p = et / Zt. A pivot is
 the largest logit of what was read so far. It is subtracted first, so that e is exactly 1 there, and
 Z is kept apart from it, because one number for both would lose what a large pivot rounds away. No
-memory is touched here, but for the logits of the labels.
+memory is touched here, but for the entries of single classes.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.kernels.tiles import INFINITY, LN2, LOG2E, log2
+from fastkd.kernels.tiles import LN2, LOG2E, log2
 
 LOWEST = tl.constexpr(-1e30)  # pivot of an empty sum: finite, so that differences are numbers
 SMALLEST = tl.constexpr(-120.0)  # log2 of the probability that a mixture takes for 0
@@ -42,13 +42,6 @@ class Sums(NamedTuple):
     z1: tl.tensor  # Σ exp2(c1·(z_student − ms))
 
 
-class Smooth(NamedTuple):
-    """Sums that a smoothed label needs besides, over the classes that −∞ does not exclude."""
-
-    total: tl.tensor  # Σ z_student − ms
-    n: tl.tensor
-
-
 class Statistics(NamedTuple):
     """Numbers of a row that its gradient needs besides the logits."""
 
@@ -57,7 +50,8 @@ class Statistics(NamedTuple):
     mt: tl.tensor
     zt: tl.tensor
     slope_sum: tl.tensor  # Σ q·v, which the slope q·(v − Σ q·v) subtracts; or weight · excess
-    left: tl.tensor  # the student's probability, at T = 1, that the class set apart leaves
+    # what the student, at T = 1, leaves of 1 to other classes than the one set apart; or Σ t
+    left: tl.tensor
     z1: tl.tensor
 
 
@@ -123,21 +117,6 @@ def merge(sums, units, DIVERGENCE: tl.constexpr):
         tl.sum(b, 0),
         tl.sum(sums.z1 * tl.exp2((sums.ms - ms) * units.c1), 0),
     )
-
-
-@triton.jit
-def fold_smooth(x, before, after, smooth):
-    """Add the logits x [R, K], which have raised the pivots from `before` to `after`."""
-    allowed, rise = x != -INFINITY, after - before
-    total = smooth.total - smooth.n * rise
-    total += tl.sum(tl.where(allowed, x - after[:, None], 0.0), 1)
-    return Smooth(total, smooth.n + tl.sum(allowed.to(x.dtype), 1))
-
-
-@triton.jit
-def merge_smooth(before, after, smooth):
-    """Return the sums of a row, whose pivot is `after`, from those of threads or splits."""
-    return Smooth(tl.sum(smooth.total - smooth.n * (after - before), 0), tl.sum(smooth.n, 0))
 
 
 @triton.jit
@@ -335,31 +314,7 @@ def decoupled(value, of_p, of_q, weight):
 
 
 @triton.jit
-def logit_of(row_ptr, label, n_cols, DTYPE: tl.constexpr):
-    """Return the logit of a class, NaN if there is no such class."""
+def entry_of(row_ptr, label, n_cols, DTYPE: tl.constexpr):
+    """Return the entry of a class in a row, NaN if there is no such class."""
     inside = (label >= 0) & (label < n_cols)
     return tl.load(row_ptr + label, mask=inside, other=float("nan")).to(DTYPE)
-
-
-@triton.jit
-def cross_entropy(
-    student_row, label, n_cols, c1, ms, z1, smooth, smoothing, APART: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Return −log softmax(student)[label] at T = 1, and 1 less its softmax if it is set APART.
-
-    Both are 0 without a label, and NaN for one out of range. Smoothing, if there is any, gives all
-    classes a share of the label: `smooth` are the row's sums for it.
-    """
-    x = logit_of(student_row, label, n_cols, DTYPE)
-    if APART:
-        odds = log2_odds(x, ms, z1, c1)
-        left = sigmoid(-odds)
-        return tl.where(label < 0, 0.0, softplus(-odds) * LN2), tl.where(label < 0, 0.0, left)
-    of_label = x - ms
-    if smoothing is not None:
-        # every class has a share, so that an excluded one makes the loss infinite
-        mean = tl.where(smooth.n == n_cols, smooth.total / n_cols, -INFINITY)
-        of_label = of_label * (1 - smoothing) + mean * smoothing
-    ce = tl.where(label < 0, 0.0, (tl.log2(z1) - of_label * c1) * LN2)
-    return ce, tl.zeros_like(ce)

@@ -75,7 +75,7 @@ def _launch_whole_rows(rows: Rows, upstream: Tensor, found: Sequence[Tensor | No
     n_rows, n_cols = of_rows._shape(rows)
     student, teacher = rows_of(rows.student), rows_of(rows.teacher)
     aligned = [student, teacher, *(rows_of(x) for x in found[:2] if x is not None)]
-    block, columns, num_warps = of_rows._tile(rows, n_gradients=2)
+    block, columns, num_warps = of_rows._tile(rows, n_tiles=2)
     with on_device(rows.student):
         gradients.both_of_whole_rows[(triton.cdiv(n_rows, block),)](
             **_operands(rows, student, teacher, upstream),

@@ -11,6 +11,7 @@ from gate import capture
 from sass import analyse
 
 import fastkd
+from fastkd._precision import compute_dtype
 from fastkd.kernels.rows import launch
 from fastkd.problems.rows import DIVERGENCES, Rows
 
@@ -31,11 +32,11 @@ def captured(rows, target="sm_90"):
     """Return the launches of the forward, of the backward and of both at once."""
     upstream = torch.empty(MANY, device="meta")
     upstreams = upstream, None if rows.labels is None else upstream
+    dtype = compute_dtype(rows.student, rows.teacher)
+    statistics = rows.student.new_empty((MANY, launch.n_statistics(rows)), dtype=dtype)
     calls = (
         lambda: launch.forward(rows, (False,)),
-        lambda: launch.backward(
-            rows, rows.student.new_empty((MANY, launch.n_statistics(rows))), upstreams
-        ),
+        lambda: launch.backward(rows, statistics, upstreams),
         lambda: launch.value_and_gradients(
             rows, (True,), row_weights=upstream, ce_weights=upstreams[1]
         ),
@@ -97,8 +98,8 @@ def test_whole_rows_compile_without_spills(target, dtypes, divergence, labelled,
         assert not resources(found[0], 1)["spills"]
 
 
-# what the kernels solve besides the divergences: classes set apart, standardized logits, smooth
-# labels, a temperature of each row, and the cross-entropy alone
+# what the kernels solve besides the divergences: classes set apart, standardized logits, smooth,
+# weighted and soft labels, a temperature of each row, and the cross-entropy alone
 VARIANTS = {
     "decoupled": dict(divergence="decoupled_kl", apart=True),
     "others": dict(divergence="soft_cross_entropy", apart=True, labelled=True),
@@ -106,10 +107,22 @@ VARIANTS = {
     "standardized mixture": dict(divergence="jensen_shannon", standardized=True),
     "standardized decoupled": dict(divergence="decoupled_kl", standardized=True, apart=True),
     "smooth": dict(divergence="forward_kl", labelled=True, label_smoothing=0.1),
+    "weighted": dict(divergence="forward_kl", labelled=True, weighted=True),
+    "smooth, weighted": dict(
+        divergence="forward_kl", labelled=True, label_smoothing=0.1, weighted=True
+    ),
+    "soft": dict(divergence="forward_kl", soft=torch.bfloat16),
+    "soft mixture": dict(divergence="jensen_shannon", soft=torch.float32),
+    "soft, smooth, weighted": dict(
+        divergence="forward_kl", soft=torch.float32, label_smoothing=0.1, weighted=True
+    ),
     "per row": dict(divergence="reverse_kl", per_row=True),
     "labels alone": dict(divergence="", labelled=True),
 }
-MOST_REGISTERS = ("others", "standardized mixture", "standardized decoupled")
+MOST_REGISTERS = (
+    "others", "standardized mixture", "standardized decoupled", "soft mixture",
+    "soft, smooth, weighted",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -134,7 +147,10 @@ def test_variants_of_rows_compile_without_spills(target, dtypes, name, length):
         standardized=options.get("standardized", False),
         student_temperature=own if "per_row" in options else 2.0,
         label_smoothing=options.get("label_smoothing", 0.0),
+        class_weights=torch.empty(n_cols, device="meta") if "weighted" in options else None,
     )
+    if "soft" in options:
+        rows = rows._replace(labels=torch.empty_like(rows.student, dtype=options["soft"]))
     for found in captured(rows, target):
         assert found and not any(resources(x, 1)["spills"] for x in found)
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from gate import capture
+from logit_rows import WORKLOADS
 from meter import PeakMemory
 from step import SEVERAL, Operation, Operations, count, of_kernel, unit_of
 from torch.profiler import ProfilerActivity, profile
@@ -121,6 +122,28 @@ def test_corrected_rows_are_read_once_each_way(name, n_bytes, n_cols):
         ["corrected_sums", "corrected_gradient"] if is_long else ["corrected_rows"] * 2
     )
     assert found.bytes / (4096 * n_cols) == pytest.approx(n_bytes, abs=0.06)
+
+
+@pytest.mark.parametrize("n_cols", [1000, 32000])
+@pytest.mark.parametrize(
+    "options, n_bytes",
+    [
+        ("label_smoothing", 10),
+        ("class_weights", 10),
+        ("class_weights, label_smoothing", 10),
+        ("soft labels", 14),
+    ],
+)
+def test_labels_of_every_kind_take_no_sweep_of_their_own(options, n_bytes, n_cols):
+    """Two networks of 2 bytes, once more with a gradient, and soft labels of 2 bytes each time."""
+    (case,) = (x for x in WORKLOADS if (x.name, x.of_options) == ("kd", options))
+    found = count(case, (4096, n_cols), torch.bfloat16)
+    kernels = [x.name for x in found.operations if x.is_kernel]
+    is_long = n_cols > 8192
+    assert kernels == (
+        ["row_statistics", "gradient", "certain_classes"] if is_long else ["whole_rows"] * 2
+    )
+    assert found.bytes / (4096 * n_cols) == pytest.approx(n_bytes, abs=0.12)
 
 
 def test_products_of_halves_are_seen():
