@@ -174,6 +174,32 @@ def test_an_infinite_reverse_divergence_has_no_gradient(case, n_cols, engine):
         assert all(x[[0, 2]].isfinite().all() for x in found)
 
 
+@pytest.mark.parametrize("n_cols", [17, LONG])
+@pytest.mark.parametrize("whose", ["student", "teacher", "student and teacher"])
+@pytest.mark.parametrize("case", [x for x in ROWS if x.options.get("standardize")], ids=str)
+@quick_if(
+    lambda case, n_cols, engine: (
+        (engine != "triton" or case.name in ("forward_kl", "reverse_kl")) and n_cols == 17
+    )
+)
+def test_standardized_rows_that_exclude_classes(case, whose, n_cols, engine):
+    """A class that is excluded has no part in the deviation, but its gradient, as without one."""
+    student, teacher, *labels = case.inputs((3,), n_cols)
+    with torch.no_grad():
+        if "student" in whose:
+            student[1, MASKED] = student[2, 5] = -math.inf
+        if "teacher" in whose:
+            teacher[1, MASKED] = teacher[2, 6] = -math.inf
+    inputs = [student, teacher, *(1 + 0 * label for label in labels)]
+    found = losses, gradient = results(case, inputs)
+    assert_same(found, by_formula(case, inputs))
+    assert found[0][0].isfinite()
+    if case.name == "reverse_kl":
+        assert gradient[losses.isposinf()].isnan().all()
+    else:
+        assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("mass", ["forward_kl", "symmetric_kl"])
 def test_nor_has_the_teacher_whom_a_student_excludes(mass, engine):
     student, teacher = logits((3,), 17)

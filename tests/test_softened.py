@@ -158,6 +158,24 @@ def test_excluded_classes_give_a_temperature_no_gradient(engine):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "soft_cross_entropy", "kd"])
+def test_the_gradient_of_a_temperature_is_that_of_logits_of_any_offset(name, engine):
+    """Even where the loss is infinite, because the student excludes a class."""
+    (case,) = [case for case in LOSSES if case.name == name]
+    student, teacher, *labels = case.inputs((3,), 9)
+    student.detach()[1, 4] = -math.inf
+    found = []
+    for offset in (0, 5):
+        moved = (student.detach() + offset).requires_grad_()
+        temperature = numbers((3,), dtype=torch.float64)
+        inputs = [moved, teacher, *(0 * x for x in labels), temperature]
+        loss = with_last(case, student_temperature=temperature)
+        loss.options["scale_t2"] = False  # because T² times an infinite loss has no gradient
+        found += [compute(loss, inputs)[1:] for compute in (results, by_formula)]
+    for gradients in found[1:]:
+        assert_same(gradients, found[0], 1e-11)
+
+
 @each_loss
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @quick_if(lambda memory_format, engine: engine != "triton" or memory_format == torch.channels_last)

@@ -187,9 +187,11 @@ def moments_of(z: Tensor, dtype: torch.dtype) -> Moments:
     z = z.to(dtype)
     mean = z.mean(-1, keepdim=True)
     # elsewhere than on a CPU a look at the numbers would be a host sync
-    if not z.is_cpu or not math.isfinite(mean.sum().item()):
-        return Moments(*moments(z))  # as some class may be excluded
+    if not z.is_cpu or not math.isfinite(mean.sum().item()):  # as some class may be excluded
+        above, deviation, n_allowed = moments(z)
+        return Moments(above.masked_fill_(above == -math.inf, 0), deviation, n_allowed)
     above, n = z - mean, z.shape[-1]
+    above -= above.mean(-1, keepdim=True)  # which rounding took from that of logits far from 0
     norm = torch.linalg.vector_norm(above, dim=-1, keepdim=True)
     return Moments(above, norm.div_(max(n - 1, 1) ** 0.5), n)
 

@@ -195,22 +195,22 @@ def as_logits(teacher: Tensor, form: str) -> Tensor:
 def standardized(logits: Tensor) -> Tensor:
     """Return the logits of each row less their mean, divided by their deviation + EPSILON."""
     above, deviation, _ = moments(logits)
-    above = above / (deviation + EPSILON)
-    return torch.where(logits == -torch.inf, -torch.inf, above)
+    return _over(above, deviation + EPSILON)
 
 
 def moments(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logits of each row less their mean, their deviation, and the number of classes.
 
-    Excluded classes have no part in it, and 0 in place of −∞. The deviation is unbiased, and unlike
-    that of torch.std it has the slope 0 where it is 0.
+    Excluded classes have no part in mean and deviation. The deviation is unbiased, and unlike that
+    of torch.std it has the slope 0 where it is 0.
     """
     allowed = logits != -torch.inf
     n = allowed.sum(-1, keepdim=True, dtype=logits.dtype)  # whose root is as exact as the rest
-    mean = torch.where(allowed, logits, 0).sum(-1, keepdim=True) / n
-    above = torch.where(allowed, logits - mean, 0)
-    deviation = torch.linalg.vector_norm(above, dim=-1, keepdim=True) / (n - 1).clamp(min=1).sqrt()
-    return above, deviation, n
+    above = logits
+    for _ in range(2):  # because the mean of logits that lie far from 0 is rounded
+        above = above - torch.where(allowed, above, 0).sum(-1, keepdim=True) / n
+    norm = torch.linalg.vector_norm(torch.where(allowed, above, 0), dim=-1, keepdim=True)
+    return above, norm / (n - 1).clamp(min=1).sqrt(), n
 
 
 def is_trained_besides(*others: Number | None) -> bool:
@@ -246,14 +246,23 @@ def divergence(call: Call, student: Tensor, teacher: Tensor, **options: Any) -> 
 
 
 def divided(logits: Tensor, temperature: Number) -> Tensor:
-    """Return logits / T, T one or one for each row, to which excluded classes give no gradient."""
+    """Return logits / T, T one or one for each row, to which excluded classes give no gradient.
+
+    Logits over a tensor are less the largest of their row, which no softmax sees: otherwise T would
+    have another gradient for each number that is added to all logits of an infinite loss.
+    """
     if not isinstance(temperature, Tensor):
         return logits / temperature
     if temperature.ndim:
         temperature = temperature.unsqueeze(-1).to(logits.dtype)
+    return _over(logits - logits.detach().amax(-1, keepdim=True), temperature)
+
+
+def _over(logits: Tensor, divisor: Tensor) -> Tensor:
+    """Return logits / divisor, to which excluded classes give no gradient."""
     excluded = logits == -torch.inf  # because times their gradient of 0 they would be NaN
-    finite = torch.where(excluded, 0, logits) / temperature
-    return torch.where(excluded, logits / temperature.detach(), finite)
+    finite = torch.where(excluded, 0, logits) / divisor
+    return torch.where(excluded, logits / divisor.detach(), finite)
 
 
 def of_rows(number: Number, logits: Tensor, dtype: torch.dtype, row_mask: Tensor | None) -> Tensor:

@@ -143,10 +143,9 @@ def whole_rows(
     )
     if IS_STANDARDIZED:
         x, y = load_logits(pointers, columns, inside, DIVERGENCE, False, DTYPE)
-        mean, deviation, n = moments_of_whole(x)
-        _, of_teacher, _ = moments_of_whole(y)
-        temperature *= deviation + EPSILON
-        units = standardized(units, deviation, of_teacher)
+        moments = moments_of_whole(x)
+        temperature *= moments.deviation + EPSILON
+        units = standardized(units, moments.deviation, moments_of_whole(y).deviation)
     x, y = load_logits(pointers, columns, inside, DIVERGENCE, APART, DTYPE)
 
     ms, mt = tl.maximum(tl.max(x, 1), LOWEST), tl.maximum(tl.max(y, 1), LOWEST)
@@ -223,7 +222,7 @@ def whole_rows(
             slopes = with_certain(slopes, pointers, columns, inside, certain, ms, APART)
             if APART:
                 x, y = load_logits(pointers, columns, inside, DIVERGENCE, False, DTYPE)
-            of_deviation = slopes_of_whole(slopes, x, mean, deviation, n)
+            of_deviation = slopes_of_whole(slopes, x, moments)
             # a row that does not count may hold a NaN
             slopes += tl.where(factors.divergence != 0, of_deviation, 0.0)
             if APART:
