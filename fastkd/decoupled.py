@@ -26,7 +26,8 @@ def _parted(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
 
     Where no other class is allowed the odds are infinite, and all others have the probability 0.
     """
-    classes = classes.unsqueeze(-1)
+    # NaN throughout a row without a softmax, whichever of its classes makes it one
+    logits, classes = logits + 0 * logits.detach().amax(-1, keepdim=True), classes.unsqueeze(-1)
     others = logits.scatter(-1, classes, -torch.inf)
     is_alone = (others == -torch.inf).all(-1, keepdim=True)
     of_others = torch.where(is_alone, 0, others).logsumexp(-1, keepdim=True)

@@ -82,9 +82,11 @@ def softmax(
             top = top.to(dtype)
     pivot = top
     if of_apart is not None:
+        # NaN in a row without a softmax, whichever of its classes makes it one
+        top = top + 0 * torch.maximum(top, of_apart)
         is_alone = top == -math.inf
         pivot = top.masked_fill(is_alone, 0)
-        of_apart += torch.where(is_alone, math.inf, 0)  # −∞, as it may be, makes NaN of it
+        of_apart += torch.where(is_alone, math.inf, 0)
     # the maximum is subtracted first, because one multiplication for both would round it away
     unit = 1 / (_LN2 * temperature)
     d = torch.sub(logits, pivot, out=d).mul_(unit)
@@ -148,6 +150,8 @@ def certain_rows(logits: Tensor, totals: Sequence[Tensor]) -> Certain:
     There Z = 1 + rest has lost the digits of the rest, and the slope of that class would be the
     difference of numbers near 1: see `centre`. None stands for no such row.
     """
+    if logits.shape[-1] == 1:  # which has no others, and whose slope is exact
+        return None
     certain = functools.reduce(torch.minimum, totals) < _CERTAIN
     if not logits.is_cpu:  # a look at the numbers would be a host sync
         return certain, logits.argmax(-1, keepdim=True)

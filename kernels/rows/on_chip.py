@@ -56,7 +56,8 @@ def _is_top(rows, columns, mask, pivots, APART: tl.constexpr):
 def with_certain(slopes, rows, columns, mask, certain, ms, APART: tl.constexpr):
     """Return the slopes of rows, in which a certain class has minus the sum of the others."""
     if tl.max(certain.to(tl.int32), 0) != 0:
-        pivots = tl.where(certain, ms, INFINITY)[:, None]
+        # a row of −∞ has no top, but its pivot would be −∞ in float16
+        pivots = tl.where(certain & (ms > LOWEST), ms, INFINITY)[:, None]
         is_top = _is_top(rows, columns, mask, pivots, APART)
         others = tl.sum(tl.where(is_top, 0.0, slopes), 1)
         slopes = tl.where(is_top, -others[:, None], slopes)
