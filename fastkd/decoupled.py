@@ -49,7 +49,7 @@ def _labelled(
     return selected(student, labelled), selected(teacher, labelled), classes, labelled
 
 
-@loss(_decoupled.check, _decoupled.decoupled_kd, per_example=True)
+@loss(_decoupled.check, _decoupled.decoupled_kd, per_example=True, of_examples=("temperature",))
 def decoupled_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -124,7 +124,7 @@ def decoupled_kd(
     return [Term(1.0, selected(t2 * (target + others), labelled), labelled)]
 
 
-@loss(_decoupled.check, _decoupled.nkd, per_example=True)
+@loss(_decoupled.check, _decoupled.nkd, per_example=True, of_examples=("temperature",))
 def nkd(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -186,7 +186,7 @@ def nkd(
     ]
 
 
-@loss(_decoupled.check_alone, _decoupled.uskd, per_example=True)
+@loss(_decoupled.check_alone, _decoupled.uskd, per_example=True, n_deciding=3)
 def uskd(
     student_logits: Tensor,
     labels: Tensor,

@@ -111,7 +111,9 @@ def multi_teacher(
         for k, logits in enumerate(teachers):
             teacher = torch.where((teacher_index == k).unsqueeze(-1), logits, teacher)
         return distance(teacher)
-    given = ensembles.of_each_row(teacher_weights, len(teachers), student_logits)
+    given = ensembles.of_each_row(
+        teacher_weights, len(teachers), student_logits, student_logits.dtype
+    )
     if given is None:
         given = student_logits.new_full((), 1 / len(teachers)).expand(
             *student_logits.shape[:-1], len(teachers)

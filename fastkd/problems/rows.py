@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,7 @@ solve = Op(
 )
 
 EPSILON = 1e-7  # added to a deviation
+TEMPERATURES = ("temperature", "student_temperature", "teacher_temperature")  # of each row or all
 
 # the name of the option that is `Rows.weight`
 OPTIONS = {
@@ -185,11 +187,20 @@ def widened(number: Number) -> Number:
     return number.float() if is_half else number  # type: ignore[union-attr]
 
 
-def as_logits(teacher: Tensor, form: str) -> Tensor:
-    """Return logits with these probabilities, whose logarithms are logits already."""
+def as_wide_as(temperatures: Sequence[Number], teacher: Tensor) -> Tensor:
+    """Return the teacher in float64 if temperatures of rows are, so that all is computed in it."""
+    of_rows = [x for x in temperatures if isinstance(x, Tensor) and x.ndim]
+    return teacher.double() if compute_dtype(*of_rows) == torch.float64 else teacher
+
+
+def as_logits(teacher: Tensor, form: str, *beside: Tensor) -> Tensor:
+    """Return logits with these probabilities, whose logarithms are logits already.
+
+    They are taken in the compute dtype of the teacher and of what stands `beside` it.
+    """
     if form != "probabilities":
         return teacher
-    return teacher.detach().to(compute_dtype(teacher)).log()
+    return teacher.detach().to(compute_dtype(teacher, *beside)).log()
 
 
 def standardized(logits: Tensor) -> Tensor:
@@ -277,6 +288,7 @@ def logit_mse(
     call: Call, student: Tensor, teacher: Tensor, *, temperature: Number, scale_t2: bool
 ) -> Tensor:
     """Solve for the mean squared difference of logits."""
+    teacher = as_wide_as((temperature,), teacher)
     if isinstance(temperature, Tensor):  # a narrower dtype than that of the logits would round 1/T²
         temperature = temperature.to(compute_dtype(student, teacher))
     scale = 1.0 if scale_t2 else 1 / temperature**2
@@ -310,6 +322,7 @@ def kd(
 
     Both take one pass, but in kernels soft labels, and smoothed ones with weights, have one more.
     """
+    teacher = as_wide_as([softening[name] for name in TEMPERATURES], teacher)
     options = dict(beta=beta, skew=skew, weight=weight)
     own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
     share = 1 - alpha if distill_weight is None else distill_weight
@@ -406,15 +419,20 @@ def label_cross_entropies(
     labels: Tensor,
     smoothing: Number = 0.0,
     class_weights: Tensor | None = None,
+    *,
+    beside: Tensor,
 ) -> Tensor:
-    """Return the cross-entropy of each row with its label, 0 for a class that is negative."""
-    dtype = compute_dtype(logits)  # to which a teacher of float64 does not belong
+    """Return the cross-entropy of each row with its label, 0 for a class that is negative.
+
+    It is in the compute dtype of these logits and of the other network's, which stand `beside`.
+    """
+    dtype = compute_dtype(logits, beside)
     if class_weights is not None:
         class_weights = class_weights.to(dtype)
     if labels.is_floating_point():
         labels = labels.to(dtype)
     problem = Rows(
-        logits, logits, labels, call.row_mask if labels.is_floating_point() else None,
+        logits, beside.detach(), labels, call.row_mask if labels.is_floating_point() else None,
         1.0, 1.0, 0.0, 1.0, "", 0.0, None, False, smoothing, class_weights,
     )  # fmt: skip
     _, cross_entropies = solve(call.engine, problem)
@@ -443,8 +461,9 @@ def _solve(
     name = limit_of(name, mixture)
     of_student, of_teacher = temperatures(temperature, student_temperature, teacher_temperature)
     scale = of_student * of_teacher if scale_t2 else 1.0
+    teacher = as_wide_as((temperature, of_student, of_teacher), teacher)
     if teacher_form != "logits":
-        teacher = as_logits(teacher, teacher_form)
+        teacher = as_logits(teacher, teacher_form, student)
     if is_trained_besides(of_student, of_teacher, teacher if teacher_gradient else None):
         if standardize:
             return NotImplemented, NotImplemented
@@ -462,7 +481,9 @@ def _solve(
             losses = losses * (own_student * own_teacher)
         of_labels = None
         if labels is not None:
-            of_labels = label_cross_entropies(call, student, labels, label_smoothing, class_weights)
+            of_labels = label_cross_entropies(
+                call, student, labels, label_smoothing, class_weights, beside=teacher
+            )
         return losses, of_labels
     problem = Rows(
         student, teacher, labels, call.row_mask, of_student, of_teacher, mixture, scale, name,
