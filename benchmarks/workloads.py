@@ -167,7 +167,7 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         compiled_sizes=[(4096, 128256), (4096, 151669), (8, 128256), (8192, 8192), (256, 1000)]
     ),
     "levels": Family(math.prod, _LEVELS, _LEVELS, [(256, 1000)], []),
-    "multi_teacher": Family(
+    "ensembles": Family(
         math.prod,
         _ROWS,
         [*_ROWS, (4096, 128256)],

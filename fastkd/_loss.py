@@ -75,6 +75,7 @@ def loss(
     on_cpu_alone: bool = False,
     same_on_ranks: Sequence[str] = (),
     is_mean: bool = False,
+    n_deciding: int = 2,
     multiplies: bool = False,
     of_examples: Sequence[str] = (),
 ) -> Callable[[Callable[P, R]], Loss[P, R]]:
@@ -99,10 +100,11 @@ def loss(
             same. With a dimension more they belong to the examples.
         is_mean: Whether a loss of the batch is a mean over examples that do not interact, so that
             ranks exchange nothing but their means.
+        n_deciding: How many of the first parameters of the batch decide the compute dtype.
         multiplies: Whether the loss begins with matrix products, for which autocast casts the batch
             as it does for those of PyTorch. Its matrices decide the compute dtype, as the rows do.
-        of_examples: Options that hold a row for each example, in a tensor or in a list of them, and
-            take part in the choice of the engine and of the compute dtype.
+        of_examples: Options that may hold a row or a number for each example, in a tensor or in a
+            list of them, and then take part in the choice of the engine and of the compute dtype.
     """
 
     def decorate(formula: Callable[P, R]) -> Loss[P, R]:
@@ -124,7 +126,9 @@ def loss(
             arguments: Sequence[Any], options: dict[str, Any], mask: Tensor | None, ranks: Ranks
         ) -> Any:
             given = [options[option] for option in of_examples]
-            dtype = compute_dtype(*_tensors([*arguments[: None if multiplies else 2], *given]))
+            dtype = compute_dtype(
+                *_tensors([*arguments[: None if multiplies else n_deciding], *given])
+            )
             options = options | {
                 option: _prepared_rows(x, dtype, mask)
                 for option, x in zip(of_examples, given, strict=True)

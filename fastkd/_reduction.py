@@ -75,9 +75,8 @@ def divided(
         normalizer = n if weights is None else total(weights.to(total_loss.dtype))
     if isinstance(normalizer, Tensor):
         whole = not normalizer.is_floating_point()
-        return total_loss / (
-            normalizer.clamp(min=1) if whole else torch.where(normalizer == 0, 1, normalizer)
-        )
+        divisor = normalizer.clamp(min=1) if whole else torch.where(normalizer == 0, 1, normalizer)
+        return total_loss / divisor.to(total_loss.dtype)
     return total_loss / (normalizer or 1)
 
 

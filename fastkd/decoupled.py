@@ -26,7 +26,8 @@ def _parted(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
 
     Where no other class is allowed the odds are infinite, and all others have the probability 0.
     """
-    classes = classes.unsqueeze(-1)
+    # NaN throughout a row without a softmax, whichever of its classes makes it one
+    logits, classes = logits + 0 * logits.detach().amax(-1, keepdim=True), classes.unsqueeze(-1)
     others = logits.scatter(-1, classes, -torch.inf)
     is_alone = (others == -torch.inf).all(-1, keepdim=True)
     of_others = torch.where(is_alone, 0, others).logsumexp(-1, keepdim=True)
@@ -48,7 +49,7 @@ def _labelled(
     return selected(student, labelled), selected(teacher, labelled), classes, labelled
 
 
-@loss(_decoupled.check, _decoupled.decoupled_kd, per_example=True)
+@loss(_decoupled.check, _decoupled.decoupled_kd, per_example=True, of_examples=("temperature",))
 def decoupled_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -123,7 +124,7 @@ def decoupled_kd(
     return [Term(1.0, selected(t2 * (target + others), labelled), labelled)]
 
 
-@loss(_decoupled.check, _decoupled.nkd, per_example=True)
+@loss(_decoupled.check, _decoupled.nkd, per_example=True, of_examples=("temperature",))
 def nkd(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -185,7 +186,7 @@ def nkd(
     ]
 
 
-@loss(_decoupled.check_alone, _decoupled.uskd, per_example=True)
+@loss(_decoupled.check_alone, _decoupled.uskd, per_example=True, n_deciding=3)
 def uskd(
     student_logits: Tensor,
     labels: Tensor,

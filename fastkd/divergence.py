@@ -64,7 +64,7 @@ def _log_mixture(p: Tensor, q: Tensor, weight: Number) -> Tensor:
     return (weight * p + (1 - weight) * q).clamp(min=torch.finfo(p.dtype).tiny).log()
 
 
-@loss(rows.check, rows.divergence, per_example=True)
+@loss(rows.check, rows.divergence, per_example=True, of_examples=rows.TEMPERATURES)
 def forward_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -133,7 +133,7 @@ def forward_kl(
     return t2 * _kl(log_p, log_q)
 
 
-@loss(rows.check, rows.divergence, per_example=True)
+@loss(rows.check, rows.divergence, per_example=True, of_examples=rows.TEMPERATURES)
 def reverse_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -181,7 +181,7 @@ def reverse_kl(
     return t2 * _kl(log_q, log_p)
 
 
-@loss(rows.check, rows.divergence, per_example=True)
+@loss(rows.check, rows.divergence, per_example=True, of_examples=rows.TEMPERATURES)
 def jensen_shannon(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -235,7 +235,7 @@ def jensen_shannon(
     return t2 * divergence
 
 
-@loss(rows.check, rows.divergence, per_example=True)
+@loss(rows.check, rows.divergence, per_example=True, of_examples=rows.TEMPERATURES)
 def skew_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -285,7 +285,7 @@ def skew_kl(
     return t2 * _expectation(p, log_p - log_m)
 
 
-@loss(rows.check, rows.divergence, per_example=True)
+@loss(rows.check, rows.divergence, per_example=True, of_examples=rows.TEMPERATURES)
 def skew_reverse_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -335,7 +335,7 @@ def skew_reverse_kl(
     return t2 * _expectation(q, log_q - log_m)
 
 
-@loss(rows.check, rows.divergence, per_example=True)
+@loss(rows.check, rows.divergence, per_example=True, of_examples=rows.TEMPERATURES)
 def symmetric_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -385,7 +385,7 @@ def symmetric_kl(
     return t2 * (forward + reverse)
 
 
-@loss(rows.check, rows.divergence, per_example=True)
+@loss(rows.check, rows.divergence, per_example=True, of_examples=rows.TEMPERATURES)
 def total_variation(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -431,7 +431,7 @@ def total_variation(
     return t2 * 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
-@loss(rows.check, rows.divergence, per_example=True)
+@loss(rows.check, rows.divergence, per_example=True, of_examples=rows.TEMPERATURES)
 def soft_cross_entropy(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -477,7 +477,14 @@ def soft_cross_entropy(
     return t2 * _expectation(log_p.exp(), -log_q)
 
 
-@loss(rows.check, rows.logit_mse, per_example=True, has_kernels=False, on_cpu_alone=True)
+@loss(
+    rows.check,
+    rows.logit_mse,
+    per_example=True,
+    has_kernels=False,
+    on_cpu_alone=True,
+    of_examples=("temperature",),
+)
 def logit_mse(
     student_logits: Tensor,
     teacher_logits: Tensor,

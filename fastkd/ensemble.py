@@ -111,7 +111,9 @@ def multi_teacher(
         for k, logits in enumerate(teachers):
             teacher = torch.where((teacher_index == k).unsqueeze(-1), logits, teacher)
         return distance(teacher)
-    given = ensembles.of_each_row(teacher_weights, len(teachers), student_logits)
+    given = ensembles.of_each_row(
+        teacher_weights, len(teachers), student_logits, student_logits.dtype
+    )
     if given is None:
         given = student_logits.new_full((), 1 / len(teachers)).expand(
             *student_logits.shape[:-1], len(teachers)
@@ -119,7 +121,11 @@ def multi_teacher(
     shares = given.to(student_logits.dtype).unbind(-1)
     pairs = list(zip(shares, teachers, strict=True))
     if combine == "sum":
-        return _weighted([(w, distance(logits)) for w, logits in pairs])
+        # a teacher of weight 0 may be infinitely far, whose gradient times 0 would be NaN
+        near = student_logits.detach()
+        return _weighted(
+            [(w, distance(torch.where((w == 0).unsqueeze(-1), near, x))) for w, x in pairs]
+        )
     if combine == "logits":
         return distance(_weighted([(w.unsqueeze(-1), logits) for w, logits in pairs]))
     logs = [(t / of_teacher).log_softmax(-1) + w.log().unsqueeze(-1) for w, t in pairs]

@@ -16,7 +16,7 @@ from fastkd.problems import rows
 _FORMULAS = {name: getattr(divergences, name).formula for name in rows.DIVERGENCES}
 
 
-@loss(rows.check_kd, rows.kd, per_example=True)
+@loss(rows.check_kd, rows.kd, per_example=True, of_examples=rows.TEMPERATURES)
 def kd(
     student_logits: Tensor,
     teacher_logits: Tensor,

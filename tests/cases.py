@@ -245,7 +245,7 @@ def _of_three(student, *teachers, **options):
 def _ensemble(temperature: float = 2.0, **options: Any) -> Case:
     options = dict(temperature=temperature) | options
     return Case(
-        _of_three, "rows", logits_of_three, published.multi_teacher, options, per_example=True
+        _of_three, "ensembles", logits_of_three, published.multi_teacher, options, per_example=True
     )
 
 

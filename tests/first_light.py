@@ -43,8 +43,8 @@ def _learning(student, teacher, **options):
     return fastkd.forward_kl(student, teacher, teacher_gradient=True, **options)
 
 
-_ROUTED = Case(_routed, "rows", logits_of_three, _routed, per_example=True)
-_LEARNING = Case(_learning, "rows", peers(2), _learning, per_example=True)
+_ROUTED = Case(_routed, "ensembles", logits_of_three, _routed, per_example=True)
+_LEARNING = Case(_learning, "softened", peers(2), _learning, per_example=True)
 
 
 def _light(case, shape, *kernels, dtype=HALF):

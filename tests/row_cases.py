@@ -2,12 +2,8 @@
 
 from cases import CASES, LOSSES
 
-OF_OTHERS = ("ibot", "multi_teacher")  # test_self_distillation.py, test_ensemble.py
-ROWS = [
-    case
-    for case in CASES
-    if case.per_example and case.problem == "rows" and case.name not in OF_OTHERS
-]
+# what is about ibot alone is in test_self_distillation.py
+ROWS = [x for x in CASES if x.per_example and x.problem == "rows" and x.name != "ibot"]
 SOFTMAXED = [case for case in ROWS if case.name != "logit_mse"]
 EACH = [case for case in ROWS if case in LOSSES]
 FEW = ("forward_kl", "jensen_shannon", "kd")  # a KL, a mixture, with labels: for kernels, quickly

@@ -9,8 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import CASES
 from choice import quick_if
 from exactness import assert_same
+
+import fastkd
+from fastkd._op import Op
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -386,6 +390,21 @@ def test_a_figure_depends_on_the_code_that_computes_it():
     assert names("pkt", "triton") == names("pkt", "portable")  # it has no kernels
     hashes = [records.sources(BY_NAME[name].case, "portable") for name in ("kd", "pkt", "rkd")]
     assert len({*hashes}) == 3
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_figure_depends_on_all_problems_that_are_solved_for_it(case, monkeypatch):
+    solved, solve = set(), Op.__call__
+
+    def noted(op, engine, problem):
+        solved.add(f"fastkd/portable/{op.module}.py")
+        return solve(op, engine, problem)
+
+    monkeypatch.setattr(Op, "__call__", noted)
+    with fastkd.backend("portable"):
+        case(*case.inputs((5,), 4, torch.float32))
+    files = records.modules(case.problem, "portable") if case.problem else []
+    assert solved <= {str(file.relative_to(ROOT)) for file in files}
 
 
 CODE = '''

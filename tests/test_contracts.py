@@ -43,19 +43,19 @@ of_ops = quick_if(
         engine == "portable" or (engine == "triton" and case.name in ("kd", "rkd", "sup_con"))
     )
 )
-# a way through each op, the first one of its problem and two whose op is another
+# a way through each op, the first one of its problem and one whose op is another
 EACH_OP = [case for i, case in enumerate(WAYS) if case.problem not in [x.problem for x in WAYS[:i]]]
-EACH_OP += of("similarity_kl", "multi_teacher", cases=WAYS)
+EACH_OP += of("similarity_kl", cases=WAYS)
 # one block of a kernel, several with tails, and for rows many rows in one program
 SMALL = {"rows": [((2, 3), 7), ((33,), 2)], "pairs": [((7,), 5)], "relations": [((7,), 3)]}
-ROWS = ("rows", "corrected", "peers")  # each is a program of its own
+ROWS = ("rows", "ensembles", "corrected", "peers")  # each is a program of its own
 LARGE = {"rows": [((3,), 8999)], "pairs": [((67,), 33)], "relations": [((40,), 35)]}
 OTHERS = {"rows": [((2,), 20011)], "pairs": [((2,), 3), ((150,), 5)]}
 OTHERS["relations"] = [((2,), 3), ((5,), 1)]
 SMALL["moments"], LARGE["moments"], OTHERS["moments"] = [((7,), 5)], [((3,), 140)], [((21,), 2)]
 SMALL["tokens"], LARGE["tokens"], OTHERS["tokens"] = [((3,), 5)], [((9,), 33)], [((5,), 2)]
 for shapes in (SMALL, LARGE, OTHERS):
-    shapes["corrected"] = shapes["rows"]
+    shapes["ensembles"] = shapes["corrected"] = shapes["rows"]
 SMALL["levels"], LARGE["levels"] = [((7,), 5), ((5,), 7)], [((67,), 33), ((33,), 67)]
 SMALL["linear"], LARGE["linear"], OTHERS["linear"] = [((7,), 5)], [((67,), 33)], [((3,), 2)]
 SMALL["peers"], LARGE["peers"], OTHERS["peers"] = SMALL["rows"], LARGE["rows"], OTHERS["rows"]
@@ -87,7 +87,7 @@ def one_number(case):
 @pytest.mark.parametrize("case, shape", SHAPES)
 @quick_if(
     lambda case, shape, engine: (
-        (case in LOSSES or shape[1] < 10 or case.problem not in ("rows", "pairs"))
+        (case in LOSSES or shape[1] < 10 or case.problem not in ("rows", "ensembles", "pairs"))
         if engine != "triton"
         else case in LOSSES and (shape == SMALL.get(case.problem, [None])[0] or case.name in SOME)
     )
@@ -130,7 +130,9 @@ def test_formulas_are_the_published_losses(case):
 )
 def test_the_error_is_that_of_the_formula(case, engine, dtypes, n):
     # few pairs have an error of luck, and rows are programs of their own
-    inputs = case.inputs(({"pairs": 67, "rows": 5}.get(case.problem, n),), 33 if n == 5 else 37)
+    inputs = case.inputs(
+        ({"pairs": 67, "rows": 5, "ensembles": 5}.get(case.problem, n),), 33 if n == 5 else 37
+    )
     inputs[:2] = [in_dtype(d, [x])[0] for d, x in zip(dtypes, inputs[:2], strict=True)]
     if len(inputs) > 2 and (case.problem == "pairs" or case.name == "vid"):
         inputs[2:] = in_dtype(dtypes[0], inputs[2:])
@@ -152,6 +154,32 @@ def test_dtypes_of_losses_and_gradients(case, engine):
     assert case(*inputs).dtype == (
         torch.float64 if inputs[1].is_floating_point() else torch.float32
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wide", [0, 1, -1])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@quick_if(
+    lambda case, dtype, engine: (
+        dtype == torch.float32
+        and (case in LOSSES or case.problem == "ensembles")
+        and (engine != "triton" or case.problem in ROWS)
+    )
+)
+def test_one_tensor_in_float64_makes_all_of_it_so(case, wide, dtype, engine):
+    """Nothing in between is rounded to float32, in which others are."""
+    inputs = small(case, dtype)
+    floats = [i for i, x in enumerate(inputs) if x.is_floating_point()]
+    place = floats[wide if wide < len(floats) else 0]
+    inputs[place] = inputs[place].detach().double().requires_grad_(inputs[place].requires_grad)
+    losses, *gradients = results(case, inputs)
+    expected, *of_expected = by_formula(case, inputs)
+    assert losses.dtype == expected.dtype
+    # a bias or a centre takes no part in the choice
+    assert_same([losses], [expected], 1e-12 if losses.dtype == torch.float64 else 1e-6)
+    for x, y in zip(gradients, of_expected, strict=True):
+        narrow = torch.finfo(x.dtype if losses.dtype == torch.float64 else losses.dtype).eps
+        assert_same([x], [y], 1e-12 if x.dtype == losses.dtype == torch.float64 else 10 * narrow)
 
 
 # soft labels and their weights are constants, which differences of values do not know
@@ -181,7 +209,7 @@ def test_two_runs_agree_bit_for_bit(case, engine):
 @with_some_kernels
 def test_every_element_is_written(case, engine):
     """Memory that was forgotten shows, because it is filled with NaN first."""
-    inputs = case.inputs((5 if case.problem == "rows" else 19,), 37, torch.float32)
+    inputs = case.inputs((5 if case.problem in ROWS else 19,), 37, torch.float32)
     expected = results(case, inputs)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is allocated
     try:
@@ -230,7 +258,7 @@ LAYOUTS = {
 )
 @quick_if(lambda case, engine: engine != "triton" or case.name in SOME)
 def test_every_layout(case, engine, layout, which):
-    inputs = case.inputs(*(((5,), 37) if case.problem == "rows" else ((19,), 5)))
+    inputs = case.inputs(*(((5,), 37) if case.problem in ROWS else ((19,), 5)))
     moved = [*inputs]
     for i in which:
         if inputs[i].is_floating_point():
@@ -455,7 +483,7 @@ def test_func_grad_and_vmap(case, engine):
 @of_ops
 def test_jacrev_of_several_losses(case, engine):
     """Examples and their number of classes must not be taken for what an engine keeps."""
-    of_rows = case.per_example and case.problem == "rows"
+    of_rows = case.per_example and case.problem in ROWS
     inputs = case.inputs((2, 4) if of_rows else (4,), 6)
 
     def losses(x):

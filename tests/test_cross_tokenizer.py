@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import of
+from cases import named, of
 from choice import quick_if
 from exactness import assert_same, results
 from force import in_chunks_of
@@ -66,6 +66,17 @@ def test_labels_say_which_rows_count(case, engine):
     labels = torch.tensor([3, -100, 6, 0], device=DEVICE)
     found = results(lambda *xs: case(*xs, labels=labels), inputs)
     assert_same(found, results(lambda *xs: case(*xs, weights=labels >= 0), inputs))
+
+
+@pytest.mark.parametrize(
+    "case", [*(x for x in CASES if x.name != "alm"), *named("reverse_kl-temperature=2.0")], ids=str
+)
+def test_logarithms_of_probabilities_have_the_digits_of_a_student_in_float64(case, engine):
+    student, teacher, *others = case.inputs((4,), 7)
+    teacher = teacher.softmax(-1).float()
+    found = case(student, teacher, *others, teacher_form="probabilities")
+    with fastkd.backend("formula"):
+        assert_same([found], [case(student, teacher, *others, teacher_form="probabilities")])
 
 
 @pytest.mark.parametrize("case", [x for x in CASES if x.name != "alm"], ids=str)

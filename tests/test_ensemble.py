@@ -173,6 +173,31 @@ def test_rows_of_weight_0_may_hold_anything(combine, engine):
 
 
 @quick_if(lambda engine: engine != "triton")
+def test_a_row_that_does_not_count_takes_no_logarithm_from_the_others(engine):
+    """Its NaN does not hide that other rows have probabilities which only logarithms hold."""
+    student, teachers = three()
+    far = [1e3 * x for x in teachers]
+    weights = torch.tensor([1, 0, 1, 1], device=DEVICE)
+    for x in (student, *far):
+        x[1] = torch.nan
+    found, expected = by_both(
+        student, far, divergence="reverse_kl", weights=weights, reduction="none"
+    )
+    assert found[0].isfinite().all()
+    assert_same(found, expected)
+
+
+def test_a_teacher_of_weight_0_may_be_infinitely_far(engine):
+    student, teachers = three()
+    teachers[0][:, 2] = -torch.inf
+    found, expected = by_both(
+        student, teachers, divergence="reverse_kl", combine="sum",
+        teacher_weights=[0.0, 0.5, 1.0], reduction="none",
+    )  # fmt: skip
+    assert all(x.isfinite().all() for x in found)
+    assert_same(found, expected)
+
+
 def test_another_upstream_gradient_than_the_foreseen_one(engine):
     """It multiplies the gradient that the forward made, and a 0 wins over a NaN."""
     student, teachers = three((60,))

@@ -9,7 +9,7 @@ from inputs import DEVICE, logits
 
 import fastkd
 
-OTHER_INPUTS = ("channel_wise", "ibot", "multi_teacher")  # of one or of many teachers, or maps
+OTHER_INPUTS = ("channel_wise", "ibot")  # maps, or masked
 ROWS = [c for c in of("rows", cases=LOSSES) if c.per_example and c.name not in OTHER_INPUTS]
 each_loss = pytest.mark.parametrize("case", ROWS, ids=str)
 FEATURES = [c for c in LOSSES if c.problem in ("relations", "gram") and c.name != "dist_kd"]

@@ -111,11 +111,14 @@ def test_infinities_are_where_the_definition_has_them(case, engine):
     bad=[math.nan, math.inf, "a row of -inf"],
     whose=["student", "teacher"],
     n_cols=[17, LONG],
+    dtype=[torch.float32, torch.float16],
 )
-def test_a_row_without_a_softmax_gives_nan_and_spoils_no_other(case, engine, bad, whose, n_cols):
+def test_a_row_without_a_softmax_gives_nan_and_spoils_no_other(
+    case, engine, bad, whose, n_cols, dtype
+):
     if case.name == "logit_mse" and bad != bad:
         bad = math.nan
-    inputs = case.inputs((3,), n_cols, torch.float32)
+    inputs = case.inputs((3,), n_cols, dtype)
     expected = results(case, inputs)
     i = ["student", "teacher"].index(whose)
     spoilt = inputs[i].detach().clone()
@@ -133,6 +136,20 @@ def test_a_row_without_a_softmax_gives_nan_and_spoils_no_other(case, engine, bad
     assert not losses[1].isfinite()
     others = [0, 2]
     assert_same([losses[others], gradient[others]], [x[others] for x in expected], 1e-6)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
+def test_rows_of_half_precision_that_exclude_every_class(name, standardize, engine):
+    """What kernels have for the largest logit of none is −∞ in float16."""
+    student, teacher = logits((3,), 17, torch.float16)
+    student.detach()[1] = -math.inf
+
+    def loss(*xs):
+        return getattr(fastkd, name)(*xs, standardize=standardize, reduction="none")
+
+    found = results(loss, [student, teacher])
+    assert all(x[1].isnan().all() and x[[0, 2]].isfinite().all() for x in found)
 
 
 @pytest.mark.parametrize("case", SOFTMAXED, ids=str)
@@ -172,6 +189,32 @@ def test_an_infinite_reverse_divergence_has_no_gradient(case, n_cols, engine):
         losses, gradient = found
         assert losses[1].isposinf() and gradient[1].isnan().all()
         assert all(x[[0, 2]].isfinite().all() for x in found)
+
+
+@pytest.mark.parametrize("n_cols", [17, LONG])
+@pytest.mark.parametrize("whose", ["student", "teacher", "student and teacher"])
+@pytest.mark.parametrize("case", [x for x in ROWS if x.options.get("standardize")], ids=str)
+@quick_if(
+    lambda case, n_cols, engine: (
+        (engine != "triton" or case.name in ("forward_kl", "reverse_kl")) and n_cols == 17
+    )
+)
+def test_standardized_rows_that_exclude_classes(case, whose, n_cols, engine):
+    """A class that is excluded has no part in the deviation, but its gradient, as without one."""
+    student, teacher, *labels = case.inputs((3,), n_cols)
+    with torch.no_grad():
+        if "student" in whose:
+            student[1, MASKED] = student[2, 5] = -math.inf
+        if "teacher" in whose:
+            teacher[1, MASKED] = teacher[2, 6] = -math.inf
+    inputs = [student, teacher, *(1 + 0 * label for label in labels)]
+    found = losses, gradient = results(case, inputs)
+    assert_same(found, by_formula(case, inputs))
+    assert found[0][0].isfinite()
+    if case.name == "reverse_kl":
+        assert gradient[losses.isposinf()].isnan().all()
+    else:
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("mass", ["forward_kl", "symmetric_kl"])
@@ -254,3 +297,33 @@ def test_a_label_whose_probability_vanishes_counts_as_one_of_0(name, engine):
     found = results(loss, inputs)
     assert_same(found, by_formula(loss, inputs))
     assert all(x.isfinite().all() for x in found)
+
+
+@pytest.mark.parametrize("n_cols", [17, LONG])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("case", of("decoupled_kd", "nkd", cases=LOSSES), ids=str)
+@quick_if(lambda bad, n_cols, engine: engine != "triton" or (n_cols == 17 and bad == math.inf))
+def test_a_label_whose_logit_is_infinite_has_no_softmax(case, whose, bad, n_cols, engine):
+    student, teacher, labels = case.inputs((3,), n_cols)
+    with torch.no_grad():
+        (student if whose == "student" else teacher)[1, labels[1]] = bad
+    inputs = [student, teacher, labels]
+    for compute in (results, by_formula):
+        losses, gradient = compute(case, inputs)
+        assert losses[1].isnan() and gradient[1].isnan().all()
+        assert all(x[[0, 2]].isfinite().all() for x in (losses, gradient))
+        if case.name == "decoupled_kd":  # nor where the label's own term counts for nothing
+            losses, gradient = compute(lambda *xs: case(*xs, alpha=0.0), inputs)
+            assert losses.isnan().tolist() == [False, True, False] and gradient[1].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_the_one_class_of_a_teacher_without_a_softmax_gives_nan(name, engine):
+    student, teacher = logits((3,), 1)
+    teacher[1] = math.nan
+    for compute in (results, by_formula):
+        found = compute(
+            lambda *xs: getattr(fastkd, name)(*xs, reduction="none"), [student, teacher]
+        )
+        assert all(x.flatten().isnan().tolist() == [False, True, False] for x in found)

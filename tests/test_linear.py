@@ -144,6 +144,16 @@ def test_parts_and_metrics(networks, engine):
         assert_same([found[name]], [torch.where(counted, x, 0)])
 
 
+@pytest.mark.parametrize("options", [{"forward_kl": 0.3}, {"forward_kl": 0.7, "reverse_kl": 1.1}])
+def test_shares_have_the_digits_of_a_teacher_in_float64(networks, options, engine):
+    tensors, _ = networks
+    student, weight, *of_teacher = tensors
+    narrow = [x.detach().float() for x in (student, weight)]
+    found = fastkd.linear_kd(*narrow, *of_teacher, divergence=options)
+    with fastkd.backend("formula"):
+        assert_same([found], [fastkd.linear_kd(*narrow, *of_teacher, divergence=options)])
+
+
 def test_cross_entropy_alone_needs_no_teacher(networks, engine):
     (student, weight, *_), labels = networks
     found = results([student, weight], None, None, labels, alpha=1.0)

@@ -11,7 +11,7 @@ import fastkd
 
 CHUNK = 1 << 14  # numbers
 SCRATCH = 6 * 4 + 1  # bytes for each number of a chunk: six of float32, one of bool
-OTHERS = ("logit_mse", "ibot", "multi_teacher")  # the last one has a chunk more: test_ensemble.py
+OTHERS = ("logit_mse", "ibot")
 ROWS = [x for x in LOSSES if x.per_example and x.problem == "rows" and x.name not in OTHERS]
 LABELLED = next(x for x in ROWS if x.name == "kd")
 each_of_rows = pytest.mark.parametrize("case", ROWS, ids=str)

@@ -99,6 +99,17 @@ def test_classes_that_are_masked(n, engine):
     assert_same(torch.autograd.grad(losses.sum(), one), expected)
 
 
+@pytest.mark.parametrize("width", [7, 8999])
+def test_an_infinite_distance_has_no_gradient_for_a_network_that_learns_from_it(width, engine):
+    logits = peers(2)((3,), width)
+    logits[0].detach()[1, 4] = -torch.inf
+    loss = fastkd.mutual_kl(logits, detach_peers=False, reduction="none")
+    of_first, of_second = torch.autograd.grad(loss.sum(), logits)
+    assert loss.isposinf().tolist() == [False, True, False]
+    assert of_second[1].isnan().all()
+    assert of_first.isfinite().all() and of_second[[0, 2]].isfinite().all()
+
+
 def test_a_row_that_does_not_count_may_hold_anything(engine):
     logits = peers(3)((4,), 6)
     weights = torch.tensor([1.0, 0.0, 0.5, 1.0], device=DEVICE)

@@ -49,6 +49,20 @@ def test_reductions_and_normalizers(case, weights, engine):
         assert_same(found, [expected.detach(), *of_expected])
 
 
+@each_of_two
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64], ids=str)
+def test_a_normalizer_leaves_the_dtype_of_the_loss(case, dtype, engine):
+    inputs = case.inputs((4,), 17, torch.float32)
+    normalizer = torch.tensor(3, dtype=dtype, device=DEVICE)
+    for weights in (None, WEIGHTS):
+        found, expected = (
+            reduced(case, inputs, weights=weights, normalizer=x, reduction="mean")
+            for x in (normalizer, 3)
+        )
+        assert found[0].dtype == torch.float32
+        assert_same(found, expected, 1e-6)
+
+
 @each_loss
 def test_the_mean_is_the_default_and_weights_have_the_leading_shape(case, engine):
     shape = (2, 3) if case.problem == "rows" else (6,)

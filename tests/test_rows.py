@@ -13,6 +13,7 @@ from inputs import DEVICE, logits, normal
 from row_cases import DIVERGENCES, EACH, FEW, LONG, ROWS, SOFTMAXED
 
 import fastkd
+from fastkd.problems import rows
 
 # a KL, a mixture, and labels
 THREE = named(
@@ -35,6 +36,21 @@ def moved(inputs, move):
 
 
 # ---------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("n_cols", [17, 1000, LONG])
+@pytest.mark.parametrize("case", [x for x in ROWS if x.options.get("standardize")], ids=str)
+@quick_if(
+    lambda case, n_cols, engine: engine != "triton" or (case.name == "reverse_kl" and n_cols > 17)
+)
+def test_the_deviation_of_logits_that_lie_far_from_0(case, n_cols, engine):
+    """Mean and deviation have all digits of what the logits differ by."""
+    student, teacher, *labels = case.inputs((4,), n_cols, torch.float32)
+    far = [1000 + 3e-3 * student.detach(), 3e-3 * teacher - 1000, *labels]
+    inputs = [far[0].requires_grad_(), *far[1:]]
+    assert_same(results(case, inputs), by_formula(case, exact(inputs)), 5e-6)
+    for x in inputs[:2]:
+        assert_same([rows.standardized(x)], [rows.standardized(x.double())], 1e-6)
 
 
 @pytest.mark.parametrize("cut", [False, True])

@@ -60,6 +60,25 @@ def test_a_temperature_in_half_precision_is_squared_in_the_precision_of_the_logi
         assert_same(compute(lambda *xs: case(*xs, temperature=temperature), inputs), expected)
 
 
+@each_loss
+@quickly
+def test_temperatures_of_rows_in_float64_widen_all(case, engine):
+    """They are inputs as the logits are; one number for all rows takes no part."""
+    inputs = case.inputs((5,), 17, torch.float32)
+    of_rows, of_all = numbers((5,), dtype=torch.float64), torch.tensor(1.7, dtype=torch.float64)
+    for temperature in (of_rows, of_rows.detach()):
+        ours = with_last(case, temperature=temperature)
+        found = results(ours, [*inputs, temperature])
+        expected = results(ours.truth, [*inputs, temperature])
+        assert found[0].dtype == expected[0].dtype == torch.float64
+        assert_same(found[:1], expected[:1])
+        for x, y in zip(found[1:], expected[1:], strict=True):
+            assert_same([x], [y], 1e-12 if x.dtype == torch.float64 else 2e-7)
+    for compute in (results, by_formula):
+        losses, _ = compute(lambda *xs: case(*xs, temperature=of_all.to(DEVICE)), inputs)
+        assert losses.dtype == torch.float32
+
+
 def test_no_rows_of_networks_that_learn(engine):
     student, teacher = torch.ones(2, 0, 7, device=DEVICE, requires_grad=True).unbind()
     loss = fastkd.reverse_kl(student, teacher, teacher_gradient=True, temperature=numbers((0,)))
@@ -156,6 +175,24 @@ def test_excluded_classes_give_a_temperature_no_gradient(engine):
         loss = fastkd.forward_kl(student[:, left], teacher[:, left], temperature=temperature)
         found.append(torch.autograd.grad(loss, temperature)[0])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "soft_cross_entropy", "kd"])
+def test_the_gradient_of_a_temperature_is_that_of_logits_of_any_offset(name, engine):
+    """Even where the loss is infinite, because the student excludes a class."""
+    (case,) = [case for case in LOSSES if case.name == name]
+    student, teacher, *labels = case.inputs((3,), 9)
+    student.detach()[1, 4] = -math.inf
+    found = []
+    for offset in (0, 5):
+        moved = (student.detach() + offset).requires_grad_()
+        temperature = numbers((3,), dtype=torch.float64)
+        inputs = [moved, teacher, *(0 * x for x in labels), temperature]
+        loss = with_last(case, student_temperature=temperature)
+        loss.options["scale_t2"] = False  # because T² times an infinite loss has no gradient
+        found += [compute(loss, inputs)[1:] for compute in (results, by_formula)]
+    for gradients in found[1:]:
+        assert_same(gradients, found[0], 1e-11)
 
 
 @each_loss

@@ -20,7 +20,7 @@ import fastkd
 from fastkd import _backend
 
 SIZES = {"rows": ((4,), 8192), "pairs": ((256,), 64), "relations": ((128,), 64)}
-SIZES |= {"corrected": ((4,), 8192), "peers": ((4,), 8192)}
+SIZES["ensembles"] = SIZES["corrected"] = SIZES["peers"] = SIZES["rows"]
 SIZES |= {"moments": ((8,), 256), "tokens": ((8,), 64)}
 
 

@@ -110,7 +110,8 @@ def mixture(
         else:
             torch.addcmul(e, p.e, share, out=e)
     assert e is not None
-    if needs_logs and e.numel() and e.amin() < _VANISHING:
+    # compared this way round, because a row that does not count may hold NaN
+    if needs_logs and e.numel() and not e.amin() >= _VANISHING:
         return _log_mixture(teachers, weights, temperature, dtype, scratch)
     return Softmax(torch.log2(e, out=scratch[0]), e, p.top, e.sum(-1, keepdim=True))
 

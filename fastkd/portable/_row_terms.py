@@ -86,9 +86,11 @@ def softmax(
         # elsewhere than on a CPU a look at the numbers would be a host sync
         may_be_alone = not (top.is_cpu and math.isfinite((top + of_apart).sum().item()))
     if of_apart is not None and may_be_alone:
+        # NaN in a row without a softmax, whichever of its classes makes it one
+        top = top + 0 * torch.maximum(top, of_apart)
         is_alone = top == -math.inf
         pivot = top.masked_fill(is_alone, 0)
-        of_apart += torch.where(is_alone, math.inf, 0)  # −∞, as it may be, makes NaN of it
+        of_apart += torch.where(is_alone, math.inf, 0)
     # the maximum is subtracted first, because one multiplication for both would round it away
     unit = 1 / (_LN2 * temperature)
     d = torch.sub(logits, pivot, out=d).mul_(unit)
@@ -154,6 +156,8 @@ def certain_rows(logits: Tensor, totals: Sequence[Tensor]) -> Certain:
     There Z = 1 + rest has lost the digits of the rest, and the slope of that class would be the
     difference of numbers near 1: see `centre`. None stands for no such row.
     """
+    if logits.shape[-1] == 1:  # which has no others, and whose slope is exact
+        return None
     certain = functools.reduce(torch.minimum, totals) < _CERTAIN
     if not logits.is_cpu:  # a look at the numbers would be a host sync
         return certain, logits.argmax(-1, keepdim=True)
@@ -193,9 +197,11 @@ def moments_of(z: Tensor, dtype: torch.dtype) -> Moments:
     z = z.to(dtype)
     mean = z.mean(-1, keepdim=True)
     # elsewhere than on a CPU a look at the numbers would be a host sync
-    if not z.is_cpu or not math.isfinite(mean.sum().item()):
-        return Moments(*moments(z))  # as some class may be excluded
+    if not z.is_cpu or not math.isfinite(mean.sum().item()):  # as some class may be excluded
+        above, deviation, n_allowed = moments(z)
+        return Moments(above.masked_fill_(above == -math.inf, 0), deviation, n_allowed)
     above, n = z - mean, z.shape[-1]
+    above -= above.mean(-1, keepdim=True)  # which rounding took from that of logits far from 0
     norm = torch.linalg.vector_norm(above, dim=-1, keepdim=True)
     return Moments(above, norm.div_(max(n - 1, 1) ** 0.5), n)
 

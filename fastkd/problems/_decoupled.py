@@ -110,7 +110,8 @@ def nkd(
         "soft_cross_entropy", 0.0, labels,
     )  # fmt: skip
     losses, cross_entropies = rows.solve(call.engine, problem)
-    p = rows.label_cross_entropies(call, teacher.detach(), labels).neg().exp()
+    of_teacher = rows.label_cross_entropies(call, teacher.detach(), labels, beside=student)
+    p = of_teacher.neg().exp()
     target = p * torch.where(p == 0, 0, cross_entropies)
     return [Term(1.0, target, labelled), Term(gamma, losses, labelled)]
 
@@ -142,8 +143,8 @@ def uskd(
     terms = [Term(alpha, target, labelled), Term(beta, losses, labelled)]
     if weak is None:
         return [*terms, Term(0.0, torch.zeros_like(target), labelled)]
-    of_weak = rows.label_cross_entropies(call, weak, labels, label_smoothing)
-    return [*terms, Term(mu, of_weak.to(losses.dtype), labelled)]
+    of_weak = rows.label_cross_entropies(call, weak, labels, label_smoothing, beside=student)
+    return [*terms, Term(mu, of_weak, labelled)]
 
 
 def soft_target(cross_entropies: Tensor, mask: Tensor | None) -> Tensor:

@@ -192,7 +192,7 @@ def matched(
     if mass == "raw":
         return NotImplemented
     of_each = rows.temperatures(temperature, student_temperature, teacher_temperature)
-    teacher = rows.as_logits(teacher.detach(), teacher_form)
+    teacher = rows.as_logits(teacher.detach(), teacher_form, student)
     both = (student, student_ids), (teacher, teacher_ids)
     if mass == "renormalized":
         z, z_teacher = (x.index_select(-1, ids) for x, ids in both)
@@ -224,7 +224,7 @@ def projected(
         temperature, student_temperature, teacher_temperature
     )
     dtype, n_entries = compute_dtype(student, teacher), teacher.shape[-1]
-    teacher = rows.as_logits(teacher.detach(), teacher_form)
+    teacher = rows.as_logits(teacher.detach(), teacher_form, student)
     log_q = (selected(student, call.row_mask).to(dtype) / of_student).log_softmax(-1)
     log_shares = log_of_shares(ids, shares, dtype)
     projected = project(log_q, ids, log_shares, n_entries)

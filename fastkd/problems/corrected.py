@@ -141,7 +141,7 @@ def soft_labels(
     losses, of_student = rows.solve(call.engine, problem)
     if in_one_pass:
         return [Term(1.0, losses, labelled)]
-    of_teacher = rows.label_cross_entropies(call, teacher.detach(), labels).to(losses.dtype)
+    of_teacher = rows.label_cross_entropies(call, teacher.detach(), labels, beside=student)
     weight = weight_of_soft_label(of_student.detach(), of_teacher)
     return [Term(1.0, weighted(losses, weight), labelled)]
 

@@ -173,13 +173,13 @@ def check_weights(weights: Any, n_teachers: int, student: Tensor, combine: str =
             )
 
 
-def of_each_row(weights: Any, n_teachers: int, like: Tensor) -> Tensor | None:
-    """Return the teachers' weights in each row (..., K), as constants."""
+def of_each_row(weights: Any, n_teachers: int, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return the teachers' weights in each row (..., K), as constants, numbers in this dtype."""
     if weights is None:
         return None
     if not isinstance(weights, Tensor):
         # made on the device, because a copy from the host would be a host sync
-        weights = torch.stack([like.new_ones((), dtype=compute_dtype(like)) * x for x in weights])
+        weights = torch.stack([like.new_ones((), dtype=dtype) * x for x in weights])
     return weights.detach().expand(*like.shape[:-1], n_teachers)
 
 
@@ -209,7 +209,7 @@ def multi_teacher(
     problem = Ensemble(
         student,
         tuple(teachers),
-        of_each_row(teacher_weights, len(teachers), student),
+        of_each_row(teacher_weights, len(teachers), student, compute_dtype(student, *teachers)),
         teacher_index,
         call.row_mask,
         of_student,

@@ -151,6 +151,9 @@ def linear_kd(
         teachers = heads = biases = ()
     weights, labels = weights_of_rows(asked.weights, labels, ignore_index)
     is_distilled = len(teachers) > 0
+    networks = (student_hidden, student_weight, *teachers, *heads)
+    dtype = compute_dtype(*(x for x in networks if x is not None))
+    is_one = len(shares) == 1 and rows.is_exactly(next(iter(shares.values())), 1)
     problem = Linear(
         student_hidden,
         student_weight,
@@ -158,10 +161,10 @@ def linear_kd(
         teachers,
         heads,
         biases,
-        shares_of_teachers(teacher_weights, len(teachers), student_hidden),
+        shares_of_teachers(teacher_weights, len(teachers), student_hidden, dtype),
         labels,
         weights,
-        stacked(list(shares.values()), student_hidden) if is_distilled else None,
+        stacked([*shares.values()], student_hidden, dtype) if is_distilled and not is_one else None,
         1.0 if student_logit_scale is None else student_logit_scale,
         1.0 if teacher_logit_scale is None else teacher_logit_scale,
         1.0 if student_softcap is None else student_softcap,
@@ -217,12 +220,10 @@ def shares_of(divergence: Any) -> dict[str, Number]:
     return dict.fromkeys([divergence] if isinstance(divergence, str) else divergence, 1.0)
 
 
-def stacked(shares: Sequence[Number], like: Tensor) -> Tensor | None:
-    """Return the shares as a tensor [K], None where there is one of 1."""
-    if len(shares) == 1 and rows.is_exactly(shares[0], 1):
-        return None
-    new, dtype = like.new_ones, compute_dtype(like)
-    return torch.stack([new((), dtype=dtype) * x for x in shares])
+def stacked(shares: Sequence[Number], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the shares as a tensor [K] of this dtype."""
+    # made on the device, because a copy from the host would be a host sync
+    return torch.stack([like.new_ones((), dtype=dtype) * x for x in shares])
 
 
 def weights_of_rows(
@@ -239,13 +240,14 @@ def weights_of_rows(
     return weights, labels.masked_fill(~labelled, -1)
 
 
-def shares_of_teachers(shares: Any, n_teachers: int, like: Tensor) -> Tensor | None:
+def shares_of_teachers(
+    shares: Any, n_teachers: int, like: Tensor, dtype: torch.dtype
+) -> Tensor | None:
     """Return the shares of the teachers in each row (..., T), None for one share of all."""
     if shares is None or not n_teachers:
         return None
     if not isinstance(shares, Tensor):
-        # made on the device, because a copy from the host would be a host sync
-        shares = torch.stack([like.new_ones((), dtype=compute_dtype(like)) * x for x in shares])
+        shares = stacked(shares, like, dtype)
     return shares.detach().expand(*like.shape[:-1], n_teachers)
 
 

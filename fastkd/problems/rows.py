@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,7 @@ solve = Op(
 )
 
 EPSILON = 1e-7  # added to a deviation
+TEMPERATURES = ("temperature", "student_temperature", "teacher_temperature")  # of each row or all
 
 # the name of the option that is `Rows.weight`
 OPTIONS = {
@@ -190,32 +192,41 @@ def widened(number: Number) -> Number:
     return number.float() if is_half else number  # type: ignore[union-attr]
 
 
-def as_logits(teacher: Tensor, form: str) -> Tensor:
-    """Return logits with these probabilities, whose logarithms are logits already."""
+def as_wide_as(temperatures: Sequence[Number], teacher: Tensor) -> Tensor:
+    """Return the teacher in float64 if temperatures of rows are, so that all is computed in it."""
+    of_rows = [x for x in temperatures if isinstance(x, Tensor) and x.ndim]
+    return teacher.double() if compute_dtype(*of_rows) == torch.float64 else teacher
+
+
+def as_logits(teacher: Tensor, form: str, *beside: Tensor) -> Tensor:
+    """Return logits with these probabilities, whose logarithms are logits already.
+
+    They are taken in the compute dtype of the teacher and of what stands `beside` it.
+    """
     if form != "probabilities":
         return teacher
-    return teacher.detach().to(compute_dtype(teacher)).log()
+    return teacher.detach().to(compute_dtype(teacher, *beside)).log()
 
 
 def standardized(logits: Tensor) -> Tensor:
     """Return the logits of each row less their mean, divided by their deviation + EPSILON."""
     above, deviation, _ = moments(logits)
-    above = above / (deviation + EPSILON)
-    return torch.where(logits == -torch.inf, -torch.inf, above)
+    return _over(above, deviation + EPSILON)
 
 
 def moments(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logits of each row less their mean, their deviation, and the number of classes.
 
-    Excluded classes have no part in it, and 0 in place of −∞. The deviation is unbiased, and unlike
-    that of torch.std it has the slope 0 where it is 0.
+    Excluded classes have no part in mean and deviation. The deviation is unbiased, and unlike that
+    of torch.std it has the slope 0 where it is 0.
     """
     allowed = logits != -torch.inf
     n = allowed.sum(-1, keepdim=True, dtype=logits.dtype)  # whose root is as exact as the rest
-    mean = torch.where(allowed, logits, 0).sum(-1, keepdim=True) / n
-    above = torch.where(allowed, logits - mean, 0)
-    deviation = torch.linalg.vector_norm(above, dim=-1, keepdim=True) / (n - 1).clamp(min=1).sqrt()
-    return above, deviation, n
+    above = logits
+    for _ in range(2):  # because the mean of logits that lie far from 0 is rounded
+        above = above - torch.where(allowed, above, 0).sum(-1, keepdim=True) / n
+    norm = torch.linalg.vector_norm(torch.where(allowed, above, 0), dim=-1, keepdim=True)
+    return above, norm / (n - 1).clamp(min=1).sqrt(), n
 
 
 def is_trained_besides(*others: Number | None) -> bool:
@@ -251,14 +262,23 @@ def divergence(call: Call, student: Tensor, teacher: Tensor, **options: Any) -> 
 
 
 def divided(logits: Tensor, temperature: Number) -> Tensor:
-    """Return logits / T, T one or one for each row, to which excluded classes give no gradient."""
+    """Return logits / T, T one or one for each row, to which excluded classes give no gradient.
+
+    Logits over a tensor are less the largest of their row, which no softmax sees: otherwise T would
+    have another gradient for each number that is added to all logits of an infinite loss.
+    """
     if not isinstance(temperature, Tensor):
         return logits / temperature
     if temperature.ndim:
         temperature = temperature.unsqueeze(-1).to(logits.dtype)
+    return _over(logits - logits.detach().amax(-1, keepdim=True), temperature)
+
+
+def _over(logits: Tensor, divisor: Tensor) -> Tensor:
+    """Return logits / divisor, to which excluded classes give no gradient."""
     excluded = logits == -torch.inf  # because times their gradient of 0 they would be NaN
-    finite = torch.where(excluded, 0, logits) / temperature
-    return torch.where(excluded, logits / temperature.detach(), finite)
+    finite = torch.where(excluded, 0, logits) / divisor
+    return torch.where(excluded, logits / divisor.detach(), finite)
 
 
 def of_rows(number: Number, logits: Tensor, dtype: torch.dtype, row_mask: Tensor | None) -> Tensor:
@@ -273,6 +293,7 @@ def logit_mse(
     call: Call, student: Tensor, teacher: Tensor, *, temperature: Number, scale_t2: bool
 ) -> Tensor:
     """Solve for the mean squared difference of logits."""
+    teacher = as_wide_as((temperature,), teacher)
     if isinstance(temperature, Tensor):  # a narrower dtype than that of the logits would round 1/T²
         temperature = temperature.to(compute_dtype(student, teacher))
     scale = 1.0 if scale_t2 else 1 / temperature**2
@@ -303,6 +324,7 @@ def kd(
     **softening: Any,
 ) -> Any:
     """Solve for the cross-entropy with the labels and for a divergence, in one pass."""
+    teacher = as_wide_as([softening[name] for name in TEMPERATURES], teacher)
     options = dict(beta=beta, skew=skew, weight=weight)
     own: dict[str, Any] = {name: options[name] for name in [OPTIONS.get(divergence)] if name}
     share = 1 - alpha if distill_weight is None else distill_weight
@@ -417,12 +439,17 @@ def label_cross_entropies(
     labels: Tensor,
     smoothing: Number = 0.0,
     class_weights: Tensor | None = None,
+    *,
+    beside: Tensor,
 ) -> Tensor:
-    """Return the cross-entropy of each row with its label, 0 for a class that is negative."""
-    if class_weights is not None:  # in a dtype to which a teacher of float64 does not belong
-        class_weights = class_weights.to(compute_dtype(logits))
+    """Return the cross-entropy of each row with its label, 0 for a class that is negative.
+
+    It is in the compute dtype of these logits and of the other network's, which stand `beside`.
+    """
+    if class_weights is not None:
+        class_weights = class_weights.to(compute_dtype(logits, beside))
     problem = Rows(
-        logits, logits, labels, call.row_mask if labels.is_floating_point() else None,
+        logits, beside.detach(), labels, call.row_mask if labels.is_floating_point() else None,
         1.0, 1.0, 0.0, 1.0, "", 0.0, None, False, smoothing, class_weights,
     )  # fmt: skip
     _, cross_entropies = solve(call.engine, problem)
@@ -453,8 +480,9 @@ def _solve(
     name = limit_of(name, mixture)
     of_student, of_teacher = temperatures(temperature, student_temperature, teacher_temperature)
     scale = of_student * of_teacher if scale_t2 else 1.0
+    teacher = as_wide_as((temperature, of_student, of_teacher), teacher)
     if teacher_form != "logits":
-        teacher = as_logits(teacher, teacher_form)
+        teacher = as_logits(teacher, teacher_form, student)
     if is_trained_besides(of_student, of_teacher, teacher if teacher_gradient else None):
         if standardize or ce_scale is not None:
             return NotImplemented, NotImplemented
@@ -472,7 +500,9 @@ def _solve(
             losses = losses * (own_student * own_teacher)
         of_labels = None
         if labels is not None:
-            of_labels = label_cross_entropies(call, student, labels, label_smoothing, class_weights)
+            of_labels = label_cross_entropies(
+                call, student, labels, label_smoothing, class_weights, beside=teacher
+            )
         return losses, of_labels
     problem = Rows(
         student, teacher, labels, call.row_mask, of_student, of_teacher, mixture, scale, name,

@@ -41,6 +41,6 @@ def uld(
 ) -> Tensor:
     """Solve for the distances of sorted probabilities."""
     of_student, of_teacher = temperatures(temperature, student_temperature, teacher_temperature)
-    teacher = as_logits(teacher, teacher_form)
+    teacher = as_logits(teacher, teacher_form, student)
     problem = SortedRows(student, teacher, call.row_mask, of_student, of_teacher)
     return solve(call.engine, problem)

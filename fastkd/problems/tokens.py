@@ -12,6 +12,7 @@ from torch import Tensor
 from fastkd import _checks, _option_checks
 from fastkd._loss import Call
 from fastkd._op import Number, Op
+from fastkd._precision import compute_dtype
 from fastkd._reduction import Term, reduce
 
 
@@ -238,6 +239,8 @@ def minilm(
 ) -> Tensor:
     """Solve for the loss of each sequence in each relation, add them up, and take the mean."""
     is_counted = _counted(as_bool(mask), call.row_mask, student_qkv[0])
+    if compute_dtype(*student_qkv, *teacher_qkv) == torch.float64:  # which one relation makes all
+        teacher_qkv = [x.double() for x in teacher_qkv]
     losses = []
     for student, teacher in zip(student_qkv, teacher_qkv, strict=True):
         scale, teacher_scale = (_scale(None, x, n_heads) for x in (student, teacher))

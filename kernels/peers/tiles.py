@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.kernels.tiles import LN2
+from fastkd.kernels.rows.terms import finite_unit
 
 
 class Peers(NamedTuple):
@@ -96,5 +96,6 @@ def slopes_of_tile(
         for k in tl.static_range(K):
             if k != STUDENT:
                 above += own - ((logits[k] - of.tops[k]) * unit - tl.log2(of.totals[k]))
-        slopes += tl.where(p > 0, p * (above - of.above[STUDENT]), 0.0) * LN2
+        pull = tl.where(p > 0, p * (above - of.above[STUDENT]), 0.0)
+        slopes += pull * finite_unit(of.above[STUDENT])
     return slopes

@@ -64,7 +64,8 @@ def _is_top(rows, columns, mask, pivots, APART: tl.constexpr):
 def with_certain(slopes, rows, columns, mask, certain, ms, APART: tl.constexpr):
     """Return the slopes of rows, in which a certain class has minus the sum of the others."""
     if tl.max(certain.to(tl.int32), 0) != 0:
-        pivots = tl.where(certain, ms, INFINITY)[:, None]
+        # a row of −∞ has no top, but its pivot would be −∞ in float16
+        pivots = tl.where(certain & (ms > LOWEST), ms, INFINITY)[:, None]
         is_top = _is_top(rows, columns, mask, pivots, APART)
         others = tl.sum(tl.where(is_top, 0.0, slopes), 1)
         slopes = tl.where(is_top, -others[:, None], slopes)
@@ -155,10 +156,9 @@ def whole_rows(
     )
     if IS_STANDARDIZED:
         x, y = load_logits(pointers, columns, inside, DIVERGENCE, False, DTYPE)
-        mean, deviation, n = moments_of_whole(x)
-        _, of_teacher, _ = moments_of_whole(y)
-        temperature *= deviation + EPSILON
-        units = standardized(units, deviation, of_teacher)
+        moments = moments_of_whole(x)
+        temperature *= moments.deviation + EPSILON
+        units = standardized(units, moments.deviation, moments_of_whole(y).deviation)
     x, y = load_logits(pointers, columns, inside, DIVERGENCE, APART, DTYPE)
 
     ms, mt = tl.maximum(tl.max(x, 1), LOWEST), tl.maximum(tl.max(y, 1), LOWEST)
@@ -242,7 +242,7 @@ def whole_rows(
             slopes = with_certain(slopes, pointers, columns, inside, certain, ms, APART)
             if APART:
                 x, y = load_logits(pointers, columns, inside, DIVERGENCE, False, DTYPE)
-            of_deviation = slopes_of_whole(slopes, x, mean, deviation, n)
+            of_deviation = slopes_of_whole(slopes, x, moments)
             # a row that does not count may hold a NaN
             slopes += tl.where(factors.divergence != 0, of_deviation, 0.0)
             if APART:

@@ -44,6 +44,15 @@ class Standard(NamedTuple):
     pull: tl.tensor  # T Σ g z / (σ (n − 1)), 0 where σ is
 
 
+class Whole(NamedTuple):
+    """The numbers that standardize rows which stay on chip, without the classes of −∞."""
+
+    pivot: tl.tensor  # a number near the mean
+    mean: tl.tensor  # relative to the pivot, so that it has the digits of the deviation
+    n: tl.tensor
+    deviation: tl.tensor  # unbiased
+
+
 class Levels(NamedTuple):
     """Sums of the levels of the student's logits, relative to the pivots of Sums."""
 
@@ -268,25 +277,25 @@ def slopes_of_deviation(x, ms, standard, factor):
 
 @triton.jit
 def moments_of_whole(x):
-    """Return the mean of each row of logits, its unbiased deviation and its number of classes.
-
-    They are columns, in which the classes that −∞ excludes have no part.
-    """
+    """Return the Whole of rows of logits, in columns."""
     allowed = x != -INFINITY  # which those outside the row are not
     n = tl.sum(allowed.to(x.dtype), 1)[:, None]
-    mean = tl.sum(tl.where(allowed, x, 0.0), 1)[:, None] / n
-    above = tl.where(allowed, x - mean, 0.0)
-    return mean, tl.sqrt(tl.sum(above * above, 1)[:, None] / tl.maximum(n - 1, 1)), n
+    pivot = tl.sum(tl.where(allowed, x, 0.0), 1)[:, None] / n
+    above = tl.where(allowed, x - pivot, 0.0)
+    mean = tl.sum(above, 1)[:, None] / n  # what rounding took from that of logits far from 0
+    above = tl.where(allowed, above - mean, 0.0)
+    deviation = tl.sqrt(tl.sum(above * above, 1)[:, None] / tl.maximum(n - 1, 1))
+    return Whole(pivot, mean, n, deviation)
 
 
 @triton.jit
-def slopes_of_whole(slopes, x, mean, deviation, n):
+def slopes_of_whole(slopes, x, moments):
     """Return what the deviation, which divides the logits, contributes to their gradient.
 
     Logits that are all equal stand where it has no slope, for which PyTorch takes 0.
     """
-    allowed = x != -INFINITY
-    above = tl.where(allowed, x - mean, 0.0)
+    allowed, deviation = x != -INFINITY, moments.deviation
+    above = tl.where(allowed, (x - moments.pivot) - moments.mean, 0.0)
     each = tl.sum(tl.where(allowed, slopes, 0.0) * above, 1)[:, None]
-    each = each / ((deviation + EPSILON) * deviation * (n - 1))
+    each = each / ((deviation + EPSILON) * deviation * (moments.n - 1))
     return -above * tl.where(deviation == 0, 0.0, each)

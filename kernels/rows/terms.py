@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.kernels.tiles import LN2, LOG2E, log2
+from fastkd.kernels.tiles import INFINITY, LN2, LOG2E, log2
 
 LOWEST = tl.constexpr(-1e30)  # pivot of an empty sum: finite, so that differences are numbers
 SMALLEST = tl.constexpr(-120.0)  # log2 of the probability that a mixture takes for 0
@@ -272,6 +272,7 @@ def without_others(zs, zt, IS_DECOUPLED: tl.constexpr):
 @triton.jit
 def log2_odds(logit, pivot, z, unit):
     """Return log2 of the odds of a class that is set apart, from the sum over all others."""
+    logit = tl.where(logit == INFINITY, float("nan"), logit)  # because no softmax has one of +∞
     return (logit - pivot) * unit - tl.log2(z)
 
 
@@ -302,7 +303,8 @@ def binary_kl(of_p, of_q):
 def decoupled(value, of_p, of_q, weight):
     """Return the value of decoupled rows, and weight · (q − p) of the class set apart.
 
-    `value` is the KL among the other classes. A share of 0 wins over an infinite term.
+    `value` is the KL among the other classes. A share of 0 wins over an infinite term, but not over
+    a NaN of the odds, which shows in the other number.
     """
     of_class = not_below_0(binary_kl(of_p, of_q) * LN2)
     both = tl.where(weight == 0, 0.0, weight * of_class)
@@ -310,7 +312,7 @@ def decoupled(value, of_p, of_q, weight):
     # the smaller of both probabilities, because the larger one may have lost its digits
     is_large = of_p + of_q > 0
     excess = tl.where(is_large, sigmoid(-of_p) - sigmoid(-of_q), sigmoid(of_q) - sigmoid(of_p))
-    return both, weight * excess
+    return both + 0 * excess, weight * excess
 
 
 @triton.jit

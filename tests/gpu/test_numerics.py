@@ -11,7 +11,7 @@ import fastkd
 pytestmark = pytest.mark.gpu
 # of rows: many in a program, one, several programs for a row, and a row after the other
 SHAPES = {"rows": [((33,), 10), ((5,), 1000), ((3,), 20011), ((150,), 8999)]}
-SHAPES["corrected"] = SHAPES["peers"] = SHAPES["rows"]
+SHAPES["ensembles"] = SHAPES["corrected"] = SHAPES["peers"] = SHAPES["rows"]
 SHAPES["relations"] = [((33,), 17), ((130,), 64), ((512,), 100)]
 # by tiles, the widest ones, and by chunks in half precision; float32 goes by chunks
 SHAPES["pairs"] = [((67,), 33), ((150,), 256), ((300,), 512)]
@@ -50,7 +50,7 @@ def test_as_exact_as_the_formula(case, shape, dtype):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.has_kernels], ids=str)
 def test_every_option(case):
-    shape = ((5,), 1000) if case.problem == "rows" else ((67,), 33)
+    shape = ((5,), 1000) if case.problem in ("rows", "ensembles") else ((67,), 33)
     assert_exact(case, case.inputs(*shape, torch.float32), rounds_halves=True)
 
 

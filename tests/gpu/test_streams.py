@@ -9,12 +9,12 @@ from meter import PeakMemory
 pytestmark = pytest.mark.gpu
 # one launch, several programs for a row, and a program for each of many rows; tiles, one and many
 SHAPES = {"rows": [((64,), 1000), ((3,), 20011), ((150,), 8999)], "pairs": [((300,), 64)]}
-SHAPES["corrected"] = SHAPES["peers"] = SHAPES["rows"]
+SHAPES["ensembles"] = SHAPES["corrected"] = SHAPES["peers"] = SHAPES["rows"]
 SHAPES["relations"] = [((20,), 33), ((300,), 64)]
 SHAPES["moments"], SHAPES["tokens"] = [((20,), 64)], [((3,), 16)]
 SHAPES["linear"] = [((1500,), 64)]
 LARGE = {"rows": [(4096, 32000), (8192, 8192), (4096, 1000), (8, 128256)], "pairs": []}
-LARGE["corrected"] = LARGE["peers"] = LARGE["rows"]
+LARGE["ensembles"] = LARGE["corrected"] = LARGE["peers"] = LARGE["rows"]
 LARGE["linear"] = []  # whose memory is that of its heads
 LARGE["moments"], LARGE["tokens"] = [(256, 64)], [(64, 32)]
 LARGE["relations"] = [(256, 512), (1024, 512), (2048, 100)]
