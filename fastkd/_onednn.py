@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-_BLOCK = 1 << 20  # elements of a block and of the copy that the operator makes of its rows
-_FEWEST_ROWS = 64  # of a block, below which the other factor is read too often
+_BLOCK = 1 << 18  # elements of a block, and of the copy that the operator makes of its rows
+_MOST = 4 * _BLOCK  # those of a block that would have too few rows
+_FEWEST_ROWS = 256  # below which the other factor is read too often
 _LEAST_WORK = 1 << 24  # multiplications below which a call costs more than is gained
+_LARGE = 8 * _BLOCK  # elements of a matrix beside which a block takes no memory to speak of
 
 
 def pays(a: Tensor, b: Tensor, out: Tensor) -> bool:
@@ -29,9 +31,11 @@ def pays(a: Tensor, b: Tensor, out: Tensor) -> bool:
         return False
     if any(not x.is_cpu or x.dtype != torch.float32 for x in (a, b, out)):
         return False
-    if a.numel() * b.shape[1] < _LEAST_WORK or not _is_quicker():
+    if a.numel() * b.shape[1] < _LEAST_WORK or max(x.numel() for x in (a, b, out)) < _LARGE:
         return False
-    return bool(torch.backends.mkldnn.enabled) and _rows_of_blocks(a, b) >= _FEWEST_ROWS
+    if not _is_quicker():
+        return False
+    return bool(torch.backends.mkldnn.enabled) and _rows_of_blocks(a, b) > 0
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, adds: bool) -> None:
@@ -56,11 +60,15 @@ def _rows_of_blocks(a: Tensor, b: Tensor) -> int:
     """Return how many rows of the split factor a block is made of, or 0 if none can be split."""
     (n_rows, n_inner), n_cols = a.shape, b.shape[1]
     if _is_wide(a, b):
-        # all of a would be copied at once
-        return _BLOCK // n_rows if a.is_contiguous() or a.numel() <= _BLOCK else 0
-    if b.is_contiguous() or b.t().is_contiguous():
-        return _BLOCK // max(n_cols, 1 if a.is_contiguous() else n_inner)
-    return 0
+        if not a.is_contiguous() and a.numel() > _MOST:  # all of which would be copied at once
+            return 0
+        width = n_rows
+    elif b.is_contiguous() or b.t().is_contiguous():
+        width = n_cols if a.is_contiguous() else max(n_cols, n_inner)
+    else:
+        return 0
+    size = max(_BLOCK // width, _FEWEST_ROWS)
+    return size if size * width <= _MOST else 0
 
 
 def _is_wide(a: Tensor, b: Tensor) -> bool:

@@ -141,7 +141,7 @@ def test_a_row_without_a_softmax_gives_nan_and_spoils_no_other(
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
 def test_rows_of_half_precision_that_exclude_every_class(name, standardize, engine):
-    """What kernels have for the largest logit of none is −∞ in float16."""
+    """The pivot that kernels have for a row without logits is −∞ in float16."""
     student, teacher = logits((3,), 17, torch.float16)
     student.detach()[1] = -math.inf
 

@@ -170,7 +170,7 @@ def _sum_and_store(
 ):  # fmt: skip
     """Add a tile to the log ratios and the Z of a mixture, for each thread, and store its gradient.
 
-    That of a class of which the student is certain is left out.
+    That of a class of which the student is certain is not stored.
     """
     x, y = _load(
         student_row, of, i, span, AT_EDGE, 0, "mixture", False, DTYPE, FAST, THREADS, WIDTH
