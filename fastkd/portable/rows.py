@@ -60,7 +60,7 @@ from fastkd.portable._row_terms import (
     without_temperature,
 )
 from fastkd.problems.corrected import weight_of_soft_label, weighted
-from fastkd.problems.rows import EPSILON, Rows
+from fastkd.problems.rows import EPSILON, Rows, is_exactly
 
 _NO_SCRATCH = (None,) * N_SCRATCH
 _WEIGHTED, _NORMALIZED = "weighted_soft_cross_entropy", "normalized_soft_cross_entropy"
@@ -270,7 +270,7 @@ def value_and_gradients(
         return value, None if problem.adds_cross_entropy else of_labels
 
     tensors = [student, problem.teacher] + ([] if gradient is None else [gradient])
-    if found := for_chunks(work, _n_scratch(problem), *tensors):
+    if found := for_chunks(work, _n_scratch(problem, in_scratch), *tensors):
         losses, cross_entropies = (joined(x, student) for x in zip(*found, strict=True))
     else:
         losses, cross_entropies = _empty_losses(problem)
@@ -448,14 +448,21 @@ def _fill(
         if in_scratch:
             out.copy_(slope)
 
-    for_chunks(work, _n_scratch(problem), problem.student, problem.teacher, gradient)
+    for_chunks(work, _n_scratch(problem, in_scratch), problem.student, problem.teacher, gradient)
 
 
 # ------------------------------------------------------------------------- rows, chunks and masks
 
 
-def _n_scratch(problem: Rows) -> int:
-    return 1 if problem.divergence == "logit_mse" and problem.labels is None else N_SCRATCH
+def _n_scratch(problem: Rows, in_scratch: bool = False) -> int:
+    """Return how many buffers a chunk needs, the last one for slopes that are made in scratch."""
+    if problem.divergence == "logit_mse" and problem.labels is None:
+        return 1
+    is_plain = is_exactly(problem.student_temperature, 1) and not problem.standardized
+    if problem.divergence == "forward_kl" and (problem.labels is None or is_plain):
+        # d and e of both networks, and products with the targets
+        return 4 + (problem.labels is not None) + in_scratch
+    return N_SCRATCH
 
 
 def _empty_losses(problem: Rows) -> Losses:
