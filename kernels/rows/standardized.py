@@ -296,6 +296,6 @@ def slopes_of_whole(slopes, x, moments):
     """
     allowed, deviation = x != -INFINITY, moments.deviation
     above = tl.where(allowed, (x - moments.pivot) - moments.mean, 0.0)
-    each = tl.sum(tl.where(allowed, slopes, 0.0) * above, 1)[:, None]
+    each = tl.sum(slopes * above, 1)[:, None]
     each = each / ((deviation + EPSILON) * deviation * (moments.n - 1))
     return -above * tl.where(deviation == 0, 0.0, each)
