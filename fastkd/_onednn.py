@@ -2,7 +2,8 @@
 
 PyTorch multiplies float32 by MKL, which has slower ways for processors that are not Intel's.
 oneDNN, which PyTorch brings too, has not, but its operator returns a new matrix: products are made
-by blocks, which stay in the cache until they lie in their place. MKL keeps all other products,
+by blocks, which stay in the cache until they lie in their place. It adds more numbers one after the
+other than MKL does, which costs digits: sums are cut to be as exact. MKL keeps all other products,
 among them those on Intel's processors and on those without AVX-512, where nobody measured oneDNN.
 """
 
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-_BLOCK = 1 << 18  # elements of a block, and of the copy that the operator makes of its rows
+_BLOCK = 1 << 19  # elements of a block
 _MOST = 4 * _BLOCK  # those of a block that would have too few rows
 _FEWEST_ROWS = 256  # below which the other factor is read too often
+_DEPTH = 128  # terms of a sum that one call of the operator adds
 _LEAST_WORK = 1 << 24  # multiplications below which a call costs more than is gained
 _LARGE = 8 * _BLOCK  # elements of a matrix beside which a block takes no memory to speak of
 
@@ -45,35 +47,36 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, adds: bool) -> None:
 
 
 def _blocks(a: Tensor, b: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return parts of `out` and what belongs there, made from slices of b or a without holes."""
+    """Return parts of `out` and what belongs there, made from columns of b or from rows of a."""
     size = _rows_of_blocks(a, b)
     if _is_wide(a, b):
-        a = a.contiguous()
-        for columns, part in zip(b.t().split(size), out.split(size, 1), strict=True):
-            yield part, _product(a, columns)
+        for columns, part in zip(b.split(size, 1), out.split(size, 1), strict=True):
+            yield part, _sum_of_products(a, columns)
     else:
         for rows, part in zip(a.split(size), out.split(size), strict=True):
-            yield part, _product(rows, b.t())
+            yield part, _sum_of_products(rows, b)
 
 
 def _rows_of_blocks(a: Tensor, b: Tensor) -> int:
-    """Return how many rows of the split factor a block is made of, or 0 if none can be split."""
-    (n_rows, n_inner), n_cols = a.shape, b.shape[1]
-    if _is_wide(a, b):
-        if not a.is_contiguous() and a.numel() > _MOST:  # all of which would be copied at once
-            return 0
-        width = n_rows
-    elif b.is_contiguous() or b.t().is_contiguous():
-        width = n_cols if a.is_contiguous() else max(n_cols, n_inner)
-    else:
-        return 0
+    """Return how many columns or rows make a block, or 0 if a block would be too large."""
+    width = len(a) if _is_wide(a, b) else b.shape[1]
     size = max(_BLOCK // width, _FEWEST_ROWS)
     return size if size * width <= _MOST else 0
 
 
 def _is_wide(a: Tensor, b: Tensor) -> bool:
-    """Return whether columns of b are split rather than rows of a."""
+    """Return whether columns of b are taken rather than rows of a."""
     return b.t().is_contiguous() and b.shape[1] >= len(a)
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    found = None
+    for x, y in zip(a.split(_DEPTH, 1), b.split(_DEPTH), strict=True):
+        # of a matrix with holes oneDNN has no quick product
+        y = y.t() if y.is_contiguous() else y.t().contiguous()
+        found = _product(x, y) if found is None else found.add_(_product(x, y))
+    assert found is not None
+    return found
 
 
 def _product(a: Tensor, transposed: Tensor) -> Tensor:

@@ -22,21 +22,22 @@ def random(*shape):
 
 def factors(name):
     """Return the factors that make logits, and gradients of hidden states and of a head."""
-    hidden, head, dz = random(130, 67), random(5003, 67), random(130, 5003)
+    hidden, head, dz = random(130, 267), random(5003, 267), random(130, 5003)
     return {
         "logits": (hidden, head.t()),
-        "strided hidden": (random(130, 70)[:, :67], head.t()),
+        "strided hidden": (random(130, 270)[:, :267], head.t()),
         "of hidden": (dz, head),
         "of head": (dz.t(), hidden),
-        "transposed head": (random(5003, 67), random(67, 130)),
+        "transposed head": (random(5003, 300), random(300, 130)),
+        "with holes": (random(130, 600)[:, ::2], random(300, 1000)[:, ::2]),
     }[name]
 
 
-NAMES = ("logits", "strided hidden", "of hidden", "of head", "transposed head")
+NAMES = ("logits", "strided hidden", "of hidden", "of head", "transposed head", "with holes")
 
 
 @pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.parametrize("block", [1 << 18, 1 << 14])
+@pytest.mark.parametrize("block", [1 << 19, 1 << 14])
 @pytest.mark.parametrize("name", NAMES)
 def test_products_are_those_of_pytorch(name, block, adds, monkeypatch):
     monkeypatch.setattr(_onednn, "_BLOCK", block)
@@ -49,9 +50,21 @@ def test_products_are_those_of_pytorch(name, block, adds, monkeypatch):
     product = _onednn._product
     monkeypatch.setattr(_onednn, "_product", lambda *x: calls.append(x) or product(*x))
     multiply(a, b, out, adds=adds)
-    assert (out - exact).norm() <= 1e-6 * exact.norm()
+    assert (out - exact).norm() <= 5e-7 * exact.norm()
     assert all(block >= x.shape[0] * y.shape[0] for x, y in calls)
-    assert sum(x.shape[0] * y.shape[0] for x, y in calls) == out.numel()  # nothing twice
+    work = sum(x.numel() * len(y) for x, y in calls)
+    assert work == a.numel() * b.shape[1]  # nothing twice
+    assert all(y.is_contiguous() or y.t().is_contiguous() for _, y in calls)
+
+
+@pytest.mark.parametrize("n_inner", [500, 4096])
+def test_long_sums_keep_their_digits(n_inner):
+    """One chain of additions has an error of 4e-7 and more."""
+    a, b = random(300, n_inner), random(n_inner, 400)
+    out = torch.empty(300, 400)
+    multiply(a, b, out)
+    exact = a.double() @ b.double()
+    assert (out - exact).norm() <= 3e-7 * exact.norm()
 
 
 def test_what_is_made_stays_small():
@@ -60,7 +73,7 @@ def test_what_is_made_stays_small():
     with torch.profiler.profile(profile_memory=True) as profile:
         multiply(a, b.t(), out)
     made = [x.cpu_memory_usage for x in profile.events() if x.name == "[memory]"]
-    assert made and max(made) <= 4 * _onednn._BLOCK < out.nbytes / 16
+    assert made and max(made) <= 4 * _onednn._BLOCK < out.nbytes / 3
 
 
 @pytest.mark.parametrize(
@@ -68,9 +81,7 @@ def test_what_is_made_stays_small():
     [
         (random(300, 300).double(), random(300, 300).double()),
         (random(300, 300).bfloat16(), random(300, 300).bfloat16()),
-        (random(300, 300), random(300, 600)[:, ::2]),  # of which oneDNN has no quick product
-        (random(2048, 1200)[:, ::2], random(4096, 600).t()),  # all of which would be copied
-        (random(300, 64), random(64, 5000)),  # of which 256 rows are a large block
+        (random(300, 64), random(64, 9000)),  # of which 256 rows are a large block
         (random(8, 8), random(8, 8)),
         (torch.ones(300, 300, device="meta"), torch.ones(300, 300, device="meta")),
     ],
@@ -83,9 +94,9 @@ def test_small_matrices_stay_with_pytorch(monkeypatch):
     """Blocks would be more memory than the matrices themselves."""
     monkeypatch.undo()
     monkeypatch.setattr(_onednn, "_is_quicker", lambda: True)
-    hidden, head = random(256, 300), random(5000, 300)
-    assert not _onednn.pays(hidden, head.t(), torch.empty(256, 5000))
-    assert _onednn.pays(hidden, random(9000, 300).t(), torch.empty(256, 9000))
+    hidden, head = random(256, 300), random(9000, 300)
+    assert not _onednn.pays(hidden, head.t(), torch.empty(256, 9000))
+    assert _onednn.pays(hidden, random(17000, 300).t(), torch.empty(256, 17000))
 
 
 def test_parameters_are_matrices_like_others():
