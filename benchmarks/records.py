@@ -41,7 +41,7 @@ import torch
 
 ROOT = checkout.ROOT
 # the problems and their engines, and what several of these share
-_PACKAGES = ("kernels", "portable", "problems", "_heads", "_products")
+_PACKAGES = ("kernels", "portable", "problems", "_heads", "_logits", "_onednn", "_products")
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
 
