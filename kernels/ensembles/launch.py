@@ -27,7 +27,7 @@ from fastkd.kernels.device import (
     warps_of_long_rows,
     written_like,
 )
-from fastkd.kernels.ensembles import sweeps
+from fastkd.kernels.ensembles import gradients, sweeps
 from fastkd.kernels.ensembles.whole_rows import Strides, whole_ensembles
 from fastkd.kernels.rows import launch as of_rows
 from fastkd.kernels.rows.reading import Numbers
@@ -172,7 +172,7 @@ def _launch_gradient(
     vectors = 2048 // width  # 16 entries of a thread
     n_blocks = triton.cdiv(n_cols, vectors * width)
     with on_device(problem.student):
-        sweeps.ensemble_gradient[(n_rows * n_blocks,)](
+        gradients.ensemble_gradient[(n_rows * n_blocks,)](
             **arguments,
             n_blocks=n_blocks,
             GRADIENT_CONGRUENT=congruent(student, rows_of(gradient), width),
