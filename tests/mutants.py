@@ -53,7 +53,7 @@ PROBLEMS = {
 }
 # a part of a file's path, and the tests that cover it: those of its problem, what else is about it
 TOPICS = [
-    ("kernels/rows|_row_terms", "rows infinities kd reduction kernels"),
+    ("kernels/rows|_row_terms|_softmaxes", "rows infinities kd reduction kernels"),
     ("portable/rows", "rows infinities kd reduction memory"),
     ("corrected|label_aware", "corrected reduction"),
     ("levels|multi_level", "levels"),

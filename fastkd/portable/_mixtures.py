@@ -15,16 +15,14 @@ from torch import Tensor
 from fastkd._op import Number
 from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
 from fastkd.portable._row_terms import (
-    Scratch,
-    Softmax,
     Terms,
     _log_ratio,
     _mean,
     _not_below_0,
     _weighted,
-    softmax,
     terms_of,
 )
+from fastkd.portable._softmaxes import Scratch, Softmax, softmax
 
 _ON_CPU, _ELSEWHERE = 1 << 18, 1 << 23  # elements of a chunk
 _LOG2E = math.log2(math.e)

@@ -12,7 +12,8 @@ from fastkd._op import Number
 from fastkd._precision import compute_dtype
 from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
 from fastkd.portable._row_labels import without_label
-from fastkd.portable._row_terms import N_SCRATCH, Scratch
+from fastkd.portable._row_terms import N_SCRATCH
+from fastkd.portable._softmaxes import Scratch
 from fastkd.problems.rows import Rows
 
 ON_CPU, _ELSEWHERE = 1 << 18, 1 << 23  # elements of a chunk
@@ -121,6 +122,18 @@ def joined(of_chunks: Sequence[Tensor | None], student: Tensor) -> Any:
     if not there:
         return None
     return (there[0] if len(there) == 1 else torch.cat(there)).view(student.shape[:-1])
+
+
+def with_views(gradient: Tensor) -> Tensor:
+    """Return the gradient, or as much room if chunks of its rows are no views of it."""
+    if gradient.ndim <= 3 or gradient.is_contiguous():
+        return gradient
+    return torch.empty_like(gradient, memory_format=torch.contiguous_format)
+
+
+def is_written_at_once(gradient: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether rows of the gradient can be computed in their place."""
+    return gradient.dtype == dtype and (gradient.stride(-1) == 1 or gradient.shape[-1] == 1)
 
 
 def select(rows: Tensor, factor: Number) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastkd._op import Number
 from fastkd._precision import compute_dtype
-from fastkd.portable._row_terms import Softmax, log_odds, softplus
+from fastkd.portable._softmaxes import Softmax, log_odds, softplus
 from fastkd.problems.rows import Rows, is_exactly, with_smoothing
 
 _LN2 = math.log(2)

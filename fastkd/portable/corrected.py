@@ -31,11 +31,13 @@ from fastkd.portable._row_chunks import (
     for_chunks,
     foresees_weight,
     has_zeros,
+    is_written_at_once,
     joined,
     rescale,
     select,
+    with_views,
 )
-from fastkd.portable._row_terms import Scratch, Softmax, centre, certain_rows, softmax
+from fastkd.portable._softmaxes import Scratch, Softmax, centre, certain_rows, softmax
 from fastkd.problems.corrected import Corrected
 
 _LN2 = math.log(2)
@@ -99,8 +101,8 @@ def _solve(problem: Corrected, factors: Number, gradient: Tensor) -> Tensor:
         labels = labels.clamp(min=0)
     scaled = factors * (problem.scale / problem.student_temperature)
     has_masked = has_zeros(factors)
-    out = gradient if _has_views(gradient) else _empty_gradient(gradient)
-    in_scratch = _needs_scratch(out, dtype)
+    out = with_views(gradient)
+    in_scratch = not is_written_at_once(out, dtype)
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> Tensor:
         classes, slope = at(labels, rows), scratch[4] if in_scratch else chunks[2]
@@ -141,8 +143,9 @@ def backward(
     if not statistics.shape[-1]:  # the forward foresaw another upstream gradient
         _solve(problem, factors, found)
         return found
-    gradient = found if _has_views(found) else _empty_gradient(found)
-    in_scratch, labels = _needs_scratch(gradient, dtype), problem.labels.reshape(-1, 1).clamp(min=0)
+    gradient = with_views(found)
+    in_scratch = not is_written_at_once(gradient, dtype)
+    labels = problem.labels.reshape(-1, 1).clamp(min=0)
     scaled = factors * (problem.scale / problem.student_temperature)
     has_masked = has_zeros(factors)
     table = statistics.reshape(-1, n_statistics(problem), 1)
@@ -251,21 +254,6 @@ def _slope(
         out.addcmul_(p.e, share, value=-1)
     out.scatter_(1, classes, at_label)
     centre(out, certain_rows(z, [q.total]))
-
-
-def _has_views(gradient: Tensor) -> bool:
-    """Return whether chunks of the rows are views of a gradient."""
-    return gradient.ndim <= 3 or gradient.is_contiguous()
-
-
-def _empty_gradient(like: Tensor) -> Tensor:
-    """Return room for a gradient of which chunks are views."""
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
-def _needs_scratch(gradient: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether rows of a gradient are computed elsewhere and copied to it."""
-    return gradient.dtype != dtype or (gradient.stride(-1) != 1 and gradient.shape[-1] > 1)
 
 
 def _dtype_of(problem: Corrected) -> torch.dtype:

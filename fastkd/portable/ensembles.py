@@ -30,17 +30,10 @@ from fastkd.portable._row_chunks import (
     has_zeros,
     rescale,
     select,
+    with_views,
 )
-from fastkd.portable._row_terms import (
-    N_SCRATCH,
-    Scratch,
-    Softmax,
-    Terms,
-    centre,
-    certain_rows,
-    softmax,
-    terms_of,
-)
+from fastkd.portable._row_terms import N_SCRATCH, Terms, terms_of
+from fastkd.portable._softmaxes import Scratch, Softmax, centre, certain_rows, softmax
 from fastkd.problems.ensembles import Ensemble, weights_of_rows
 from fastkd.problems.ensembles import compute_dtype_of as compute_dtype_of
 
@@ -111,9 +104,7 @@ def _solve(
     column, n = losses.view(-1, 1), len(problem.teachers)
     weights = weights_of_rows(problem)
     index = None if problem.teacher_index is None else problem.teacher_index.reshape(-1)
-    out = gradient
-    if gradient is not None and gradient.ndim > 3 and not gradient.is_contiguous():
-        out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    out = None if gradient is None else with_views(gradient)
     unit = problem.scale / problem.student_temperature
     scaled = None if factors is None else factors * unit
     has_masked = factors is not None and has_zeros(factors)

@@ -30,7 +30,7 @@ from fastkd.portable._row_chunks import (
     rescale,
     select,
 )
-from fastkd.portable._row_terms import Scratch, Softmax, centre, certain_rows, softmax
+from fastkd.portable._softmaxes import Scratch, Softmax, centre, certain_rows, softmax
 from fastkd.problems.peers import MOST, Peers, logits_of
 
 _LN2 = math.log(2)

@@ -31,9 +31,11 @@ from fastkd.portable._row_chunks import (
     foresees_weight,
     has_zeros,
     in_compute_dtype,
+    is_written_at_once,
     joined,
     rescale,
     select,
+    with_views,
 )
 from fastkd.portable._row_labels import (
     Targets,
@@ -43,19 +45,16 @@ from fastkd.portable._row_labels import (
     targets_of,
     without_label,
 )
-from fastkd.portable._row_terms import (
-    CENTRED,
-    N_SCRATCH,
+from fastkd.portable._row_terms import CENTRED, N_SCRATCH, logit_mse, terms_of
+from fastkd.portable._softmaxes import (
     Moments,
     Scratch,
     Softmax,
     add_slope_of_deviation,
     centre,
     certain_rows,
-    logit_mse,
     moments_of,
     softmax,
-    terms_of,
     total_at_1,
     without_temperature,
 )
@@ -94,7 +93,7 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
     student = problem.student
     # cross-entropies are multiplied by something else, and need a place of the slope that is added
     dtype = compute_dtype(student, problem.teacher)
-    is_addable = problem.adds_cross_entropy and _is_written_at_once(student, dtype)
+    is_addable = problem.adds_cross_entropy and is_written_at_once(student, dtype)
     has_one_loss = problem.labels is None or is_addable or problem.divergence == _WEIGHTED
     if needs_grad[0] and has_one_loss and foresees_weight(problem):
         gradient = in_huge_pages(torch.empty_like(student))
@@ -167,9 +166,7 @@ def backward(
     if not statistics.shape[-1]:  # the forward foresaw another upstream gradient
         value_and_gradients(problem, (True,), row_weights=of_losses, gradient=found)
         return found
-    gradient = found
-    if found.ndim > 3 and not found.is_contiguous():  # chunks may be no views of it
-        gradient = torch.empty_like(found, memory_format=torch.contiguous_format)
+    gradient = with_views(found)
     _fill(gradient, problem, statistics, *factors_of(problem, *upstream))
     return found if gradient is found else found.copy_(gradient)
 
@@ -196,9 +193,9 @@ def value_and_gradients(
     if problem.divergence and not needs_grad[0]:
         return forward(problem, (False,))[0], (None,)
     place = gradient
-    if gradient is not None and gradient.ndim > 3 and not gradient.is_contiguous():
-        gradient = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-    elif gradient is None and needs_grad[0]:
+    if gradient is not None:
+        gradient = with_views(gradient)
+    elif needs_grad[0]:
         gradient = student
         if not in_place:  # contiguous, because chunks of other strides may be no views of it
             kept = torch.contiguous_format
@@ -209,7 +206,7 @@ def value_and_gradients(
     factors = factors * (problem.scale * problem.share)
     targets, apart = targets_of(problem), _classes(problem.apart)
     is_masked = has_zeros(factors)
-    in_scratch = gradient is not None and not _is_written_at_once(gradient, dtype)
+    in_scratch = gradient is not None and not is_written_at_once(gradient, dtype)
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> Losses:
         z, z_teacher, *out = chunks
@@ -392,7 +389,7 @@ def _fill(
 ) -> None:
     """Write the gradient, which may be the student itself."""
     dtype, targets, apart = statistics.dtype, targets_of(problem), _classes(problem.apart)
-    in_scratch = gradient is problem.student or not _is_written_at_once(gradient, dtype)
+    in_scratch = gradient is problem.student or not is_written_at_once(gradient, dtype)
     n_rows, width = problem.student.shape[:-1].numel(), statistics.shape[-1]
     table = statistics.reshape(n_rows, width, 1)
     scaled = None if factors is None else factors * (problem.scale * problem.share)
@@ -479,11 +476,6 @@ def _masked(problem: Rows, losses: Tensor, cross_entropies: Tensor | None) -> Lo
     if cross_entropies is not None and masked is not None:
         cross_entropies.masked_fill_(masked, 0)
     return losses, cross_entropies
-
-
-def _is_written_at_once(gradient: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether rows of the gradient can be computed in their place."""
-    return gradient.dtype == dtype and (gradient.stride(-1) == 1 or gradient.shape[-1] == 1)
 
 
 def _temperatures(

@@ -24,16 +24,8 @@ from fastkd.portable._row_chunks import (
     in_compute_dtype,
     select,
 )
-from fastkd.portable._row_terms import (
-    CENTRED,
-    N_SCRATCH,
-    Scratch,
-    Softmax,
-    centre,
-    certain_rows,
-    softmax,
-    terms_of,
-)
+from fastkd.portable._row_terms import CENTRED, N_SCRATCH, terms_of
+from fastkd.portable._softmaxes import Scratch, Softmax, centre, certain_rows, softmax
 from fastkd.problems.softened import Softened, mirror_of
 
 # divergences whose slopes leave both softmaxes as they are, and those that read no d of them

@@ -178,9 +178,14 @@ def of_each_row(weights: Any, n_teachers: int, like: Tensor, dtype: torch.dtype)
     if weights is None:
         return None
     if not isinstance(weights, Tensor):
-        # made on the device, because a copy from the host would be a host sync
-        weights = torch.stack([like.new_ones((), dtype=dtype) * x for x in weights])
+        weights = stacked(weights, like, dtype)
     return weights.detach().expand(*like.shape[:-1], n_teachers)
+
+
+def stacked(numbers: Sequence[Number], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return numbers, some of which may be tensors, as a tensor [K] of this dtype."""
+    # made on the device, because a copy from the host would be a host sync
+    return torch.stack([like.new_ones((), dtype=dtype) * x for x in numbers])
 
 
 def multi_teacher(

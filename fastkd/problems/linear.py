@@ -15,6 +15,7 @@ from fastkd._precision import compute_dtype
 from fastkd._reduction import divided, reduce
 from fastkd.problems import _linear_checks as checks
 from fastkd.problems import rows
+from fastkd.problems.ensembles import of_each_row, stacked
 
 check = checks.check
 
@@ -161,7 +162,7 @@ def linear_kd(
         teachers,
         heads,
         biases,
-        shares_of_teachers(teacher_weights, len(teachers), student_hidden, dtype),
+        of_each_row(teacher_weights if teachers else None, len(teachers), student_hidden, dtype),
         labels,
         weights,
         stacked([*shares.values()], student_hidden, dtype) if is_distilled and not is_one else None,
@@ -220,12 +221,6 @@ def shares_of(divergence: Any) -> dict[str, Number]:
     return dict.fromkeys([divergence] if isinstance(divergence, str) else divergence, 1.0)
 
 
-def stacked(shares: Sequence[Number], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the shares as a tensor [K] of this dtype."""
-    # made on the device, because a copy from the host would be a host sync
-    return torch.stack([like.new_ones((), dtype=dtype) * x for x in shares])
-
-
 def weights_of_rows(
     weights: Tensor | None, labels: Tensor | None, ignore_index: int
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -238,17 +233,6 @@ def weights_of_rows(
     labelled = labels != ignore_index
     weights = labelled if weights is None else torch.where(labelled, weights, 0)
     return weights, labels.masked_fill(~labelled, -1)
-
-
-def shares_of_teachers(
-    shares: Any, n_teachers: int, like: Tensor, dtype: torch.dtype
-) -> Tensor | None:
-    """Return the shares of the teachers in each row (..., T), None for one share of all."""
-    if shares is None or not n_teachers:
-        return None
-    if not isinstance(shares, Tensor):
-        shares = stacked(shares, like, dtype)
-    return shares.detach().expand(*like.shape[:-1], n_teachers)
 
 
 def teachers_of(hidden: Any, weight: Any, bias: Any, logits: Any) -> tuple[Sequence[Any], ...]:
