@@ -13,7 +13,7 @@ from fastkd.contrastive import (
     sup_con,
 )
 from fastkd.correlation import correlation_congruence, dist_kd, pkt, similarity_preserving
-from fastkd.cross_tokenizer import alm, matched_kl, projected_kl, sum_by_group, uld
+from fastkd.cross_tokenizer import matched_kl, projected_kl, uld
 from fastkd.decoupled import decoupled_kd, nkd, uskd
 from fastkd.divergence import (
     forward_kl,
@@ -46,6 +46,7 @@ from fastkd.feature_modules import (
 )
 from fastkd.label_aware import mft, teacher_free_kd, wsld
 from fastkd.layers import LayerPairs
+from fastkd.likelihoods import alm, sum_by_group
 from fastkd.linear import head_options, linear_kd
 from fastkd.modules import (
     ALMLoss,

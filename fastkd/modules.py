@@ -32,6 +32,7 @@ from fastkd import (
     divergence,
     ensemble,
     label_aware,
+    likelihoods,
     linear,
     multi_level,
     online,
@@ -233,7 +234,7 @@ class ProjectedKLLoss(LossModule, function=cross_tokenizer.projected_kl):
     """
 
 
-class ALMLoss(LossModule, function=cross_tokenizer.alm):
+class ALMLoss(LossModule, function=likelihoods.alm):
     """f(p, q) + f(1 − p, 1 − q) of likelihoods of groups, the module of `fastkd.alm`.
 
     Minixhofer et al., Cross-Tokenizer Distillation via Approximate Likelihood Matching, 2025.

@@ -61,7 +61,7 @@ TOPICS = [
     ("online|peers", "peers"),
     ("ema.py", "ema"),
     ("schedules", "schedules"),
-    ("cross_tokenizer|sorted_rows|_vocabularies", "cross_tokenizer"),
+    ("cross_tokenizer|likelihoods|sorted_rows|_vocabularies", "cross_tokenizer"),
     ("alignment", "alignment"),
     ("softened", "softened"),
     ("decoupled", "rows infinities kd"),
