@@ -214,7 +214,7 @@ def test_classes_that_both_leave_out_count_for_nothing(kind, engine):
 
 
 @each_kind
-# but for a smoothing of 1, by which the formula has 0 · ∞
+# but for a smoothing of 1, by which the portable engine has 0 · ∞
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[1], *OPTIONS[3:]], ids=str)
 @pytest.mark.parametrize("n_cols", [N_COLS, LONG])
 @quick_if(lambda options, n_cols, engine: engine == "triton" or n_cols == N_COLS)
@@ -229,6 +229,25 @@ def test_a_target_of_an_excluded_class_is_infinite(kind, options, n_cols, engine
         expected = fastkd.kd(student, teacher, labels, **own)
     assert found[4] == math.inf
     assert_same([found], [expected])
+
+
+@each_kind
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_labels_smoothed_away_leave_an_infinite_loss(kind, is_weighted):
+    """All classes have 1 / V of the target then, and the gradient of what is left is finite."""
+    student, teacher, labels = batch(kind)
+    excluded = labels[4].argmax() if kind == "soft" else labels[4]
+    weights = torch.ones(N_COLS, dtype=torch.float64, device=DEVICE) + is_weighted
+    own = dict(alpha=1.0, reduction="none", class_weights=weights if is_weighted else None)
+    with torch.no_grad():
+        student[4, excluded] = -math.inf
+    for smoothing in (1, 1.0, torch.tensor(1.0, device=DEVICE)):
+        with fastkd.backend("formula"):
+            losses = fastkd.kd(student, teacher, labels, label_smoothing=smoothing, **own)
+        assert losses.isposinf().tolist() == [False] * 4 + [True, False]
+        (gradient,) = torch.autograd.grad(losses[4], student)
+        q = student[4].detach().softmax(-1)
+        assert_same([gradient[4]], [(q - 1 / N_COLS) * (1 + is_weighted)])
 
 
 @each_kind
