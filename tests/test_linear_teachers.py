@@ -294,6 +294,38 @@ def test_the_compute_dtype_is_the_widest_of_all_networks(networks, backend):
             assert loss.dtype == torch.float64
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("wide", ["teacher_hidden", "teacher_weight", "teacher_weights"])
+def test_a_teacher_that_is_not_read_widens_the_compute_dtype_too(networks, wide, reduction, engine):
+    (*of_student, teacher, teacher_weight), labels = networks
+    of_teacher = dict(
+        teacher_hidden=teacher, teacher_weight=teacher_weight,
+        teacher_weights=torch.ones(1, device=DEVICE),
+    )  # fmt: skip
+    of_teacher = {k: x.double() if k == wide else x.float() for k, x in of_teacher.items()}
+
+    def found():
+        narrow = [x.float() for x in of_student]
+        return results(narrow, labels=labels, alpha=1.0, reduction=reduction, **of_teacher)
+
+    with fastkd.backend("formula"):
+        expected = found()
+    assert [x.dtype for x in found()] == [torch.float64, torch.float32, torch.float32]
+    assert_same(found()[:1], expected[:1], 1e-14)
+    assert_same(found()[1:], expected[1:], 1e-6)
+
+
+def test_shares_have_the_digits_of_weights_in_float64(networks, engine):
+    narrow = [x.detach().float() for x in networks[0]]
+    options = dict(
+        divergence={"forward_kl": 0.3, "reverse_kl": 0.7},
+        teacher_weights=torch.ones(1, dtype=torch.float64, device=DEVICE),
+    )
+    found = fastkd.linear_kd(*narrow, **options)
+    with fastkd.backend("formula"):
+        assert_same([found], [fastkd.linear_kd(*narrow, **options)], 1e-14)
+
+
 @pytest.mark.parametrize("backend", ["portable", "formula"])
 def test_terms_of_share_0_count_for_nothing(networks, backend):
     (student, weight, teacher, teacher_weight), labels = networks

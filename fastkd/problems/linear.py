@@ -147,13 +147,15 @@ def linear_kd(
     )
     heads, biases, logits = map(tuple, of_teachers)
     teachers = tuple(h if z is None else z for h, z in zip(hidden, logits, strict=True))
+    networks = (student_hidden, student_weight, *teachers, *heads, teacher_weights)
+    dtype = compute_dtype(*(x for x in networks if isinstance(x, Tensor)))
     # a divergence of share 0 is computed for those alone who ask for its value
     if rows.is_exactly(alpha, 1) and not (metrics or asked.return_parts):
         teachers = heads = biases = ()
+        if dtype == torch.float64:  # which a teacher decides who is not read, too
+            student_hidden = student_hidden.double()
     weights, labels = weights_of_rows(asked.weights, labels, ignore_index)
     is_distilled = len(teachers) > 0
-    networks = (student_hidden, student_weight, *teachers, *heads)
-    dtype = compute_dtype(*(x for x in networks if x is not None))
     is_one = len(shares) == 1 and rows.is_exactly(next(iter(shares.values())), 1)
     problem = Linear(
         student_hidden,
