@@ -39,9 +39,11 @@ from typing import Any
 import checkout
 import torch
 
+import fastkd
+
 ROOT = checkout.ROOT
-# the problems and their engines, and what several of these share
-_PACKAGES = ("kernels", "portable", "problems", "_heads", "_logits", "_onednn", "_products")
+# how losses are called, checked and spread over ranks, which takes all of them as long
+_OF_ALL_LOSSES = ("_backend", "_checks", "_loss", "_op", "_option_checks", "_ranks")
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
 
@@ -167,21 +169,17 @@ def is_stale(row: Row, cases: Iterable[Any]) -> bool:
 
 
 def sources(case: Any, engine: str) -> str:
-    """Return the hash of the code that computes a loss: its problem and the engine that solves it.
+    """Return the hash of the code that computes a loss, from its statement to the engine.
 
     A comment, a docstring, another layout or the text of an error leaves it as it is. Of a loss
     without a problem the code is the module of its formula.
     """
-    return _sources(case.loss, case.problem, engine if case.has_kernels else "portable")
+    return _sources(case.name, case.problem, engine if case.has_kernels else "portable")
 
 
 @functools.cache
-def _sources(loss: Any, problem: str | None, engine: str) -> str:
-    if problem is None:
-        file = inspect.getsourcefile(inspect.unwrap(loss))
-        files = [Path(str(file))]
-    else:
-        files = modules(problem, engine)
+def _sources(loss: str, problem: str | None, engine: str) -> str:
+    files = [_file_of_formula(loss)] if problem is None else modules(loss, problem, engine)
     return hashlib.sha256("\n".join(map(structure_of, files)).encode()).hexdigest()[:16]
 
 
@@ -195,21 +193,60 @@ def parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_text())
 
 
-def modules(problem: str, engine: str) -> list[Path]:
-    """Return the files of an engine: its module for the problem, and what this imports of it."""
-    kernels = engine == "triton"
+def modules(loss: str, problem: str, engine: str) -> list[Path]:
+    """Return the files that an engine solves a problem with, and those that state the loss as one.
+
+    They are the engine's module, what the decorator of the formula names, and what these import.
+    """
+    place = f"kernels.{problem}.launch" if engine == "triton" else f"portable.{problem}"
     found: set[Path] = set()
-    waiting = [f"fastkd.kernels.{problem}.launch" if kernels else f"fastkd.portable.{problem}"]
+    waiting = [*_files_of(f"fastkd.{place}"), *_named_by_decorator(loss)]
     while waiting:
-        package, *inside = waiting.pop().split(".")[1:] or [""]
-        file = ROOT.joinpath(*["fastkd"] * (package != "kernels"), package, *inside)
-        file = file.with_suffix(".py")
-        if package in _PACKAGES and file.is_file() and file not in found:
+        file = waiting.pop()
+        if file.stem not in _OF_ALL_LOSSES and file not in found:
             found.add(file)
-            for node in ast.walk(parsed(file)):
-                if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("fastkd."):
-                    waiting += [f"{node.module}", *(f"{node.module}.{x.name}" for x in node.names)]
+            waiting += [x for _, x in _imports_of(file)]
     return sorted(found)
+
+
+def _file_of_formula(loss: str) -> Path:
+    return Path(str(inspect.getsourcefile(inspect.unwrap(getattr(fastkd, loss)))))
+
+
+def _named_by_decorator(loss: str) -> list[Path]:
+    """Return the files of what the decorator of a formula takes from other modules."""
+    file = _file_of_formula(loss)
+    imports = _imports_of(file)
+    return [
+        found
+        for node in parsed(file).body
+        if isinstance(node, ast.FunctionDef) and node.name == loss
+        for decorator in node.decorator_list
+        for used in ast.walk(decorator)
+        for name, found in imports
+        if isinstance(used, ast.Name) and used.id == name
+    ]
+
+
+@functools.cache
+def _imports_of(file: Path) -> list[tuple[str, Path]]:
+    """Return what a file imports of fastkd, by its name there, and the file that it is in."""
+    return [
+        (alias.asname or alias.name, found)
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("fastkd.")
+        for alias in node.names
+        for found in _files_of(f"{node.module}.{alias.name}")
+    ]
+
+
+def _files_of(name: str) -> list[Path]:
+    """Return the file of a module, or of that which something with this name is in, if any."""
+    place = name.split(".")
+    if place[1:2] == ["kernels"]:  # the folder beside fastkd's
+        place = place[1:]
+    files = (ROOT.joinpath(*x).with_suffix(".py") for x in (place, place[:-1]))
+    return [file for file in files if file.is_file()][:1]
 
 
 def structure(node: Any) -> str:

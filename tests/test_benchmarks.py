@@ -375,14 +375,20 @@ def test_what_a_peer_lacks_is_said(monkeypatch):
     assert "nvidia-cutlass-dsl" in found["quack-kernels"]
 
 
+def files_of(case, engine):
+    """Return the names of the files that a figure of the case depends on."""
+    engine = engine if case.has_kernels else "portable"
+    files = records.modules(case.name, case.problem, engine)
+    return {str(file.relative_to(ROOT)) for file in files}
+
+
 def test_a_figure_depends_on_the_code_that_computes_it():
     def names(name, engine):
-        case = BY_NAME[name].case
-        files = records.modules(case.problem, engine if case.has_kernels else "portable")
-        return {str(file.relative_to(ROOT)) for file in files}
+        return files_of(BY_NAME[name].case, engine)
 
     rows = {"fastkd/portable/rows.py", "fastkd/problems/rows.py"}
-    assert rows <= names("kd", "portable") == names("dino", "portable")
+    shared = {"fastkd/_pages.py", "fastkd/_precision.py", "fastkd/_reduction.py"}
+    assert rows | shared <= names("kd", "portable") == names("forward_kl", "portable")
     kernels = {"kernels/rows/launch.py", "kernels/rows/terms.py", "kernels/tiles.py"}
     assert kernels | {"fastkd/problems/rows.py"} < names("kd", "triton")
     assert "fastkd/_loss.py" not in names("kd", "portable") | names("kd", "triton")
@@ -390,6 +396,22 @@ def test_a_figure_depends_on_the_code_that_computes_it():
     assert names("pkt", "triton") == names("pkt", "portable")  # it has no kernels
     hashes = [records.sources(BY_NAME[name].case, "portable") for name in ("kd", "pkt", "rkd")]
     assert len({*hashes}) == 3
+
+
+@pytest.mark.parametrize("engine", ["portable", "triton"])
+def test_a_figure_depends_on_how_its_loss_is_stated(engine):
+    """The statements of other losses of a problem are none of its code."""
+    statements = {
+        "nkd": {"fastkd/problems/_decoupled.py"},
+        "matched_kl": {"fastkd/problems/_vocabularies.py"},
+        "dino": {"fastkd/problems/_crops.py"},
+        "channel_wise": {"fastkd/problems/_maps.py"},
+    }
+    of_rows = files_of(BY_NAME["forward_kl"].case, engine)
+    for name, files in statements.items():
+        assert files_of(BY_NAME[name].case, engine) - of_rows == files
+    linear = files_of(BY_NAME["linear_kd"].case, engine)
+    assert {"fastkd/_heads.py", "fastkd/_logits.py", "fastkd/_products.py"} < linear
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -403,8 +425,7 @@ def test_a_figure_depends_on_all_problems_that_are_solved_for_it(case, monkeypat
     monkeypatch.setattr(Op, "__call__", noted)
     with fastkd.backend("portable"):
         case(*case.inputs((5,), 4, torch.float32))
-    files = records.modules(case.problem, "portable") if case.problem else []
-    assert solved <= {str(file.relative_to(ROOT)) for file in files}
+    assert solved <= (files_of(case, "portable") if case.problem else set())
 
 
 CODE = '''
