@@ -98,12 +98,17 @@ def decoupled_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return (target + 8.0 * others) * 4.0**2
 
 
+def _of_others(classes: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Return the columns of the other classes, one fewer in each row."""
+    is_other = torch.ones_like(tensors[0]).scatter_(-1, classes, 0).bool()
+    return [x[is_other].reshape(len(x), -1) for x in tensors]
+
+
 def nkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     classes = labels.unsqueeze(-1)
     log_q, p = F.log_softmax(student, dim=-1), F.softmax(teacher, dim=-1)
     target = -(p.gather(-1, classes) * log_q.gather(-1, classes)).mean()
-    is_other = torch.ones_like(student).scatter_(-1, classes, 0).bool()
-    others_q, others_p = (x[is_other].reshape(len(x), -1) for x in (student, teacher))
+    others_q, others_p = _of_others(classes, student, teacher)
     others = (F.softmax(others_p, dim=-1) * F.log_softmax(others_q, dim=-1)).sum(-1).mean()
     return target - 1.5 * others
 
@@ -119,15 +124,15 @@ def wsld(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def uskd(student: Tensor, labels: Tensor, weak: Tensor) -> Tensor:
-    is_label = F.one_hot(labels, student.shape[-1])
+    classes = labels.unsqueeze(-1)
     log_q, q = F.log_softmax(student, dim=-1), F.softmax(student, dim=-1)
-    squares = ((q * is_label).sum(-1) ** 2).detach()
-    target = -((1 + squares - squares.mean()) * (log_q * is_label).sum(-1)).mean()
+    squares = (q.gather(-1, classes) ** 2).detach()
+    target = -((1 + squares - squares.mean()) * log_q.gather(-1, classes)).mean()
     with torch.no_grad():
-        odds = (p / (1 - (p * is_label).sum(-1, keepdim=True)) for p in (q, F.softmax(weak, -1)))
+        odds = (p / (1 - p.gather(-1, classes)) for p in (q, F.softmax(weak, -1)))
         ranks = 1 + sum(odds).argsort(-1, descending=True).argsort(-1).to(student.dtype)
-        shares = (1 - is_label) / ranks
-    others = F.cross_entropy(student - 1000.0 * is_label, shares / shares.sum(-1, keepdim=True))
+    others_q, ranks = _of_others(classes, student, ranks)
+    others = F.cross_entropy(others_q, (1 / ranks) / (1 / ranks).sum(-1, keepdim=True))
     return target + 0.1 * others + 0.005 * F.cross_entropy(weak, labels, label_smoothing=0.1)
 
 
