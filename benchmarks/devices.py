@@ -243,6 +243,14 @@ Device = Cpu | Gpu | Interpreter
 
 
 def processor() -> str:
+    """Return the name of the processor, and the vector instructions that PyTorch takes there.
+
+    Processors of one name differ in these, and so do their figures.
+    """
+    return f"{_model()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _model() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

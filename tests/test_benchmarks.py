@@ -328,6 +328,20 @@ def test_a_later_run_replaces_a_row_as_a_whole(tmp_path):
     assert [row["run"] for row in record["rows"]] == [0, 1, 1] and len(record["runs"]) == 2
 
 
+def test_processors_of_one_name_have_records_of_their_own(tmp_path, main, capsys, monkeypatch):
+    """Their figures differ with their vector instructions."""
+    monkeypatch.setattr(devices, "_model", lambda: "AMD EPYC")
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda x=capability: x)
+        run = records.new_run(**devices.Cpu().description(), peers={})
+        records.Record(tmp_path, "measured", run.pop("device"), run).add(a_row(threads=1))
+    files = sorted(file.name for file in tmp_path.iterdir())
+    assert files == ["amd-epyc-avx2.json", "amd-epyc-avx512.json"]
+    assert main(report, f"--results={tmp_path}", "measured") == 0
+    pages = capsys.readouterr().out
+    assert "### AMD EPYC, AVX2\n" in pages and "### AMD EPYC, AVX512\n" in pages
+
+
 @pytest.mark.parametrize("is_stale", [False, True])
 def test_the_report_says_what_is_stale(is_stale, tmp_path, main, capsys):
     a_record(tmp_path, a_row(**(dict(sources="0" * 16) if is_stale else {})))
