@@ -36,12 +36,14 @@ from inputs import (
     with_a_map,
     with_a_mask,
     with_bank,
+    with_class_weights,
     with_classes,
     with_false_negatives,
     with_keys,
     with_labelled_keys,
     with_matched_ids,
     with_negatives_of_each,
+    with_soft_labels,
     with_variances,
     with_views,
     with_weak_logits,
@@ -265,6 +267,7 @@ def _linear_of_two(**options: Any) -> Case:
 
 
 _with_weights = _last(fastkd.hint, "weights")
+_with_class_weights = _last(fastkd.kd, "class_weights")
 ONE_WIDTH, TWO_WIDTHS, UNIT = embeddings(), embeddings(wider=2), embeddings(trained=2, unit=True)
 VIEWS = embeddings(trained=2)
 
@@ -293,6 +296,16 @@ CASES = [
     _kd("jensen_shannon", textbook.JENSEN_SHANNON, beta=0.1),
     _kd("total_variation", textbook.TOTAL_VARIATION),
     _kd("forward_kl", textbook.standardized(textbook.FORWARD_KL), standardize=True),
+    _batch("rows", fastkd.kd, with_soft_labels, "soft labels", alpha=0.3, temperature=4.0),
+    _batch(
+        "rows",
+        _with_class_weights,
+        with_class_weights,
+        "class weights",
+        alpha=0.3,
+        temperature=4.0,
+        label_smoothing=0.1,
+    ),
     _of_labels("rows", fastkd.decoupled_kd, textbook.DECOUPLED_KD),
     _of_labels(
         "rows", fastkd.decoupled_kd, textbook.DECOUPLED_KD, alpha=2.0, beta=0.5, scale_t2=False

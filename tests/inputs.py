@@ -59,6 +59,18 @@ def logits_and_labels(examples, width, dtype=torch.float64, seed=0, device=DEVIC
     return [*logits(examples, width, dtype, seed, device), labels]
 
 
+def with_soft_labels(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return logits and probabilities of classes, as mixup gives them."""
+    probabilities = normal(*examples, width, dtype=dtype, seed=seed + 2, device=device).softmax(-1)
+    return [*logits(examples, width, dtype, seed, device), probabilities]
+
+
+def with_class_weights(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
+    """Return logits, labels, and a weight of each class."""
+    weights = 0.1 + normal(width, dtype=dtype, seed=seed + 2, device=device).square()
+    return [*logits_and_labels(examples, width, dtype, seed, device), weights]
+
+
 def two_vocabularies(examples, width, dtype=torch.float64, seed=0, device=DEVICE):
     """Return logits of which the teacher has two more."""
     student = 3 * normal(*examples, width, seed=seed, device=device)

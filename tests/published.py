@@ -49,6 +49,17 @@ def linear_kd(
     return losses if reduction == "none" else losses.sum() / counted.sum().clamp(min=1)
 
 
+# ----------------------------------------------------------------------------------------- labels
+
+
+def kd(student, teacher, labels, class_weights=None, *, alpha, temperature, label_smoothing=0.0):
+    """Return what users write, with what F.cross_entropy takes: soft labels, weights, smoothing."""
+    log_q, p = (student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1)
+    divergence = F.kl_div(log_q, p, reduction="batchmean") * temperature**2
+    of_labels = F.cross_entropy(student, labels, class_weights, label_smoothing=label_smoothing)
+    return alpha * of_labels + (1 - alpha) * divergence
+
+
 # ------------------------------------------------------------------------------------------ peers
 
 
