@@ -154,11 +154,13 @@ def trl() -> Contender:
     for name, of_module in functions.items():
         sys.modules[name] = types.ModuleType(name)
         vars(sys.modules[name]).update(of_module)
-    divergences = peers.alone("trl.kernels.chunked_divergence", "trl.trainer")
-    log_probabilities = importlib.import_module("trl.kernels.chunked_logprob")
-    for name in functions:
-        if not name.startswith("trl."):  # because others ask whether it is there
-            del sys.modules[name]
+    try:
+        divergences = peers.alone("trl.kernels.chunked_divergence", "trl.trainer")
+        log_probabilities = importlib.import_module("trl.kernels.chunked_logprob")
+    finally:
+        for name in functions:
+            if not name.startswith("trl."):  # because others ask whether it is there
+                del sys.modules[name]
 
     def cross_entropy(x: Batch) -> Tensor:
         found, *_ = log_probabilities.ChunkedLogProbFunction.apply(

@@ -1,5 +1,6 @@
 """The table of losses from hidden states and heads is a figure of the same loss everywhere."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -40,6 +41,17 @@ def run(monkeypatch, tmp_path):
         return {(row["options"], row["direction"]): row for row in record["rows"]}
 
     return call
+
+
+def test_a_library_that_cannot_be_imported_leaves_nothing_in_place_of_another(monkeypatch):
+    def alone(*names):
+        raise ModuleNotFoundError(names[0])
+
+    monkeypatch.setattr(peers, "alone", alone)
+    with pytest.raises(ModuleNotFoundError):
+        head_losses.trl()
+    for name in ("transformers", "transformers.utils"):
+        assert name not in sys.modules or importlib.util.find_spec(name)
 
 
 @pytest.mark.parametrize("loss", CASES, ids=str)
