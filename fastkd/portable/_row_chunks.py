@@ -73,33 +73,32 @@ def in_compute_dtype(problem: Rows) -> Rows:
 
 def factors_of(
     problem: Rows, upstream: Number | None, ce_upstream: Number | None
-) -> tuple[Number | None, Tensor | None]:
+) -> tuple[Number | None, Number | None]:
     """Return what multiplies the gradients of both losses in each row [N, 1], 0 if masked.
 
-    A number that all rows of divergences share, of which none is masked, stays one.
+    A number that all rows share, of which none is masked, stays one.
     """
-    of_losses = upstream
-    if isinstance(upstream, Tensor) or (upstream is not None and problem.row_mask is not None):
-        of_losses = _column(problem, upstream)
-        if problem.row_mask is not None:
-            of_losses = torch.where(problem.row_mask.reshape(-1, 1), of_losses, 0)
+    mask, of_losses = problem.row_mask, None
+    if upstream is not None:
+        of_losses = _column(problem, upstream, None if mask is None else ~mask)
     if problem.adds_cross_entropy:
         ce_upstream = None if of_losses is None else of_losses * problem.ce_scale
     if ce_upstream is None or problem.labels is None:
         return of_losses, None
-    of_labels, masked = _column(problem, ce_upstream), without_label(problem)
-    if masked is not None:
-        of_labels = of_labels.masked_fill(masked.reshape(-1, 1), 0)
-    return of_losses, of_labels
+    return of_losses, _column(problem, ce_upstream, without_label(problem))
 
 
-def _column(problem: Rows, number: Number) -> Tensor:
-    """Return a number, or one of each row, as a column [N, 1] in the compute dtype."""
+def _column(problem: Rows, number: Number, masked: Tensor | None) -> Number:
+    """Return numbers of rows as a column [N, 1] in the compute dtype, with 0 where masked."""
     student, dtype = problem.student, compute_dtype(problem.student, problem.teacher)
-    n_rows = student.shape[:-1].numel()
-    if isinstance(number, Tensor):
-        return number.reshape(-1, 1).to(dtype).expand(n_rows, 1)
-    return student.new_full((n_rows, 1), number, dtype=dtype)
+    if not isinstance(number, Tensor):
+        if masked is None:
+            return number
+        return student.new_full((masked.numel(), 1), number, dtype=dtype).masked_fill_(
+            masked.reshape(-1, 1), 0
+        )
+    column = number.reshape(-1, 1).to(dtype).expand(student.shape[:-1].numel(), 1)
+    return column if masked is None else column.masked_fill(masked.reshape(-1, 1), 0)
 
 
 def has_zeros(factors: Number) -> bool:
