@@ -118,13 +118,13 @@ def certain_rows(logits: Tensor, totals: Sequence[Tensor]) -> Certain:
     """
     if logits.shape[-1] == 1:  # which has no others, and whose slope is exact
         return None
-    certain = functools.reduce(torch.minimum, totals) < _CERTAIN
+    total = functools.reduce(torch.minimum, totals)
     if not logits.is_cpu:  # a look at the numbers would be a host sync
-        return certain, logits.argmax(-1, keepdim=True)
-    if not certain.any():
+        return total < _CERTAIN, logits.argmax(-1, keepdim=True)
+    if total.numel() and total.min().item() >= _CERTAIN:
         return None
-    rows = certain.squeeze(1).nonzero().squeeze(1)
-    return rows, logits[rows].argmax(-1, keepdim=True)
+    rows = (total.squeeze(1) < _CERTAIN).nonzero().squeeze(1)
+    return (rows, logits[rows].argmax(-1, keepdim=True)) if len(rows) else None
 
 
 def centre(slopes: Tensor, certain: Certain) -> None:
@@ -136,14 +136,12 @@ def centre(slopes: Tensor, certain: Certain) -> None:
         return
     rows, places = certain
     if rows.dtype == torch.bool:
-        slopes.copy_(torch.where(rows, _summing_to_0(slopes, places), slopes))
+        of_others = slopes.scatter(-1, places, 0).sum(-1, keepdim=True)
+        own = torch.where(rows, of_others.neg_(), slopes.gather(-1, places))
+        slopes.scatter_(-1, places, own)
     else:
-        slopes[rows] = _summing_to_0(slopes[rows], places)
-
-
-def _summing_to_0(slopes: Tensor, places: Tensor) -> Tensor:
-    others = slopes.scatter(-1, places, 0)
-    return others.scatter_(-1, places, others.sum(-1, keepdim=True).neg_())
+        of_others = slopes[rows].scatter_(-1, places, 0).sum(-1)
+        slopes[rows, places.squeeze(-1)] = of_others.neg_()
 
 
 def log_odds(q: Softmax, total: Tensor | None = None, temperature: Number = 1.0) -> Tensor:
