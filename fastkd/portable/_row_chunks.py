@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkd._op import Number
 from fastkd._precision import compute_dtype
-from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
+from fastkd.portable._chunks import by_workers, cut, for_each, most_elements, with_buffers
 from fastkd.portable._row_labels import without_label
 from fastkd.portable._row_terms import N_SCRATCH
 from fastkd.portable._softmaxes import Scratch
@@ -163,13 +163,14 @@ def for_chunks(
     n_cols, most = student.shape[-1], most_elements(student, ON_CPU, _ELSEWHERE)
     if student.numel() <= most and all(x.is_contiguous() for x in tensors):
         matrices = [x if x.ndim == 2 else x.view(-1, n_cols) for x in tensors]
-        buffers: Scratch = (None,) * n_scratch
-        if student.numel() > FEW:
-            # one allocation, because the system would take back and clear the pages of many
-            buffers = student.new_empty(
-                (n_scratch, *matrices[0].shape), dtype=dtype or compute_dtype(student, teacher)
-            ).unbind()
-        return [work(slice(None), matrices, buffers)]
+        if student.numel() <= FEW:
+            return [work(slice(None), matrices, (None,) * n_scratch)]
+        return with_buffers(
+            lambda buffers: [work(slice(None), matrices, buffers)],
+            (n_scratch, *matrices[0].shape),
+            dtype or compute_dtype(student, teacher),
+            student,
+        )
     most = max(most, most_elements(student, min(_OF_MANY, student.numel() // 64), _ELSEWHERE))
     inner = student.shape[-2] if student.ndim > 1 else 1
     blocks = [x.reshape(-1, inner, n_cols) for x in tensors]

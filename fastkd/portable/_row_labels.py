@@ -121,7 +121,9 @@ def cross_entropy(
             losses = _less(losses, each, smoothing * temperature / q.d.shape[-1])
     losses = losses.mul_(_LN2)
     # a row without a target has any distribution, so that it has no NaN
-    return torch.where(sums == 0, 0, losses) if targets.may_vanish else losses
+    if isinstance(sums, Tensor) and targets.may_vanish:
+        return torch.where(sums == 0, 0, losses)
+    return losses
 
 
 def _times(x: Tensor, factor: Number) -> Tensor:
@@ -152,8 +154,7 @@ def cross_entropy_slope(
     e: Tensor, total: Tensor, targets: Targets, factor: Number, out: Tensor
 ) -> Tensor:
     """Write factor · (S e / Z − t) to `out`, which may be e itself."""
-    each = targets.sums * factor / total
-    torch.mul(e, each, out=out)
+    torch.mul(e, targets.sums * factor / total, out=out)
     if targets.are_soft:
         if isinstance(factor, Tensor):
             return out.addcmul_(targets.labels, factor, value=-1)

@@ -21,7 +21,7 @@ from fastkd._op import Number
 from fastkd._pages import in_huge_pages
 from fastkd._precision import compute_dtype
 from fastkd._reduction import weighted_sum
-from fastkd.portable._chunks import most_elements
+from fastkd.portable._chunks import most_elements, with_buffers
 from fastkd.portable._row_chunks import (
     FEW,
     ON_CPU,
@@ -58,7 +58,7 @@ from fastkd.portable._softmaxes import (
     softmax,
 )
 from fastkd.problems.corrected import weight_of_soft_label, weighted
-from fastkd.problems.rows import EPSILON, Rows, is_exactly
+from fastkd.problems.rows import EPSILON, Rows
 
 _NO_SCRATCH = (None,) * N_SCRATCH
 _WEIGHTED, _NORMALIZED = "weighted_soft_cross_entropy", "normalized_soft_cross_entropy"
@@ -222,7 +222,7 @@ def value_and_gradients(
             totals = [q.total] if ce_factors is None or total is q.total else [q.total, total]
         if problem.divergence:
             p = softmax(z_teacher, of_teacher, dtype, scratch[2:4], apart=beside)
-            if targets is not None and problem.divergence in (_WEIGHTED, _NORMALIZED):
+            if of_labels is not None and problem.divergence in (_WEIGHTED, _NORMALIZED):
                 weight = _weight(problem, of_labels, p, of_teacher, own, scratch[4])
         if slope is not None:
             certain = certain_rows(q.d, totals)
@@ -276,15 +276,26 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
     None stands for losses that are not finite: a row with a NaN may have no gradient upstream, and
     `backward` has to leave it out then.
     """
+    z, z_teacher = _matrix(problem.student), _matrix(problem.teacher)
+    if z.numel() <= FEW:
+        return _in_one_pass(problem, z, z_teacher, None)
+    return with_buffers(
+        lambda scratch: _in_one_pass(problem, z, z_teacher, scratch),
+        (_n_scratch(problem), *z.shape),
+        compute_dtype(z, z_teacher),
+        z,
+    )
+
+
+def _in_one_pass(
+    problem: Rows, z: Tensor, z_teacher: Tensor, buffers: Scratch | None
+) -> tuple[Losses, tuple[Any, ...]] | None:
     student, targets, cross_entropies, ce_slopes = problem.student, targets_of(problem), None, None
-    targets = None if targets is None else targets.of(slice(None))
-    z, z_teacher, examples = _matrix(student), _matrix(problem.teacher), student.shape[:-1]
+    targets, examples = None if targets is None else targets.of(slice(None)), student.shape[:-1]
     dtype, slopes, certain, weight = compute_dtype(z, z_teacher), None, None, None
     of_student, moments = problem.student_temperature, None
-    scratch: Scratch = _NO_SCRATCH
-    if z.numel() > FEW:
-        # one allocation, because the system would take back and clear the pages of many each time
-        scratch = z.new_empty((_n_scratch(problem), *z.shape), dtype=dtype).unbind()
+    scratch = _NO_SCRATCH if buffers is None else buffers
+    if buffers is not None:
         slopes = torch.empty_like(z, dtype=dtype)
     if problem.divergence == "logit_mse":
         _, terms = logit_mse(z, z_teacher, dtype, scratch)
