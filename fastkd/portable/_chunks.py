@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import threading
 from collections import deque
@@ -26,6 +27,45 @@ _TINY = 5e-324  # which is 0 to a thread that flushes denormal numbers
 
 Scratch = TypeVar("Scratch")
 Result = TypeVar("Result")
+
+
+class _Kept(threading.local):
+    """The memory that a thread keeps for small problems, and the buffers that it was cut to."""
+
+    memory: Tensor | None = None  # bytes
+    shape: tuple[torch.Size | tuple[int, ...], torch.dtype] | None = None
+    buffers: tuple[Tensor, ...] = ()
+
+
+_kept = _Kept()
+
+
+def with_buffers(
+    solve: Callable[[tuple[Tensor, ...]], Result],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    like: Tensor,
+) -> Result:
+    """Return solve(buffers) with shape[0] buffers of shape[1:], which nothing of the result is.
+
+    On a CPU they lie in memory that the thread keeps: the system may take back what is freed, and
+    would clear its pages for every problem, which takes longer than to solve a small one.
+    """
+    # a mode may watch what is allocated, or make tensors that hold nothing
+    if not like.is_cpu or torch._C._len_torch_dispatch_stack():
+        return solve(like.new_empty(shape, dtype=dtype).unbind())
+    memory, known, buffers = _kept.memory, _kept.shape, _kept.buffers
+    _kept.memory = None  # a problem inside of this one finds none
+    if memory is None or known != (shape, dtype):
+        size = math.prod(shape) * dtype.itemsize
+        with torch.inference_mode(False):  # what that makes is of no use outside
+            if memory is None or memory.numel() < size:
+                memory = torch.empty(size, dtype=torch.uint8, device=like.device)
+            buffers = memory[:size].view(dtype).view(shape).unbind()
+    try:
+        return solve(buffers)
+    finally:
+        _kept.memory, _kept.shape, _kept.buffers = memory, (shape, dtype), buffers
 
 
 def most_elements(like: Tensor, on_cpu: int, elsewhere: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastkd._op import Number
 from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
+from fastkd.portable._row_chunks import has_zeros
 from fastkd.portable._row_terms import (
     Terms,
     _log_ratio,
@@ -81,7 +82,7 @@ def _add_exponentials(out: Tensor, other: Tensor, scratch: Tensor | None, unit: 
 
 def mixture(
     teachers: Sequence[Tensor],
-    weights: Tensor,
+    weights: Sequence[Number],
     temperature: Number,
     dtype: torch.dtype,
     scratch: Scratch,
@@ -91,7 +92,7 @@ def mixture(
 
     Args:
         teachers: Logits.
-        weights: w, [R, K], which add up to 1.
+        weights: w of each teacher, [R, 1] or one number, which add up to 1.
         temperature: What divides the logits.
         dtype: The compute dtype.
         scratch: Four buffers.
@@ -100,9 +101,9 @@ def mixture(
     if needs_logs and not teachers[0].is_cpu:  # a look at the numbers would be a host sync
         return _log_mixture(teachers, weights, temperature, dtype, scratch)
     e: Tensor | None = None
-    for k, z in enumerate(teachers):
+    for z, weight in zip(teachers, weights, strict=True):
         p = softmax(z, temperature, dtype, scratch[2:4])
-        share = weights[:, k : k + 1] / p.total
+        share = weight / p.total
         if e is None:
             e = torch.mul(p.e, share, out=scratch[1])
         else:
@@ -116,15 +117,15 @@ def mixture(
 
 def _log_mixture(
     teachers: Sequence[Tensor],
-    weights: Tensor,
+    weights: Sequence[Number],
     temperature: Number,
     dtype: torch.dtype,
     scratch: Scratch,
 ) -> Softmax:
     d: Tensor | None = None
-    for k, z in enumerate(teachers):
+    for z, weight in zip(teachers, weights, strict=True):
         p = softmax(z, temperature, dtype, scratch[2:4])
-        shift = (weights[:, k : k + 1] / p.total).log2_()
+        shift = (weight / p.total).log2_()
         if d is None:
             d = torch.add(p.d, shift, out=scratch[0])
         else:
@@ -136,12 +137,12 @@ def _log_mixture(
 
 
 def weighted_logits(
-    teachers: Sequence[Tensor], weights: Tensor, dtype: torch.dtype, out: Tensor | None
+    teachers: Sequence[Tensor], weights: Sequence[Number], dtype: torch.dtype, out: Tensor | None
 ) -> Tensor:
     """Return Σ w t of a chunk's teachers [R, V]; a weight of 0 adds nothing, even of −∞."""
     total: Tensor | None = None
-    for k, z in enumerate(teachers):
-        total = _add_weighted(total, z.to(dtype), weights[:, k : k + 1], out)
+    for z, weight in zip(teachers, weights, strict=True):
+        total = _add_weighted(total, z.to(dtype), weight, out)
     assert total is not None
     return total
 
@@ -150,7 +151,7 @@ def summed_terms(
     divergence: str,
     q: Softmax,
     teachers: Sequence[Tensor],
-    weights: Tensor,
+    weights: Sequence[Number],
     temperature: Number,
     scratch: Scratch,
 ) -> Terms:
@@ -163,33 +164,37 @@ def summed_terms(
         return _summed_reverse_kl(q, teachers, weights, temperature, scratch)
     total: Tensor | None = None
     losses = torch.zeros_like(q.total)
-    for k, z in enumerate(teachers):
-        p, weight = softmax(z, temperature, q.total.dtype, scratch[2:4]), weights[:, k : k + 1]
-        total = _add_weighted(total, p.e, weight / p.total, scratch[0])
+    for z, weight in zip(teachers, weights, strict=True):
+        p = softmax(z, temperature, q.total.dtype, scratch[2:4])
+        total = _add_weighted(total, p.e, weight, scratch[0], p.total)
         own_q = q
         if divergence == "soft_cross_entropy":  # whose terms overwrite logarithms that others need
             own_q = q._replace(d=torch.clone(q.d) if scratch[1] is None else scratch[1].copy_(q.d))
         own = terms_of(divergence, own_q, p, 0.0, ()).value(1.0)
-        losses += torch.where(weight == 0, 0, weight * own)
+        losses += times(own, weight)
     assert total is not None
     of_teachers = total
 
     def slope(out: Tensor, factor: Number) -> None:
-        torch.mul(q.e, weights.sum(-1, keepdim=True) / q.total, out=out)
+        torch.mul(q.e, sum(weights) / q.total, out=out)
         out.sub_(of_teachers).mul_(factor)
 
     return Terms(lambda scale: losses * scale, slope, q.d)
 
 
 def _summed_reverse_kl(
-    q: Softmax, teachers: Sequence[Tensor], weights: Tensor, temperature: Number, scratch: Scratch
+    q: Softmax,
+    teachers: Sequence[Tensor],
+    weights: Sequence[Number],
+    temperature: Number,
+    scratch: Scratch,
 ) -> Terms:
     above: Tensor | None = None
     ratio = torch.zeros_like(q.total)
-    for k, z in enumerate(teachers):
-        p, weight = softmax(z, temperature, q.total.dtype, scratch[2:4]), weights[:, k : k + 1]
+    for z, weight in zip(teachers, weights, strict=True):
+        p = softmax(z, temperature, q.total.dtype, scratch[2:4])
         above = _add_weighted(above, torch.sub(q.d, p.d, out=p.d), weight, scratch[0])
-        ratio += torch.where(weight == 0, 0, weight * _log_ratio(p, q))
+        ratio += times(_log_ratio(p, q), weight)
     assert above is not None
     v, of_q = above, _mean(above, q, out=scratch[1])
 
@@ -199,14 +204,32 @@ def _summed_reverse_kl(
     return Terms(lambda scale: _not_below_0(of_q + ratio, scale), slope, q.d)
 
 
-def _add_weighted(total: Tensor | None, x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-    """Return total + weight · x, overwriting the total; a weight of 0 wins over an infinity."""
-    # elsewhere than on a CPU a look at the weights would be a host sync
-    if not weight.is_cpu or not weight.all():
+def times(values: Tensor, weight: Number) -> Tensor:
+    """Return weight · values of rows [R, 1]; a weight of 0 wins over an infinity."""
+    if not isinstance(weight, Tensor):
+        return values * weight
+    return torch.where(weight == 0, 0, values * weight)
+
+
+def _add_weighted(
+    total: Tensor | None,
+    x: Tensor,
+    weight: Number,
+    out: Tensor | None,
+    divisor: Tensor | None = None,
+) -> Tensor:
+    """Return total + weight · x, or over a divisor of rows [R, 1], overwriting the total.
+
+    A weight of 0 wins over an infinity.
+    """
+    if isinstance(weight, Tensor) and has_zeros(weight):
         x = torch.where(weight == 0, 0, x)
+    factor = weight if divisor is None else weight / divisor
     if total is None:
-        return torch.mul(x, weight, out=out)
-    return torch.addcmul(total, x, weight, out=total)
+        return torch.mul(x, factor, out=out)
+    if not isinstance(factor, Tensor):
+        return torch.add(total, x, alpha=factor, out=total)
+    return torch.addcmul(total, x, factor, out=total)
 
 
 def chosen_logits(

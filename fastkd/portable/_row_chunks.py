@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkd._op import Number
 from fastkd._precision import compute_dtype
-from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
+from fastkd.portable._chunks import by_workers, cut, for_each, most_elements, with_buffers
 from fastkd.portable._row_labels import without_label
 from fastkd.portable._row_terms import N_SCRATCH
 from fastkd.portable._softmaxes import Scratch
@@ -73,33 +73,32 @@ def in_compute_dtype(problem: Rows) -> Rows:
 
 def factors_of(
     problem: Rows, upstream: Number | None, ce_upstream: Number | None
-) -> tuple[Number | None, Tensor | None]:
+) -> tuple[Number | None, Number | None]:
     """Return what multiplies the gradients of both losses in each row [N, 1], 0 if masked.
 
-    A number that all rows of divergences share, of which none is masked, stays one.
+    A number that all rows share, of which none is masked, stays one.
     """
-    of_losses = upstream
-    if isinstance(upstream, Tensor) or (upstream is not None and problem.row_mask is not None):
-        of_losses = _column(problem, upstream)
-        if problem.row_mask is not None:
-            of_losses = torch.where(problem.row_mask.reshape(-1, 1), of_losses, 0)
+    mask, of_losses = problem.row_mask, None
+    if upstream is not None:
+        of_losses = _column(problem, upstream, None if mask is None else ~mask)
     if problem.adds_cross_entropy:
         ce_upstream = None if of_losses is None else of_losses * problem.ce_scale
     if ce_upstream is None or problem.labels is None:
         return of_losses, None
-    of_labels, masked = _column(problem, ce_upstream), without_label(problem)
-    if masked is not None:
-        of_labels = of_labels.masked_fill(masked.reshape(-1, 1), 0)
-    return of_losses, of_labels
+    return of_losses, _column(problem, ce_upstream, without_label(problem))
 
 
-def _column(problem: Rows, number: Number) -> Tensor:
-    """Return a number, or one of each row, as a column [N, 1] in the compute dtype."""
+def _column(problem: Rows, number: Number, masked: Tensor | None) -> Number:
+    """Return numbers of rows as a column [N, 1] in the compute dtype, with 0 where masked."""
     student, dtype = problem.student, compute_dtype(problem.student, problem.teacher)
-    n_rows = student.shape[:-1].numel()
-    if isinstance(number, Tensor):
-        return number.reshape(-1, 1).to(dtype).expand(n_rows, 1)
-    return student.new_full((n_rows, 1), number, dtype=dtype)
+    if not isinstance(number, Tensor):
+        if masked is None:
+            return number
+        return student.new_full((masked.numel(), 1), number, dtype=dtype).masked_fill_(
+            masked.reshape(-1, 1), 0
+        )
+    column = number.reshape(-1, 1).to(dtype).expand(student.shape[:-1].numel(), 1)
+    return column if masked is None else column.masked_fill(masked.reshape(-1, 1), 0)
 
 
 def has_zeros(factors: Number) -> bool:
@@ -164,13 +163,14 @@ def for_chunks(
     n_cols, most = student.shape[-1], most_elements(student, ON_CPU, _ELSEWHERE)
     if student.numel() <= most and all(x.is_contiguous() for x in tensors):
         matrices = [x if x.ndim == 2 else x.view(-1, n_cols) for x in tensors]
-        buffers: Scratch = (None,) * n_scratch
-        if student.numel() > FEW:
-            # one allocation, because the system would take back and clear the pages of many
-            buffers = student.new_empty(
-                (n_scratch, *matrices[0].shape), dtype=dtype or compute_dtype(student, teacher)
-            ).unbind()
-        return [work(slice(None), matrices, buffers)]
+        if student.numel() <= FEW:
+            return [work(slice(None), matrices, (None,) * n_scratch)]
+        return with_buffers(
+            lambda buffers: [work(slice(None), matrices, buffers)],
+            (n_scratch, *matrices[0].shape),
+            dtype or compute_dtype(student, teacher),
+            student,
+        )
     most = max(most, most_elements(student, min(_OF_MANY, student.numel() // 64), _ELSEWHERE))
     inner = student.shape[-2] if student.ndim > 1 else 1
     blocks = [x.reshape(-1, inner, n_cols) for x in tensors]

@@ -100,53 +100,75 @@ def cross_entropy(
     if q.apart is not None:
         assert q.of_apart is not None
         return softplus((total.log2() - q.of_apart * temperature).mul_(_LN2))
-    smoothing, weights = targets.smoothing, targets.class_weights
+    smoothing, weights, sums = targets.smoothing, targets.class_weights, targets.sums
     if targets.are_soft:  # 0 · ∞ counts as 0
         seen = torch.mul(q.d, targets.labels, out=out).nansum(-1, keepdim=True)
+        losses = total.log2() * sums - _times(seen, temperature)
     else:
         seen, own = q.d.gather(1, targets.labels), targets.of_label
         if isinstance(own, Tensor) and targets.may_vanish:
             seen = torch.where(own == 0, 0, seen * own)
-        elif not is_exactly(own, 1):
-            seen.mul_(own)
+            own = 1.0
+        losses = total.log2()
+        losses = losses * sums if isinstance(sums, Tensor) else losses
+        if not is_exactly(own, 0):
+            losses = _less(losses, seen, own * temperature)
         if not is_exactly(smoothing, 0):
             if weights is None:
-                each = q.d.mean(-1, keepdim=True)
+                each = q.d.sum(-1, keepdim=True)
             else:
-                products = torch.mul(q.d, weights, out=out).nansum(-1, keepdim=True)
-                each = products / len(weights)
-            seen += each * smoothing
-    if not is_exactly(temperature, 1):
-        seen = seen * temperature
-    sums, losses = targets.sums, total.log2()
-    if not isinstance(sums, Tensor):
-        return losses.sub_(seen).mul_(_LN2)
-    losses = (losses * sums - seen).mul_(_LN2)
+                each = torch.mul(q.d, weights, out=out).nansum(-1, keepdim=True)
+            losses = _less(losses, each, smoothing * temperature / q.d.shape[-1])
+    losses = losses.mul_(_LN2)
     # a row without a target has any distribution, so that it has no NaN
-    return torch.where(sums == 0, 0, losses) if targets.may_vanish else losses
+    if isinstance(sums, Tensor) and targets.may_vanish:
+        return torch.where(sums == 0, 0, losses)
+    return losses
 
 
-def cross_entropy_factor(q: Softmax, targets: Targets, factor: Tensor) -> Tensor:
+def _times(x: Tensor, factor: Number) -> Tensor:
+    return x if is_exactly(factor, 1) else x * factor
+
+
+def _less(x: Tensor, y: Tensor, factor: Number) -> Tensor:
+    """Return x − factor · y, in place where that has no operation for the product."""
+    return x - y * factor if isinstance(factor, Tensor) else x.sub_(y, alpha=factor)
+
+
+def cross_entropy_factor(
+    q: Softmax, total: Tensor, temperature: Number, targets: Targets, factor: Number
+) -> Number:
     """Return what multiplies S e / Z − t in the gradient of factor · cross-entropy.
 
     Where the label is set apart it is factor · (1 − q[label]), which has all its digits.
     """
     if q.apart is not None:
-        return torch.where(factor == 0, 0, factor * log_odds(q).neg_().sigmoid_())
-    total = targets.sums
-    if not targets.may_vanish or not isinstance(total, Tensor):
+        chance = log_odds(q, total, temperature).neg_().sigmoid_() * factor
+        return torch.where(factor == 0, 0, chance) if isinstance(factor, Tensor) else chance
+    if not targets.may_vanish or not isinstance(targets.sums, Tensor):
         return factor
-    return torch.where(total == 0, 0, factor)
+    return torch.where(targets.sums == 0, 0, torch.zeros_like(total) + factor)
 
 
-def cross_entropy_slope(q: Softmax, targets: Targets, factor: Tensor, out: Tensor) -> Tensor:
+def cross_entropy_slope(
+    e: Tensor, total: Tensor, targets: Targets, factor: Number, out: Tensor
+) -> Tensor:
     """Write factor · (S e / Z − t) to `out`, which may be e itself."""
-    each = factor / q.total
-    torch.mul(q.e, each * targets.sums if isinstance(targets.sums, Tensor) else each, out=out)
+    torch.mul(e, targets.sums * factor / total, out=out)
     if targets.are_soft:
-        return out.addcmul_(targets.labels, factor, value=-1)
+        if isinstance(factor, Tensor):
+            return out.addcmul_(targets.labels, factor, value=-1)
+        return out.sub_(targets.labels, alpha=factor)
     smoothing, weights, n = targets.smoothing, targets.class_weights, out.shape[-1]
     if not is_exactly(smoothing, 0):
         each = factor * (smoothing / n)
-        out = out.sub_(each) if weights is None else out.addcmul_(weights, each, value=-1)
-    return out.scatter_add_(1, targets.labels, factor * -targets.of_label)
+        if weights is None:
+            out = out.sub_(each)
+        elif isinstance(each, Tensor):
+            out = out.addcmul_(weights, each, value=-1)
+        else:
+            out = out.sub_(weights, alpha=each)
+    of_label = factor * -targets.of_label
+    if not isinstance(of_label, Tensor):
+        of_label = torch.full_like(total, of_label)
+    return out.scatter_add_(1, targets.labels, of_label)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd._op import Number
-from fastkd.problems.rows import EPSILON, moments
+from fastkd.problems.rows import EPSILON, is_exactly, moments
 
 LN2 = math.log(2)
 _CERTAIN = 1 / 0.9  # Z of a row, relative to its maximum, with a class of probability 0.9
@@ -94,31 +94,18 @@ def softmax(
     return Softmax(d, e, top, total, apart, of_apart, may_be_alone)
 
 
-def without_temperature(q: Softmax, temperature: Number, scratch: Scratch) -> Softmax:
-    """Return the softmax of the same logits at a temperature of 1, in two other buffers."""
-    if not isinstance(temperature, Tensor) and temperature == 1:
-        return q
-    d = torch.mul(q.d, temperature, out=scratch[0])
-    e = torch.exp2(d, out=scratch[1])
-    total = e.sum(-1, keepdim=True)
-    if q.of_apart is None:
-        return Softmax(d, e, q.top, total)
-    if q.may_be_alone:
-        total = torch.where(q.top == -math.inf, q.total, total)
-    of_apart = q.of_apart * temperature
-    return Softmax(d, e, q.top, total, q.apart, of_apart, q.may_be_alone)
-
-
-def total_at_1(q: Softmax, temperature: Number, out: Tensor | None) -> Tensor:
-    """Return Z of the same logits at a temperature of 1, by way of a buffer [R, V]."""
-    if isinstance(temperature, Tensor) or temperature not in (1, 2, 4):
-        e = torch.mul(q.d, temperature, out=out).exp2_()
-    elif temperature == 1:
-        return q.total
-    else:  # products cost less than exponentials
+def at_1(q: Softmax, temperature: Number, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return e and Z of the same logits at a temperature of 1, by way of a buffer [R, V]."""
+    if is_exactly(temperature, 1):
+        return q.e, q.total
+    if is_exactly(temperature, 2) or is_exactly(temperature, 4):  # products cost less than exp2
         e = torch.mul(q.e, q.e, out=out)
         e = e.mul_(e) if temperature == 4 else e
-    return e.sum(-1, keepdim=True)
+    else:
+        e = torch.mul(q.d, temperature, out=out).exp2_()
+    total = e.sum(-1, keepdim=True)
+    # a row without any other class than the one set apart has no e, and any number for its Z
+    return e, torch.where(q.top == -math.inf, q.total, total) if q.may_be_alone else total
 
 
 def certain_rows(logits: Tensor, totals: Sequence[Tensor]) -> Certain:
@@ -131,13 +118,13 @@ def certain_rows(logits: Tensor, totals: Sequence[Tensor]) -> Certain:
     """
     if logits.shape[-1] == 1:  # which has no others, and whose slope is exact
         return None
-    certain = functools.reduce(torch.minimum, totals) < _CERTAIN
+    total = functools.reduce(torch.minimum, totals)
     if not logits.is_cpu:  # a look at the numbers would be a host sync
-        return certain, logits.argmax(-1, keepdim=True)
-    if not certain.any():
+        return total < _CERTAIN, logits.argmax(-1, keepdim=True)
+    if total.numel() and total.min().item() >= _CERTAIN:
         return None
-    rows = certain.squeeze(1).nonzero().squeeze(1)
-    return rows, logits[rows].argmax(-1, keepdim=True)
+    rows = (total.squeeze(1) < _CERTAIN).nonzero().squeeze(1)
+    return (rows, logits[rows].argmax(-1, keepdim=True)) if len(rows) else None
 
 
 def centre(slopes: Tensor, certain: Certain) -> None:
@@ -149,20 +136,23 @@ def centre(slopes: Tensor, certain: Certain) -> None:
         return
     rows, places = certain
     if rows.dtype == torch.bool:
-        slopes.copy_(torch.where(rows, _summing_to_0(slopes, places), slopes))
+        of_others = slopes.scatter(-1, places, 0).sum(-1, keepdim=True)
+        own = torch.where(rows, of_others.neg_(), slopes.gather(-1, places))
+        slopes.scatter_(-1, places, own)
     else:
-        slopes[rows] = _summing_to_0(slopes[rows], places)
+        of_others = slopes[rows].scatter_(-1, places, 0).sum(-1)
+        slopes[rows, places.squeeze(-1)] = of_others.neg_()
 
 
-def _summing_to_0(slopes: Tensor, places: Tensor) -> Tensor:
-    others = slopes.scatter(-1, places, 0)
-    return others.scatter_(-1, places, others.sum(-1, keepdim=True).neg_())
+def log_odds(q: Softmax, total: Tensor | None = None, temperature: Number = 1.0) -> Tensor:
+    """Return rows [R, 1] of log(q[class] / (1 − q[class])) of the class that is set apart.
 
-
-def log_odds(q: Softmax) -> Tensor:
-    """Return rows [R, 1] of log(q[class] / (1 − q[class])) of the class that is set apart."""
+    With Z at a temperature of 1 they are those of the same logits there.
+    """
     assert q.of_apart is not None
-    return (q.of_apart - q.total.log2()).mul_(LN2)
+    if total is None:
+        return (q.of_apart - q.total.log2()).mul_(LN2)
+    return (q.of_apart * temperature - total.log2()).mul_(LN2)
 
 
 def moments_of(z: Tensor, dtype: torch.dtype) -> Moments:

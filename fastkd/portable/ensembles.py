@@ -21,6 +21,7 @@ from fastkd.portable._mixtures import (
     chosen_logits,
     mixture,
     summed_terms,
+    times,
     weighted_logits,
 )
 from fastkd.portable._row_chunks import (
@@ -115,16 +116,16 @@ def _solve(
     is_loop = problem.combine == "sum" and problem.divergence not in SUMMED
 
     def terms_of_chunk(
-        q: Softmax, z_teachers: Sequence[Tensor], rows: slice, scratch: Scratch
+        q: Softmax, z_teachers: Sequence[Tensor], shares: Sequence[Number], scratch: Scratch
     ) -> Terms:
         if problem.combine == "sum" and not is_loop:
             return summed_terms(
-                problem.divergence, q, z_teachers, at(weights, rows), problem.teacher_temperature,
+                problem.divergence, q, z_teachers, shares, problem.teacher_temperature,
                 scratch[2:6],
             )  # fmt: skip
         if problem.combine == "mixture":
             p = mixture(
-                z_teachers, at(weights, rows), problem.teacher_temperature, dtype, scratch[2:6],
+                z_teachers, shares, problem.teacher_temperature, dtype, scratch[2:6],
                 problem.divergence in _WITH_LOGS,
             )  # fmt: skip
         else:
@@ -134,13 +135,13 @@ def _solve(
 
     def work(rows: slice, chunks: Sequence[Tensor], scratch: Scratch) -> None:
         z, z_teachers, certain = chunks[0], chunks[1 : 1 + n], None
-        slope = None
+        slope, shares = None, [at(x, rows) for x in weights]
         if out is not None:
             slope = scratch[N_SCRATCH] if in_scratch else chunks[-1]
             if slope is None:
                 slope = torch.empty_like(z, dtype=dtype)
         if problem.combine == "logits":
-            z_teachers = [weighted_logits(z_teachers, at(weights, rows), dtype, scratch[5])]
+            z_teachers = [weighted_logits(z_teachers, shares, dtype, scratch[5])]
         elif index is not None:
             z_teachers = [chosen_logits(z_teachers, at(index, rows), dtype, scratch[5])]
         groups = [[x] for x in z_teachers] if is_loop else [z_teachers]
@@ -148,12 +149,12 @@ def _solve(
             q = softmax(z, problem.student_temperature, dtype, scratch[:2])
             if slope is not None and k == 0:
                 certain = certain_rows(z, [q.total])
-            weight = weights[rows, k : k + 1] if is_loop else None
-            terms = terms_of_chunk(q, group, rows, scratch)
+            weight = shares[k] if is_loop else None
+            terms = terms_of_chunk(q, group, shares, scratch)
             if needs_losses:
                 value = terms.value(problem.scale)
                 if weight is not None:
-                    value = torch.where(weight == 0, 0, value * weight)
+                    value = times(value, weight)
                     value = column[rows] + value if k else value
                 column[rows] = value
             if slope is None or scaled is None:

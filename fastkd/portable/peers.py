@@ -119,7 +119,12 @@ def _solve(
         for i in range(n_peers):
             statistics = [x[:, i] for x in numbers[:2]]  # the largest logits and Z
             peers.append(softmax(z[i], temperature, dtype, buffers[2 * i : 2 * i + 2], statistics))
-        if not numbers:
+        certain = {i: certain_rows(z[i], [peers[i].total]) for i in needed}
+        difference = None
+        if n_peers == 2 and problem.are_constants and not numbers and table is None:
+            distance, difference = _of_two(peers, buffers)
+            value = distance.mul_(scale * _LN2)
+        elif not numbers:
             distance, means = _value(peers, buffers)
             value = distance.mul_(scale * _LN2)
             if table is not None:
@@ -129,16 +134,17 @@ def _solve(
             means = [*numbers[2].unbind(1)]
         if not needed:
             return value
-        certain = {i: certain_rows(z[i], [peers[i].total]) for i in needed}
         logs = None if problem.are_constants else _log_probabilities(peers, buffers[-1])
-        for q in peers:
-            q.e.mul_(q.total.reciprocal())
+        if difference is None:
+            _normalize(peers)
         mean = None
         if n_peers > 2 or logs is not None:
             mean = _total([q.e for q in peers], buffers[-2])
         for i in needed:
             q, factor = peers[i], at(scaled, rows)
-            if logs is None or mean is None:
+            if difference is not None:
+                slope, factor = difference, -factor if i else factor
+            elif logs is None or mean is None:
                 slope = _above_total([q.e for q in peers], i, mean, q.d)
             else:
                 slope = q.d.mul_(n_peers).sub_(logs).sub_(means[i])
@@ -147,7 +153,7 @@ def _solve(
                 # an infinite divergence from a network has no gradient in it
                 factor = factor + 0 * means[i]
             is_written = out[i].dtype == dtype
-            slope = torch.mul(slope, factor, out=out[i] if is_written else slope)
+            slope = torch.mul(slope, factor, out=out[i] if is_written else q.d)
             if has_masked:
                 select(slope, at(factors, rows))
             centre(slope, certain[i])
@@ -198,6 +204,24 @@ def _value(peers: Sequence[Softmax], buffers: Sequence[Any]) -> tuple[Tensor, li
         means.append(above - ratio.mul_(n_peers).sub_(of_all))
     # rounding alone makes it negative; the NaN of an input, which the sums drop, comes back
     return distance.relu_().add_(of_all - of_all), means
+
+
+def _of_two(peers: Sequence[Softmax], buffers: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Return rows [R, 1] of Σ (p − q) (log p − log q) of two networks in bits, and p − q [R, V]."""
+    first, second = peers
+    ratio = first.total / second.total
+    _normalize(peers)
+    difference = torch.sub(first.e, second.e, out=buffers[-1])
+    # 0·∞ is a NaN, which counts as 0; Z has no part in it, because the differences add up to 0
+    above = torch.sub(first.d, second.d, out=first.d).mul_(difference)
+    distance = above.nansum(-1, keepdim=True)
+    # rounding alone makes it negative; the NaN of an input, which the sums drop, comes back
+    return distance.relu_().add_(ratio - ratio), difference
+
+
+def _normalize(peers: Sequence[Softmax]) -> None:
+    for q in peers:
+        q.e.mul_(q.total.reciprocal())
 
 
 def _numbers(problem: Peers) -> tuple[list[Tensor], Any, Any]:

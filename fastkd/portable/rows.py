@@ -21,7 +21,7 @@ from fastkd._op import Number
 from fastkd._pages import in_huge_pages
 from fastkd._precision import compute_dtype
 from fastkd._reduction import weighted_sum
-from fastkd.portable._chunks import most_elements
+from fastkd.portable._chunks import most_elements, with_buffers
 from fastkd.portable._row_chunks import (
     FEW,
     ON_CPU,
@@ -51,15 +51,14 @@ from fastkd.portable._softmaxes import (
     Scratch,
     Softmax,
     add_slope_of_deviation,
+    at_1,
     centre,
     certain_rows,
     moments_of,
     softmax,
-    total_at_1,
-    without_temperature,
 )
 from fastkd.problems.corrected import weight_of_soft_label, weighted
-from fastkd.problems.rows import EPSILON, Rows, is_exactly
+from fastkd.problems.rows import EPSILON, Rows
 
 _NO_SCRATCH = (None,) * N_SCRATCH
 _WEIGHTED, _NORMALIZED = "weighted_soft_cross_entropy", "normalized_soft_cross_entropy"
@@ -124,7 +123,7 @@ def forward(problem: Rows, needs_grad: Sequence[bool]) -> tuple[Losses, tuple[An
             q = softmax(z, of_student, losses.dtype, scratch[:2], apart=beside)
             totals = []
             if targets is not None and cross_entropies is not None:
-                own, total = targets.of(rows), total_at_1(q, of_student, scratch[2])
+                own, (_, total) = targets.of(rows), at_1(q, of_student, scratch[2])
                 of_labels = cross_entropy(q, total, of_student, own, scratch[2])
                 cross_entropies.view(-1, 1)[rows] = of_labels
                 totals = [total]
@@ -213,31 +212,26 @@ def value_and_gradients(
         beside = None if apart is None else at(apart, rows)
         of_student, of_teacher, moments = _temperatures(problem, rows, z, z_teacher, dtype)
         q = softmax(z, of_student, dtype, scratch[:2], apart=beside)
-        slope, certain, plain, weight = out[0] if out else None, None, None, None
-        value, of_labels = None, None
+        slope, certain, weight = out[0] if out else None, None, None
+        value, of_labels, totals = None, None, [q.total]
         if slope is not None and in_scratch:
             slope = torch.empty_like(z, dtype=dtype) if scratch[-1] is None else scratch[-1]
+        if targets is not None:
+            own, (e_at_1, total) = targets.of(rows), at_1(q, of_student, scratch[-1])
+            of_labels = cross_entropy(q, total, of_student, own, scratch[2])
+            totals = [q.total] if ce_factors is None or total is q.total else [q.total, total]
         if problem.divergence:
             p = softmax(z_teacher, of_teacher, dtype, scratch[2:4], apart=beside)
-        if targets is not None:
-            own = targets.of(rows)
-            if ce_factors is None:
-                total = total_at_1(q, of_student, scratch[4])
-                of_labels = cross_entropy(q, total, of_student, own, scratch[4])
-            else:
-                plain = without_temperature(q, of_student, scratch[4:6])
-                of_labels = cross_entropy(plain, plain.total, 1.0, own, scratch[4])
-            if problem.divergence in (_WEIGHTED, _NORMALIZED):
+            if of_labels is not None and problem.divergence in (_WEIGHTED, _NORMALIZED):
                 weight = _weight(problem, of_labels, p, of_teacher, own, scratch[4])
         if slope is not None:
-            totals = [q.total] if plain is None else [q.total, plain.total]
             certain = certain_rows(q.d, totals)
-        if plain is not None and slope is not None and ce_factors is not None:
+        if slope is not None and targets is not None and ce_factors is not None:
             ce_factor = at(ce_factors, rows)
             if problem.divergence == _NORMALIZED and weight is not None:
-                ce_factor = ce_factor * weight
-            ce_factor = cross_entropy_factor(plain, own, ce_factor)
-            cross_entropy_slope(plain, own, ce_factor, slope)
+                ce_factor = weight * ce_factor
+            ce_factor = cross_entropy_factor(q, total, of_student, own, ce_factor)
+            cross_entropy_slope(e_at_1, total, own, ce_factor, slope)
             if has_zeros(ce_factor):
                 select(slope, ce_factor)
         if problem.divergence:
@@ -282,15 +276,26 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
     None stands for losses that are not finite: a row with a NaN may have no gradient upstream, and
     `backward` has to leave it out then.
     """
+    z, z_teacher = _matrix(problem.student), _matrix(problem.teacher)
+    if z.numel() <= FEW:
+        return _in_one_pass(problem, z, z_teacher, None)
+    return with_buffers(
+        lambda scratch: _in_one_pass(problem, z, z_teacher, scratch),
+        (_n_scratch(problem), *z.shape),
+        compute_dtype(z, z_teacher),
+        z,
+    )
+
+
+def _in_one_pass(
+    problem: Rows, z: Tensor, z_teacher: Tensor, buffers: Scratch | None
+) -> tuple[Losses, tuple[Any, ...]] | None:
     student, targets, cross_entropies, ce_slopes = problem.student, targets_of(problem), None, None
-    targets = None if targets is None else targets.of(slice(None))
-    z, z_teacher, examples = _matrix(student), _matrix(problem.teacher), student.shape[:-1]
+    targets, examples = None if targets is None else targets.of(slice(None)), student.shape[:-1]
     dtype, slopes, certain, weight = compute_dtype(z, z_teacher), None, None, None
     of_student, moments = problem.student_temperature, None
-    scratch: Scratch = _NO_SCRATCH
-    if z.numel() > FEW:
-        # one allocation, because the system would take back and clear the pages of many each time
-        scratch = z.new_empty((_n_scratch(problem), *z.shape), dtype=dtype).unbind()
+    scratch = _NO_SCRATCH if buffers is None else buffers
+    if buffers is not None:
         slopes = torch.empty_like(z, dtype=dtype)
     if problem.divergence == "logit_mse":
         _, terms = logit_mse(z, z_teacher, dtype, scratch)
@@ -299,13 +304,13 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
         of_student, of_teacher, moments = _temperatures(problem, slice(None), z, z_teacher, dtype)
         q = softmax(z, of_student, dtype, scratch[:2], apart=beside)
         if targets is not None and problem.divergence != _WEIGHTED:
-            plain = without_temperature(q, of_student, scratch[2:4])
-            cross_entropies, ce_slopes = _of_labels(plain, targets, without_label(problem))
+            masked = without_label(problem)
+            cross_entropies, ce_slopes = _of_labels(q, of_student, targets, masked, scratch[2:4])
         certain = certain_rows(q.d, [q.total])
         p = softmax(z_teacher, of_teacher, dtype, scratch[2:4], apart=beside)
         if targets is not None and problem.divergence == _WEIGHTED:
-            total = total_at_1(q, of_student, scratch[4])
-            cross_entropies = cross_entropy(q, total, of_student, targets)
+            _, total = at_1(q, of_student, scratch[4])
+            cross_entropies = cross_entropy(q, total, of_student, targets, scratch[4])
             weight = _weight(problem, cross_entropies, p, of_teacher, targets, scratch[4])
         terms = terms_of(problem.divergence, q, p, problem.weight, scratch[4:])
     losses, factor = terms.value(problem.scale), problem.scale
@@ -335,12 +340,15 @@ def _losses_and_gradients(problem: Rows) -> tuple[Losses, tuple[Any, ...]] | Non
     return (losses.view(examples), cross_entropies), (None, slopes, ce_slopes)
 
 
-def _of_labels(q: Softmax, targets: Targets, masked: Tensor | None) -> tuple[Tensor, Tensor]:
+def _of_labels(
+    q: Softmax, temperature: Number, targets: Targets, masked: Tensor | None, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
     """Return the cross-entropies with the labels and their gradient in the logits."""
-    factor = cross_entropy_factor(q, targets, torch.ones_like(q.total))
-    slopes = cross_entropy_slope(q, targets, factor, torch.empty_like(q.e))
-    losses = cross_entropy(q, q.total, 1.0, targets)
-    centre(slopes, certain_rows(q.d, [q.total]))
+    e, total = at_1(q, temperature, scratch[0])
+    losses = cross_entropy(q, total, temperature, targets, scratch[1])
+    factor = cross_entropy_factor(q, total, temperature, targets, 1.0)
+    slopes = cross_entropy_slope(e, total, targets, factor, torch.empty_like(e))
+    centre(slopes, certain_rows(q.d, [total]))
     if masked is not None and (masked := masked.reshape(-1, 1)).any():
         return losses.masked_fill_(masked, 0), slopes.masked_fill_(masked, 0)
     return losses, slopes
@@ -358,7 +366,8 @@ def _weight(
 
     Where the losses are normalised, it is the teacher's probability of the label.
     """
-    of_teacher = cross_entropy(p, total_at_1(p, temperature, out), temperature, targets)
+    _, total = at_1(p, temperature, out)
+    of_teacher = cross_entropy(p, total, temperature, targets, out)
     if problem.divergence == _NORMALIZED:
         return of_teacher.neg_().exp_()
     return weight_of_soft_label(of_student, of_teacher)
@@ -385,7 +394,7 @@ def _fill(
     problem: Rows,
     statistics: Tensor,
     factors: Number | None,
-    ce_factors: Tensor | None,
+    ce_factors: Number | None,
 ) -> None:
     """Write the gradient, which may be the student itself."""
     dtype, targets, apart = statistics.dtype, targets_of(problem), _classes(problem.apart)
@@ -436,11 +445,11 @@ def _fill(
             if beside is not None:
                 certain = certain_rows(q.d, totals)
             own = targets.of(rows)
-            ce_factor = ce_factors[rows]
+            ce_factor = at(ce_factors, rows)
             if problem.divergence == _NORMALIZED:
-                ce_factor = ce_factor * known[4]
-            ce_factor = cross_entropy_factor(q, own, ce_factor)
-            slope.add_(select(cross_entropy_slope(q, own, ce_factor, q.e), ce_factor))
+                ce_factor = known[4] * ce_factor
+            ce_factor = cross_entropy_factor(q, q.total, 1.0, own, ce_factor)
+            slope.add_(select(cross_entropy_slope(q.e, q.total, own, ce_factor, q.e), ce_factor))
         centre(slope, certain)
         if in_scratch:
             out.copy_(slope)
@@ -455,10 +464,9 @@ def _n_scratch(problem: Rows, in_scratch: bool = False) -> int:
     """Return how many buffers a chunk needs, the last one for slopes that are made in scratch."""
     if problem.divergence == "logit_mse" and problem.labels is None:
         return 1
-    is_plain = is_exactly(problem.student_temperature, 1) and not problem.standardized
-    if problem.divergence == "forward_kl" and (problem.labels is None or is_plain):
-        # d and e of both networks, and products with the targets
-        return 4 + (problem.labels is not None) + in_scratch
+    if problem.divergence == "forward_kl":
+        # d and e of both networks, and the student's e at a temperature of 1
+        return 4 + (in_scratch or problem.labels is not None)
     return N_SCRATCH
 
 

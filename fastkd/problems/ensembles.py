@@ -55,18 +55,17 @@ def compute_dtype_of(problem: Ensemble) -> torch.dtype:
     return compute_dtype(*(x for x in given if x is not None))
 
 
-def weights_of_rows(problem: Ensemble) -> Tensor:
-    """Return the teachers' weights in each row, [N, K]; of "mixture" they add up to 1."""
+def weights_of_rows(problem: Ensemble) -> Sequence[Number]:
+    """Return each teacher's weights, [N, 1] or one number; those of "mixture" add up to 1."""
     n_rows, n = problem.student.shape[:-1].numel(), len(problem.teachers)
-    dtype = compute_dtype_of(problem)
     if problem.teacher_weights is None:
-        return problem.student.new_full((), 1 / n, dtype=dtype).expand(n_rows, n)
-    weights = problem.teacher_weights.reshape(n_rows, n).to(dtype)
+        return [1 / n] * n
+    weights = problem.teacher_weights.reshape(n_rows, n, 1).to(compute_dtype_of(problem))
     if problem.row_mask is not None:  # a row that does not count may hold anything
-        weights = torch.where(problem.row_mask.reshape(n_rows, 1), weights, 1)
+        weights = torch.where(problem.row_mask.reshape(n_rows, 1, 1), weights, 1)
     if problem.combine == "mixture":
-        weights = weights / weights.sum(-1, keepdim=True)
-    return weights
+        weights = weights / weights.sum(1, keepdim=True)
+    return weights.unbind(1)
 
 
 def check(
