@@ -85,7 +85,7 @@ def _gradients(ctx: Any, op: Op, gradient_node: Any, upstream: Sequence[Any]) ->
         # grad mode is on in a backward only under create_graph=True, and vmap may map over it
         if torch.is_grad_enabled() or transforms_active():
             backward, foreseen = gradient_node.apply, ()
-        elif foreseen and op.is_foreseen(arguments[start:], upstream):
+        elif foreseen and op.is_foreseen(arguments[start:], upstream, foreseen):
             found = foreseen
     if found is None:
         tensors = ctx.saved_tensors

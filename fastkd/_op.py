@@ -17,7 +17,8 @@ whose gradient is as large as its input and cheap to compute again has besides
         field, or both statistics and the gradient for upstream gradients that the problem foresees
     backward(problem, statistics, upstream, *gradients) -> gradient of the trained field
         it may return the foreseen gradient, overwritten: the first backward alone gets that, and
-        is not even called on a CPU if the upstream gradient is the problem's `row_weight`
+        is not even called on a CPU if the upstream gradient is the problem's `row_weight`; in its
+        place there may be whole numbers, for any upstream gradient
     n_statistics(problem) -> how many numbers for each example the statistics have; without
         needs_grad there are statistics
 
@@ -187,8 +188,13 @@ class Op:
                 return engine.backward(problem, statistics, upstream, needs_grad, *gradients)
             return (engine.backward(problem, statistics, upstream, *gradients),)
 
-    def is_foreseen(self, fields: Sequence[Any], upstream: Sequence[Tensor | None]) -> bool:
-        """Return whether these are the upstream gradients that the problem foresees.
+    def is_foreseen(
+        self,
+        fields: Sequence[Any],
+        upstream: Sequence[Tensor | None],
+        kept: Sequence[Tensor | None],
+    ) -> bool:
+        """Return whether gradients are kept, and for these upstream ones.
 
         Elsewhere than on a CPU that is not known, because to look at them would be a host sync, and
         a kernel looks by itself.
@@ -198,6 +204,8 @@ class Op:
         if self.row_weight is None or not is_looked_at:
             return False
         if any(x is not None for x in others):
+            return False
+        if any(x is not None and not x.is_floating_point() for x in kept):
             return False
         return bool((first == fields[self.row_weight]).all())
 

@@ -45,8 +45,9 @@ def uld(
     vocabulary is padded with zeros. The gradient goes to the entry that has the k-th largest
     probability; where both are equal it is 0.
 
-    The portable engine sorts a chunk of rows at a time and keeps a byte for each logit until the
-    backward, in place of eight numbers.
+    The portable engine sorts a chunk of rows at a time. It keeps the gradient alone until the
+    backward, in place of eight numbers for each logit; or a byte, if the losses are weighted,
+    masked or not reduced, because then the gradient is made in the backward.
 
         TRL GOLD    the same for each position, a mean over the positions of a sequence, and then
                     over the sequences; its default takes the logits at the tokens of an answer
@@ -79,7 +80,7 @@ def uld(
         for x, T in zip(both, of_each, strict=True)
     )
     q, p = (F.pad(x, (0, width - x.shape[-1])) for x in (q, p))
-    return (q - p).abs().sum(-1)
+    return divergences.absolute(q - p).sum(-1)
 
 
 @loss(vocabularies.check_matched, vocabularies.matched, per_example=True)

@@ -122,17 +122,31 @@ def test_uld_does_not_know_what_entries_mean(engine):
     assert_same([fastkd.uld(teacher.requires_grad_(), student.detach())], [loss])
 
 
-def test_a_backward_that_finds_no_signs_sorts_again(monkeypatch):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_backward_that_finds_nothing_sorts_again(reduction, monkeypatch):
     student, teacher = two_vocabularies((9,), 40)
     sorts, sort = [], torch.sort
     monkeypatch.setattr(torch, "sort", lambda *x, **options: sorts.append(x) or sort(*x, **options))
     with fastkd.backend("portable"):
-        loss = fastkd.uld(student, teacher)
-        first = torch.autograd.grad(loss, student, retain_graph=True)
+        losses = fastkd.uld(student, teacher, reduction=reduction)
+        ones = torch.ones_like(losses)
+        first = torch.autograd.grad(losses, student, ones, retain_graph=True)
         assert len(sorts) == 2  # one of each network
-        second = torch.autograd.grad(loss, student)
+        second = torch.autograd.grad(losses, student, ones)
     assert len(sorts) == 4
-    assert torch.equal(*first, *second)
+    assert_same(first, second)
+
+
+def test_signs_are_never_taken_for_a_gradient():
+    """In float16 nothing is foreseen, because a loss is scaled there before its backward."""
+    student, teacher = two_vocabularies((9,), 40, torch.float16, device="cpu")
+    for upstream in (1.0, 0.0, 256.0):
+        found = []
+        for backend in ("portable", "formula"):
+            with fastkd.backend(backend):
+                loss = upstream * fastkd.uld(student, teacher)
+            found.append(torch.autograd.grad(loss, student))
+        assert_same(*found, 2e-3)
 
 
 def test_numbers_that_are_sorted_at_once_are_in_order():
@@ -148,21 +162,24 @@ def test_numbers_that_are_sorted_at_once_are_in_order():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_uld_keeps_a_byte_for_each_logit(dtype, monkeypatch):
-    """Exactly: signs in the forward, the gradient besides in the backward, and one chunk."""
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_uld_keeps_its_gradient_or_a_byte_for_each_logit(reduction, dtype, monkeypatch):
+    """Exactly that and one chunk: of a mean the gradient, or signs and later the gradient."""
     n_rows, width = 64, 20000
     student, teacher = two_vocabularies((n_rows,), width, dtype, device="meta")
     in_chunks_of(3 * width, monkeypatch)
     n, chunk = n_rows * width, 3 * 64 * width
+    gradient = n * dtype.itemsize
+    kept, made = (gradient, 0) if reduction == "mean" else (n, gradient)
     with fastkd.backend("portable"):
         with PeakMemory() as forward:
-            loss = fastkd.uld(student, teacher)
+            losses = fastkd.uld(student, teacher, reduction=reduction)
         with PeakMemory() as backward:
-            loss.backward()
+            losses.backward(torch.ones_like(losses))
         with PeakMemory() as evaluated, torch.no_grad():
             fastkd.uld(student, teacher)
-    assert n < forward.peak_bytes <= n + chunk
-    assert n * dtype.itemsize < backward.peak_bytes <= n * dtype.itemsize + chunk
+    assert kept < forward.peak_bytes <= kept + chunk
+    assert made < backward.peak_bytes <= made + chunk
     assert evaluated.peak_bytes <= chunk
     with fastkd.backend("formula"), PeakMemory() as formula:
         fastkd.uld(student, teacher)

@@ -11,6 +11,7 @@ import fastkd
 
 ROWS = (
     "forward_kl", "reverse_kl", "total_variation", "kd", "decoupled_kd", "nkd", "wsld", "mft",
+    "uld",
 )  # fmt: skip
 FORESEEN = [x for x in LOSSES if x.name in ROWS]
 FORESEEN_KD = next(x for x in FORESEEN if x.name == "kd")

@@ -1,9 +1,10 @@
 """Solve `SortedRows` in PyTorch, for any device: sort softmax rows, and sum what they differ by.
 
 The k-th largest q meets the k-th largest p. With σ the sign of their difference, taken back to the
-entry v that has this q, the gradient in a logit is q_v (σ_v − Σ q σ) / T. So the forward keeps a
-byte for each logit, σ, and the backward makes the softmax again without sorting. A backward that
-finds no signs, the second one of a graph or that of torch.compile, sorts again.
+entry v that has this q, the gradient in a logit is q_v (σ_v − Σ q σ) / T. The forward makes it
+where it knows what the losses are multiplied by. Otherwise it keeps a byte for each logit, σ, and
+the backward makes the softmax again without sorting. A backward that finds neither, the second one
+of a graph or that of torch.compile, sorts again.
 
 Rows are taken in chunks: to sort takes up to 40 bytes for each number of a chunk. On a CPU all rows
 of a chunk are sorted at once as whole numbers, which begin with that of the row.
@@ -17,8 +18,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastkd._op import Number
+from fastkd._pages import in_huge_pages
 from fastkd._precision import compute_dtype
 from fastkd.portable._chunks import by_workers, cut, for_each, most_elements
+from fastkd.portable._row_chunks import at, foresees_weight, has_zeros, rescale
 from fastkd.problems.sorted_rows import SortedRows
 
 _ON_CPU, _ELSEWHERE = 1 << 16, 1 << 22  # elements of a chunk
@@ -32,43 +36,60 @@ def n_statistics(problem: SortedRows) -> int:
 
 
 def forward(problem: SortedRows, needs_grad: Sequence[bool]) -> tuple[tuple[Tensor], tuple]:
-    """Return the distances, and the statistics of the rows and their signs for the backward."""
+    """Return the distances, and what the backward needs.
+
+    That is statistics of the rows, and the gradient for the row weight or else the signs.
+    """
     problem = _in_compute_dtype(problem)
     student, teacher = problem.student, problem.teacher
     examples, dtype = student.shape[:-1], compute_dtype(student, teacher)
     table = student.new_empty((examples.numel(), 4), dtype=dtype)
-    signs = [torch.empty_like(student, dtype=torch.int8, memory_format=torch.contiguous_format)]
+    makes_gradient, of_rows = needs_grad[0] and foresees_weight(problem), []
+    if needs_grad[0]:
+        kept = torch.empty_like(
+            student,
+            dtype=student.dtype if makes_gradient else torch.int8,
+            memory_format=torch.contiguous_format,
+        )
+        of_rows = [in_huge_pages(kept)]
+    factors = _factors(problem, problem.row_weight)
 
-    def work(rows: slice, z: Tensor, z_teacher: Tensor, *signs: Tensor) -> None:
+    def work(rows: slice, z: Tensor, z_teacher: Tensor, *kept: Tensor) -> None:
         q, top, total = _softmax(z, problem.student_temperature, dtype)
         p, *_ = _softmax(z_teacher, problem.teacher_temperature, dtype)
+        signs = [torch.empty_like(q)] if makes_gradient else kept
         distance, mean = _compare(q, p, *signs)
         torch.cat([distance, top, total, mean], 1, out=table[rows])
+        if makes_gradient:
+            _write_slope(q, signs[0], mean, at(factors, rows), *kept)
 
-    _for_chunks(work, student, teacher, *signs[: needs_grad[0]])
+    _for_chunks(work, student, teacher, *of_rows)
     losses = table[:, 0].clone().view(examples)
     if problem.row_mask is not None:
         losses.masked_fill_(~problem.row_mask, 0)
     statistics = table[:, 1:].contiguous().view(*examples, 3)
-    return (losses,), (statistics, *signs[: needs_grad[0]])
+    return (losses,), (statistics, *of_rows)
 
 
 def backward(
     problem: SortedRows,
     statistics: Tensor,
     upstream: Sequence[Tensor | None],
-    signs: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """Return upstream · ∂losses with respect to the student."""
+    """Return upstream · ∂losses with respect to the student, in what is kept if that is one."""
     problem = _in_compute_dtype(problem)
     student, dtype = problem.student, statistics.dtype
-    (factors,) = upstream
-    assert factors is not None
-    factors = factors.reshape(-1, 1).to(dtype)
-    if problem.row_mask is not None:
-        factors = torch.where(problem.row_mask.reshape(-1, 1), factors, 0)
+    (of_losses,) = upstream
+    assert of_losses is not None
+    signs = kept if kept is not None and kept.dtype == torch.int8 else None
+    if kept is not None and signs is None and rescale(kept, of_losses, problem.row_weight, dtype):
+        return kept
+    factors = _factors(problem, of_losses)
     table = statistics.reshape(-1, 3, 1)
-    gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    gradient = kept if signs is None else None
+    if gradient is None:
+        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
 
     def work(rows: slice, z: Tensor, z_teacher: Tensor, out: Tensor, *signs: Tensor) -> None:
         top, total, mean = table[rows].unbind(1)
@@ -78,14 +99,32 @@ def backward(
         else:
             sign = torch.empty_like(q, dtype=torch.int8)
             _compare(q, _softmax(z_teacher, problem.teacher_temperature, dtype)[0], sign)
-        factor = factors[rows]
-        slope = q.mul_(sign - mean).mul_(factor / problem.student_temperature)
-        # a row of weight 0 may hold NaN, and what is 0 times NaN must be 0
-        out.copy_(torch.where(factor == 0, 0, slope))
+        _write_slope(q, sign, mean, at(factors, rows), out)
 
-    kept = [] if signs is None else [signs]
-    _for_chunks(work, student, problem.teacher, gradient, *kept)
+    of_rows = [gradient] if signs is None else [gradient, signs]
+    _for_chunks(work, student, problem.teacher, *of_rows)
     return gradient
+
+
+def _factors(problem: SortedRows, of_losses: Number) -> Number:
+    """Return what multiplies the slopes of rows, [N, 1] or one number, 0 where they are masked."""
+    dtype = compute_dtype(problem.student, problem.teacher)
+    if isinstance(of_losses, Tensor):
+        of_losses = of_losses.reshape(-1, 1).to(dtype)
+    factors = of_losses / problem.student_temperature
+    if problem.row_mask is None:
+        return factors
+    mask = problem.row_mask.reshape(-1, 1)
+    return torch.where(mask, factors, torch.zeros_like(mask, dtype=dtype))
+
+
+def _write_slope(q: Tensor, sign: Tensor, mean: Tensor, factor: Number, out: Tensor) -> None:
+    """Write factor · q (σ − Σ q σ) of rows, overwriting q."""
+    slope = q.mul_(sign - mean).mul_(factor)
+    if isinstance(factor, Tensor) and has_zeros(factor):
+        # a row of weight 0 may hold NaN, and what is 0 times NaN must be 0
+        slope = torch.where(factor == 0, 0, slope)
+    out.copy_(slope)
 
 
 def _softmax(
@@ -119,7 +158,9 @@ def _compare(q: Tensor, p: Tensor, signs: Tensor | None = None) -> tuple[Tensor,
             signs.scatter_(1, order, narrow)
     mean = sorted_q.mul_(sign).sum(-1, keepdim=True)
     of_others = others[:, n:].sum(-1, keepdim=True)
-    return difference.abs_().sum(-1, keepdim=True).add_(of_others), mean
+    distance = difference.abs_().sum(-1, keepdim=True).add_(of_others)
+    # a NaN has the sign 0, and a row that has one has no gradient
+    return distance, mean.add_(distance - distance)
 
 
 def _sorted(x: Tensor) -> tuple[Tensor, Tensor]:

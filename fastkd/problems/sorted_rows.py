@@ -24,6 +24,7 @@ class SortedRows(NamedTuple):
     row_mask: Tensor | None  # (...), bool: rows that count
     student_temperature: Number
     teacher_temperature: Number
+    row_weight: Number = 0.0  # as in `Rows`
 
 
 solve = Op(SortedRows, trained=("student",), per_example=True, recomputes=True)
@@ -42,5 +43,5 @@ def uld(
     """Solve for the distances of sorted probabilities."""
     of_student, of_teacher = temperatures(temperature, student_temperature, teacher_temperature)
     teacher = as_logits(teacher, teacher_form, student)
-    problem = SortedRows(student, teacher, call.row_mask, of_student, of_teacher)
+    problem = SortedRows(student, teacher, call.row_mask, of_student, of_teacher, call.row_weight)
     return solve(call.engine, problem)
