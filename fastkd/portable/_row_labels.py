@@ -98,12 +98,11 @@ def cross_entropy(
         out: A buffer [R, V] that is overwritten.
     """
     if q.apart is not None:
-        assert q.of_apart is not None
-        return softplus((total.log2() - q.of_apart * temperature).mul_(_LN2))
+        return softplus(_log_odds(q, total, temperature).neg_())
     smoothing, weights, sums = targets.smoothing, targets.class_weights, targets.sums
     if targets.are_soft:  # 0 · ∞ counts as 0
         seen = torch.mul(q.d, targets.labels, out=out).nansum(-1, keepdim=True)
-        losses = total.log2() * sums - _times(seen, temperature)
+        losses = _less(total.log2() * sums, seen, temperature)
     else:
         seen, own = q.d.gather(1, targets.labels), targets.of_label
         if isinstance(own, Tensor) and targets.may_vanish:
@@ -126,12 +125,14 @@ def cross_entropy(
     return losses
 
 
-def _times(x: Tensor, factor: Number) -> Tensor:
-    return x if is_exactly(factor, 1) else x * factor
+def _log_odds(q: Softmax, total: Tensor, temperature: Number) -> Tensor:
+    """Return rows [R, 1] of those of the class that is set apart, at a temperature of 1."""
+    assert q.of_apart is not None
+    return log_odds(q._replace(total=total, of_apart=q.of_apart * temperature))
 
 
 def _less(x: Tensor, y: Tensor, factor: Number) -> Tensor:
-    """Return x − factor · y, in place where that has no operation for the product."""
+    """Return x − factor · y, in one operation where the factor is a number."""
     return x - y * factor if isinstance(factor, Tensor) else x.sub_(y, alpha=factor)
 
 
@@ -143,7 +144,7 @@ def cross_entropy_factor(
     Where the label is set apart it is factor · (1 − q[label]), which has all its digits.
     """
     if q.apart is not None:
-        chance = log_odds(q, total, temperature).neg_().sigmoid_() * factor
+        chance = _log_odds(q, total, temperature).neg_().sigmoid_() * factor
         return torch.where(factor == 0, 0, chance) if isinstance(factor, Tensor) else chance
     if not targets.may_vanish or not isinstance(targets.sums, Tensor):
         return factor

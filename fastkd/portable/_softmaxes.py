@@ -144,15 +144,10 @@ def centre(slopes: Tensor, certain: Certain) -> None:
         slopes[rows, places.squeeze(-1)] = of_others.neg_()
 
 
-def log_odds(q: Softmax, total: Tensor | None = None, temperature: Number = 1.0) -> Tensor:
-    """Return rows [R, 1] of log(q[class] / (1 − q[class])) of the class that is set apart.
-
-    With Z at a temperature of 1 they are those of the same logits there.
-    """
+def log_odds(q: Softmax) -> Tensor:
+    """Return rows [R, 1] of log(q[class] / (1 − q[class])) of the class that is set apart."""
     assert q.of_apart is not None
-    if total is None:
-        return (q.of_apart - q.total.log2()).mul_(LN2)
-    return (q.of_apart * temperature - total.log2()).mul_(LN2)
+    return (q.of_apart - q.total.log2()).mul_(LN2)
 
 
 def moments_of(z: Tensor, dtype: torch.dtype) -> Moments:
