@@ -138,7 +138,7 @@ def test_a_backward_that_finds_nothing_sorts_again(reduction, monkeypatch):
 
 
 def test_signs_are_never_taken_for_a_gradient():
-    """In float16 nothing is foreseen, because a loss is scaled there before its backward."""
+    """Foresee nothing in float16, because a loss is scaled there before its backward."""
     student, teacher = two_vocabularies((9,), 40, torch.float16, device="cpu")
     for upstream in (1.0, 0.0, 256.0):
         found = []
