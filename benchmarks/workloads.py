@@ -123,6 +123,14 @@ _VOCABULARIES = Family(
 _LABELLED = Family(
     math.prod, _ROWS, [*_ROWS, (4096, 128256)], [(4096, 128256), (256, 1000)], [], independent=True
 )
+_NETWORKS = Family(  # of which there are more than two: long rows, and on chip
+    math.prod,
+    _ROWS,
+    [*_ROWS, (4096, 128256)],
+    [(4096, 128256), (8192, 8192), (256, 1000)],
+    [(4096, 128256), (8192, 8192), (256, 1000)],
+    independent=True,
+)
 FAMILIES = {  # by problem, or by loss where a loss differs
     "rows": Family(
         math.prod,
@@ -167,14 +175,7 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         compiled_sizes=[(4096, 128256), (4096, 151669), (8, 128256), (8192, 8192), (256, 1000)]
     ),
     "levels": Family(math.prod, _LEVELS, _LEVELS, [(256, 1000)], []),
-    "ensembles": Family(
-        math.prod,
-        _ROWS,
-        [*_ROWS, (4096, 128256)],
-        [(4096, 128256), (8192, 8192), (256, 1000)],
-        [(4096, 128256), (8192, 8192), (256, 1000)],
-        independent=True,
-    ),
+    "ensembles": _NETWORKS,
     # the kernels are those of "rows"
     "channel_wise": Family(
         math.prod,
@@ -205,14 +206,7 @@ FAMILIES = {  # by problem, or by loss where a loss differs
         [],
         independent=True,
     ),
-    "mutual_kl": Family(
-        math.prod,
-        _ROWS,
-        [*_ROWS, (4096, 128256)],
-        [(4096, 128256), (8192, 8192), (256, 1000)],
-        [(4096, 128256), (8192, 8192), (256, 1000)],
-        independent=True,
-    ),
+    "mutual_kl": _NETWORKS,
     "koleo": Family(lambda shape: 4 * shape[0] ** 2, _GLOBAL, _GLOBAL, [(1024, 768)], []),
     "nst": _CROSSED,
     "fsp": _CROSSED,

@@ -369,10 +369,10 @@ def _arguments(problem: Rows) -> dict[str, Any]:
         None if x is None else _on_device(x, device) if by_pointer else float(x) for x in shared
     )
     numbers = reading.Numbers(*own, *given)
-    is_soft, weights = _is_soft(problem), problem.class_weights
+    soft, weights = problem.labels if _is_soft(problem) else None, problem.class_weights
     return dict(
-        labels_ptr=None if is_soft else _flat(problem.labels),
-        soft=rows_of(problem.labels) if is_soft else None,
+        labels_ptr=_flat(problem.labels) if soft is None else None,
+        soft=None if soft is None else rows_of(soft),
         class_weights=None if weights is None else Strided(weights.contiguous(), 0, 0),
         row_mask_ptr=_flat(problem.row_mask),
         apart_ptr=_flat(problem.apart),
