@@ -214,8 +214,7 @@ def test_classes_that_both_leave_out_count_for_nothing(kind, engine):
 
 
 @each_kind
-# but for a smoothing of 1, by which the portable engine has 0 · ∞
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[1], *OPTIONS[3:]], ids=str)
+@each_option
 @pytest.mark.parametrize("n_cols", [N_COLS, LONG])
 @quick_if(lambda options, n_cols, engine: engine == "triton" or n_cols == N_COLS)
 def test_a_target_of_an_excluded_class_is_infinite(kind, options, n_cols, engine):
