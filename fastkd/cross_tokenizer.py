@@ -80,7 +80,7 @@ def uld(
         for x, T in zip(both, of_each, strict=True)
     )
     q, p = (F.pad(x, (0, width - x.shape[-1])) for x in (q, p))
-    return divergences.absolute(q - p).sum(-1)
+    return rows.absolute(q - p).sum(-1)
 
 
 @loss(vocabularies.check_matched, vocabularies.matched, per_example=True)

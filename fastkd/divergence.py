@@ -65,11 +65,6 @@ def _log_mixture(p: Tensor, q: Tensor, weight: Number) -> Tensor:
     return torch.where(m < tiny, tiny, m).log()  # the derivative of a clamped NaN would be 0
 
 
-def absolute(x: Tensor) -> Tensor:
-    """Return |x|, of which the derivative of torch.abs would be 0 where x is NaN."""
-    return x * torch.where(x.isnan(), x, x.sign())
-
-
 @loss(rows.check, rows.divergence, per_example=True, of_examples=rows.TEMPERATURES)
 def forward_kl(
     student_logits: Tensor,
@@ -434,7 +429,7 @@ def total_variation(
         student_logits, teacher_logits, temperature, student_temperature, teacher_temperature,
         teacher_form, scale_t2, standardize,
     )  # fmt: skip
-    return t2 * 0.5 * absolute(log_p.exp() - log_q.exp()).sum(-1)
+    return t2 * 0.5 * rows.absolute(log_p.exp() - log_q.exp()).sum(-1)
 
 
 @loss(rows.check, rows.divergence, per_example=True, of_examples=rows.TEMPERATURES)

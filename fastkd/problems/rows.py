@@ -247,6 +247,11 @@ def is_exactly(number: Number, value: float) -> bool:
     return not isinstance(number, Tensor) and number == value
 
 
+def absolute(x: Tensor) -> Tensor:
+    """Return |x|, of which the derivative of torch.abs would be 0 where x is NaN."""
+    return x * torch.where(x.isnan(), x, x.sign())
+
+
 def limit_of(divergence: str, option: Number) -> str:
     """Return the name of the divergence that one with this option is."""
     # only numbers that are a limit are looked up, otherwise torch.compile would specialise on them
