@@ -73,8 +73,9 @@ def multi_teacher(
         beta: The option of D = "jensen_shannon".
         skew: The option of D = "skew_kl" and "skew_reverse_kl".
         weight: The option of D = "symmetric_kl".
-        temperature, student_temperature, teacher_temperature: As in `forward_kl`, but one number
-            for all rows, which gets no gradient.
+        temperature: T > 0, which divides all networks' logits. One number for all rows, or a 0-dim
+            tensor, which gets no gradient.
+        student_temperature, teacher_temperature: Replace T for the student and for all teachers.
         scale_t2: As in `forward_kl`.
         labels, ignore_index, weights, normalizer, reduction: As in `forward_kl`.
 
