@@ -55,7 +55,8 @@ def _keep(ctx: Any, op: Op, arguments: Sequence[Any], saved: Sequence[Any]) -> N
         kept = [start + i for i, needed in zip(op.trained, needs_grad, strict=True) if needed]
     rest, fields = [*arguments], [arguments[i] for i in kept]
     for i in tensors:  # those that the backward does not need are not kept alive
-        rest[i] = None
+        if op.row_mask is None or i != start + op.row_mask:
+            rest[i] = None
     if not torch.compiler.is_compiling():
         for place, i in enumerate(kept):
             field = fields[place]

@@ -35,7 +35,8 @@ class Call(NamedTuple):
     engine: str  # "portable" or "triton"
     row_mask: Tensor | None  # bool, in the shape of the losses: examples of weight 0 are False
     ranks: Ranks
-    row_weight: Number = 0.0  # what every loss is multiplied by in the reduction, 0 if not known
+    # what the losses of all rows that count are multiplied by in the reduction, 0 if not known
+    row_weight: Number = 0.0
     reduction: Reduction | None = None  # for a statement that reduces the losses itself
 
 
@@ -225,8 +226,8 @@ def loss(
             mask, row_weight = None, 0.0
             if weights is not None:
                 mask = weights if weights.dtype == torch.bool else weights.detach() != 0
-            elif per_example is True and not torch.compiler.is_compiling():
-                row_weight = weight_of_rows(arguments[0], normalizer, reduction)
+            if per_example is True and (weights is None or weights is mask):
+                row_weight = weight_of_rows(arguments[0], mask, normalizer, reduction)
             asked = Reduction(weights, normalizer, reduction, return_parts)
             found = losses_of(arguments, options, mask, _THIS_PROCESS, row_weight, asked)
             if isinstance(found, Tensor):

@@ -120,6 +120,7 @@ class Op:
         self.n_arguments = len(fields) + len(trained) + 1
         self.trained = [fields.index(name) for name in trained]
         self.row_weight = fields.index("row_weight") if "row_weight" in fields else None
+        self.row_mask = fields.index("row_mask") if "row_mask" in fields else None
         self.numbers = [i for i, name in enumerate(fields) if kinds[name] == Number]
         self.tensors = [i for i, x in enumerate(fields) if kinds[x] in (Tensor, Tensor | None)]
         self.lists = [i for i, name in enumerate(fields) if kinds[name] == Tensors]
@@ -207,7 +208,10 @@ class Op:
             return False
         if any(x is not None and not x.is_floating_point() for x in kept):
             return False
-        return bool((first == fields[self.row_weight]).all())
+        is_met = first == fields[self.row_weight]
+        mask = None if self.row_mask is None else fields[self.row_mask]
+        # rows that do not count have no gradient, whatever their upstream one
+        return bool((is_met if mask is None else is_met | ~mask).all())
 
     def read(self, arguments: Sequence[Any]) -> tuple[Any, Sequence[bool], types.ModuleType]:
         """Return the problem, which trained fields need a gradient, and the engine."""

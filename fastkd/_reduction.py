@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd._checks import has_values_at_hand
 from fastkd._op import Number
 
 _LONG, _PART = 1 << 15, 1 << 12  # numbers of a sum that PyTorch cuts, and of a part of ours
@@ -80,9 +81,14 @@ def divided(
     return total_loss / (normalizer or 1)
 
 
-def weight_of_rows(rows: Any, normalizer: Any, reduction: str) -> float:
-    """Return what `reduce` multiplies the losses of unweighted rows by, 0 if that is not known."""
+def weight_of_rows(rows: Any, mask: Tensor | None, normalizer: Any, reduction: str) -> float:
+    """Return what `reduce` multiplies the losses of the rows that count by, 0 if that is not known.
+
+    It is a number, and not one for each row: the mask stands for all the weights that there are.
+    """
     if reduction == "none" or isinstance(normalizer, Tensor) or not isinstance(rows, Tensor):
+        return 0.0
+    if torch.compiler.is_compiling() or (mask is not None and not has_values_at_hand(mask)):
         return 0.0
     # checkpointing and offloading free what the graph saves, and a gradient is none of that
     if _saved_tensors_hooks(True):
@@ -90,7 +96,9 @@ def weight_of_rows(rows: Any, normalizer: Any, reduction: str) -> float:
     if reduction == "sum":
         return 1.0
     # a number of numpy would not count as plain, and the op would take the way of traced ones
-    return 1 / ((rows.shape[:-1].numel() if normalizer is None else float(normalizer)) or 1)
+    if normalizer is not None:
+        return 1 / (float(normalizer) or 1)
+    return 1 / ((rows.shape[:-1].numel() if mask is None else int(mask.sum())) or 1)
 
 
 def total(x: Tensor) -> Tensor:

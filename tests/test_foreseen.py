@@ -88,6 +88,52 @@ def test_both_terms_of_kd_have_one_gradient(options, are_soft, reduction):
     assert_same(results(loss, [student]), results(of_parts, [student]), 1e-12)
 
 
+def with_masks(case):
+    """Return inputs, options that leave rows out, and which rows are left."""
+    inputs, some = case.inputs(*SHAPE), torch.arange(20) % 3 > 0
+    yield inputs, dict(weights=some), some
+    if case.name in ("kd", "decoupled_kd", "nkd", "wsld") and not inputs[2].is_floating_point():
+        inputs[2] = inputs[2].masked_fill(~some, -100)
+        yield inputs, {}, some
+        others = torch.arange(20) % 4 > 0
+        yield inputs, dict(weights=others), some & others
+    elif "labels" in case.parameters and case.parameters["labels"].default is None:
+        yield inputs, dict(labels=torch.where(some, 1, -100)), some
+
+
+@pytest.mark.parametrize("case", [x for x in FORESEEN if x.name != "mft"], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_rows_that_do_not_count_leave_the_others_foreseen(case, reduction):
+    """The same as without their rows, whatever they hold, and with nothing computed anew."""
+
+    def solved(student, *others, **options):
+        student = student.detach().requires_grad_()
+        loss = case(student, *others, reduction=reduction, **options)
+        with Exponentials() as backward:
+            (gradient,) = torch.autograd.grad(loss, student, retain_graph=True)
+        (of_another,) = torch.autograd.grad(3 * loss, student)
+        assert_same([of_another], [3 * gradient])
+        return loss.detach(), gradient, backward.count
+
+    for (student, teacher, *labels), options, counted in with_masks(case):
+        known = [x[counted] if len(x) == 20 else x for x in (student, teacher, *labels)]
+        expected, of_counted, _ = solved(*known)
+        student, teacher = student.detach().clone(), teacher.clone()
+        student[~counted], teacher[~counted] = torch.nan, torch.inf
+        loss, gradient, n_exponentials = solved(student, teacher, *labels, **options)
+        assert_same([loss, gradient[counted]], [expected, of_counted])
+        assert not gradient[~counted].any() and n_exponentials == 0
+
+
+@each_case
+def test_no_row_is_left(case):
+    """Zero, and a gradient of zeros, of a mean over nothing."""
+    student, *others = case.inputs(*SHAPE)
+    weights = torch.zeros(20, dtype=torch.bool)
+    found = results(lambda x: case(x, *others, reduction="mean", weights=weights), [student])
+    assert not any(x.any() for x in found)
+
+
 @each_case
 def test_strided_logits_get_their_gradient(case):
     student, *others = case.inputs((4, 6), 30)

@@ -67,7 +67,7 @@ def targets_of(problem: Rows) -> Targets | None:
         labels = labels.reshape(-1, labels.shape[-1])
     else:
         labels = labels.reshape(-1, 1)
-        if not problem.adds_cross_entropy:
+        if problem.row_mask is not None or not problem.adds_cross_entropy:
             labels = labels.clamp(min=0)
     dtype = compute_dtype(problem.student, problem.teacher)
     return Targets(labels, problem.label_smoothing, problem.class_weights, dtype)

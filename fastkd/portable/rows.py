@@ -229,7 +229,7 @@ def value_and_gradients(
         if slope is not None and targets is not None and ce_factors is not None:
             ce_factor = at(ce_factors, rows)
             if problem.divergence == _NORMALIZED and weight is not None:
-                ce_factor = weight * ce_factor
+                ce_factor = weighted(weight, ce_factor)
             ce_factor = cross_entropy_factor(q, total, of_student, own, ce_factor)
             cross_entropy_slope(e_at_1, total, own, ce_factor, slope)
             if has_zeros(ce_factor):
@@ -447,7 +447,7 @@ def _fill(
             own = targets.of(rows)
             ce_factor = at(ce_factors, rows)
             if problem.divergence == _NORMALIZED:
-                ce_factor = known[4] * ce_factor
+                ce_factor = weighted(known[4], ce_factor)
             ce_factor = cross_entropy_factor(q, q.total, 1.0, own, ce_factor)
             slope.add_(select(cross_entropy_slope(q.e, q.total, own, ce_factor, q.e), ce_factor))
         centre(slope, certain)

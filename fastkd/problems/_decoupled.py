@@ -72,7 +72,7 @@ def decoupled_kd(
     t2 = temperature**2 if scale_t2 else 1.0
     problem = Rows(
         student, teacher, None, mask, temperature, temperature, share, t2 * total, "decoupled_kl",
-        call.row_weight if labelled is None else 0.0, labels, standardize,
+        rows.weight_of_counted(call, student, mask), labels, standardize,
     )  # fmt: skip
     losses, _ = rows.solve(call.engine, problem)
     return [Term(0.0 if is_exactly(total, 0) else 1.0, losses, labelled)]
@@ -95,16 +95,14 @@ def nkd(
     labels, mask, labelled = rows.counted(call, labels, ignore_index)
     temperature = rows.widened(temperature)
     scale = temperature**2 if scale_t2 else 1.0
-    are_apart = call.reduction is None or call.reduction.return_parts
-    if not are_apart and labelled is None and rows.adds_cross_entropy(call, student, teacher):
-        if not is_exactly(gamma, 0):  # which wins over an infinite term
-            problem = Rows(
-                student, teacher, labels, mask, temperature, temperature, 0.0, scale,
-                "normalized_soft_cross_entropy", call.row_weight, labels,
-                adds_cross_entropy=True, share=gamma,
-            )  # fmt: skip
-            losses, _ = rows.solve(call.engine, problem)
-            return [Term(1.0, losses, None)]
+    weight = rows.weight_of_sum(call, student, teacher, mask)
+    if weight and not is_exactly(gamma, 0):  # which wins over an infinite term
+        problem = Rows(
+            student, teacher, labels, mask, temperature, temperature, 0.0, scale,
+            "normalized_soft_cross_entropy", weight, labels, adds_cross_entropy=True, share=gamma,
+        )  # fmt: skip
+        losses, _ = rows.solve(call.engine, problem)
+        return [Term(1.0, losses, labelled)]
     problem = Rows(
         student, teacher, labels, mask, temperature, temperature, 0.0, scale,
         "soft_cross_entropy", 0.0, labels,

@@ -136,7 +136,7 @@ def soft_labels(
     problem = rows.Rows(
         student, teacher, labels, counted, temperature, temperature, 0.0, scale,
         "weighted_soft_cross_entropy" if in_one_pass else "soft_cross_entropy",
-        call.row_weight if labelled is None else 0.0,
+        rows.weight_of_counted(call, student, counted),
     )  # fmt: skip
     losses, of_student = rows.solve(call.engine, problem)
     if in_one_pass:
@@ -162,7 +162,7 @@ def winning_labels(
     scale = temperature * temperature if scale_t2 else 1.0
     problem = Corrected(
         student, teacher, labels, temperature, temperature, threshold, scale,
-        call.row_weight if labelled is None else 0.0,
+        call.row_weight if labelled is None and call.row_mask is None else 0.0,
     )  # fmt: skip
     return [Term(1.0, solve(call.engine, problem), labelled)]
 
@@ -184,6 +184,6 @@ def virtual_teacher(
     log_odds = softened(correct_probability, student.shape[-1], temperature, dtype)
     problem = Corrected(
         student, None, labels, temperature, 1.0, log_odds, scale,
-        call.row_weight if labelled is None else 0.0,
+        call.row_weight if labelled is None and call.row_mask is None else 0.0,
     )  # fmt: skip
     return [Term(1.0, solve(call.engine, problem), labelled)]

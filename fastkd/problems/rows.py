@@ -12,7 +12,7 @@ from fastkd import _checks, _option_checks
 from fastkd._loss import Call
 from fastkd._op import Number, Op
 from fastkd._precision import compute_dtype
-from fastkd._reduction import Term, selected, total
+from fastkd._reduction import Term, selected, total, weight_of_rows
 from fastkd.problems import softened
 from fastkd.problems.softened import Softened
 
@@ -335,23 +335,25 @@ def kd(
     share = 1 - alpha if distill_weight is None else distill_weight
     if class_weights is not None:
         class_weights = class_weights.detach().to(compute_dtype(student, teacher))
-    asked, labelled, counts = call, None, None
+    mask, labelled, counts, row_weight = call.row_mask, None, None, 0.0
     if is_soft(labels, student):
         labels = labels.detach()
     else:
         labels, mask, labelled = counted(call, labels, ignore_index)
-        if not distill_ignored:
-            # written out, because old compilers do not trace _replace
-            call = Call(call.name, call.engine, mask, call.ranks)
         if class_weights is not None:
             counts = class_weights[labels.clamp(min=0)]
-    if labelled is None:
-        found = _sum_of_both(
-            asked, divergence, student, teacher, alpha, share, softening | own, labels,
+    if labelled is None or not distill_ignored:
+        row_weight = weight_of_sum(call, student, teacher, mask)
+        # written out, because old compilers do not trace _replace
+        call = Call(call.name, call.engine, mask, call.ranks, row_weight, call.reduction)
+    if row_weight:
+        losses = _sum_of_both(
+            call, divergence, student, teacher, alpha, share, softening | own, labels,
             label_smoothing, class_weights, counts,
         )  # fmt: skip
-        if found is not None:
-            return found
+        if losses is not None:
+            return [Term(1.0, losses, labelled)]
+    call = Call(call.name, call.engine, call.row_mask, call.ranks)
     losses, cross_entropies = _solve(
         call, divergence, student, teacher, labels, label_smoothing=label_smoothing,
         class_weights=class_weights, **softening, **own,
@@ -374,19 +376,17 @@ def _sum_of_both(
     label_smoothing: Number,
     class_weights: Tensor | None,
     counts: Tensor | None,
-) -> list[Term] | None:
-    """Solve for α · cross-entropy + share · divergence, one gradient that the forward makes.
+) -> Tensor | None:
+    """Return α · cross-entropy + share · divergence, of which the forward makes one gradient.
 
-    Return None where it is not known what multiplies all rows, or where both are asked for apart.
+    Return None if one of them has no share, which wins over an infinite term.
     """
     asked = call.reduction
-    if not adds_cross_entropy(call, student, teacher) or asked is None or asked.return_parts:
-        return None
-    if is_exactly(alpha, 0) or is_exactly(share, 0):  # which wins over an infinite term
+    if asked is None or is_exactly(alpha, 0) or is_exactly(share, 0):
         return None
     if counts is not None and asked.reduction == "mean" and asked.normalizer is None:
         # the mean of the cross-entropies has a divisor of its own
-        of_all = total(counts)
+        of_all = total(selected(counts, call.row_mask))
         if _checks.has_values_at_hand(of_all):
             alpha = alpha / ((of_all.item() or 1.0) * call.row_weight)
         else:
@@ -395,16 +395,26 @@ def _sum_of_both(
         call, divergence, student, teacher, labels, label_smoothing=label_smoothing,
         class_weights=class_weights, share=share, ce_scale=alpha, **options,
     )  # fmt: skip
-    return None if losses is NotImplemented else [Term(1.0, losses, None)]
+    return None if losses is NotImplemented else losses
 
 
-def adds_cross_entropy(call: Call, student: Tensor, teacher: Tensor) -> bool:
-    """Return whether an engine adds cross-entropies to the losses, of which it has the gradient.
+def weight_of_counted(call: Call, logits: Tensor, mask: Tensor | None) -> float:
+    """Return what the losses of all rows in the mask are multiplied by, 0 if that is not known."""
+    asked = call.reduction
+    if asked is None or (asked.weights is not None and asked.weights.dtype != torch.bool):
+        return 0.0
+    return weight_of_rows(logits, mask, asked.normalizer, asked.reduction)
 
-    A gradient in a narrower dtype than that of the sum would have no room for it.
+
+def weight_of_sum(call: Call, student: Tensor, teacher: Tensor, mask: Tensor | None) -> float:
+    """Return that weight where an engine adds cross-entropies to the losses, and 0 elsewhere.
+
+    It has the gradient of the sum alone, which in a narrower dtype would have no room for it.
     """
-    is_known = call.engine == "portable" and not is_exactly(call.row_weight, 0)
-    return is_known and student.dtype == compute_dtype(student, teacher)
+    is_apart = call.reduction is None or call.reduction.return_parts
+    if is_apart or call.engine != "portable" or student.dtype != compute_dtype(student, teacher):
+        return 0.0
+    return weight_of_counted(call, student, mask)
 
 
 def with_smoothing(soft: Tensor, label_smoothing: Number, class_weights: Tensor | None) -> Tensor:
