@@ -184,6 +184,8 @@ def loss(
             with without_autocast(tensors[0].device):
                 found = NotImplemented
                 if engine != "formula" and statement is not None:
+                    if mask is not None and engine != "portable":
+                        row_weight = 0.0  # on a GPU nobody counts the rows of a mask
                     call = Call(name, engine, mask, ranks, row_weight, reduction)
                     found = statement(call, *arguments, **options)
                 if found is NotImplemented:
