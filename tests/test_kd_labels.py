@@ -141,6 +141,29 @@ def test_unlabelled_rows_count_in_the_divergence_alone(options, engine):
 
 
 @each_kind
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
+@quick_if(lambda smoothing, engine: engine != "triton" or smoothing == 0.3)
+def test_a_smoothing_may_be_a_tensor(kind, smoothing, is_weighted, engine):
+    """Labels of all rows are taken, since the portable engine has one number for them then."""
+    student, teacher, labels = batch(kind)
+    labels = labels.clamp(min=0)
+    own = dict(temperature=2.0, class_weights=normal(N_COLS).exp() if is_weighted else None)
+    in_tensor = torch.tensor(smoothing, dtype=torch.float64, device=DEVICE)
+    for reduction in ("mean", "none"):
+        found, expected = (
+            with_gradient(
+                fastkd.kd(
+                    student, teacher, labels, label_smoothing=x, reduction=reduction, **own
+                ),
+                student,
+            )
+            for x in (in_tensor, smoothing)
+        )  # fmt: skip
+        assert_same(found, expected)
+
+
+@each_kind
 @each_option
 @pytest.mark.parametrize("n_cols", [67, LONG])
 @quick_if(lambda n_cols, engine: n_cols == 67 or engine == "triton")

@@ -169,7 +169,5 @@ def cross_entropy_slope(
             out = out.addcmul_(weights, each, value=-1)
         else:
             out = out.sub_(weights, alpha=each)
-    of_label = factor * -targets.of_label
-    if not isinstance(of_label, Tensor):
-        of_label = torch.full_like(total, of_label)
+    of_label = torch.zeros_like(total) - factor * targets.of_label
     return out.scatter_add_(1, targets.labels, of_label)
