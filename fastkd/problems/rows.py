@@ -410,6 +410,15 @@ def with_smoothing(soft: Tensor, label_smoothing: Number, class_weights: Tensor 
     return soft if class_weights is None else soft * class_weights.detach().to(soft)
 
 
+def smoothed(losses: Tensor, of_all: Tensor, label_smoothing: Number) -> Tensor:
+    """Return (1 − ε) · losses + ε · the mean of those with all classes.
+
+    An ε of 1, which a tensor may hold, leaves nothing of an infinite loss.
+    """
+    sharp = torch.ones_like(losses) * (1 - label_smoothing)
+    return selected(sharp * losses, sharp != 0) + label_smoothing * of_all
+
+
 def counted(
     call: Call, labels: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
