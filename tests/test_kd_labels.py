@@ -237,8 +237,7 @@ def test_classes_that_both_leave_out_count_for_nothing(kind, engine):
 
 
 @each_kind
-# but for a smoothing of 1, by which the portable engine has 0 · ∞
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[1], *OPTIONS[3:]], ids=str)
+@each_option
 @pytest.mark.parametrize("n_cols", [N_COLS, LONG])
 @quick_if(lambda options, n_cols, engine: engine == "triton" or n_cols == N_COLS)
 def test_a_target_of_an_excluded_class_is_infinite(kind, options, n_cols, engine):
@@ -252,6 +251,23 @@ def test_a_target_of_an_excluded_class_is_infinite(kind, options, n_cols, engine
         expected = fastkd.kd(student, teacher, labels, **own)
     assert found[4] == math.inf
     assert_same([found], [expected])
+
+
+def test_a_smoothing_of_0_leaves_nothing_of_excluded_classes(engine):
+    """A tensor has it, and so has every graph that is compiled, in which numbers are tensors."""
+    student, teacher, labels = batch("hard")
+    labels = labels.clamp(min=1)
+    with torch.no_grad():
+        student[:, 0] = teacher[:, 0] = -math.inf
+    compiled = torch.compile(fastkd.kd, backend="aot_eager", fullgraph=True)
+    of_tensor = torch.tensor(0.0, dtype=torch.float64, device=DEVICE)
+    expected = with_gradient(fastkd.kd(student, teacher, labels), student)
+    assert all(x.isfinite().all() for x in expected)
+    assert_same(with_gradient(compiled(student, teacher, labels), student), expected)
+    for backend in (engine.split()[0], "formula"):
+        with fastkd.backend(backend):
+            losses = fastkd.kd(student, teacher, labels, label_smoothing=of_tensor)
+            assert_same(with_gradient(losses, student), expected)
 
 
 @each_kind

@@ -413,10 +413,11 @@ def with_smoothing(soft: Tensor, label_smoothing: Number, class_weights: Tensor 
 def smoothed(losses: Tensor, of_all: Tensor, label_smoothing: Number) -> Tensor:
     """Return (1 − ε) · losses + ε · the mean of those with all classes.
 
-    An ε of 1, which a tensor may hold, leaves nothing of an infinite loss.
+    A share of 0, which a tensor may hold too, leaves nothing of an infinite loss.
     """
-    sharp = torch.ones_like(losses) * (1 - label_smoothing)
-    return selected(sharp * losses, sharp != 0) + label_smoothing * of_all
+    smooth = torch.zeros_like(losses) + label_smoothing
+    sharp = 1 - smooth
+    return selected(sharp * losses, sharp != 0) + selected(smooth * of_all, smooth != 0)
 
 
 def counted(
