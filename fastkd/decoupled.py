@@ -18,7 +18,14 @@ from fastkd._loss import loss
 from fastkd._op import Number
 from fastkd._reduction import Term, selected
 from fastkd.problems import _decoupled
-from fastkd.problems.rows import classes_of, divided, is_exactly, standardized, widened
+from fastkd.problems.rows import (
+    classes_of,
+    divided,
+    is_exactly,
+    smoothed,
+    standardized,
+    widened,
+)
 
 
 def _parted(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,7 +270,7 @@ def uskd(
         of_weak = _cross_entropies(weak, classes)
         if not is_exactly(label_smoothing, 0):
             uniform = -weak.log_softmax(-1).mean(-1)
-            of_weak = (1 - label_smoothing) * of_weak + label_smoothing * uniform
+            of_weak = smoothed(of_weak, uniform, label_smoothing)
     return [
         Term(factor, selected(losses, labelled), labelled)
         for factor, losses in ((alpha, target), (beta, others), (mu, of_weak))

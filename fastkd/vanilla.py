@@ -113,10 +113,7 @@ def kd(
         if not rows.is_exactly(label_smoothing, 0):
             each = torch.ones_like(log_q) if class_weights is None else class_weights
             smooth = -(each * torch.where(each == 0, 0, log_q)).mean(-1)
-            # a smoothing of 1, which a tensor may hold, leaves nothing of an infinite term
-            sharp = torch.ones_like(smooth) * (1 - label_smoothing)
-            cross_entropies = selected(sharp * cross_entropies, sharp != 0)
-            cross_entropies = cross_entropies + label_smoothing * smooth
+            cross_entropies = rows.smoothed(cross_entropies, smooth, label_smoothing)
     distilled = None if distill_ignored else labelled
     own = dict(beta=beta, skew=skew, weight=weight)
     distances = _FORMULAS[divergence](

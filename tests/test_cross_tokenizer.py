@@ -161,6 +161,25 @@ def test_numbers_that_are_sorted_at_once_are_in_order():
     assert torch.equal(places, order)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("is_known", [True, False])
+def test_numbers_that_are_sorted_at_once_may_lie_anywhere(is_known, reduction):
+    """Images have their classes in dimension 1, and the user another default device."""
+    student, teacher = (
+        normal(2, 30, 40, 35, seed=i, dtype=torch.float32).cpu() for i in range(2)
+    )  # fmt: skip
+    found, expected = [], []
+    for results_of, layout in ((found, lambda x: x), (expected, torch.Tensor.contiguous)):
+        z, z_teacher = (layout(x.movedim(1, -1)) for x in (student, teacher))
+        z = z.detach().requires_grad_()
+        with fastkd.backend("portable"), torch.device("meta"):
+            losses = fastkd.uld(z, z_teacher, reduction=reduction).sum()
+        factor = 1 if is_known else 3
+        grads = [torch.autograd.grad(factor * losses, z, retain_graph=True) for _ in range(2)]
+        results_of += [losses.detach(), *grads[0], *grads[1]]
+    assert_same(found, expected, 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_uld_keeps_its_gradient_or_a_byte_for_each_logit(reduction, dtype, monkeypatch):

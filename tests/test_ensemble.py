@@ -153,6 +153,23 @@ def test_a_teacher_of_weight_0_counts_for_nothing(combine, value, engine):
         assert_same(found, expected)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("combine", ["logits", "sum"])
+def test_a_teacher_of_weight_0_may_hold_anything(combine, bad, divergence, engine):
+    student, teachers = three()
+    shares = normal(4, 3, seed=22).exp()
+    shares[1, 0] = shares[2, 2] = 0
+    dirty = [x.clone() for x in teachers]
+    dirty[0][1] = dirty[2][2] = bad
+    options = dict(combine=combine, divergence=divergence, teacher_weights=shares)
+    found, expected = (
+        gradients(lambda x, y=y: fastkd.multi_teacher(x, y, **options), student)
+        for y in (dirty, teachers)
+    )
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("combine", COMBINATIONS)
 def test_rows_of_weight_0_may_hold_anything(combine, engine):
     student, teachers = three((6,))

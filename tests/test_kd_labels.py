@@ -141,6 +141,29 @@ def test_unlabelled_rows_count_in_the_divergence_alone(options, engine):
 
 
 @each_kind
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
+@quick_if(lambda smoothing, engine: engine != "triton" or smoothing == 0.3)
+def test_a_smoothing_may_be_a_tensor(kind, smoothing, is_weighted, engine):
+    """Labels of all rows are taken, since the portable engine has one number for them then."""
+    student, teacher, labels = batch(kind)
+    labels = labels.clamp(min=0)
+    own = dict(temperature=2.0, class_weights=normal(N_COLS).exp() if is_weighted else None)
+    in_tensor = torch.tensor(smoothing, dtype=torch.float64, device=DEVICE)
+    for reduction in ("mean", "none"):
+        found, expected = (
+            with_gradient(
+                fastkd.kd(
+                    student, teacher, labels, label_smoothing=x, reduction=reduction, **own
+                ),
+                student,
+            )
+            for x in (in_tensor, smoothing)
+        )  # fmt: skip
+        assert_same(found, expected)
+
+
+@each_kind
 @each_option
 @pytest.mark.parametrize("n_cols", [67, LONG])
 @quick_if(lambda n_cols, engine: n_cols == 67 or engine == "triton")
@@ -228,6 +251,23 @@ def test_a_target_of_an_excluded_class_is_infinite(kind, options, n_cols, engine
         expected = fastkd.kd(student, teacher, labels, **own)
     assert found[4] == math.inf
     assert_same([found], [expected])
+
+
+def test_a_smoothing_of_0_leaves_nothing_of_excluded_classes(engine):
+    """A tensor has it, and so has every graph that is compiled, in which numbers are tensors."""
+    student, teacher, labels = batch("hard")
+    labels = labels.clamp(min=1)
+    with torch.no_grad():
+        student[:, 0] = teacher[:, 0] = -math.inf
+    compiled = torch.compile(fastkd.kd, backend="aot_eager", fullgraph=True)
+    of_tensor = torch.tensor(0.0, dtype=torch.float64, device=DEVICE)
+    expected = with_gradient(fastkd.kd(student, teacher, labels), student)
+    assert all(x.isfinite().all() for x in expected)
+    assert_same(with_gradient(compiled(student, teacher, labels), student), expected)
+    for backend in (engine.split()[0], "formula"):
+        with fastkd.backend(backend):
+            losses = fastkd.kd(student, teacher, labels, label_smoothing=of_tensor)
+            assert_same(with_gradient(losses, student), expected)
 
 
 @each_kind

@@ -205,6 +205,33 @@ def test_shares_of_any_size(loss, option, engine):
         torch.testing.assert_close(loss(*narrow, **options).double(), true, rtol=3e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    "loss, options, excludes",
+    [
+        (fastkd.symmetric_kl, dict(weight=0.0), "student"),
+        (fastkd.symmetric_kl, dict(weight=1.0), "teacher"),
+        (fastkd.skew_kl, dict(skew=0.0), "nobody"),
+        (fastkd.skew_reverse_kl, dict(skew=0.0), "nobody"),
+    ],
+    ids=["reverse", "forward", "skewed", "skewed reverse"],
+)
+@pytest.mark.parametrize("engine", [x for x in ENGINES if x != "triton"], indirect=True)
+def test_a_share_of_0_in_a_tensor_leaves_nothing_of_a_term(loss, options, excludes, engine):
+    """Not even of an infinite one: what is left is a plain KL."""
+    student, teacher = logits((5,), 37)
+    with torch.no_grad():
+        if excludes != "nobody":
+            (student if excludes == "student" else teacher)[0, 3] = -math.inf
+
+    def of(in_tensor):
+        own = {name: torch.tensor(x) if in_tensor else x for name, x in options.items()}
+        return results(lambda *x: loss(*x, **own, reduction="none"), [student, teacher])
+
+    found, expected = of(True), of(False)
+    assert all(x.isfinite().all() for x in expected)
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("loss", [fastkd.reverse_kl, fastkd.symmetric_kl, fastkd.jensen_shannon])
 def test_what_is_decided_has_no_gradient(loss, engine):
     """Logits of 1e4 leave one class: a sum that is not quite 1 would be multiplied by 1e4."""

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from exactness import assert_same, exact, results
-from inputs import DEVICE, with_weak_logits
+from exactness import assert_same, by_formula, exact, results
+from inputs import DEVICE, normal, with_weak_logits
 
 import fastkd
 
@@ -78,6 +78,22 @@ def test_excluded_classes_have_no_soft_label(engine):
     fewer = results(loss, [x[:, :7].detach().requires_grad_() for x in (student, weak)])
     assert_same([found[0], *(x[:, :7] for x in found[1:])], fewer)
     assert not any(x[:, 7:].any() for x in found[1:])
+
+
+def test_weak_logits_of_labels_smoothed_away(engine):
+    """Nothing is left of the infinite cross-entropy with a label that they exclude."""
+    student, weak = normal(4, 6), normal(4, 6, seed=1)
+    weak[0, 2] = -torch.inf
+    labels = torch.full((4,), 2, device=DEVICE)
+
+    def loss(a, b):
+        return fastkd.uskd(a, labels, b, label_smoothing=1.0, reduction="none")
+
+    inputs = [student.requires_grad_(), weak.requires_grad_()]
+    found, expected = results(loss, inputs), by_formula(loss, inputs)
+    assert found[0].isposinf().tolist() == [True, False, False, False]
+    assert all(x.isfinite().all() for x in found[1:])
+    assert_same(found, expected)
 
 
 def test_weak_logits_give_no_rank_to_what_the_student_excludes(engine):

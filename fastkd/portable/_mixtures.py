@@ -222,9 +222,9 @@ def _add_weighted(
 
     A weight of 0 wins over an infinity.
     """
-    if isinstance(weight, Tensor) and has_zeros(weight):
-        x = torch.where(weight == 0, 0, x)
     factor = weight if divisor is None else weight / divisor
+    if isinstance(weight, Tensor) and has_zeros(weight):
+        x, factor = (torch.where(weight == 0, 0, y) for y in (x, factor))
     if total is None:
         return torch.mul(x, factor, out=out)
     if not isinstance(factor, Tensor):

@@ -30,7 +30,7 @@ class Targets(NamedTuple):
     # of the rows that `of` chose, [R, 1] or of all: what the label has of the target, and S
     of_label: Number = 1.0
     sums: Number = 1.0
-    may_vanish: bool = False  # whether one of these may be 0
+    may_vanish: bool = False  # whether S may be 0
 
     def of(self, rows: slice) -> Targets:
         """Return those of some rows with their sums, where soft labels are the targets."""
@@ -45,7 +45,7 @@ class Targets(NamedTuple):
         if not is_exactly(smoothing, 0):
             own = own * (1 - smoothing)
             sums = 1.0 if weights is None else own + weights.mean() * smoothing
-        may_vanish = isinstance(own, Tensor) and _has_zeros(own)
+        may_vanish = isinstance(sums, Tensor) and _has_zeros(sums)
         return Targets(labels, smoothing, weights, self.dtype, own, sums, may_vanish)
 
     @property
@@ -104,14 +104,9 @@ def cross_entropy(
         seen = torch.mul(q.d, targets.labels, out=out).nansum(-1, keepdim=True)
         losses = _less(total.log2() * sums, seen, temperature)
     else:
-        seen, own = q.d.gather(1, targets.labels), targets.of_label
-        if isinstance(own, Tensor) and targets.may_vanish:
-            seen = torch.where(own == 0, 0, seen * own)
-            own = 1.0
         losses = total.log2()
         losses = losses * sums if isinstance(sums, Tensor) else losses
-        if not is_exactly(own, 0):
-            losses = _less(losses, seen, own * temperature)
+        losses = _less(losses, q.d.gather(1, targets.labels), targets.of_label * temperature)
         if not is_exactly(smoothing, 0):
             if weights is None:
                 each = q.d.sum(-1, keepdim=True)
@@ -120,9 +115,7 @@ def cross_entropy(
             losses = _less(losses, each, smoothing * temperature / q.d.shape[-1])
     losses = losses.mul_(_LN2)
     # a row without a target has any distribution, so that it has no NaN
-    if isinstance(sums, Tensor) and targets.may_vanish:
-        return torch.where(sums == 0, 0, losses)
-    return losses
+    return torch.where(sums == 0, 0, losses) if targets.may_vanish else losses
 
 
 def _log_odds(q: Softmax, total: Tensor, temperature: Number) -> Tensor:
@@ -132,8 +125,10 @@ def _log_odds(q: Softmax, total: Tensor, temperature: Number) -> Tensor:
 
 
 def _less(x: Tensor, y: Tensor, factor: Number) -> Tensor:
-    """Return x − factor · y, in one operation where the factor is a number."""
-    return x - y * factor if isinstance(factor, Tensor) else x.sub_(y, alpha=factor)
+    """Return x − factor · y, where a factor of 0 wins over an infinity."""
+    if isinstance(factor, Tensor):
+        return x - torch.where(factor == 0, 0, y * factor)
+    return x.sub_(y, alpha=factor) if factor else x
 
 
 def cross_entropy_factor(
@@ -146,7 +141,7 @@ def cross_entropy_factor(
     if q.apart is not None:
         chance = _log_odds(q, total, temperature).neg_().sigmoid_() * factor
         return torch.where(factor == 0, 0, chance) if isinstance(factor, Tensor) else chance
-    if not targets.may_vanish or not isinstance(targets.sums, Tensor):
+    if not targets.may_vanish:
         return factor
     return torch.where(targets.sums == 0, 0, torch.zeros_like(total) + factor)
 
@@ -169,7 +164,5 @@ def cross_entropy_slope(
             out = out.addcmul_(weights, each, value=-1)
         else:
             out = out.sub_(weights, alpha=each)
-    of_label = factor * -targets.of_label
-    if not isinstance(of_label, Tensor):
-        of_label = torch.full_like(total, of_label)
+    of_label = torch.zeros_like(total) - factor * targets.of_label
     return out.scatter_add_(1, targets.labels, of_label)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastkd._op import Number
 from fastkd.portable._softmaxes import LN2, Scratch, Softmax, log_odds, softplus
+from fastkd.problems.corrected import weighted
 from fastkd.problems.rows import is_exactly
 
 N_SCRATCH = 6  # buffers of a chunk: d and e of both networks, and two for a divergence
@@ -172,13 +173,15 @@ def _symmetric_kl(
     ratio, above = _log_ratio(p, q), q.d.sub_(p.d)
     of_q = _mean(above, q, out=scratch[0]) if mean is None else mean
 
+    reverse = weighted(of_q + ratio, 1 - weight)
+
     def value(scale: Number) -> Tensor:
         forward = _mean(above, p, out=p.d).add_(ratio).neg_()
-        return _not_below_0((forward * weight).add_((of_q + ratio).mul_(1 - weight)), scale)
+        return _not_below_0(weighted(forward, weight) + reverse, scale)
 
     def slope(out: Tensor, factor: Number) -> None:
         centred = above.sub_(of_q).nan_to_num_(0)
-        _weighted(centred, q, out, ratio + of_q, factor * ((1 - weight) * LN2))
+        _weighted(centred, q, out, ratio + reverse, factor * ((1 - weight) * LN2))
         out.add_(q.e.mul_(_each(q, factor * weight))).sub_(p.e.mul_(_each(p, factor * weight)))
 
     return Terms(value, slope, p.d, of_q)
@@ -229,10 +232,13 @@ def _skew_reverse_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -
         return _not_below_0(_mean(above, q, out=p.d).add_(ratio - ratio), scale)
 
     def slope(out: Tensor, factor: Number) -> None:
-        share = torch.div(q.e, m, out=p.e)
-        v = share.sub_(above.nan_to_num_(0, neginf=0).mul_(LN2 / weight))
+        share, unit = torch.div(q.e, m, out=p.e), weight
+        if isinstance(weight, Tensor):  # a weight of 0 leaves the logarithm alone
+            share.masked_fill_(weight == 0, 0)
+            unit = torch.where(weight == 0, 1, weight)
+        v = share.sub_(above.nan_to_num_(0, neginf=0).mul_(LN2 / unit))
         mean = torch.mul(v, q.e, out=out).sum(-1, keepdim=True).div_(q.total)
-        _weighted(v.sub_(mean), q, out, ratio, factor * -weight)
+        _weighted(v.sub_(mean), q, out, ratio, factor * -unit)
 
     return Terms(value, slope, p.d)
 

@@ -139,7 +139,8 @@ def _softmax(
 
 
 def _exponentials(z: Tensor, top: Tensor, temperature: float | Tensor) -> Tensor:
-    return (z - top).mul_(1 / (math.log(2) * temperature)).exp2_()
+    # a sort of all rows at once takes their numbers as they lie in memory
+    return (z.contiguous() - top).mul_(1 / (math.log(2) * temperature)).exp2_()
 
 
 def _compare(q: Tensor, p: Tensor, signs: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -172,7 +173,7 @@ def _sorted(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.dtype != torch.float32 or x.numel() < _FLAT or not _sorts_by_radix(x):
         return torch.sort(x, dim=-1, descending=True, stable=True)
     # bits of numbers from 0 on are in their order; a NaN of either sign comes first
-    rows = torch.arange(len(x)).unsqueeze(1) << 31
+    rows = torch.arange(len(x), device=x.device).unsqueeze(1) << 31
     keys = (x.view(torch.int32) & _BITS).bitwise_xor_(_BITS) + rows
     keys, places = torch.sort(keys.view(-1), stable=True)
     found = keys.bitwise_and_(_BITS).bitwise_xor_(_BITS).to(torch.int32)

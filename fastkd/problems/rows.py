@@ -427,6 +427,16 @@ def with_smoothing(soft: Tensor, label_smoothing: Number, class_weights: Tensor 
     return soft if class_weights is None else soft * class_weights.detach().to(soft)
 
 
+def smoothed(losses: Tensor, of_all: Tensor, label_smoothing: Number) -> Tensor:
+    """Return (1 − ε) · losses + ε · the mean of those with all classes.
+
+    A share of 0, which a tensor may hold too, leaves nothing of an infinite loss.
+    """
+    smooth = torch.zeros_like(losses) + label_smoothing
+    sharp = 1 - smooth
+    return selected(sharp * losses, sharp != 0) + selected(smooth * of_all, smooth != 0)
+
+
 def counted(
     call: Call, labels: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
