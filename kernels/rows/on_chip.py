@@ -230,9 +230,12 @@ def whole_rows(
             ms[:, None], zs[:, None], mt[:, None], zt[:, None], slope_sum[:, None],
             left[:, None], z1[:, None],
         )  # fmt: skip
+        of_class = factors.own
+        if (class_weights is not None) and not (HAS_SHARES or APART):
+            of_class = left  # the same number, which takes no registers twice
         factors = Factors(
             factors.divergence[:, None], factors.cross_entropy[:, None], factors.label[:, None],
-            factors.own[:, None],
+            of_class[:, None],
         )  # fmt: skip
         slopes = slopes_of(
             x, y, columns == apart, units, row, weight, factors, DIVERGENCE, IS_DECOUPLED, FAST
