@@ -314,8 +314,11 @@ def _teacher_free(student, labels, *, correct_probability, temperature, scale_t2
     n = student.shape[-1]
     u = torch.full_like(student, (1 - correct_probability) / max(n - 1, 1))
     u = u.scatter(-1, labels.unsqueeze(-1), correct_probability)
-    p, log_q = (u.log() / temperature).softmax(-1), (student / temperature).log_softmax(-1)
-    losses = F.kl_div(log_q, p, reduction="none").sum(-1)
+    # log_softmax adds up many classes one by one, which costs digits of a divergence times T²
+    log_p, log_q = (
+        x - x.logsumexp(-1, keepdim=True) for x in (u.log() / temperature, student / temperature)
+    )
+    losses = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     return losses * (temperature**2 if scale_t2 else 1)
 
 
