@@ -315,6 +315,7 @@ def _teacher_free(student, labels, *, correct_probability, temperature, scale_t2
     u = torch.full_like(student, (1 - correct_probability) / max(n - 1, 1))
     u = u.scatter(-1, labels.unsqueeze(-1), correct_probability)
     p, log_q = (u.log() / temperature).softmax(-1), (student / temperature).log_softmax(-1)
+    p = p / p.sum(-1, keepdim=True)  # because PyTorch rounds every sum of equal numbers alike
     losses = F.kl_div(log_q, p, reduction="none").sum(-1)
     return losses * (temperature**2 if scale_t2 else 1)
 
