@@ -18,6 +18,7 @@ from fastkd._loss import loss
 from fastkd._op import Number
 from fastkd._reduction import Term, selected
 from fastkd.problems import _decoupled
+from fastkd.problems.corrected import weighted
 from fastkd.problems.rows import (
     classes_of,
     divided,
@@ -125,8 +126,8 @@ def decoupled_kd(
         target = target + torch.where(p == 0, 0, p * (F.logsigmoid(x) - F.logsigmoid(y)))
     others = _expectation(log_p.exp(), log_p - log_q)
     # a term of weight 0 counts for nothing, even where it is infinite
-    target = nothing if is_exactly(alpha, 0) else alpha * target
-    others = nothing if is_exactly(beta, 0) else beta * others
+    target = nothing if is_exactly(alpha, 0) else weighted(target, alpha)
+    others = nothing if is_exactly(beta, 0) else weighted(others, beta)
     t2 = T**2 if scale_t2 else 1.0
     return [Term(1.0, selected(t2 * (target + others), labelled), labelled)]
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from fastkd._op import Number
 from fastkd.portable._softmaxes import LN2, Scratch, Softmax, log_odds, softplus
 from fastkd.problems.corrected import weighted
-from fastkd.problems.rows import is_exactly
 
 N_SCRATCH = 6  # buffers of a chunk: d and e of both networks, and two for a divergence
 
@@ -79,13 +78,8 @@ def _decoupled_kl(q: Softmax, p: Softmax, weight: Number, scratch: Scratch) -> T
     assert apart is not None
 
     def value(scale: Number) -> Tensor:
-        # a share of 0 counts for nothing, even where its term is infinite
-        if is_exactly(weight, 1):
-            return _binary_kl(of_p, of_q).mul_(scale)
-        of_others = _among_others(rest.value(scale * (1 - weight)), p)
-        if is_exactly(weight, 0):
-            return of_others
-        return of_others.add_(_binary_kl(of_p, of_q).mul_(scale * weight))
+        of_others = weighted(_among_others(rest.value(scale), p), 1 - weight)
+        return of_others.add_(weighted(_binary_kl(of_p, of_q).mul_(scale), weight))
 
     def slope(out: Tensor, factor: Number) -> None:
         # the smaller of both probabilities, because the larger one may have lost its digits
