@@ -114,8 +114,11 @@ def cross_entropy(
                 each = torch.mul(q.d, weights, out=out).nansum(-1, keepdim=True)
             losses = _less(losses, each, smoothing * temperature / q.d.shape[-1])
     losses = losses.mul_(_LN2)
+    if not targets.may_vanish:
+        return losses
+    assert isinstance(sums, Tensor)
     # a row without a target has any distribution, so that it has no NaN
-    return torch.where(sums == 0, 0, losses) if targets.may_vanish else losses
+    return torch.where(sums == 0, 0, losses)
 
 
 def _log_odds(q: Softmax, total: Tensor, temperature: Number) -> Tensor:
@@ -143,6 +146,7 @@ def cross_entropy_factor(
         return torch.where(factor == 0, 0, chance) if isinstance(factor, Tensor) else chance
     if not targets.may_vanish:
         return factor
+    assert isinstance(targets.sums, Tensor)
     return torch.where(targets.sums == 0, 0, torch.zeros_like(total) + factor)
 
 
