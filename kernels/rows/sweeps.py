@@ -272,7 +272,7 @@ def row_statistics(
         if IS_STANDARDIZED or HAS_SHARES:
             store_numbers(sums_row + N_STATISTICS, levels, 3)
             store_numbers(sums_row + N_STATISTICS + 3, spread, 2)
-    else:
+    elif SWEEP == 2:  # no else, because Triton compiles what follows a return of SWEEP 3
         store_numbers(sums_row, mixed, 4 if IS_STANDARDIZED else 2)
         if BOTH:
             tl.store(sums_row + 2, mixed.teacher_slopes)

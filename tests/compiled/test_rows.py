@@ -20,18 +20,21 @@ DTYPES = [(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.bfloat16, torch.fl
 DTYPES += [(torch.float64,) * 2, (torch.float16, torch.float64)]
 
 
-def problem(divergence, n_cols, dtypes=DTYPES[0], labelled=False, row_weight=0.0):
-    student, teacher = (torch.empty(MANY, n_cols, dtype=x, device="meta") for x in dtypes)
-    labels = torch.empty(MANY, dtype=torch.int64, device="meta") if labelled else None
+def problem(
+    divergence, n_cols, dtypes=DTYPES[0], labelled=False, row_weight=0.0, n_rows=MANY
+):  # fmt: skip
+    student, teacher = (torch.empty(n_rows, n_cols, dtype=x, device="meta") for x in dtypes)
+    labels = torch.empty(n_rows, dtype=torch.int64, device="meta") if labelled else None
     return Rows(student, teacher, labels, None, 2.0, 2.0, 0.3, 4.0, divergence, row_weight)
 
 
 def captured(rows, target="sm_90"):
     """Return the launches of the forward, of the backward and of both at once."""
-    upstream = torch.empty(MANY, device="meta")
+    n_rows = rows.student.shape[0]
+    upstream = torch.empty(n_rows, device="meta")
     upstreams = upstream, None if rows.labels is None else upstream
     dtype = compute_dtype(rows.student, rows.teacher)
-    statistics = rows.student.new_empty((MANY, launch.n_statistics(rows)), dtype=dtype)
+    statistics = rows.student.new_empty((n_rows, launch.n_statistics(rows)), dtype=dtype)
     calls = (
         lambda: launch.forward(rows, (False,)),
         lambda: launch.backward(rows, statistics, upstreams),
@@ -127,6 +130,25 @@ MOST_REGISTERS = (
 )  # fmt: skip
 
 
+def variant(name, n_cols, dtypes, n_rows=MANY):
+    """Return rows of a name of VARIANTS."""
+    options = VARIANTS[name]
+    classes = torch.empty(n_rows, dtype=torch.int64, device="meta")
+    own = torch.empty(n_rows, device="meta")
+    labelled = options.get("labelled", False)
+    rows = problem(options["divergence"], n_cols, dtypes, labelled, n_rows=n_rows)
+    rows = rows._replace(
+        apart=classes if "apart" in options else None,
+        standardized=options.get("standardized", False),
+        student_temperature=own if "per_row" in options else 2.0,
+        label_smoothing=options.get("label_smoothing", 0.0),
+        class_weights=torch.empty(n_cols, device="meta") if "weighted" in options else None,
+    )
+    if "soft" in options:
+        rows = rows._replace(labels=torch.empty_like(rows.student, dtype=options["soft"]))
+    return rows
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda x: "-".join(map(str, x)))
 @pytest.mark.parametrize("name", VARIANTS)
@@ -137,21 +159,16 @@ MOST_REGISTERS = (
     )
 )
 def test_variants_of_rows_compile_without_spills(target, dtypes, name, length):
-    options = VARIANTS[name]
-    classes = torch.empty(MANY, dtype=torch.int64, device="meta")
-    own = torch.empty(MANY, device="meta")
-    n_cols = columns(length, dtypes)
-    rows = problem(options["divergence"], n_cols, dtypes, options.get("labelled", False))
-    rows = rows._replace(
-        apart=classes if "apart" in options else None,
-        standardized=options.get("standardized", False),
-        student_temperature=own if "per_row" in options else 2.0,
-        label_smoothing=options.get("label_smoothing", 0.0),
-        class_weights=torch.empty(n_cols, device="meta") if "weighted" in options else None,
-    )
-    if "soft" in options:
-        rows = rows._replace(labels=torch.empty_like(rows.student, dtype=options["soft"]))
+    rows = variant(name, columns(length, dtypes), dtypes)
     for found in captured(rows, target):
+        assert found and not too_many_spills(found)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", VARIANTS)
+@quick_if(lambda target, name: target == "sm_90" and name.startswith("standardized"))
+def test_long_rows_that_programs_share_compile_without_spills(target, name):
+    for found in captured(variant(name, 32000, DTYPES[0], n_rows=32), target):
         assert found and not too_many_spills(found)
 
 
