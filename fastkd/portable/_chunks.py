@@ -33,7 +33,7 @@ class _Kept(threading.local):
     """The memory that a thread keeps for small problems, and the buffers that it was cut to."""
 
     memory: Tensor | None = None  # bytes
-    shape: tuple[torch.Size | tuple[int, ...], torch.dtype] | None = None
+    shape: tuple[tuple[int, ...], torch.dtype] | None = None  # of the buffers, and their dtype
     buffers: tuple[Tensor, ...] = ()
 
 

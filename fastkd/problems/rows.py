@@ -335,7 +335,8 @@ def kd(
     share = 1 - alpha if distill_weight is None else distill_weight
     if class_weights is not None:
         class_weights = class_weights.detach().to(compute_dtype(student, teacher))
-    mask, labelled, counts, row_weight = call.row_mask, None, None, 0.0
+    mask, labelled, counts = call.row_mask, None, None
+    row_weight: Number = 0.0
     if is_soft(labels, student):
         labels = labels.detach()
     else:
@@ -353,7 +354,6 @@ def kd(
         )  # fmt: skip
         if losses is not None:
             return [Term(1.0, losses, labelled)]
-    call = Call(call.name, call.engine, call.row_mask, call.ranks)
     losses, cross_entropies = _solve(
         call, divergence, student, teacher, labels, label_smoothing=label_smoothing,
         class_weights=class_weights, **softening, **own,
@@ -398,8 +398,10 @@ def _sum_of_both(
     return None if losses is NotImplemented else losses
 
 
-def weight_of_counted(call: Call, logits: Tensor, mask: Tensor | None) -> float:
+def weight_of_counted(call: Call, logits: Tensor, mask: Tensor | None) -> Number:
     """Return what the losses of all rows in the mask are multiplied by, 0 if that is not known."""
+    if mask is call.row_mask:
+        return call.row_weight
     asked = call.reduction
     if asked is None or (asked.weights is not None and asked.weights.dtype != torch.bool):
         return 0.0
@@ -408,7 +410,7 @@ def weight_of_counted(call: Call, logits: Tensor, mask: Tensor | None) -> float:
     return weight_of_rows(logits, mask, asked.normalizer, asked.reduction)
 
 
-def weight_of_sum(call: Call, student: Tensor, teacher: Tensor, mask: Tensor | None) -> float:
+def weight_of_sum(call: Call, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Number:
     """Return that weight where an engine adds cross-entropies to the losses, and 0 elsewhere.
 
     It has the gradient of the sum alone, which in a narrower dtype would have no room for it.
