@@ -18,8 +18,8 @@ from torch import Tensor
 from fastkd import divergence as divergences
 from fastkd._loss import loss
 from fastkd._op import Number
+from fastkd.problems import _temperatures, rows, sorted_rows
 from fastkd.problems import _vocabularies as vocabularies
-from fastkd.problems import rows, sorted_rows
 
 _FORMULAS = {name: getattr(divergences, name).formula for name in rows.DIVERGENCES}
 
@@ -72,7 +72,7 @@ def uld(
         Boizard et al., Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss
         for LLMs, 2024. arXiv:2402.12030
     """
-    of_each = rows.temperatures(temperature, student_temperature, teacher_temperature)
+    of_each = _temperatures.of_both(temperature, student_temperature, teacher_temperature)
     both = student_logits, rows.as_logits(teacher_logits, teacher_form)
     width = max(x.shape[-1] for x in both)
     q, p = (
@@ -150,7 +150,7 @@ def matched_kl(
     Reference:
         Patiño et al., Unlocking On-Policy Distillation for Any Model Family (GOLD), 2025
     """
-    of_each = rows.temperatures(temperature, student_temperature, teacher_temperature)
+    of_each = _temperatures.of_both(temperature, student_temperature, teacher_temperature)
     both = (
         (student_logits, student_ids),
         (rows.as_logits(teacher_logits, teacher_form), teacher_ids),
@@ -265,7 +265,7 @@ def projected_kl(
         Sreenivas et al., X-Token: Projection-Guided Cross-Tokenizer Knowledge Distillation, 2026.
         arXiv:2605.21699
     """
-    of_student, of_teacher = rows.temperatures(
+    of_student, of_teacher = _temperatures.of_both(
         temperature, student_temperature, teacher_temperature
     )
     n_entries, log_q = teacher_logits.shape[-1], (student_logits / of_student).log_softmax(-1)

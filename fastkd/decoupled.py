@@ -18,15 +18,9 @@ from fastkd._loss import loss
 from fastkd._op import Number
 from fastkd._reduction import Term, selected
 from fastkd.problems import _decoupled
+from fastkd.problems._temperatures import divided, standardized, widened
 from fastkd.problems.corrected import weighted
-from fastkd.problems.rows import (
-    classes_of,
-    divided,
-    is_exactly,
-    smoothed,
-    standardized,
-    widened,
-)
+from fastkd.problems.rows import classes_of, is_exactly, smoothed
 
 
 def _parted(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastkd._loss import loss
 from fastkd._op import Number
-from fastkd.problems import rows
+from fastkd.problems import _temperatures, rows
 from fastkd.problems.rows import is_exactly
 
 
@@ -34,14 +34,14 @@ def _softened(
     standardize: bool,
 ) -> tuple[Tensor, Tensor, Number]:
     """Return log q, log p and the factor T² of a loss, or 1."""
-    of_student, of_teacher = rows.temperatures(
+    of_student, of_teacher = _temperatures.of_both(
         temperature, student_temperature, teacher_temperature
     )
     teacher = rows.as_logits(teacher, teacher_form)
     if standardize:
-        student, teacher = rows.standardized(student), rows.standardized(teacher)
-    log_q = rows.divided(student, of_student).log_softmax(-1)
-    log_p = rows.divided(teacher, of_teacher).log_softmax(-1)
+        student, teacher = _temperatures.standardized(student), _temperatures.standardized(teacher)
+    log_q = _temperatures.divided(student, of_student).log_softmax(-1)
+    log_p = _temperatures.divided(teacher, of_teacher).log_softmax(-1)
     return log_q, log_p, of_student * of_teacher if scale_t2 else 1.0
 
 

@@ -17,7 +17,7 @@ from fastkd import divergence as divergences
 from fastkd._loss import loss
 from fastkd._op import Number
 from fastkd._precision import compute_dtype
-from fastkd.problems import ensembles, rows
+from fastkd.problems import _temperatures, ensembles, rows
 
 _FORMULAS = {name: getattr(divergences, name).formula for name in rows.DIVERGENCES}
 _SCORES = ("cross_entropy", "entropy", "max_probability")
@@ -93,7 +93,7 @@ def multi_teacher(
         You et al., Learning from Multiple Teacher Networks, 2017.
         Fukuda et al., Efficient Knowledge Distillation from an Ensemble of Teachers, 2017.
     """
-    of_student, of_teacher = rows.temperatures(
+    of_student, of_teacher = _temperatures.of_both(
         temperature, student_temperature, teacher_temperature
     )
     options = dict(beta=beta, skew=skew, weight=weight)

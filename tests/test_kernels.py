@@ -24,7 +24,8 @@ from fastkd import _products as products
 from fastkd.kernels.pairs import chunks, tiling
 from fastkd.kernels.rows import gradients, launch, reading
 from fastkd.portable import rows as twin
-from fastkd.problems.rows import EPSILON, Rows
+from fastkd.problems._temperatures import EPSILON
+from fastkd.problems.rows import Rows
 
 MIXTURES = ["jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation"]
 DIVERGENCES = ["forward_kl", "reverse_kl", "symmetric_kl", "soft_cross_entropy", *MIXTURES]

@@ -13,7 +13,7 @@ from inputs import DEVICE, logits, normal
 from row_cases import DIVERGENCES, EACH, FEW, LONG, ROWS, SOFTMAXED
 
 import fastkd
-from fastkd.problems import rows
+from fastkd.problems import _temperatures
 
 # a KL, a mixture, and labels
 THREE = named(
@@ -50,7 +50,7 @@ def test_the_deviation_of_logits_that_lie_far_from_0(case, n_cols, engine):
     inputs = [far[0].requires_grad_(), *far[1:]]
     assert_same(results(case, inputs), by_formula(case, exact(inputs)), 5e-6)
     for x in inputs[:2]:
-        assert_same([rows.standardized(x)], [rows.standardized(x.double())], 1e-6)
+        assert_same([_temperatures.standardized(x)], [_temperatures.standardized(x.double())], 1e-6)
 
 
 @pytest.mark.parametrize("cut", [False, True])

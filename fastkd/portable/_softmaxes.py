@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fastkd._op import Number
-from fastkd.problems.rows import EPSILON, is_exactly, moments
+from fastkd.problems._temperatures import EPSILON, moments
+from fastkd.problems.rows import is_exactly
 
 LN2 = math.log(2)
 _CERTAIN = 1 / 0.9  # Z of a row, relative to its maximum, with a class of probability 0.9

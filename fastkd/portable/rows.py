@@ -57,8 +57,9 @@ from fastkd.portable._softmaxes import (
     moments_of,
     softmax,
 )
+from fastkd.problems._temperatures import EPSILON
 from fastkd.problems.corrected import weight_of_soft_label, weighted
-from fastkd.problems.rows import EPSILON, Rows
+from fastkd.problems.rows import Rows
 
 _NO_SCRATCH = (None,) * N_SCRATCH
 _WEIGHTED, _NORMALIZED = "weighted_soft_cross_entropy", "normalized_soft_cross_entropy"

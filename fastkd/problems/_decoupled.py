@@ -12,7 +12,7 @@ from fastkd._loss import Call
 from fastkd._op import Number
 from fastkd._precision import compute_dtype
 from fastkd._reduction import Term
-from fastkd.problems import rows
+from fastkd.problems import _temperatures, rows
 from fastkd.problems.rows import Rows, is_exactly
 
 
@@ -61,14 +61,16 @@ def decoupled_kd(
     ignore_index: int,
 ) -> Any:
     """Solve for α · KL of the label's class and all others + β · KL among the others."""
-    if rows.is_trained_besides(temperature) or student.shape[-1] == 1:  # which has no others
+    if (
+        _temperatures.is_trained_besides(temperature) or student.shape[-1] == 1
+    ):  # which has no others
         return NotImplemented
     labels, mask, labelled = rows.counted(call, labels, ignore_index)
     total = alpha + beta
     share = alpha / (1 if is_exactly(total, 0) else _not_0(total))
     # known where it can be, because a share of 0 counts for nothing, even if its term is infinite
     share = 0.0 if is_exactly(alpha, 0) else 1.0 if is_exactly(beta, 0) else share
-    temperature = rows.widened(temperature)
+    temperature = _temperatures.widened(temperature)
     t2 = temperature**2 if scale_t2 else 1.0
     problem = Rows(
         student, teacher, None, mask, temperature, temperature, share, t2 * total, "decoupled_kl",
@@ -90,10 +92,12 @@ def nkd(
     ignore_index: int,
 ) -> Any:
     """Solve for −p log q of the label's class and for the cross-entropy among the others."""
-    if rows.is_trained_besides(temperature) or student.shape[-1] == 1:  # which has no others
+    if (
+        _temperatures.is_trained_besides(temperature) or student.shape[-1] == 1
+    ):  # which has no others
         return NotImplemented
     labels, mask, labelled = rows.counted(call, labels, ignore_index)
-    temperature = rows.widened(temperature)
+    temperature = _temperatures.widened(temperature)
     scale = temperature**2 if scale_t2 else 1.0
     weight = rows.weight_of_sum(call, student, teacher, mask)
     if weight and not is_exactly(gamma, 0):  # which wins over an infinite term

@@ -15,7 +15,7 @@ from fastkd import _checks, _option_checks
 from fastkd._op import Number
 from fastkd._precision import compute_dtype
 from fastkd._reduction import selected
-from fastkd.problems import rows
+from fastkd.problems import _temperatures, rows
 
 if TYPE_CHECKING:
     from fastkd._loss import Call
@@ -191,7 +191,7 @@ def matched(
     """Solve for the divergence between the entries that both have; "raw" has no engine."""
     if mass == "raw":
         return NotImplemented
-    of_each = rows.temperatures(temperature, student_temperature, teacher_temperature)
+    of_each = _temperatures.of_both(temperature, student_temperature, teacher_temperature)
     teacher = rows.as_logits(teacher.detach(), teacher_form, student)
     both = (student, student_ids), (teacher, teacher_ids)
     if mass == "renormalized":
@@ -220,7 +220,7 @@ def projected(
     **options: Any,
 ) -> Tensor:
     """Solve for the divergence between the student's mass at the teacher's entries and its own."""
-    of_student, of_teacher = rows.temperatures(
+    of_student, of_teacher = _temperatures.of_both(
         temperature, student_temperature, teacher_temperature
     )
     dtype, n_entries = compute_dtype(student, teacher), teacher.shape[-1]

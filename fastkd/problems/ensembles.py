@@ -12,7 +12,7 @@ from fastkd import _checks, _option_checks
 from fastkd._loss import Call
 from fastkd._op import Number, Op, Tensors
 from fastkd._precision import compute_dtype
-from fastkd.problems import rows
+from fastkd.problems import _temperatures, rows
 
 
 class Ensemble(NamedTuple):
@@ -207,7 +207,7 @@ def multi_teacher(
     """Solve for the divergence from what all teachers say together."""
     options = dict(beta=beta, skew=skew, weight=weight)
     own = ([options[name] for name in [rows.OPTIONS.get(divergence)] if name] or [0.0])[0]
-    of_student, of_teacher = rows.temperatures(
+    of_student, of_teacher = _temperatures.of_both(
         temperature, student_temperature, teacher_temperature
     )
     problem = Ensemble(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from fastkd._op import Number, Op
-from fastkd.problems.rows import as_logits, temperatures
+from fastkd.problems._temperatures import of_both
+from fastkd.problems.rows import as_logits
 
 if TYPE_CHECKING:
     from fastkd._loss import Call
@@ -41,7 +42,7 @@ def uld(
     teacher_form: str,
 ) -> Tensor:
     """Solve for the distances of sorted probabilities."""
-    of_student, of_teacher = temperatures(temperature, student_temperature, teacher_temperature)
+    of_student, of_teacher = of_both(temperature, student_temperature, teacher_temperature)
     teacher = as_logits(teacher, teacher_form, student)
     problem = SortedRows(student, teacher, call.row_mask, of_student, of_teacher, call.row_weight)
     return solve(call.engine, problem)
